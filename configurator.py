@@ -1,0 +1,231 @@
+"""
+Typed configuration: dataclass defaults < config files, left to right < --key=value, left to right.
+
+Not a section of the report, but the place where most of its 60 numbers are written down and may go wrong. Each script
+declares one frozen dataclass `Config`; a config file is plain assignments and may inherit another one with
+`from config.mimo_7b import *`; names that start with _ are private to the file.
+
+    python pretrain.py config/tiny.py --model.n_layer=6 --stages.0.tokens=1e6 --compile
+
+A key nobody declared, in a file or on the command line, ends the run with exit status 1 and the nearest real name; a
+wrong type names field, value and type. Reading a config file runs it as Python: only run files you trust.
+"""
+import ast
+import dataclasses
+import difflib
+import runpy
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+class ConfigError(SystemExit):
+    """One line on stderr and exit status 1, never a traceback."""
+    def __init__(self, message: str):
+        super().__init__(f"config error: {message}")
+
+
+def load(Config: type, argv: list[str] | None = None):
+    """
+    Config: a dataclass type. argv: words after the script's name, default sys.argv[1:]; words without -- are config files.
+    -> an instance of Config. Raises ConfigError (exit status 1) for whatever it cannot take.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(help_text(Config))
+        raise SystemExit(0)
+    cfg = make(Config, {})
+    for word in argv:                                  # files first: flags win over files wherever they stand
+        if not word.startswith("--"):
+            cfg = update(cfg, read_file(word, Config), where=word)
+    for word in argv:
+        if word.startswith("--"):
+            key, eq, value = word[2:].partition("=")   # only the first "=" splits: --prompt=a=b is fine
+            cfg = set_path(cfg, key.split("."), parse(value) if eq else True, key)
+    return cfg
+
+
+def read_file(path: str, Config: type) -> dict[str, Any]:
+    """The public assignments of a config file; modules, classes and functions that it imported are left out."""
+    if not Path(path).is_file():
+        hint = "a config file ends in .py; a flag starts with --" if not path.endswith(".py") else "no such file"
+        raise ConfigError(f"cannot read config file {path!r}: {hint}")
+    root = str(Path(__file__).resolve().parent)        # so that `from config.tiny import *` works from any folder
+    sys.path[:0] = [root]
+    try:
+        names = runpy.run_path(path)
+    except SystemExit:
+        raise
+    except BaseException as e:
+        raise ConfigError(f"{path}: {type(e).__name__}: {e}") from None
+    finally:
+        sys.path.remove(root)
+    return {k: v for k, v in names.items()
+            if not k.startswith("_") and not isinstance(v, (types.ModuleType, type, types.FunctionType))}
+
+
+def update(cfg, values: dict[str, Any], where: str):
+    """All values of one file at once, so that rules between fields see the file as a whole."""
+    fields, hints, place = {f.name for f in dataclasses.fields(cfg)}, typing.get_type_hints(type(cfg)), f" in {where}"
+    for key in values:
+        if key not in fields:
+            raise unknown(key, key, fields, place)
+    new = {key: check(value, hints[key], key, place) for key, value in values.items()}
+    return make(type(cfg), {name: getattr(cfg, name) for name in fields} | new, place)
+
+
+def set_path(node, path: list[str], value, full: str):
+    """A copy of node (dataclass, list, tuple or dict) with the value at path replaced and checked."""
+    head, rest = path[0], path[1:]
+    if isinstance(node, (list, tuple)):
+        if not head.isdigit() or int(head) >= len(node):
+            raise ConfigError(f"unknown key {full}: {head!r} should be an index from 0 to {len(node) - 1}")
+        items, i = list(node), int(head)
+        items[i] = set_path(items[i], rest, value, full) if rest else value
+        return type(node)(items)
+    if isinstance(node, dict):
+        if head not in node and rest:
+            raise unknown(full, head, node)
+        return node | {head: set_path(node[head], rest, value, full) if rest else value}
+    if not dataclasses.is_dataclass(node):
+        raise ConfigError(f"unknown key {full}: {'.'.join(full.split('.')[:-len(path)])} is a plain value, "
+                          "it has no parts")
+    fields = {f.name: f for f in dataclasses.fields(node)}
+    if head not in fields:
+        raise unknown(full, head, fields)
+    hint = typing.get_type_hints(type(node))[head]
+    new = set_path(getattr(node, head), rest, value, full) if rest else value
+    new = check(new, hint, full if rest == [] else full.rsplit(".", len(rest))[0])
+    return make(type(node), {f: getattr(node, f) for f in fields} | {head: new})
+
+
+def unknown(full: str, head: str, names, place: str = "") -> ConfigError:
+    near = difflib.get_close_matches(head, list(names), n=1, cutoff=0.0)
+    prefix = full[:full.rfind(head)]
+    return ConfigError(f"unknown key {full}{place}" + (f" -- did you mean {prefix}{near[0]}?" if near else ""))
+
+
+def make(cls: type, values: dict[str, Any], place: str = ""):
+    """Build a dataclass; what its __post_init__ or a missing field complains of becomes a ConfigError."""
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{e}{place}") from None
+
+
+def check(value, hint, key: str, place: str = ""):
+    """
+    value if it has the type `hint`, else ConfigError. An int is taken for a float and an integral float (1e6) for an
+    int; a nested dataclass takes an instance or a dict; nothing else is converted.
+    """
+    def wrong(want: str):
+        return ConfigError(f"{key} = {value!r} should be {want}{place}")
+
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+        raise wrong("one of " + ", ".join(map(repr, args)))
+    if origin in (Union, types.UnionType):
+        for arm in args:
+            try:
+                return check(value, arm, key, place)
+            except ConfigError:
+                continue
+        raise wrong(name_of(hint))
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise wrong(name_of(hint))
+        arms = args if origin is tuple and args[-1] is not Ellipsis else [args[0]] * len(value)
+        if len(arms) != len(value):
+            raise wrong(f"{len(arms)} values")
+        return origin(check(v, arm, f"{key}.{i}", place) for i, (v, arm) in enumerate(zip(value, arms, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong(name_of(hint))
+        return {check(k, args[0], f"{key} key", place): check(v, args[1], f"{key}.{k}", place) for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, dict):
+            return update(make(hint, {}, place), value, place.removeprefix(" in "))
+        raise wrong(name_of(hint))
+    if hint is type(None):
+        hint = types.NoneType
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is int and type(value) is float and value == int(value):
+        return int(value)
+    if type(value) is hint:                            # exact: True is not an int here
+        return value
+    raise wrong(name_of(hint))
+
+
+def name_of(hint) -> str:
+    return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint)) if not get_args(hint) \
+        else str(hint).replace("typing.", "")
+
+
+def parse(text: str):
+    """A Python literal if it reads as one, else the text itself: 3e-4, True, [1,2], None, or a plain word."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError):
+        return text
+
+
+# ---- showing and storing --------------------------------------------------------------------------------------------
+
+def to_dict(cfg) -> dict:
+    """Plain dicts, lists and scalars, for JSON."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(Config: type, values: dict):
+    """The inverse of to_dict; raises ConfigError for keys that Config no longer has."""
+    return update(make(Config, {}), values, where="saved config")
+
+
+def leaves(node, path: str = "") -> list[tuple[str, Any]]:
+    if dataclasses.is_dataclass(node):
+        return [x for f in dataclasses.fields(node) for x in leaves(getattr(node, f.name), f"{path}{f.name}.")]
+    if isinstance(node, (list, tuple)) and node and dataclasses.is_dataclass(node[0]):
+        return [x for i, v in enumerate(node) for x in leaves(v, f"{path}{i}.")]
+    return [(path[:-1], node)]
+
+
+def show(cfg) -> str:
+    """One line a value, * before those that differ from the dataclass's defaults."""
+    default = dict(leaves(type(cfg)()))
+    rows = [(" " if k in default and default[k] == v else "*", k, v) for k, v in leaves(cfg)]
+    width = max(len(k) for _, k, _ in rows)
+    return "\n".join(f"{mark} {k:<{width}} = {v!r}" for mark, k, v in rows)
+
+
+def help_text(Config: type) -> str:
+    """--help: the script's own first lines, then each field with its default and the comment behind it."""
+    import inspect
+    module = sys.modules[Config.__module__]
+    lines = [(module.__doc__ or "").strip(), "", "fields (set with --name=value, dotted for nested ones):"]
+    comments = field_comments(inspect.getsource(Config))
+    for f in dataclasses.fields(Config):
+        value = repr(getattr(make(Config, {}), f.name))
+        if len(value) > 60:
+            value = value[:57] + "..."
+        lines.append(f"  --{f.name}={value}".ljust(44) + "  " + comments.get(f.name, ""))
+    return "\n".join(lines)
+
+
+def field_comments(source: str) -> dict[str, str]:
+    """name -> the comment at the end of its line."""
+    found = {}
+    for line in source.splitlines():
+        code, _, comment = line.partition("  # ")
+        name, colon, _ = code.strip().partition(":")
+        if colon and name.isidentifier() and comment:
+            found[name] = comment.strip()
+    return found

@@ -1,0 +1,131 @@
+"""
+Maths problems with levels, worked steps and a rule-checkable answer: the tiny world's stand-in for the report's 100K
+maths problems (section 3.2). Integers and fractions, no proofs, no multiple choice, answers kept as they come.
+
+A problem is a pure function of the random generator it gets; its identity is the arithmetic, not the wording, so that
+"12 + 7" and "Ada has 12 apples and buys 7" fall on the same side of the train/test border.
+
+    python -m data.tiny.maths        # prints one of each kind
+"""
+import math
+import random
+
+from data.problems import Problem, identity, split_of
+
+NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn"]
+THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
+
+
+def chain(rng: random.Random, level: int):
+    """level operations + and -, every partial result between 0 and 99."""
+    value = rng.randint(2, 50)
+    terms, steps = [value], []
+    for _ in range(level):
+        if rng.random() < 0.5 and value >= 5:
+            n = rng.randint(2, value - 2) if value < 60 else rng.randint(2, 50)
+            terms.append(-n)
+        else:
+            n = rng.randint(2, min(50, 99 - value)) if value < 97 else 2
+            terms.append(n) if value + n <= 99 else terms.append(-n)
+        new = value + terms[-1]
+        steps.append(f"{value}{'+' if terms[-1] > 0 else '-'}{abs(terms[-1])}={new}")
+        value = new
+    text = str(terms[0]) + "".join(f" {'+' if t > 0 else '-'} {abs(t)}" for t in terms[1:])
+    if rng.random() < 0.4:
+        name, thing = rng.choice(NAMES), rng.choice(THINGS)
+        acts = [f"gets {t} more" if t > 0 else f"loses {-t}" for t in terms[1:]]
+        question = f"{name} has {terms[0]} {thing}, {', '.join(acts)}. How many {thing} are there?"
+    else:
+        question = rng.choice(["What is {}?", "Compute {}."]).format(text)
+    return f"chain {text}", question, steps, str(value)
+
+
+def products(rng: random.Random, level: int):
+    """a * b, then a sum or difference per further level."""
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    value, text, steps = a * b, f"{a} * {b}", [f"{a}*{b}={a * b}"]
+    for _ in range(level - 1):
+        n = rng.randint(2, 15)
+        sign = 1 if value < n or (rng.random() < 0.5 and value + n <= 99) else -1
+        steps.append(f"{value}{'+' if sign > 0 else '-'}{n}={value + sign * n}")
+        text += f" {'+' if sign > 0 else '-'} {n}"
+        value += sign * n
+    return f"product {text}", rng.choice(["What is {}?", "Compute {}."]).format(text), steps, str(value)
+
+
+def equation(rng: random.Random, level: int):
+    """x + b = c; a x + b = c; a x + b = c x + d."""
+    x, b = rng.randint(2, 12), rng.randint(2, 20)
+    a = 1 if level == 1 else rng.randint(2, 9)
+    if level < 3:
+        left = f"{a if a > 1 else ''}x + {b}"
+        text, steps = f"{left} = {a * x + b}", [f"{a * x + b}-{b}={a * x}"]
+    else:
+        c = rng.randint(1, a - 1)
+        right = (a - c) * x + b
+        text = f"{a}x + {b} = {c if c > 1 else ''}x + {right}"
+        steps = [f"{a}-{c}={a - c}", f"{right}-{b}={(a - c) * x}"]
+        a = a - c
+    if a > 1:
+        steps.append(f"{a * x}/{a}={x}")
+    return f"equation {text}", f"Solve for x: {text}.", steps, str(x)
+
+
+def remainder(rng: random.Random, level: int):
+    """a mod m; (a + b) mod m from level 2 on."""
+    m = rng.randint(3, 9)
+    a, b = rng.randint(10, 60), rng.randint(10, 39)
+    if level == 1:
+        text, steps = str(a), []
+    else:
+        text, steps = f"{a} + {b}", [f"{a}+{b}={a + b}"]
+        a = a + b
+    steps += [f"{m}*{a // m}={a // m * m}", f"{a}-{a // m * m}={a % m}"]
+    return f"remainder {text} by {m}", f"What is the remainder of {text} divided by {m}?", steps, str(a % m)
+
+
+def fraction(rng: random.Random, level: int):
+    """Simplify p/q; from level 2 on a/m + b/m first."""
+    while True:
+        g, p, q = rng.randint(2, 6), rng.randint(1, 9), rng.randint(2, 9)
+        if p < q and math.gcd(p, q) == 1:
+            break
+    top, bottom, steps = g * p, g * q, []
+    text = f"\\frac{{{top}}}{{{bottom}}}"
+    if level > 1:
+        first = rng.randint(1, top - 1)
+        text = f"\\frac{{{first}}}{{{bottom}}} + \\frac{{{top - first}}}{{{bottom}}}"
+        steps.append(f"{first}+{top - first}={top}")
+    steps += [f"{top}/{g}={p}", f"{bottom}/{g}={q}"]
+    return f"fraction {text}", f"Simplify {text}.", steps, f"\\frac{{{p}}}{{{q}}}"
+
+
+KINDS = [chain, products, equation, remainder, fraction]
+
+
+def problem(rng: random.Random, level: int | None = None) -> Problem:
+    """One problem; level 1..3 (operations), drawn when not given."""
+    level = level or rng.randint(1, 3)
+    canonical, question, steps, answer = rng.choices(KINDS, weights=[4, 2, 2, 1, 1])[0](rng, level)
+    return Problem(identity(canonical), "maths", question, level, answer=answer, reasoning="\n".join(steps),
+                   solution=f"\\boxed{{{answer}}}")
+
+
+def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (1, 2, 3)) -> list[Problem]:
+    """n different problems of one split. Raises ValueError when the space is too small for n."""
+    rng, found, tries = random.Random(f"maths {split} {seed}"), {}, 0
+    while len(found) < n:
+        p = problem(rng, rng.choice(levels))
+        tries += 1
+        if split_of(p.id) == split:
+            found.setdefault(p.id, p)
+        if tries > 1000 + 200 * n:
+            raise ValueError(f"only {len(found)} different maths problems of levels {levels} in {split}, {n} wanted")
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    rng = random.Random(0)
+    for kind in KINDS:
+        for level in (1, 2, 3):
+            print(f"{kind.__name__:10} {level}", *kind(rng, level)[1:], sep="  |  ")

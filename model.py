@@ -1,0 +1,199 @@
+"""
+The trunk of MiMo-7B: a decoder of pre-RMSNorm blocks with GQA, RoPE and SwiGLU (report section 2.2).
+
+    ids [B,T] -> embed_tokens -> n_layer x Block -> h [B,T,D] -> norm -> lm_head -> logits [B,T,V]
+                                                    |
+                                                    +-> MTP layers (mtp.py), which read h BEFORE the final norm
+
+The trunk is exactly Qwen2 with QKV bias: on the same weights its fp32 logits equal transformers'
+Qwen2ForCausalLM bit for bit (tests/test_hf_parity.py). Parameter names below the top level are the
+Hugging Face ones, so hf.py only has to add the prefix "model.".
+
+Differs from the report in nothing we know of; initialisation and the untied, padded head are explained
+at the lines concerned. One file for every size: the laptop toy and the 7B model differ in ModelConfig alone.
+
+    python -c "from model import *; print(f'{ModelConfig.mimo_7b().n_params():,}')"     # 7,622,619,136
+
+Symbols, the same in every file: B batch, T time, D model width, H query heads, K kv heads, d head width,
+F feed-forward width, V vocabulary.
+"""
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.rmsnorm import rmsnorm, rmsnorm_residual
+from kernels.rope import rope, rope_tables
+from kernels.swiglu import swiglu
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 1024        # V, rows of embedding and head, padding rows included (7B: 151,680) [paper 2.2]
+    n_layer: int = 4              # trunk blocks (7B: 36) [paper 2.2]
+    d_model: int = 128            # D (7B: 4,096) [paper 2.2]
+    n_head: int = 4               # H, query heads (7B: 32) [paper 2.2]
+    n_kv_head: int = 2            # K, key/value heads, each shared by H/K query heads (7B: 8) [paper 2.2]
+    head_dim: int = 32            # d (7B: 128) [paper 2.2]
+    d_ff: int = 384               # F, SwiGLU width (7B: 11,008) [paper 2.2]
+    rms_eps: float = 1e-5         # RMSNorm epsilon [HF config]
+    rope_base: float = 10_000.0   # RoPE base; 640,000 from stage 3 on [paper 2.3]
+    max_seq_len: int = 1024       # longest context the model is trained for, tokens (7B: 32,768) [paper 2.1]
+    n_mtp: int = 1                # MTP layers: 1 in pre-training, 3 for inference [paper 2.2]
+
+    def __post_init__(self):
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head = {self.n_head} must be a multiple of n_kv_head = {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even: RoPE rotates pairs of channels")
+        for name in ("vocab_size", "n_layer", "d_model", "d_ff", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0 <= self.n_mtp <= 8:
+            raise ValueError(f"n_mtp = {self.n_mtp} must be between 0 and 8")
+
+    @staticmethod
+    def mimo_7b(n_mtp: int = 0) -> "ModelConfig":
+        """The published shape [paper 2.2; HF config.json of MiMo-7B]."""
+        return ModelConfig(vocab_size=151_680, n_layer=36, d_model=4096, n_head=32, n_kv_head=8, head_dim=128,
+                           d_ff=11_008, rope_base=640_000.0, max_seq_len=32_768, n_mtp=n_mtp)
+
+    def n_params(self) -> int:
+        """Exact parameter count: trunk 7,622,619,136 at 7B, each MTP layer adds 210,790,400."""
+        D, V, Fd, d = self.d_model, self.vocab_size, self.d_ff, self.head_dim
+        qkv = D * d * (self.n_head + 2 * self.n_kv_head) + d * (self.n_head + 2 * self.n_kv_head)  # with bias
+        block = qkv + self.n_head * d * D + 3 * D * Fd + 2 * D
+        return self.n_layer * block + 2 * V * D + D + self.n_mtp * (block + 2 * D * D + 3 * D)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * w, in fp32, cast back before the gain as Qwen2 does."""
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rmsnorm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: K key/value heads, each read by H/K query heads."""
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        D, d = cfg.d_model, cfg.head_dim
+        self.head_dim = d
+        self.q_proj = nn.Linear(D, cfg.n_head * d, bias=True)       # biases on q, k, v only, as Qwen2
+        self.k_proj = nn.Linear(D, cfg.n_kv_head * d, bias=True)
+        self.v_proj = nn.Linear(D, cfg.n_kv_head * d, bias=True)
+        self.o_proj = nn.Linear(cfg.n_head * d, D, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None, cache) -> Tensor:
+        # views, not einops: this line runs per token in decode (docs/deviations.md)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rope(q, k, cos, sin)                                 # q [B,T,H,d], k and v [B,T,K,d]
+        o = attention(q, k, v, bounds) if cache is None else cache.attend(q, k, v)
+        return self.o_proj(o.flatten(-2))                           # [B,T,H,d] -> [B,T,D]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down( silu(gate(x)) * up(x) )."""
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
+        self.up_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
+        self.down_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))   # [B,T,D] -> [B,T,F] -> [B,T,D]
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)). One block serves training, decoding and the MTP layers."""
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.d_model, cfg.rms_eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.d_model, cfg.rms_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None = None, cache=None) -> Tensor:
+        """
+        x [B,T,D]; cos, sin [B or 1,T,d] from rope_tables; bounds int32 [2,B,T] keeps attention inside each document
+        (kernels.attention.doc_bounds); cache is any object with attend(q, k, v) -> o (engine.py), None in training.
+        """
+        a = self.self_attn(self.input_layernorm(x), cos, sin, bounds, cache)
+        post = self.post_attention_layernorm
+        y, x = rmsnorm_residual(a, x, post.weight, post.eps)        # x + a and its norm in one pass over memory
+        return x + self.mlp(y)
+
+
+class MiMo(nn.Module):
+    """
+    The trunk plus a list of MTP layers that mtp.build attaches. Calling the model gives h, the state before the
+    final norm: the loss heads (mtp.py), the RL log-probs (rl.py) and the engine each take it from there, so the
+    [B,T,V] logits exist only where somebody wants all of them.
+    """
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = RMSNorm(cfg.d_model, cfg.rms_eps)
+        self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)    # untied from the embedding [paper 2.2]
+        self.mtp_layers = nn.ModuleList()
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, bounds: Tensor | None = None) -> Tensor:
+        """ids int64 [B,T]; positions [B,T] or [1,T], default 0..T-1; bounds as in Block. -> h [B,T,D] before the final norm."""
+        cos, sin = self.rope_at(ids, positions)
+        x = self.embed_tokens(ids)                                  # [B,T] -> [B,T,D]
+        for block in self.layers:
+            x = block(x, cos, sin, bounds)
+        return x
+
+    hidden = forward
+
+    def rope_at(self, ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """cos, sin fp32 [1 or B,T,d] for the given positions under the current RoPE base."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        return rope_tables(positions, self.cfg.head_dim, self.cfg.rope_base)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h [...,D] -> fp32 [...,V]. The head runs in the weights' dtype, the softmax that follows never does."""
+        return F.linear(self.norm(h), self.lm_head.weight).float()
+
+    def set_context(self, rope_base: float, max_seq_len: int) -> None:
+        """Stage 3 raises the RoPE base with the context (10,000 -> 640,000 at 7B) [paper 2.3]; weights stay as they are."""
+        self.cfg = replace(self.cfg, rope_base=float(rope_base), max_seq_len=int(max_seq_len))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """
+        N(0, 0.02), the two projections that write to the residual stream scaled by 1/sqrt(2 n_layer) as GPT-2 [ours:
+        the report is silent], biases 0, gains 1. Filled in name order from one CPU generator, so that any device,
+        any sharding and any number of ranks starts from the same numbers.
+        """
+        gen = torch.Generator().manual_seed(seed)
+        for name, p in sorted(self.named_parameters()):
+            if p.ndim == 1:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            p.copy_(torch.randn(p.shape, generator=gen) * std)
+
+
+def causal_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """
+    Attention as the textbook writes it, for readers and tests: o = softmax(q k^T / sqrt(d) + causal mask) v.
+    q [B,T,H,d], k and v [B,T,K,d] -> [B,T,H,d].
+    """
+    T, G = q.shape[1], q.shape[2] // k.shape[2]
+    q, k, v = rearrange(q, "B T (K G) d -> B K G T d", G=G), rearrange(k, "B T K d -> B K 1 T d"), rearrange(v, "B T K d -> B K 1 T d")
+    scores = q @ k.mT / math.sqrt(q.shape[-1])                      # [B,K,G,T,T]
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return rearrange(scores.masked_fill(future, -math.inf).softmax(-1) @ v, "B K G T d -> B T (K G) d")

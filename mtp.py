@@ -1,0 +1,183 @@
+"""
+Multi-token prediction: training targets, loss, replication, and the acceptance rules of speculative decoding
+(report section 2.2, Fig. 2).
+
+An MTP layer is one more transformer block. Layer k (k = 0, 1, 2) at position i reads the trunk state h_i, from BEFORE
+the final norm, beside the embedding of the token k+1 places ahead, and predicts the token after that:
+
+    z_i    = Block_k( W_k [ RMSNorm(h_i) ; RMSNorm(emb(x_{i+k+1})) ] )          hidden first, embedding second
+    logits = lm_head( RMSNorm_final(z_i) )   predicts   x_{i+k+2}               head and embedding are the trunk's
+
+    position          i      i+1      i+2      i+3      i+4
+    trunk      h_i  ----> predicts x_{i+1}
+    layer 0    h_i + x_{i+1} ------> x_{i+2}
+    layer 1    h_i +         x_{i+2} ------> x_{i+3}        all three read the SAME h_i: they are parallel,
+    layer 2    h_i +                 x_{i+3} ------> x_{i+4}    not a chain
+
+Pre-training trains one layer (loss weight 0.3, then 0.1). Afterwards it is copied into two more, trunk and layer 0
+are frozen and the copies fine-tuned (pretrain.py, last stage). SFT trains all three, RL freezes them.
+
+The report is silent on the weight of each depth when three are trained: we average them. On held-out reasoning text
+the report finds about 90% acceptance for the first layer and more than 75% for the third; the demo prints ours.
+"""
+import torch
+from torch import Tensor, nn
+
+from kernels.linear_cross_entropy import linear_cross_entropy
+from model import Block, MiMo, ModelConfig, RMSNorm
+
+
+class MTPLayer(Block):
+    """One MTP layer: Block's own parts plus three norms and the projection 2D -> D. 210,790,400 parameters at 7B."""
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg)
+        self.token_layernorm = RMSNorm(cfg.d_model, cfg.rms_eps)
+        self.hidden_layernorm = RMSNorm(cfg.d_model, cfg.rms_eps)
+        self.input_proj = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)   # columns [hidden | embedding]
+        self.final_layernorm = RMSNorm(cfg.d_model, cfg.rms_eps)
+
+    def forward(self, h: Tensor, emb: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None = None, cache=None) -> Tensor:
+        """h [B,T,D] trunk state before the final norm; emb [B,T,D] embedding of the token k+1 ahead. -> z [B,T,D]."""
+        z = self.input_proj(torch.cat([self.hidden_layernorm(h), self.token_layernorm(emb)], -1))   # [B,T,2D] -> [B,T,D]
+        return super().forward(z, cos, sin, bounds, cache)
+
+
+def build(cfg: ModelConfig, device: str | torch.device | None = None) -> MiMo:
+    """A model with cfg.n_mtp MTP layers, uninitialised when device is "meta" (then: to_empty, init_weights or load)."""
+    with torch.device(device or "cpu"):
+        model = MiMo(cfg)
+        model.mtp_layers.extend(MTPLayer(cfg) for _ in range(cfg.n_mtp))
+    return model
+
+
+def replicate(model: MiMo, n: int = 3) -> MiMo:
+    """
+    The step between pre-training and MTP fine-tuning: layer 0 copied until there are n layers [paper 2.2].
+    A new model on the same device; its cfg.n_mtp is n. Raises ValueError without a trained layer to copy.
+    """
+    if not 1 <= len(model.mtp_layers) <= n:
+        raise ValueError(f"replicate needs 1..{n} MTP layers to start from, this model has {len(model.mtp_layers)}")
+    cfg = ModelConfig(**{**vars(model.cfg), "n_mtp": n})
+    new, have = build(cfg, model.lm_head.weight.device), len(model.mtp_layers)
+    state = dict(model.state_dict())
+    for k in range(have, n):
+        state |= {name.replace("mtp_layers.0.", f"mtp_layers.{k}."): w
+                  for name, w in model.state_dict().items() if name.startswith("mtp_layers.0.")}
+    new.load_state_dict(state)
+    return new.to(model.lm_head.weight.dtype)
+
+
+def freeze_all_but_new(model: MiMo, first: int = 1) -> None:
+    """MTP fine-tuning trains layers first.. only: trunk and the pre-trained layer keep their weights [paper 2.2]."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("mtp_layers.") and int(name.split(".")[1]) >= first)
+
+
+def mtp_targets(ids: Tensor, docs: Tensor, T: int, depth: int) -> Tensor:
+    """
+    What each position predicts `depth` tokens ahead, -100 where that would cross into another document.
+    ids, docs [B, >= T+depth]; docs numbers the document of each token. depth 1 is the trunk, k+2 is MTP layer k.
+    -> [B,T].
+
+    By hand, two documents A0 A1 A2 | B0 B1 and a neighbour C0, T = 5:
+        depth 1:  A1 A2 --- | B1 ---
+        depth 2:  A2 --- --- | --- ---
+    """
+    ahead = ids[:, depth:T + depth]
+    return ahead.masked_fill(docs[:, :T] != docs[:, depth:T + depth], -100)
+
+
+def losses(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor, mask: Tensor | None = None,
+           ) -> tuple[Tensor, list[Tensor], Tensor]:
+    """
+    Summed cross-entropies of the trunk and of each MTP layer, in nats.
+      ids, docs [B, T+1+n_mtp] with look-ahead; positions [B,T] within the document; bounds int32 [2,B,T];
+      mask [B, T+1+n_mtp], 1 on tokens that are trained on as targets (SFT: the assistant's), default all.
+    -> (trunk sum, [sum per MTP layer], token counts int64 [1 + n_mtp]).
+    Sums, not means: the caller divides by the count over the whole batch and all ranks, so that micro-batches and
+    ranks never change the loss.
+    """
+    B, T = positions.shape
+    n_mtp = ids.shape[1] - T - 1
+    targets = [mtp_targets(ids, docs, T, depth) for depth in range(1, n_mtp + 2)]
+    if mask is not None:
+        targets = [t.masked_fill(mask[:, 1 + k:T + 1 + k] == 0, -100) for k, t in enumerate(targets)]
+    h = model(ids[:, :T], positions, bounds)                        # [B,T,D], before the final norm
+    main = head_loss(model, model.norm(h), targets[0])
+    if n_mtp == 0 or len(model.mtp_layers) == 0:
+        return main, [], torch.stack([(t >= 0).sum() for t in targets[:1]])
+    cos, sin = model.rope_at(ids[:, :T], positions)
+    extra = []
+    for k, layer in enumerate(model.mtp_layers[:n_mtp]):
+        emb = model.embed_tokens(ids[:, k + 1:T + k + 1])           # the embedding is tied with the trunk's [Fig. 2]
+        z = layer(h, emb, cos, sin, bounds)
+        extra.append(head_loss(model, layer.final_layernorm(z), targets[k + 1]))
+    return main, extra, torch.stack([(t >= 0).sum() for t in targets[:1 + len(extra)]])
+
+
+def head_loss(model: MiMo, x: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log p(target) over the targets >= 0. x [B,T,D] already normed; the [B*T,V] logits are never kept."""
+    return linear_cross_entropy(x.flatten(0, 1), model.lm_head.weight, targets.flatten())
+
+
+@torch.no_grad()
+def agreement(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor, mask: Tensor | None = None,
+              ) -> list[tuple[int, int]]:
+    """
+    Teacher-forced acceptance per MTP layer: how often argmax of layer k equals argmax of the trunk for the same token,
+    given that all layers before it agreed too (a draft after a rejected one is never looked at). Greedy online
+    acceptance must come out the same (tests/test_engine.py). -> [(agreed, looked at) per layer]; shapes as in losses.
+    """
+    B, T = positions.shape
+    h = model(ids[:, :T], positions, bounds)
+    trunk = model.logits(h).argmax(-1)                              # trunk[i] is the trunk's choice for x_{i+1}
+    cos, sin = model.rope_at(ids[:, :T], positions)
+    alive = torch.ones(B, T, dtype=torch.bool, device=ids.device)
+    counts = []
+    for k, layer in enumerate(model.mtp_layers):
+        z = layer(h, model.embed_tokens(ids[:, k + 1:T + k + 1]), cos, sin, bounds)
+        draft = (layer.final_layernorm(z) @ model.lm_head.weight.T).argmax(-1)   # [B,T]: choice for x_{i+k+2}
+        # the trunk must have produced the text so far (x_{i+k+1} is its own greedy choice), else the engine is never here
+        valid = torch.zeros_like(alive)
+        valid[:, :T - k - 1] = (docs[:, :T - k - 1] == docs[:, k + 2:T + 1]) & (trunk[:, k:T - 1] == ids[:, k + 1:T])
+        if mask is not None:
+            valid[:, :T - k - 1] &= mask[:, k + 2:T + 1] > 0
+        alive &= valid
+        agree = torch.zeros_like(alive)
+        agree[:, :T - k - 1] = draft[:, :T - k - 1] == trunk[:, k + 1:]
+        counts.append((int((alive & agree).sum()), int(alive.sum())))
+        alive &= agree
+    return counts
+
+
+# ---- acceptance rules, pure functions (Leviathan et al., arXiv 2211.17192) -------------------------------------------
+
+def accept_greedy(drafts: Tensor, argmax: Tensor) -> Tensor:
+    """
+    drafts [B,n]; argmax [B,n+1], the trunk's greedy choice at each verified position. -> accepted drafts, int64 [B].
+    A draft counts only while all before it were right: by hand, drafts 5 7 9 against argmax 5 8 9 4 accept one.
+    """
+    return (drafts == argmax[:, :-1]).long().cumprod(1).sum(1)
+
+
+def accept_sampled(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Speculative sampling that keeps the output distribution p exactly.
+      p [B,n+1,V] target probabilities at each verified position, q [B,n,V] draft probabilities (one-hot for greedy drafts),
+      drafts [B,n] sampled from q, u [B,n] uniform in [0,1).
+    Draft x is kept with probability min(1, p(x)/q(x)); the token after the last kept one comes from the residual
+        r = max(p - q, 0) / sum max(p - q, 0)
+    or from p itself when everything was kept. -> (accepted int64 [B], next-token probabilities [B,V]).
+
+    By hand, V = 2, p = (.3, .7), q = (.6, .4): draft 0 is kept with probability 1/2, else r = (0, 1); so
+    P(0) = .6 * .5 = .3 and P(1) = .4 + .6 * .5 = .7.
+    """
+    B, n = drafts.shape
+    px = p[:, :n].gather(2, drafts[..., None])[..., 0]              # [B,n]
+    qx = q.gather(2, drafts[..., None])[..., 0]
+    kept = (u * qx < px).long().cumprod(1).sum(1)                   # u < p/q without dividing by 0
+    at = kept[:, None, None].expand(-1, 1, p.shape[2])
+    target = p.gather(1, at)[:, 0]                                  # [B,V] p at the first position not kept
+    draft = torch.cat([q, torch.zeros_like(q[:, :1])], 1).gather(1, at)[:, 0]   # q there, 0 when all were kept
+    residual = (target - draft).clamp_min(0)
+    return kept, residual / residual.sum(-1, keepdim=True)
