@@ -1,36 +1,36 @@
-"""The Seamless Rollout Engine (report 3.4.1): continuous rollout, asynchronous reward, early termination; and the
-dynamic sampling (3.3) and easy data pool (3.3.2) that decide what is rolled out. No torch, no judge, no engine
-is imported: the scheduler is plain Python, and drives a real engine or a fake one with a virtual clock alike.
+"""The Seamless Rollout Engine (report 3.4.1): continuous rollout, asynchronous reward, early termination; and
+the dynamic sampling (3.3) and easy data pool (3.3.2) that decide what is rolled out. No torch, no judge, no
+engine is imported: the scheduler drives a real engine, or a fake one with a virtual clock, alike.
 
     sched = Scheduler(n_prompts=len(problems), batch=32, G=8, seed=1)
     rollout = RolloutThread(sched, engine, judge, make_request)
     for _ in range(sched.step, steps):
-        batch = rollout.take()            # blocks; Batch(groups, metrics, timing, version, state, note)
-        for g in batch.groups: ...        # g.task.prompt, g.samples[i], g.rewards[i], g.infos[i], i < G; the
-                                          # list may be short or empty (cap reached; batch.note says so)
-        rollout.publish(weights)          # the update is done; None if the engine shares the trained module
-        ...                               # save batch.state: sched.load_state_dict(state) before RolloutThread(...)
+        batch = rollout.take()        # blocks; Batch(groups, metrics, timing, version, state, note)
+        for g in batch.groups: ...    # g.task.prompt, g.samples[i], g.rewards[i], g.infos[i], i < G; the list
+                                      # may be short or even empty (cap reached; batch.note says so)
+        rollout.publish(weights)      # the update is done; None if the engine shares the trained module
+        ...                           # save batch.state; to resume, sched.load_state_dict(state) comes first
     rollout.close()
 
     make_request(task, i, seed) -> Request with id = task.key(i); seed = hash(run seed, step, launch, sample)
-    judge.submit(key, task, sample); judge.poll() -> [(key, reward, info), ...], non-blocking, in any order
-    engine: add(request), step() -> finished samples, abort(id), load(weights); slots, active, waiting (counts)
+    judge: submit(key, task, sample); poll() -> [(key, reward, info), ...], non-blocking, in any order
+    engine: add(request), step() -> finished samples, abort(id), load(weights); counts slots, active, waiting
 
-THE RULE that makes a run bit-equal for every judge latency and every number of judge workers: no decision looks at
-when a reward arrived. A group's rewards are applied when the engine has made exactly `reward_lag` steps after the
-group's last sample finished: not sooner, though they may be there; not later, for the engine waits for them. When
-nothing is left to decode they are applied at once; several in one step are applied in launch order. So what is
-launched, when, beside whom in the engine's batch, and what is aborted are functions of decode steps alone.
-reward_lag = 0 is a synchronous reward. None applies rewards as they come (the report's way): the trained batches
-stay the same if the engine is batch-invariant, the amount of aborted work does not.
+THE RULE that makes a run bit-equal for every judge latency and any number of judge workers: no decision looks
+at when a reward arrived. The rewards of a group are applied when the engine has made exactly `reward_lag`
+steps after the group's last sample finished: not sooner, though they may be there; not later, for the engine
+waits for them. When nothing is left to decode they are applied at once; several at one step are applied in
+launch order. So what is launched, when, beside whom in the engine's batch, and what is aborted are functions
+of decode steps alone. reward_lag = 0 is a synchronous reward. None applies rewards as they come (the report's
+way): then the trained batches are the same only if the engine is batch-invariant, and aborted work varies.
 
-THE SECOND RULE: launch k of a step is a pure function of (state at the start of the step, k), and the step commits
-only launches 0..L, L the last selected one. Later launches were speculation and are undone: their prompts go back
-to the front of the queue (the cursor steps back), their results touch neither pool nor statistics. Hence no prompt
-is lost and long answers are not selected against.
+THE SECOND RULE: launch k of a step is a pure function of (state at the start of the step, k), and the step
+commits only launches 0..L, L the last selected one. Later launches were speculation and are undone: their
+prompts go back to the front of the queue (the cursor steps back), their results touch neither pool nor
+statistics. Hence no prompt is lost, and long answers are not selected against.
 
-Differs from the report: it is silent on a cap, on aborted prompts, on a pool problem that is solved again (here it
-stays and its group is dropped), and on reproducibility. Tables 2 and 3: python paper/table2.py, paper/table3.py.
+Differs from the report: it is silent on a cap, on aborted prompts, on a pool problem that is solved again
+(here it stays, its group is dropped), and on reproducibility. Tables 2 and 3: python paper/table2.py.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ Key = tuple[int, int, int]  # (step, launch index, sample index): names a sample
 
 
 def hash64(*key) -> int:
-    """A 64-bit integer that depends on nothing but `key` (ints, strings): no generator, so no order effects."""
+    """64 bits that depend on `key` (ints and strings) alone: no generator state, so no order effects."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
@@ -92,13 +92,13 @@ class Scheduler:
     n_prompts   problems, numbered 0..n_prompts-1; the caller keeps them
     batch       valid groups per step (report 3.3.3: 512)
     G           samples per group
-    alpha       probability that a launch draws from the easy pool (report: 0.1); 0: solved problems are gone for
-                good; None: no pool, they stay in the ordinary queue
+    alpha       probability that a launch draws from the easy pool (report: 0.1); 0: solved problems are gone
+                for good; None: no pool, they stay in the ordinary queue
     dynamic     False: launch exactly `batch` groups and train on all of them
-    launch      "continuous": on demand, by the step's pass-rate statistics; "wave": `batch` groups at a time
+    launch      "continuous": on demand, by the step's pass rates; "wave": `batch` groups at a time
     stop        "fifo": report 3.4.1 (c);  "drain": wait for all that was launched;
                 "first": the first to finish, wrong on purpose (prefers short answers), for comparison only
-    reward_lag  decode steps between the end of a group and the use of its rewards; None: as they come (see header)
+    reward_lag  decode steps from the end of a group to the use of its rewards; None: as they come (header)
     max_groups  cap on launches per step, default 8 * batch: then the step trains on what is there
     rate        expected share of valid groups before anything is known; later the last step's share
     Raises ValueError for settings out of range, unknown or repeated results, rewards outside [0, 1].
@@ -106,19 +106,20 @@ class Scheduler:
 
     def __init__(self, n_prompts: int, batch: int, G: int, seed: int = 0, alpha: float | None = 0.1,
                  dynamic: bool = True, launch: str = "continuous", stop: str = "fifo",
-                 reward_lag: int | None = 16, max_groups: int | None = None, tol: float = 1e-6, rate: float = 0.5):
+                 reward_lag: int | None = 16, max_groups: int | None = None, tol: float = 1e-6,
+                 rate: float = 0.5):
         if min(n_prompts, batch, G) < 1:
             raise ValueError(f"n_prompts, batch, G = {n_prompts}, {batch}, {G} should all be at least 1")
         if dynamic and G < 2:
-            raise ValueError("G = 1 has no reward range: dynamic sampling would drop every group; use G >= 2")
+            raise ValueError("G = 1 has no reward range: dynamic sampling drops every group; use G >= 2")
         if launch not in ("continuous", "wave") or stop not in ("fifo", "drain", "first"):
-            raise ValueError(f"launch, stop = {launch!r}, {stop!r} should be continuous|wave, fifo|drain|first")
+            raise ValueError(f"launch={launch!r}, stop={stop!r} should be continuous|wave, fifo|drain|first")
         if alpha is not None and not 0 <= alpha <= 1 or not 0 < rate <= 1:
             raise ValueError(f"alpha = {alpha} should be None or in [0, 1]; rate = {rate} in (0, 1]")
         if reward_lag is not None and reward_lag < 0:
             raise ValueError(f"reward_lag = {reward_lag} should be None or >= 0")
-        self.n_prompts, self.batch_size, self.G, self.seed, self.alpha = n_prompts, batch, G, seed, alpha
-        self.dynamic, self.launch_mode, self.stop_mode = dynamic, launch, stop
+        self.n_prompts, self.batch_size, self.G, self.seed = n_prompts, batch, G, seed
+        self.alpha, self.dynamic, self.launch_mode, self.stop_mode = alpha, dynamic, launch, stop
         self.reward_lag, self.tol = reward_lag, tol
         self.max_groups = (8 * batch if dynamic else batch) if max_groups is None else max_groups
         if self.max_groups < batch:
@@ -126,7 +127,7 @@ class Scheduler:
         # all that lives across steps, and all that a checkpoint holds
         self.step = 0
         self.cursor = (0, 0)  # (epoch, position) in that epoch's permutation of the problems
-        self.pool: dict[int, None] = {}  # easy pool, in order of arrival (a dict keeps the order and finds fast)
+        self.pool: dict[int, None] = {}  # easy pool, in order of arrival (a dict keeps the order, finds fast)
         self.rate = rate
         self._perm: tuple[int, list[int]] = (-1, [])
         self._begin()
@@ -143,7 +144,7 @@ class Scheduler:
         self.busy = self.tokens = 0  # slot-steps used; tokens of the finished samples
         self.selected: list[Group] | None = None  # the batch, once the step is over
 
-    # ---- what to launch ----------------------------------------------------------------------------------
+    # ---- what to launch --------------------------------------------------------------------------
 
     def _next_prompt(self) -> int:
         """The front of the prompt queue: a seeded permutation per epoch, without the pool's problems."""
@@ -172,14 +173,14 @@ class Scheduler:
         return Group(task, self.cursor, [None] * G, [None] * G, [None] * G, decoding=G)
 
     def _wanted(self) -> bool:
-        """Launch one more? Decided by the pass-rate statistics of this step, starting from the last step's."""
+        """Launch one more? Decided by the pass rates of this step, starting from the last step's."""
         running = len(self.groups) - len(self.order)  # decoding, or waiting for rewards
         if len(self.groups) >= self.max_groups or self.selected is not None:
             return False
         if not self.dynamic:
             return len(self.groups) < self.batch_size
         if self.launch_mode == "wave":
-            wave_open = len(self.groups) % self.batch_size != 0  # free slots may cut a wave into several calls
+            wave_open = len(self.groups) % self.batch_size != 0  # `free` may cut a wave into several calls
             return wave_open or (running == 0 and self.n_valid < self.batch_size)
         # p = (valid + 8 p0) / (completed + 8): the prior counts as 8 groups
         p = (self.n_valid + 8 * self.rate) / (len(self.order) + 8)
@@ -187,9 +188,9 @@ class Scheduler:
         return self.n_valid + p * running < self.batch_size
 
     def launch(self, free: int | None = None) -> list[Task]:
-        """Apply the rewards that are due, stop or go on, return new tasks (each is G samples for the engine).
+        """Apply the rewards that are due, stop or go on, return new tasks (G samples each for the engine).
 
-        free: sample slots the engine has to spare: a launch that could not start yet is better decided later.
+        free: sample slots the engine has to spare; a launch that could not start yet is better decided later.
         RuntimeError while rewards are missing()."""
         self._apply()
         self._maybe_stop()
@@ -202,15 +203,15 @@ class Scheduler:
         return tasks
 
     def sample_seed(self, key: Key) -> int:
-        """Seed of one sample's generator, independent of scheduling: an answer never depends on its neighbours."""
+        """Seed of one sample's generator, independent of scheduling and of the sample's neighbours."""
         return hash64(self.seed, "sample", *key) >> 1  # 63 bits, torch's range
 
-    # ---- what came back ----------------------------------------------------------------------------------
+    # ---- what came back --------------------------------------------------------------------------
 
     def advance(self, finished: list, active: int = 0, steps: int = 1):
         """The engine made one step (or `steps` with nothing finished before the last).
 
-        finished: [(key, sample)], any object with a sized .tokens; active: slots busy in each of these steps."""
+        finished: [(key, sample)], any object with a sized .tokens; active: slots busy in each step."""
         self.clock += steps
         self.busy += active * steps
         for key, sample in finished:
@@ -226,7 +227,7 @@ class Scheduler:
                 self.ungraded.append(group)
 
     def observe(self, outcomes: list):
-        """Rewards from the judge, [(key, reward, info)], in any order, at any time: they are only filed here."""
+        """Rewards from the judge, [(key, reward, info)], in any order, at any time: only filed here."""
         for key, reward, info in outcomes:
             if key[0] < self.step:
                 continue  # an aborted task of an earlier step that the judge had already begun
@@ -240,7 +241,7 @@ class Scheduler:
     def _find(self, key: Key) -> tuple[Group, int]:
         step, index, i = key
         if step != self.step or not 0 <= index < len(self.groups) or not 0 <= i < self.G:
-            raise ValueError(f"no sample {key} in step {self.step} with {len(self.groups)} launches of {self.G}")
+            raise ValueError(f"no sample {key} in step {self.step}: {len(self.groups)} launches of {self.G}")
         return self.groups[index], i
 
     def _ripe(self) -> list[Group]:
@@ -254,14 +255,14 @@ class Scheduler:
         return sorted(ripe, key=lambda g: g.task.index)
 
     def missing(self) -> list[Key]:
-        """Rewards that must be observed before the next launch(): the engine must not step until it is empty."""
+        """Rewards to be observed before the next launch(): the engine must not step until this is empty."""
         return [g.task.key(i) for g in self._ripe() for i in range(self.G) if g.rewards[i] is None]
 
     def _apply(self):
         if missing := self.missing():
             raise RuntimeError(f"{len(missing)} rewards are due but not observed, first {missing[0]}")
         for g in self._ripe():
-            # dynamic sampling: drop pass rate 0 and 1; by range, not std == 0 (rounding), not mean (soft rewards)
+            # dynamic sampling drops pass rates 0 and 1: by range, for std == 0 fails by rounding
             g.valid = not self.dynamic or max(g.rewards) - min(g.rewards) > self.tol
             g.applied = True
             self.order.append(g.task.index)
@@ -271,7 +272,7 @@ class Scheduler:
             self.head_valid += self.groups[self.head].valid
             self.head += 1
 
-    # ---- when to stop ------------------------------------------------------------------------------------
+    # ---- when to stop ----------------------------------------------------------------------------
 
     def _maybe_stop(self):
         if self.selected is not None or not self.groups:
@@ -297,7 +298,7 @@ class Scheduler:
         return [g.task.key(i) for g in self.groups for i in range(self.G) if g.samples[i] is None]
 
     def batch(self, slots: int = 0, aborted_tokens: int = 0) -> tuple[list[Group], dict]:
-        """End the step: (selected groups in launch order, metrics). Commits launches 0..L, undoes the later ones.
+        """End the step: (selected groups in launch order, metrics). Commits launches 0..L, undoes the rest.
 
         slots of the engine and tokens of the aborted samples are only for the metrics."""
         if self.selected is None:
@@ -347,7 +348,7 @@ class Scheduler:
             "epoch": kept[-1].cursor[0],
         }
 
-    # ---- resume ------------------------------------------------------------------------------------------
+    # ---- resume ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """JSON-able; only between steps (else RuntimeError), so nothing is in flight that could be lost."""
@@ -366,14 +367,14 @@ class Scheduler:
 
 
 class RolloutThread:
-    """engine.step() -> judge.submit() -> scheduler.observe(judge.poll()) -> engine.add(scheduler.launch()), in one
-    background thread; the trainer takes full batches.
+    """engine.step() -> judge.submit() -> scheduler.observe(judge.poll()) -> engine.add(scheduler.launch()),
+    in one background thread; the trainer takes full batches.
 
-    max_staleness 0 (report 3.4.1: not asynchronous training): batch k is generated by version k, the weights after
-    k updates; the thread rests during the update. max_staleness 1 (ours, opt-in): batch k is generated by version
-    k-1, during the update that makes version k; exactly k-1, never "the newest", so that this too is reproducible.
-    The trainer weighs by batch.version. What the thread raises comes out of take() and publish(); a judge that
-    says nothing for judge_timeout seconds while rewards are due is such an error.
+    max_staleness 0 (report 3.4.1: not asynchronous training): batch k is generated by version k, the weights
+    after k updates; the thread rests during the update. max_staleness 1 (ours, opt-in): batch k is generated
+    by version k-1, during the update that makes version k; exactly k-1, never "the newest", so this too is
+    reproducible. The trainer weighs by batch.version. What the thread raises comes out of take() and
+    publish(); a judge that says nothing for judge_timeout seconds while rewards are due is such an error.
     """
 
     def __init__(self, scheduler: Scheduler, engine, judge, make_request, max_staleness: int = 0,
@@ -391,7 +392,7 @@ class RolloutThread:
         self.thread = threading.Thread(target=self._run, name="rollout", daemon=True)
         self.thread.start()
 
-    # ---- the trainer's side ------------------------------------------------------------------------------
+    # ---- the trainer's side ----------------------------------------------------------------------
 
     def take(self) -> Batch:
         """The next batch; blocks until it is full (or the cap is reached)."""
@@ -402,8 +403,8 @@ class RolloutThread:
             return self.ready.pop(0)
 
     def publish(self, weights=None):
-        """One more update is done. weights: for engine.load(), a snapshot that training will not write to; None
-        if the engine shares the trained module. ValueError for None with max_staleness = 1, which cannot share."""
+        """One more update is done. weights: for engine.load(), a snapshot that training will not write to;
+        None if the engine shares the trained module (ValueError with max_staleness = 1, which cannot)."""
         if weights is None and self.max_staleness:
             raise ValueError("max_staleness = 1 generates during the update: publish(a copy of the weights)")
         with self.changed:
@@ -413,7 +414,7 @@ class RolloutThread:
             self.changed.notify_all()
 
     def close(self, timeout: float = 10.0):
-        """Stop the thread, aborting what runs. Returns within `timeout` seconds, even if the engine is stuck."""
+        """Stop the thread, aborting what runs. Returns within `timeout` seconds even if the engine hangs."""
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
@@ -427,7 +428,7 @@ class RolloutThread:
         if self.stopping:
             raise RuntimeError("the rollout thread is closed")
 
-    # ---- the thread's side -------------------------------------------------------------------------------
+    # ---- the thread's side -----------------------------------------------------------------------
 
     def _run(self):
         try:
@@ -487,9 +488,9 @@ class RolloutThread:
         groups, metrics = sched.batch(slots=engine.slots, aborted_tokens=aborted_tokens)
         note = ""
         if metrics["capped"]:
-            note = (f"step {sched.step - 1}: only {len(groups)} of {sched.batch_size} groups after the cap of "
-                    f"{sched.max_groups} launches (all 0: {metrics['all0']:.0%}, all 1: {metrics['all1']:.0%}); "
-                    f"training on what is there")
+            note = (f"step {sched.step - 1}: {len(groups)} of {sched.batch_size} groups after the cap of "
+                    f"{sched.max_groups} launches, training on what is there "
+                    f"(all 0: {metrics['all0']:.0%}, all 1: {metrics['all1']:.0%})")
         seconds = time.perf_counter() - started
         timing = {"rollout_s": seconds, "judge_wait_s": judge_wait, "judge_queue_max": queue_max}
         return Batch(groups, metrics, timing, version, sched.state_dict(), note)
@@ -503,7 +504,7 @@ class RolloutThread:
             came += sum(key[0] == self.sched.step for key, _, _ in outcomes)
             if not outcomes:
                 if time.perf_counter() > deadline:
-                    raise RuntimeError(f"the judge has owed {len(missing)} rewards for {self.judge_timeout:.0f} s,"
-                                       f" first {missing[0]}")
+                    raise RuntimeError(f"the judge owes {len(missing)} rewards, first {missing[0]}, for "
+                                       f"{self.judge_timeout:.0f} s")
                 time.sleep(0.001)
         return came
