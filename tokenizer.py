@@ -1,15 +1,18 @@
 """Tokenizer: text <-> ids through tiktoken, from our own ranks (nothing is ever downloaded).
 
 Report, section 2.2: MiMo-7B uses the Qwen2 tokenizer (vocabulary padded to 151,680). Two sources, one class:
-  Tokenizer.load("tiny")   the embedded byte-level BPE, data/tiny/bpe.tiktoken: 1,024 ids, made by data/tiny/train_bpe.py
-  Tokenizer.load(folder)   Hugging Face files: tokenizer.json, or vocab.json + merges.txt [+ tokenizer_config.json /
-                           added_tokens.json]; the ids are those of Hugging Face's own tokenizer (tests/test_tokenizer.py)
+  Tokenizer.load("tiny")   the embedded byte-level BPE, data/tiny/bpe.tiktoken: 1,024 ids, made by
+                           data/tiny/train_bpe.py
+  Tokenizer.load(folder)   Hugging Face files: tokenizer.json, or vocab.json + merges.txt [+
+                           tokenizer_config.json / added_tokens.json]; the ids are those of Hugging Face's own
+                           tokenizer (tests/test_tokenizer.py)
 Both split text with Qwen2's regular expression, in which every digit is its own token.
 
-Control tokens inside a text are never special here: encode("<|im_end|>") gives ordinary pieces, so that no web page and
-no user can forge the end of a turn. Only chat() and the document writers insert control ids.
+Control tokens inside a text are never special here: encode("<|im_end|>") gives ordinary pieces, so that no
+web page and no user can forge the end of a turn. Only chat() and the document writers insert control ids.
 
-    python tokenizer.py "Problem: 17 + 25 = ?"      # shows the pieces; the tiny BPE makes about 2.5 characters a token
+    python tokenizer.py "Problem: 17 + 25 = ?"      # shows the pieces; the tiny BPE makes about 2.5
+    characters a token
 """
 
 import base64
@@ -24,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-try:   # Python's Unicode tables differ from Hugging Face's on 51 combining marks: take theirs where it is installed
+try:   # Python's Unicode tables differ from Hugging Face's on 51 combining marks: prefer theirs
     from tokenizers.normalizers import NFC
     _nfc = NFC().normalize_str
 except ImportError:
@@ -34,18 +37,27 @@ except ImportError:
 TINY = Path(__file__).resolve().parent / "data" / "tiny" / "bpe.tiktoken"
 EOS, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# [HF] Qwen2's pre-tokenizer: contractions | word with one leading sign | ONE digit | signs | line ends | spaces
+# [HF] Qwen2's pre-tokenizer: contractions | word with one leading sign | ONE digit | signs | line ends |
+# spaces
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-# ChatML without a default system prompt (MiMo's README advises an empty one); the same string chat() builds as ids
-CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-                 "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+# ChatML without a default system prompt (MiMo's README advises an empty one); the same string chat() builds
+# as ids
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def _normal(text):
+    """NFC; half of a surrogate pair, which has no UTF-8 form, becomes U+FFFD."""
+    return _nfc(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def byte_to_unicode():
-    """GPT-2's printable stand-in for each byte, as used in vocab.json: 188 bytes stand for themselves, the others
-    become code points from 256 on. -> list of 256 one-character strings."""
+    """GPT-2's printable stand-in for each byte, as used in vocab.json: 188 bytes stand for themselves, the
+    others become code points from 256 on. -> list of 256 one-character strings."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     table, spare = [], 256
     for b in range(256):
@@ -61,8 +73,9 @@ U2B = {u: b for b, u in enumerate(B2U)}
 def bpe_pieces(token, ranks, max_rank):
     """Byte-pair-merge `token` using only ranks below max_rank -> list of pieces (bytes).
 
-    At every step the adjacent pair whose concatenation has the lowest rank is merged, leftmost first. By hand, with
-    ranks a=0 b=1 c=2 ab=3 abc=4: bpe_pieces(b"abc", ranks, 4) = [b"ab", b"c"], and (ab, c) is the merge that makes abc."""
+    At every step the adjacent pair whose concatenation has the lowest rank is merged, leftmost first. By
+    hand, with ranks a=0 b=1 c=2 ab=3 abc=4: bpe_pieces(b"abc", ranks, 4) = [b"ab", b"c"], and (ab, c) is the
+    merge that makes abc."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 1:
         best, at = max_rank, -1
@@ -79,16 +92,17 @@ def bpe_pieces(token, ranks, max_rank):
 def merges_of(ranks):
     """The merge list that the ranks stand for, in rank order -> list of (left, right) bytes.
 
-    tiktoken merges by the rank of the RESULT, Hugging Face by a list of PAIRS; the two agree on every text if and only
-    if each token re-derives from exactly two lower pieces. Raises ValueError naming the first token that does not."""
+    tiktoken merges by the rank of the RESULT, Hugging Face by a list of PAIRS; the two agree on every text if
+    and only if each token re-derives from exactly two lower pieces. Raises ValueError naming the first token
+    that does not."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
         parts = bpe_pieces(token, ranks, rank)
         if len(parts) != 2:
-            raise ValueError(f"token {rank} {token!r} is made of {len(parts)} pieces {parts}, not 2: no merge list gives"
-                             " these ranks, so tiktoken and Hugging Face would disagree")
+            raise ValueError(f"token {rank} {token!r} is made of {len(parts)} pieces, not 2: no merge "
+                             "list gives these ranks, so tiktoken and Hugging Face would disagree")
         merges.append((parts[0], parts[1]))
     return merges
 
@@ -97,8 +111,9 @@ class Tokenizer:
     """Byte-level BPE with control tokens.
 
     ranks       dict bytes -> id, the ordinary tokens
-    added       dict text -> (id, is_control): tokens outside the BPE. Control tokens (<|im_end|>) are never found in a
-                text by encode(); the others (<tool_call> in Qwen2.5) always are, as in Hugging Face
+    added       dict text -> (id, is_control): tokens outside the BPE. Control tokens (<|im_end|>) are never
+                found in a text by encode(); the others (<tool_call> in Qwen2.5) always are, as in Hugging
+                Face
     vocab_size  rows of the embedding, >= the largest id + 1 (Qwen2: 151,665 used, padded to 151,680)
     """
 
@@ -109,7 +124,7 @@ class Tokenizer:
             raise ValueError("tokenizer: two tokens share an id")
         missing = [b for b in range(256) if bytes([b]) not in ranks]
         if missing:
-            raise ValueError(f"tokenizer: no token for byte {missing[0]} ({len(missing)} bytes missing of 256)")
+            raise ValueError(f"tokenizer: no token for byte {missing[0]} ({len(missing)} of 256 missing)")
         for name in (EOS, IM_START, IM_END):
             if name not in added:
                 raise ValueError(f"tokenizer: needs the token {name}, has {sorted(added)}")
@@ -128,16 +143,19 @@ class Tokenizer:
         plain = [t for t in alternatives if not added[t][1]]
         self._split_plain = re.compile("|".join(map(re.escape, plain))) if plain else None
 
-    # ---- text <-> ids ----------------------------------------------------------------------------------------------
+    # ---- text <-> ids
+    # ----------------------------------------------------------------------------------------------
 
     def encode(self, text, control=False):
         """text -> list of ids. control=False: control tokens written in the text are ordinary characters.
-        control=True: they become their ids, as Hugging Face does by default (only for text that we wrote ourselves)."""
+        control=True: they become their ids, as Hugging Face does by default (only for text that we wrote
+        ourselves)."""
         split = self._split_all if control else self._split_plain
         if split is None:
             return self._segment(text)
         ids, at = [], 0
-        # added tokens first, normalisation second: "<|im_end|>" + U+0338 would otherwise compose to "<|im_end|" + U+226F
+        # added tokens first, normalisation second: "<|im_end|>" + U+0338 would otherwise compose to
+        # "<|im_end|" + U+226F
         for match in split.finditer(text):
             ids += self._segment(text[at:match.start()])
             ids.append(self.added[match.group()][0])
@@ -145,41 +163,44 @@ class Tokenizer:
         return ids + self._segment(text[at:])
 
     def _segment(self, text):
-        if not text.isascii():
-            # half of a surrogate pair has no UTF-8 form: it becomes U+FFFD
-            text = _nfc(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return self._bpe.encode_ordinary(text)
+        return self._bpe.encode_ordinary(text if text.isascii() else _normal(text))
 
     def encode_documents(self, texts, threads=1):
-        """Many documents -> list of id lists, each ended by eos_id (a document is never split by its own text)."""
+        """Many documents -> list of id lists, each ended by eos_id (a document is never split by its own
+        text)."""
         if self._split_plain is None:
-            lists = self._bpe.encode_ordinary_batch([t if t.isascii() else _nfc(t) for t in texts], num_threads=threads)
+            normal = [t if t.isascii() else _normal(t) for t in texts]
+            lists = self._bpe.encode_ordinary_batch(normal, num_threads=threads)
         else:
             lists = [self.encode(t) for t in texts]
         return [ids + [self.eos_id] for ids in lists]
 
     def decode(self, ids, skip_control=False, errors="replace"):
-        """ids -> text; bytes that are no UTF-8 become U+FFFD. ValueError for an id that is no token (padding row)."""
+        """ids -> text; bytes that are no UTF-8 become U+FFFD. ValueError for an id that is no token (padding
+        row)."""
         ids = [int(i) for i in ids]
         for i in ids:
             if not (0 <= i < self.vocab_size and self.valid_ids[i]):
-                raise ValueError(f"id {i} is no token: {int(self.valid_ids.sum())} tokens in {self.vocab_size} rows")
+                raise ValueError(f"id {i} is no token: {self.valid_ids.sum()} tokens in {self.vocab_size} rows")
         if skip_control:
             control = {i for i, is_control in self.added.values() if is_control}
             ids = [i for i in ids if i not in control]
         return self._bpe.decode_bytes(ids).decode("utf-8", errors)
 
-    # ---- chat ------------------------------------------------------------------------------------------------------
+    # ---- chat
+    # ------------------------------------------------------------------------------------------------------
 
     def chat(self, messages, add_generation_prompt=False, last_only=False):
-        """ChatML -> (ids, mask), two lists of one length; mask is 1 on the tokens the model must learn to write: the
-        assistant's text and its <|im_end|>, not the header, not the newline after. last_only: only the last assistant turn.
+        """ChatML -> (ids, mask), two lists of one length; mask is 1 on the tokens the model must learn to
+        write: the assistant's text and its <|im_end|>, not the header, not the newline after. last_only: only
+        the last assistant turn.
 
             <|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\nyo<|im_end|>\\n
             0           0   0  0 0         0  0           0        0  1 1         0
 
-        messages: [{"role": "system" | "user" | "assistant", "content": text}]; no system prompt is added when there is none.
-        The prompt (add_generation_prompt=True) is always a prefix of the full sample, so RL prompts equal the SFT ones."""
+        messages: [{"role": "system" | "user" | "assistant", "content": text}]; no system prompt is added when
+        there is none. The prompt (add_generation_prompt=True) is always a prefix of the full sample, so RL
+        prompts equal the SFT ones."""
         ids, mask = [], []
 
         def put(new, train):
@@ -195,7 +216,7 @@ class Tokenizer:
                 raise ValueError(f"message {k} ({role}): content should be text, is {type(content).__name__}")
             train = role == "assistant" and (not last_only or k == turns[-1])
             put([self.im_start_id], False)
-            if role == "assistant":   # header apart from the content: the prompt stays a prefix whatever the answer is
+            if role == "assistant":   # header apart: the prompt stays a prefix whatever the answer is
                 put(self.encode("assistant\n"), False)
                 put(self.encode(content), train)
             else:                     # in one piece, as Hugging Face's template does
@@ -206,36 +227,41 @@ class Tokenizer:
             put([self.im_start_id, *self.encode("assistant\n")], False)
         return ids, mask
 
-    # ---- files -----------------------------------------------------------------------------------------------------
+    # ---- files
+    # -----------------------------------------------------------------------------------------------------
 
     @staticmethod
     def load(name):
-        """ "tiny" or a folder -> Tokenizer. Raises ValueError that names the file, FileNotFoundError if there is none."""
+        """ "tiny" or a folder -> Tokenizer. Raises ValueError that names the file, FileNotFoundError if there
+        is none."""
         return _load_tiny() if str(name) == "tiny" else _load_folder(os.fspath(name))
 
     def save(self, folder):
-        """Write tokenizer.json, vocab.json, merges.txt, added_tokens.json and tokenizer_config.json: what transformers,
-        vLLM and SGLang read, and what load(folder) reads back to the same tokenizer."""
+        """Write tokenizer.json, vocab.json, merges.txt, added_tokens.json and tokenizer_config.json: what
+        transformers, vLLM and SGLang read, and what load(folder) reads back to the same tokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         u = lambda token: "".join(B2U[b] for b in token)
         vocab = {u(t): r for t, r in sorted(self.ranks.items(), key=lambda item: item[1])}
         merges = [f"{u(a)} {u(b)}" for a, b in merges_of(self.ranks)]
-        added = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                  "special": control} for t, (i, control) in sorted(self.added.items(), key=lambda item: item[1][0])]
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        added = [{"id": i, "content": t, **plain, "special": control}
+                 for t, (i, control) in sorted(self.added.items(), key=lambda item: item[1][0])]
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+                      "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
         fast = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
                 "normalizer": {"type": "NFC"},
-                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}, byte_level]},
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
                 "post_processor": byte_level, "decoder": byte_level,
                 "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-                          "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                          "vocab": vocab, "merges": merges}}
-        config = {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False, "bos_token": None, "unk_token": None,
-                  "eos_token": IM_END, "pad_token": EOS, "errors": "replace", "clean_up_tokenization_spaces": False,
-                  "split_special_tokens": False, "model_max_length": 131072, "chat_template": self.chat_template,
-                  "padded_vocab_size": self.vocab_size,
+                          "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
+                          "ignore_merges": False, "vocab": vocab, "merges": merges}}
+        config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "unk_token": None,
+                  "eos_token": IM_END, "pad_token": EOS, "errors": "replace", "add_prefix_space": False,
+                  "clean_up_tokenization_spaces": False, "split_special_tokens": False,
+                  "model_max_length": 131072, "padded_vocab_size": self.vocab_size,
+                  "chat_template": self.chat_template,
                   "added_tokens_decoder": {str(a["id"]): {k: a[k] for k in a if k != "id"} for a in added}}
         dump = lambda value, **k: json.dumps(value, ensure_ascii=False, **k) + "\n"
         write = lambda file, text: (folder / file).write_text(text, encoding="utf-8", newline="\n")
@@ -248,7 +274,8 @@ class Tokenizer:
 
 def write_tiktoken(path, ranks):
     """One "base64(token) rank" per line, the format of OpenAI's .tiktoken files."""
-    lines = [f"{base64.b64encode(t).decode()} {r}\n" for t, r in sorted(ranks.items(), key=lambda item: item[1])]
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    lines = [f"{base64.b64encode(t).decode()} {r}\n" for t, r in ordered]
     Path(path).write_text("".join(lines), encoding="ascii", newline="\n")
 
 
@@ -287,12 +314,12 @@ def _load_folder(folder):
             names = _read_json(folder / "added_tokens.json") if has("added_tokens.json") else {}
             entries = [{"content": t, "id": i, "special": t.startswith("<|")} for t, i in names.items()]
     else:
-        raise FileNotFoundError(f"{folder}: no tokenizer.json and no vocab.json + merges.txt (or say \"tiny\")")
+        raise FileNotFoundError(f"{folder}: no tokenizer.json and no vocab.json + merges.txt")
     added = {}
     for e in entries:
         flags = [k for k in ("lstrip", "rstrip", "single_word", "normalized") if e.get(k)]
         if flags:
-            raise ValueError(f"{folder}: added token {e['content']!r} has {flags[0]}=true; only plain ones are known")
+            raise ValueError(f"{folder}: added token {e['content']!r} has {flags[0]}=true, should be false")
         added[e["content"]] = (e["id"], bool(e.get("special")))
     # Qwen2 lists its control tokens outside vocab.json; a vocab.json that holds them too is fine
     ranks = {bytes(map(U2B.__getitem__, t)): i for t, i in vocab.items() if t not in added}
@@ -302,31 +329,36 @@ def _load_folder(folder):
 
 
 def _read_fast(path):
-    """tokenizer.json -> vocab, merges (pairs), added tokens. ValueError if it is not Qwen2's kind of tokenizer."""
+    """tokenizer.json -> vocab, merges (pairs), added tokens. ValueError if it is not Qwen2's kind of
+    tokenizer."""
     fast = _read_json(path)
     model, pre = fast.get("model", {}), json.dumps(fast.get("pre_tokenizer"))
     if model.get("type") != "BPE" or json.dumps(PATTERN) not in pre:
-        raise ValueError(f"{path}: not Qwen2's byte-level BPE (model {model.get('type')!r}; the split pattern must be {PATTERN})")
+        raise ValueError(f"{path}: not Qwen2's byte-level BPE: model {model.get('type')!r} should be BPE, "
+                         f"split by {PATTERN}")
     if (fast.get("normalizer") or {}).get("type") != "NFC":
         raise ValueError(f"{path}: normalizer {fast.get('normalizer')} should be NFC")
     if model.get("ignore_merges"):
         raise ValueError(f"{path}: ignore_merges=true is not Qwen2's BPE")
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]   # both forms exist
+    # both forms exist: "a b" and ["a", "b"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     return model["vocab"], merges, fast.get("added_tokens", [])
 
 
 def _check_merges(folder, ranks, merges):
-    """The file's merges must be the ones the ids imply, in id order; else tiktoken's ids would differ from HF's."""
+    """The file's merges must be the ones the ids imply, in id order; else tiktoken's ids would differ from
+    HF's."""
     implied = merges_of(ranks)
-    for k, (pair, (a, b)) in enumerate(zip(merges, implied, strict=False)):
-        if len(pair) != 2 or bytes(map(U2B.__getitem__, pair[0])) != a or bytes(map(U2B.__getitem__, pair[1])) != b:
-            raise ValueError(f"{folder}: merge {k} is {pair}, the ids imply {(a, b)}: merges must be in id order")
+    for k, (pair, both) in enumerate(zip(merges, implied, strict=False)):
+        if tuple(bytes(map(U2B.__getitem__, part)) for part in pair) != both:
+            raise ValueError(f"{folder}: merge {k} is {pair}, the ids imply {both}: order them by id")
     if len(merges) != len(implied):
         raise ValueError(f"{folder}: {len(merges)} merges for {len(implied)} tokens of more than one byte")
 
 
 def _padded_size(folder, config):
-    """Rows of the embedding: our own note, else the model's config beside it, else None = next multiple of 128."""
+    """Rows of the embedding: our own note, else the model's config beside it, else None = next multiple of
+    128."""
     if isinstance(config.get("padded_vocab_size"), int):
         return config["padded_vocab_size"]
     for file in ("config.json", "model.json"):

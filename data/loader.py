@@ -1,17 +1,21 @@
 """
 Mixture loader: rows of T tokens from several sources in exact proportions (report sections 2.1 and 2.3).
 
-Stage 2 raises maths and code to ~70% of the tokens, stage 3 adds ~10% synthetic answers and goes from 8,192 to 32,768
-tokens a row. The weights inside a stage are not in the report.
+Stage 2 raises maths and code to ~70% of the tokens, stage 3 adds ~10% synthetic answers and goes from 8,192
+to 32,768 tokens a row. The weights inside a stage are not in the report.
 
 Everything is a pure function of (seed, the data, how much was taken), there is no random generator to save:
-  - epoch e of a source is its shards, and the documents inside each shard, in a permutation drawn from (seed, name, e),
+  - epoch e of a source is its shards, and the documents inside each shard, in a permutation drawn from (seed,
+  name, e),
     joined to one stream; a cursor per source counts tokens taken;
-  - each row goes to the source that is furthest behind its share (as Megatron's blending), then the cursor moves by T;
-  - so the state is five small numbers, a batch is the same for any number of ranks, and T may change between stages.
-Rows carry n_mtp + 1 tokens of look-ahead for the targets; these are the first tokens of the source's next row.
+  - each row goes to the source that is furthest behind its share (as Megatron's blending), then the cursor
+  moves by T; - so the state is five small numbers, a batch is the same for any number of ranks, and T may
+  change between stages.
+Rows carry n_mtp + 1 tokens of look-ahead for the targets; these are the first tokens of the source's next
+row.
 
-    python -m data.loader out/tiny/data web=0.7 math=0.3      # a table of what a stage takes, and tokens per second
+    python -m data.loader out/tiny/data web=0.7 math=0.3      # a table of what a stage takes, and tokens per
+    second
 """
 import sys
 import time
@@ -26,10 +30,11 @@ from data.shards import Shards
 
 @dataclass
 class Batch:
-    """B rows of T tokens with A = 1 + n_mtp tokens of look-ahead. Positions and cu_seqlens cover the T inputs only."""
+    """B rows of T tokens with A = 1 + n_mtp tokens of look-ahead. Positions and cu_seqlens cover the T inputs
+    only."""
     ids: torch.Tensor           # int64 [B,T+A]
-    docs: torch.Tensor          # int64 [B,T+A], the number of each token's document; it changes at every boundary
-    positions: torch.Tensor     # int64 [B,T], counted from the document's start, or from the row's if it began earlier
+    docs: torch.Tensor          # int64 [B,T+A], number of each token's document; changes at every boundary
+    positions: torch.Tensor     # int64 [B,T], from its document's start, or the row's if that came later
     cu_seqlens: torch.Tensor    # int32 [n+1] over the flattened B*T inputs: ends of documents and rows
     mask: torch.Tensor | None = None    # bool [B,T+A], tokens to be learned as targets; None = all
     sources: tuple[str, ...] = ()       # where each row comes from
@@ -43,12 +48,14 @@ class Batch:
 
     def to(self, device):
         move = lambda t: t if t is None else t.to(device, non_blocking=True)
-        return Batch(*map(move, (self.ids, self.docs, self.positions, self.cu_seqlens, self.mask)), self.sources)
+        tensors = map(move, (self.ids, self.docs, self.positions, self.cu_seqlens, self.mask))
+        return Batch(*tensors, self.sources)
 
 
 def make_batch(ids, docs, T, mask=None, sources=(), mask_documents=True):
     """
-    ids, docs [B,T+A] numpy -> Batch. mask_documents=False lets attention and positions run through document ends.
+    ids, docs [B,T+A] numpy -> Batch. mask_documents=False lets attention and positions run through document
+    ends.
 
     By hand, T = 4, docs 7 7 8 8 | 8: positions 0 1 0 1, cu_seqlens 0 2 4.
     """
@@ -61,48 +68,58 @@ def make_batch(ids, docs, T, mask=None, sources=(), mask_documents=True):
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)   # [B,T]
     cu = np.append(np.flatnonzero(starts), B * T).astype(np.int32)         # [n+1]
     as_torch = lambda a, t: torch.from_numpy(np.ascontiguousarray(a, dtype=t))
-    return Batch(as_torch(ids, np.int64), as_torch(docs, np.int64), as_torch(positions, np.int64), as_torch(cu, np.int32),
-                 None if mask is None else as_torch(mask, bool), tuple(sources))
+    return Batch(as_torch(ids, np.int64), as_torch(docs, np.int64), as_torch(positions, np.int64),
+                 as_torch(cu, np.int32), None if mask is None else as_torch(mask, bool), tuple(sources))
 
 
 class Stream:
-    """One source as an endless stream of tokens, every epoch in a new order. Only one shard's order is in memory."""
+    """One source as an endless stream of tokens, every epoch in a new order. Only one shard's order is in
+    memory."""
     def __init__(self, shards, seed):
         self.shards, self.key = shards, (seed, zlib.crc32(shards.name.encode()))
         self.n_tokens, self.n_documents = shards.n_tokens, shards.n_documents
-        self.cached = {}          # (epoch, shard) -> order of its documents and where each ends in that order
+        self.cached = {}          # epoch -> order of the shards; (epoch, shard) -> order of its documents
 
     def shard_order(self, epoch):
         """-> shards in this epoch's order, where each ends in tokens, how many documents came before each."""
+        if epoch in self.cached:
+            return self.cached[epoch]
         order = np.random.Generator(np.random.PCG64([*self.key, epoch])).permutation(len(self.shards.shards))
         tokens = [len(self.shards.shards[s].tokens) for s in order]
         documents = [len(self.shards.shards[s].ends) for s in order]
-        return order, np.cumsum(tokens), np.cumsum([0, *documents[:-1]])
+        self.remember(epoch, (order, np.cumsum(tokens), np.cumsum([0, *documents[:-1]])))
+        return self.cached[epoch]
 
     def document_order(self, epoch, s):
-        """-> documents of shard s in this epoch's order, and where each ends in tokens. [n_documents] each."""
+        """-> documents of shard s in this epoch's order, and where each ends in tokens. [n_documents]
+        each."""
         if (epoch, s) not in self.cached:
-            if len(self.cached) > 1:
-                self.cached.pop(next(iter(self.cached)))
             ends = self.shards.shards[s].ends
             order = np.random.Generator(np.random.PCG64([*self.key, epoch, s + 1])).permutation(len(ends))
             lengths = np.diff(ends, prepend=0)
-            self.cached[epoch, s] = order, np.cumsum(lengths[order])
+            self.remember((epoch, s), (order, np.cumsum(lengths[order])))
         return self.cached[epoch, s]
 
+    def remember(self, key, value):
+        if len(self.cached) > 3:                 # a row may straddle two shards, or two epochs
+            self.cached.pop(next(iter(self.cached)))
+        self.cached[key] = value
+
     def take(self, start, n):
-        """Tokens start..start+n-1 of the stream -> (ids [n], docs [n]); docs is a running number over all epochs."""
+        """Tokens start..start+n-1 of the stream -> (ids [n], docs [n]); docs is a running number over all
+        epochs."""
         ids, docs, filled = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), 0
         while filled < n:
             epoch, at = divmod(start + filled, self.n_tokens)
             shards, shard_ends, before = self.shard_order(epoch)
             j = int(np.searchsorted(shard_ends, at, side="right"))
             shard = self.shards.shards[shards[j]]
-            at -= int(shard_ends[j]) - len(shard.tokens)                   # position inside this shard's stream
+            at -= int(shard_ends[j]) - len(shard.tokens)               # position inside this shard's stream
             order, ends = self.document_order(epoch, int(shards[j]))
             k = int(np.searchsorted(ends, at, side="right"))
-            while filled < n and k < len(order):                           # document after document, to the shard's end
-                text = shard.document(order[k])[at - (int(ends[k - 1]) if k else 0):][:n - filled]
+            while filled < n and k < len(order):                       # document by document to the shard's end
+                begin = int(ends[k - 1]) if k else 0
+                text = shard.document(order[k])[at - begin:][:n - filled]
                 ids[filled:filled + len(text)] = text
                 docs[filled:filled + len(text)] = epoch * self.n_documents + int(before[j]) + k
                 filled, at, k = filled + len(text), at + len(text), k + 1
@@ -127,12 +144,15 @@ class MixtureLoader:
         self.here = dict.fromkeys(names, 0)                # rows taken from each source in the current stage
 
     def plan(self, stage, mix, seq_len, n_rows):
-        """Advance by n_rows rows of one stage -> [(source, first token)]. mix: source -> weight, normalised here."""
+        """Advance by n_rows rows of one stage -> [(source, first token)]. mix: source -> weight, normalised
+        here."""
         unknown = sorted(name for name, w in mix.items() if w > 0 and name not in self.streams)
         if unknown:
-            raise ValueError(f"mix names source {unknown[0]!r}, the loader was opened with {', '.join(self.streams)}")
+            raise ValueError(f"mix names source {unknown[0]!r}, the loader was opened with "
+                             f"{', '.join(self.streams)}")
         if self.max_seq_len and seq_len > self.max_seq_len:
-            raise ValueError(f"seq_len = {seq_len} is longer than the model's context, max_seq_len = {self.max_seq_len}")
+            raise ValueError(f"seq_len = {seq_len} is longer than the model's context, "
+                             f"max_seq_len = {self.max_seq_len}")
         total = sum(mix.values())
         if total <= 0 or min(mix.values()) < 0:
             raise ValueError(f"mix = {mix} needs weights >= 0 with a positive sum")
@@ -142,7 +162,8 @@ class MixtureLoader:
         plan = []
         for _ in range(n_rows):
             self.seq += 1
-            # deficit = share * rows so far - rows it got; the largest one is served, so no source is ever off by > 1 row
+            # deficit = share * rows so far - rows it got; the largest one is served, so no source is ever off
+            # by > 1 row
             name = max(share, key=lambda s: share[s] * self.seq - self.here[s])
             plan.append((name, self.taken[name]))
             self.here[name] += 1
@@ -151,8 +172,8 @@ class MixtureLoader:
 
     def next_batch(self, stage, mix, seq_len, batch_size, rank=0, world=1, mask_documents=True):
         """
-        The next batch_size rows, of which this rank reads its own part: rows B*rank//world .. B*(rank+1)//world.
-        Every rank must call this with the same arguments. -> Batch.
+        The next batch_size rows, of which this rank reads its own part: rows B*rank//world ..
+        B*(rank+1)//world. Every rank must call this with the same arguments. -> Batch.
         """
         plan = self.plan(stage, mix, seq_len, batch_size)
         mine = plan[batch_size * rank // world:batch_size * (rank + 1) // world]
@@ -163,7 +184,8 @@ class MixtureLoader:
         return make_batch(ids, docs, seq_len, None, (name for name, _ in mine), mask_documents)
 
     def epochs(self):
-        """How often each source has been gone through, 1.0 = once. Small sources repeat silently: log this."""
+        """How often each source has been gone through, 1.0 = once. Small sources repeat silently: log
+        this."""
         return {name: self.taken[name] / s.n_tokens for name, s in self.streams.items()}
 
     def state_dict(self):
@@ -172,7 +194,8 @@ class MixtureLoader:
                 "seed": self.seed, "data": {name: s.shards.fingerprint for name, s in self.streams.items()}}
 
     def load_state_dict(self, state):
-        """Continue exactly. ValueError if the seed, the sources or their contents are not those of the saved run."""
+        """Continue exactly. ValueError if the seed, the sources or their contents are not those of the saved
+        run."""
         now = self.state_dict()
         if state["seed"] != now["seed"]:
             raise ValueError(f"loader: the saved run used seed {state['seed']}, this one {now['seed']}")

@@ -1,9 +1,10 @@
 """
 SFT packing: whole samples into rows of T tokens, nothing cut (report section 3.1: packed to 32,768 tokens).
 
-Best fit decreasing: longest sample first, each into the fullest row that still has room. 500,000 log-normal samples
-fill 99.99% of the slots. A sample longer than T is dropped and counted: a cut answer would teach to stop midway. Each
-sample keeps its own positions and attends only to itself. "Batch 128" of the report is read as 128 packed rows.
+Best fit decreasing: longest sample first, each into the fullest row that still has room. 500,000 log-normal
+samples fill 99.99% of the slots. A sample longer than T is dropped and counted: a cut answer would teach to
+stop midway. Each sample keeps its own positions and attends only to itself. "Batch 128" of the report is read
+as 128 packed rows.
 """
 from bisect import bisect_left, insort
 
@@ -14,14 +15,15 @@ from data.loader import make_batch
 
 def best_fit(lengths, T):
     """
-    lengths: tokens per sample; T: tokens per row. -> (rows: lists of sample indices, dropped: indices longer than T).
+    lengths: tokens per sample; T: tokens per row. -> (rows: lists of sample indices, dropped: indices longer
+    than T).
 
-    By hand, T = 10, lengths 6 5 4 3 2 12: sample 5 is dropped; 6 opens row 0, 5 opens row 1, 4 goes to row 0 (4 free is
-    tighter than 5), 3 goes to row 1, 2 fills it: rows [[0, 2], [1, 3, 4]].
+    By hand, T = 10, lengths 6 5 4 3 2 12: sample 5 is dropped; 6 opens row 0, 5 opens row 1, 4 goes to row 0
+    (4 free is tighter than 5), 3 goes to row 1, 2 fills it: rows [[0, 2], [1, 3, 4]].
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     rows, dropped = [], []
-    with_room, sizes = {}, []            # free slots -> rows with exactly that many; the sizes present, sorted
+    with_room, sizes = {}, []            # free slots -> rows with exactly that many; those sizes, sorted
     for i in order.tolist():
         n = int(lengths[i])
         if n > T:
@@ -55,7 +57,8 @@ class PackedLoader:
     """
     def __init__(self, samples, seq_len, pad_id, n_mtp=0, seed=0, vocab_size=None, max_seq_len=None):
         if max_seq_len and seq_len > max_seq_len:
-            raise ValueError(f"seq_len = {seq_len} is longer than the model's context, max_seq_len = {max_seq_len}")
+            raise ValueError(f"seq_len = {seq_len} is longer than the model's context, "
+                             f"max_seq_len = {max_seq_len}")
         for k, (ids, mask) in enumerate(samples):
             if len(ids) != len(mask):
                 raise ValueError(f"sample {k}: {len(ids)} ids but {len(mask)} mask values")
@@ -66,7 +69,8 @@ class PackedLoader:
         self.rows, dropped = best_fit(lengths, seq_len)
         self.n_dropped = len(dropped)
         if not self.rows:
-            raise ValueError(f"no sample fits a row of {seq_len} tokens ({len(dropped)} of {len(samples)} are longer)")
+            raise ValueError(f"no sample fits a row of {seq_len} tokens "
+                             f"({len(dropped)} of {len(samples)} are longer)")
         kept = sum(lengths) - sum(lengths[i] for i in dropped)
         self.fill = kept / (len(self.rows) * seq_len)      # share of slots that hold a token of a sample
         self.taken = 0                                     # rows taken over the whole run
@@ -89,7 +93,8 @@ class PackedLoader:
         return ids, docs, mask
 
     def next_batch(self, batch_size, rank=0, world=1):
-        """The next batch_size rows, of which this rank gets B*rank//world .. B*(rank+1)//world. -> data.loader.Batch."""
+        """The next batch_size rows, of which this rank gets B*rank//world .. B*(rank+1)//world. ->
+        data.loader.Batch."""
         lo, hi = (self.taken + batch_size * r // world for r in (rank, rank + 1))
         rows, orders = [], {}
         for k in range(lo, hi):

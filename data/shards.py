@@ -1,16 +1,18 @@
 """
-Token shards: documents as ids on disk, read through memory maps (report section 2.1: web, papers, books, code, synthetic).
+Token shards: documents as ids on disk, read through memory maps (report section 2.1: web, papers, books,
+code, synthetic).
 
 A source NAME is a folder of files
     NAME_00000.bin   header 1 KiB | tokens, uint16 if the vocabulary fits, else uint32 | document ends, uint64
     NAME.json        written last, so a source without it is unfinished: the list of its shards with checksums
-Every file is written under another name, synced and renamed. Opening checks header, sizes and document ends, and names
-the file that is truncated or corrupt; the tokens' checksum is verified for shards under 64 MiB, and by hand with
+Every file is written under another name, synced and renamed. Opening checks header, sizes and document ends,
+and names the file that is truncated or corrupt; the tokens' checksum is verified for shards under 64 MiB, and
+by hand with
 
     python -m data.shards out/tiny/data            # a line per source: documents, tokens, checksums verified
 
-Documents end with <|endoftext|>; whoever tokenises appends it (Tokenizer.encode_documents). The layout follows llm.c,
-with one file instead of two and 64-bit counts (its int32 count ends at 2^31 tokens).
+Documents end with <|endoftext|>; whoever tokenises appends it (Tokenizer.encode_documents). The layout
+follows llm.c, with one file instead of two and 64-bit counts (its int32 count ends at 2^31 tokens).
 """
 import json
 import os
@@ -26,8 +28,9 @@ SMALL = 64 << 20                                           # bytes; smaller shar
 
 def write_shard(path, documents, vocab_size):
     """
-    documents: iterable of id sequences, consumed once and never held. -> dict(file, documents, tokens, max_id, crc32).
-    Atomic: `path` is either the old file or the whole new one. ValueError names a document with an id >= vocab_size.
+    documents: iterable of id sequences, consumed once and never held. -> dict(file, documents, tokens,
+    max_id, crc32). Atomic: `path` is either the old file or the whole new one. ValueError names a document
+    with an id >= vocab_size.
     """
     path, dtype = Path(path), np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +43,8 @@ def write_shard(path, documents, vocab_size):
             if ids.size == 0:
                 continue
             if ids.min() < 0 or ids.max() >= vocab_size:
-                raise ValueError(f"{path}: document {k} holds token id {ids.max() if ids.min() >= 0 else ids.min()}, "
-                                 f"ids must be in 0..{vocab_size - 1}")
+                bad = int(ids.min() if ids.min() < 0 else ids.max())
+                raise ValueError(f"{path}: document {k} holds token id {bad}, must be in 0..{vocab_size - 1}")
             data = ids.astype(dtype).tobytes()
             f.write(data)
             crc, n, top = zlib.crc32(data, crc), n + ids.size, max(top, int(ids.max()))
@@ -51,6 +54,7 @@ def write_shard(path, documents, vocab_size):
         f.write(table)
         header = np.zeros(HEADER_WORDS, dtype="<i8")
         header[:9] = MAGIC, VERSION, dtype.itemsize, n, len(ends), vocab_size, top, crc, zlib.crc32(table)
+        header[9] = zlib.crc32(header[:9].tobytes())
         f.seek(0)
         f.write(header.tobytes())
         f.flush()
@@ -91,23 +95,31 @@ def write_source(folder, name, documents, vocab_size, shard_tokens=1 << 28):
     return info
 
 
+def sources(folder):
+    """Names of the finished sources in a folder, sorted."""
+    names = {p.name.removesuffix("_00000.bin") for p in Path(folder).glob("*_00000.bin")}
+    return sorted(n for n in names if (Path(folder) / f"{n}.json").is_file())
+
+
 class Shard:
-    """One file. tokens: read-only memory map [n_tokens]; ends uint64 [n_documents]: where each document ends."""
+    """One file. tokens: read-only memory map [n_tokens]; ends int64 [n_documents]: where each ends."""
     def __init__(self, path, verify=None):
-        """verify: check the tokens' checksum; default: only if the file is small. ValueError names what is wrong."""
+        """verify: check the tokens' checksum; default: only if the file is small. ValueError says what is wrong."""
         path, size = Path(path), os.path.getsize(path)
         header = np.fromfile(path, dtype="<i8", count=HEADER_WORDS)
         if header.size < HEADER_WORDS or header[0] != MAGIC:
             raise ValueError(f"{path}: not a token shard (write it with data.shards.write_shard)")
+        if header[9] != zlib.crc32(header[:9].tobytes()):
+            raise ValueError(f"{path}: corrupt: the header does not match its checksum; write it again")
         version, width, n, n_documents, vocab_size, max_id, crc, table_crc = (int(x) for x in header[1:9])
         if version != VERSION or width not in (2, 4):
-            raise ValueError(f"{path}: shard version {version} with {width}-byte tokens, this program reads version "
-                             f"{VERSION} with 2 or 4")
+            raise ValueError(f"{path}: shard version {version} with {width}-byte tokens, "
+                             f"this program reads version {VERSION} with 2 or 4")
         start = 8 * HEADER_WORDS
         table_at = start + -(-n * width // 8) * 8
         if size != table_at + 8 * n_documents:
             raise ValueError(f"{path}: truncated or overwritten: {size:,} bytes, its header says "
-                             f"{table_at + 8 * n_documents:,}; write the source again")
+                             f"{table_at + 8 * n_documents:,}; write it again")
         self.path, self.vocab_size, self.max_id, self.crc = path, vocab_size, max_id, crc
         empty = np.zeros(0, dtype="<u2")
         self.tokens = np.memmap(path, dtype=f"<u{width}", mode="r", offset=start, shape=(n,)) if n else empty
@@ -123,7 +135,7 @@ class Shard:
         for at in range(0, len(self.tokens), step):
             crc = zlib.crc32(self.tokens[at:at + step].tobytes(), crc)
         if crc != self.crc:
-            raise ValueError(f"{self.path}: corrupt: the tokens do not match their checksum; write the source again")
+            raise ValueError(f"{self.path}: corrupt: the tokens do not match their checksum; write it again")
 
     def document(self, i):
         """Tokens of document i, a view."""
@@ -131,16 +143,20 @@ class Shard:
 
 
 class Shards:
-    """One source: its shards in order. ValueError if it is missing, unfinished, empty or does not fit the vocabulary."""
+    """One source: its shards in order. ValueError if it is missing, unfinished, empty or does not fit the
+    vocabulary."""
     def __init__(self, folder, name, vocab_size=None, verify=None):
         folder = Path(folder)
         manifest = folder / f"{name}.json"
         if not manifest.is_file():
-            have = sorted(p.stem for p in folder.glob("*.json"))
-            raise ValueError(f"source {name!r}: no {manifest}; sources there: {', '.join(have) or 'none'}")
-        info = json.loads(manifest.read_text(encoding="utf-8"))
+            have = ", ".join(sources(folder)) or "none"
+            raise ValueError(f"source {name!r}: no {manifest}; sources there: {have}")
+        try:
+            listed = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{manifest}: corrupt, not a list of shards; write the source again") from None
         self.name, self.shards = name, []
-        for s in info["shards"]:
+        for s in listed:
             if not (folder / s["file"]).is_file():
                 raise ValueError(f"source {name!r}: shard {folder / s['file']} is missing")
             shard = Shard(folder / s["file"], verify)
@@ -154,8 +170,8 @@ class Shards:
             raise ValueError(f"source {name!r} in {folder} is empty: no document has a token")
         top = max(s.max_id for s in self.shards)
         if vocab_size is not None and top >= vocab_size:
-            raise ValueError(f"source {name!r} in {folder} holds token id {top}, the model's vocabulary ends at "
-                             f"{vocab_size - 1}: tokenise it with the model's tokenizer")
+            raise ValueError(f"source {name!r} in {folder} holds token id {top}, the model's vocabulary ends "
+                             f"at {vocab_size - 1}: tokenise it with the model's tokenizer")
 
     def documents(self):
         """All documents in file order, as views."""
@@ -171,10 +187,10 @@ class Shards:
 
 
 def main(folder):
-    for manifest in sorted(Path(folder).glob("*.json")):
+    for name in sources(folder):
         try:
-            s = Shards(folder, manifest.stem, verify=True)
-        except (ValueError, KeyError) as e:
+            s = Shards(folder, name, verify=True)
+        except ValueError as e:
             raise SystemExit(f"shards error: {e}") from None
         print(f"{s.name:20s} {s.n_documents:12,} documents {s.n_tokens:16,} tokens, "
               f"{s.n_tokens / s.n_documents:8.1f} tokens/document, checksums right")
