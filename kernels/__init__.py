@@ -1,1 +1,73 @@
-"""Kernels: one file each, torch reference beside Triton kernel. Importing this package never imports triton."""
+"""Kernels: one file each, with the torch reference, the Triton kernel and the custom op side by side.
+
+CPU tensors take the reference, plain torch. CUDA tensors take the Triton kernel. Triton is imported only where a
+kernel can run: with a CUDA build of torch, or when the environment asks for it before the first import
+    TRITON_INTERPRET=1                     define the kernels for Triton's CPU interpreter (tests)
+    TRITON_INTERPRET=1 NANOMIMO_TRITON=1   ... and let CPU tensors take them (slow: 3 to 5 ms per program and step)
+    NANOMIMO_AUTOTUNE=1                    on CUDA, time each kernel's few configurations once per shape, keep the best
+Without the last one the first configuration of a list is used, so two runs on one machine agree bit for bit.
+"""
+import os
+import types
+
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+triton, tl = None, types.SimpleNamespace(constexpr=lambda value: value)  # enough for the kernels' signatures
+if torch.version.cuda or INTERPRET or os.environ.get("NANOMIMO_TRITON") == "1":
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # a CUDA build without triton (Windows): the references serve
+        pass
+
+
+def jit(fn):
+    """triton.jit where triton is in use, else the function itself, which nobody calls."""
+    return triton.jit(fn) if triton else fn
+
+
+def use_triton(x):
+    """True if tensor x should take the Triton kernel."""
+    if x.is_cuda:
+        return triton is not None and not INTERPRET and x.dtype != torch.float64
+    return INTERPRET and triton is not None and os.environ.get("NANOMIMO_TRITON") == "1"
+
+
+def next_pow2(n):
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def sm_count(device):
+    """Number of processors that a grid should fill; a small number under the interpreter, where programs are costly."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def arch(device):
+    """80, 90 or 100: the family whose configuration list applies."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return 100 if major >= 10 else 90 if major == 9 else 80
+
+
+_best = {}
+
+
+def tune(key, configs, launch):
+    """The configuration to use: the first, or under NANOMIMO_AUTOTUNE=1 the fastest, measured once per key."""
+    if len(configs) == 1 or os.environ.get("NANOMIMO_AUTOTUNE") != "1" or INTERPRET:
+        return configs[0]
+    if key not in _best:
+        times = [triton.testing.do_bench(lambda c=c: launch(c), warmup=5, rep=30) for c in configs]
+        _best[key] = configs[times.index(min(times))]
+    return _best[key]
+
+
+_scratch_ready = False
+
+
+def scratch():
+    """Descriptors made inside a kernel live in global memory: tell triton, once, where to get it."""
+    global _scratch_ready
+    if not _scratch_ready and not INTERPRET:
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+        _scratch_ready = True

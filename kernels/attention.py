@@ -1,8 +1,201 @@
-"""Causal grouped-query attention with document boundaries."""
+"""Causal grouped-query flash attention with document boundaries, forward and backward.
+
+(docstring below)
+"""
+import math
+
 import torch
 import torch.nn.functional as F
 
+from kernels import arch, jit, next_pow2, scratch, tl, tune, use_triton
 
+LOG2E = 1.4426950408889634
+
+
+@jit
+def attend(q, k_desc, v_desc, j0, col, rows, first, acc, m, l, SCALE2: tl.constexpr, MASK: tl.constexpr,
+           DOCS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    k = k_desc.load([j0, col])  # [BN, D]
+    s = tl.dot(q, k.T, out_dtype=ACC, input_precision="ieee")  # [BM, BN]
+    if MASK:
+        keys = j0 + tl.arange(0, BN)
+        see = keys[None, :] <= rows[:, None]
+        if DOCS:
+            see = see & (keys[None, :] >= first[:, None])
+        s = tl.where(see, s, -1e30)
+    m_new = tl.maximum(m, tl.max(s, 1) * SCALE2)
+    p = tl.exp2(s * SCALE2 - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    l = l * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    v = v_desc.load([j0, col])
+    acc = tl.dot(p.to(v.dtype), v, acc, out_dtype=ACC, input_precision="ieee")
+    return acc, m_new, l
+
+
+@jit
+def block_ranges(bounds, b, m0, T, DOCS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    full_hi = m0 // BN
+    hi = tl.cdiv(tl.minimum(m0 + BM, T), BN)
+    lo = 0
+    full_lo = 0
+    if DOCS:
+        row = b.to(tl.int64) * T
+        lo = tl.load(bounds + row + m0) // BN
+        full_lo = tl.minimum(tl.cdiv(tl.load(bounds + row + tl.minimum(m0 + BM, T) - 1), BN), full_hi)
+        full_lo = tl.maximum(full_lo, lo)
+        full_hi = tl.maximum(full_hi, full_lo)
+    return lo, full_lo, full_hi, hi
+
+
+@jit
+def forward_kernel(q, k, v, bounds, o, lse, T, H, sqb, sqt, skb, skt, svb, svt, G: tl.constexpr,
+                   SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                   ACC: tl.constexpr):
+    bh = tl.program_id(0)
+    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
+    b, h = bh // H, bh % H
+    b64 = b.to(tl.int64)
+    K = H // G
+    q_desc = tl.make_tensor_descriptor(q + b64 * sqb, [T, H * D], [sqt, 1], [BM, D])
+    k_desc = tl.make_tensor_descriptor(k + b64 * skb, [T, K * D], [skt, 1], [BN, D])
+    v_desc = tl.make_tensor_descriptor(v + b64 * svb, [T, K * D], [svt, 1], [BN, D])
+    col = (h // G) * D
+    rows = m0 + tl.arange(0, BM)
+    first = rows
+    if DOCS:
+        first = tl.load(bounds + b64 * T + rows, mask=rows < T, other=0)
+    qt = q_desc.load([m0, h * D])
+    m = tl.full([BM], float("-inf"), ACC)
+    l = tl.zeros([BM], ACC)
+    acc = tl.zeros([BM, D], ACC)
+    lo, full_lo, full_hi, hi = block_ranges(bounds, b, m0, T, DOCS, BM, BN)
+    for j in tl.range(full_lo, full_hi):
+        acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, False, DOCS, D, BN, ACC)
+    if DOCS:
+        head = full_lo - lo
+        for i in tl.range(0, head + hi - full_hi):
+            j = tl.where(i < head, lo + i, full_hi + i - head)
+            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS, D, BN, ACC)
+    else:
+        for j in tl.range(full_hi, hi):
+            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS, D, BN, ACC)
+    o_desc = tl.make_tensor_descriptor(o + b64 * T * H * D, [T, H * D], [H * D, 1], [BM, D])
+    o_desc.store([m0, h * D], (acc / l[:, None]).to(o.dtype.element_ty))
+    tl.store(lse + bh.to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
+
+
+@jit
+def delta_kernel(o, do, delta, T, H, sdb, sdt, D: tl.constexpr, BM: tl.constexpr, ACC: tl.constexpr):
+    bh = tl.program_id(0)
+    b, h = (bh // H).to(tl.int64), bh % H
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    r64 = rows.to(tl.int64)[:, None]
+    cols = h * D + tl.arange(0, D)[None, :]
+    ot = tl.load(o + (b * T + r64) * H * D + cols, mask=rows[:, None] < T, other=0.0).to(ACC)
+    dt = tl.load(do + b * sdb + r64 * sdt + cols, mask=rows[:, None] < T, other=0.0).to(ACC)
+    tl.store(delta + bh.to(tl.int64) * T + rows, tl.sum(ot * dt, 1), mask=rows < T)
+
+
+@jit
+def dq_block(qt, dot, k_desc, v_desc, j0, col, rows, first, lse, delta, dq, SCALE2: tl.constexpr,
+             MASK: tl.constexpr, DOCS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    k = k_desc.load([j0, col])
+    v = v_desc.load([j0, col])
+    s = tl.dot(qt, k.T, out_dtype=ACC, input_precision="ieee")
+    p = tl.exp2(s * SCALE2 - lse[:, None])
+    if MASK:
+        keys = j0 + tl.arange(0, BN)
+        see = keys[None, :] <= rows[:, None]
+        if DOCS:
+            see = see & (keys[None, :] >= first[:, None])
+        p = tl.where(see, p, 0.0)
+    dp = tl.dot(dot, v.T, out_dtype=ACC, input_precision="ieee")
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, out_dtype=ACC, input_precision="ieee")
+
+
+@jit
+def dq_kernel(q, k, v, bounds, do, lse, delta, dq, T, H, sqb, sqt, skb, skt, svb, svt, sdb, sdt, G: tl.constexpr,
+              SCALE: tl.constexpr, SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+              BN: tl.constexpr, ACC: tl.constexpr):
+    bh = tl.program_id(0)
+    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
+    b, h = bh // H, bh % H
+    b64 = b.to(tl.int64)
+    K = H // G
+    q_desc = tl.make_tensor_descriptor(q + b64 * sqb, [T, H * D], [sqt, 1], [BM, D])
+    k_desc = tl.make_tensor_descriptor(k + b64 * skb, [T, K * D], [skt, 1], [BN, D])
+    v_desc = tl.make_tensor_descriptor(v + b64 * svb, [T, K * D], [svt, 1], [BN, D])
+    do_desc = tl.make_tensor_descriptor(do + b64 * sdb, [T, H * D], [sdt, 1], [BM, D])
+    col = (h // G) * D
+    rows = m0 + tl.arange(0, BM)
+    first = rows
+    if DOCS:
+        first = tl.load(bounds + b64 * T + rows, mask=rows < T, other=0)
+    stat = bh.to(tl.int64) * T + rows
+    lse_r = tl.load(lse + stat, mask=rows < T, other=float("inf"))
+    delta_r = tl.load(delta + stat, mask=rows < T, other=0.0)
+    qt = q_desc.load([m0, h * D])
+    dot = do_desc.load([m0, h * D])
+    acc = tl.zeros([BM, D], ACC)
+    lo, full_lo, full_hi, hi = block_ranges(bounds, b, m0, T, DOCS, BM, BN)
+    for j in tl.range(lo, hi):
+        acc = dq_block(qt, dot, k_desc, v_desc, j * BN, col, rows, first, lse_r, delta_r, acc, SCALE2, True,
+                       DOCS, BN, ACC)
+    out = tl.make_tensor_descriptor(dq + b64 * T * H * D, [T, H * D], [H * D, 1], [BM, D])
+    out.store([m0, h * D], (acc * SCALE).to(dq.dtype.element_ty))
+
+
+@jit
+def dkv_kernel(q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, sqb, sqt, skb, skt, svb, svt, sdb, sdt,
+               G: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    K = H // G
+    bk = tl.program_id(0)
+    n0 = tl.program_id(1) * BN
+    b, kh = bk // K, bk % K
+    b64 = b.to(tl.int64)
+    q_desc = tl.make_tensor_descriptor(q + b64 * sqb, [T, H * D], [sqt, 1], [BM, D])
+    k_desc = tl.make_tensor_descriptor(k + b64 * skb, [T, K * D], [skt, 1], [BN, D])
+    v_desc = tl.make_tensor_descriptor(v + b64 * svb, [T, K * D], [svt, 1], [BN, D])
+    do_desc = tl.make_tensor_descriptor(do + b64 * sdb, [T, H * D], [sdt, 1], [BM, D])
+    kt = k_desc.load([n0, kh * D])
+    vt = v_desc.load([n0, kh * D])
+    keys = n0 + tl.arange(0, BN)
+    end = T
+    last = keys
+    if DOCS:
+        ends = bounds + (B + b64) * T
+        last = tl.load(ends + keys, mask=keys < T, other=0)
+        end = tl.load(ends + tl.minimum(n0 + BN, T) - 1)
+    lo = n0 // BM
+    n_rows = tl.cdiv(end, BM) - lo
+    acc_k = tl.zeros([BN, D], ACC)
+    acc_v = tl.zeros([BN, D], ACC)
+    for i in tl.range(0, n_rows * G):
+        h = kh * G + i // n_rows
+        i0 = (lo + i % n_rows) * BM
+        qt = q_desc.load([i0, h * D])
+        dot = do_desc.load([i0, h * D])
+        rows = i0 + tl.arange(0, BM)
+        stat = (b64 * H + h) * T + rows
+        lse_r = tl.load(lse + stat, mask=rows < T, other=float("inf"))
+        delta_r = tl.load(delta + stat, mask=rows < T, other=0.0)
+        s = tl.dot(kt, qt.T, out_dtype=ACC, input_precision="ieee")  # [BN, BM]
+        p = tl.exp2(s * SCALE2 - lse_r[None, :])
+        see = keys[:, None] <= rows[None, :]
+        if DOCS:
+            see = see & (rows[None, :] < last[:, None])
+        p = tl.where(see, p, 0.0)
+        acc_v = tl.dot(p.to(dot.dtype), dot, acc_v, out_dtype=ACC, input_precision="ieee")
+        dp = tl.dot(vt, dot.T, out_dtype=ACC, input_precision="ieee")
+        ds = p * (dp - delta_r[None, :])
+        acc_k = tl.dot(ds.to(qt.dtype), qt, acc_k, out_dtype=ACC, input_precision="ieee")
+    dk_desc = tl.make_tensor_descriptor(dk + b64 * T * K * D, [T, K * D], [K * D, 1], [BN, D])
+    dv_desc = tl.make_tensor_descriptor(dv + b64 * T * K * D, [T, K * D], [K * D, 1], [BN, D])
+    dk_desc.store([n0, kh * D], (acc_k * SCALE).to(dk.dtype.element_ty))
+    dv_desc.store([n0, kh * D], acc_v.to(dv.dtype.element_ty))
 def doc_bounds(cu_seqlens, B, T):
     """cu_seqlens int32 [n+1] over the flattened B*T tokens -> int32 [2, B, T]: first and one-past-last index,
     within the row, of each token's document. Row ends are boundaries too."""
@@ -38,6 +231,141 @@ def attention_reference(q, k, v, bounds=None, scale=None):
     return sdpa(q, k, v, mask=mask[:, None], scale=scale)
 
 
+# ---- launching ------------------------------------------------------------------------------------------------
+
+# (BM rows, BN keys, warps, stages), all without a register spill on their target: `python -m kernels.report`.
+# The first is the default, NANOMIMO_AUTOTUNE=1 times the others too.
+CONFIGS = {
+    ("forward", 80, 128): [(128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)],
+    ("forward", 90, 128): [(128, 128, 8, 2), (128, 64, 8, 3)],
+    ("forward", 100, 128): [(128, 64, 8, 2)],
+    ("dq", 80, 128): [(128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
+    ("dq", 90, 128): [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)],
+    ("dq", 100, 128): [(128, 64, 8, 2)],
+    ("dkv", 80, 128): [(64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 4, 2)],
+    ("dkv", 90, 128): [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 2)],
+    ("dkv", 100, 128): [(64, 128, 8, 2)],
+}
+CPU_TILES = (32, 32, 4, 1)  # interpreter; tests change it
+FP32_TILES = (32, 32, 4, 1)  # fp32 on CUDA: exact, small tiles, not a fast path
+
+
+def configs(kernel, device, dtype, d):
+    if device.type == "cpu":
+        return [CPU_TILES]
+    if dtype == torch.float32:
+        return [FP32_TILES]
+    return CONFIGS[kernel, arch(device), 64 if d <= 64 else d]
+
+
+def rowwise(t):
+    """t [B, T, heads, d] as the descriptors want it: heads side by side in a row, rows 16 bytes aligned."""
+    unit = 16 // t.element_size()
+    B, T, n, d = t.shape
+    good = (t.stride(3) == 1 and t.stride(2) == d and t.stride(1) >= n * d and t.stride(0) >= n * d
+            and t.stride(1) % unit == 0 and t.stride(0) % unit == 0 and t.data_ptr() % 16 == 0)
+    return t if good else t.clone(memory_format=torch.contiguous_format)
+
+
+def check(q, k, v, bounds):
+    B, T, H, d = q.shape
+    K = k.shape[2]
+    if k.shape != (B, T, K, d) or v.shape != k.shape or H % K:
+        raise ValueError(f"attention: q {tuple(q.shape)} needs k and v [B, T, K, d] with K dividing H, "
+                         f"got {tuple(k.shape)} and {tuple(v.shape)}")
+    if d not in (16, 32, 64, 128, 256):
+        raise ValueError(f"attention: head_dim {d} must be a power of two from 16 to 256")
+    if bounds is not None and (bounds.shape != (2, B, T) or bounds.dtype != torch.int32):
+        raise ValueError(f"attention: bounds must be int32 [2, {B}, {T}], got {bounds.dtype} {tuple(bounds.shape)}")
+
+
+def acc_type(dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@torch.library.custom_op("nanomimo::attention", mutates_args=())
+def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None,
+                 scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    check(q, k, v, bounds)
+    scratch()
+    q, k, v = rowwise(q), rowwise(k), rowwise(v)
+    bounds = bounds if bounds is None else bounds.contiguous()
+    B, T, H, d = q.shape
+    o = torch.empty((B, T, H, d), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, T), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
+
+    def launch(config):
+        BM, BN, warps, stages = config
+        forward_kernel[(B * H, -(-T // BM))](
+            q, k, v, bounds, o, lse, T, H, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
+            v.stride(1), G=H // k.shape[2], SCALE2=scale * LOG2E, DOCS=bounds is not None, D=d, BM=BM, BN=BN,
+            ACC=acc_type(q.dtype), num_warps=warps, num_stages=stages)
+
+    options = configs("forward", q.device, q.dtype, d)
+    launch(tune(("forward", q.dtype, d, next_pow2(T), bounds is not None), options, launch))
+    return o, lse
+
+
+@attention_op.register_fake
+def _(q, k, v, bounds, scale):
+    B, T, H, d = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((B, T, H, d)), q.new_empty((B, H, T), dtype=dtype)
+
+
+@torch.library.custom_op("nanomimo::attention_backward", mutates_args=())
+def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None,
+                          o: torch.Tensor, lse: torch.Tensor, do: torch.Tensor,
+                          scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scratch()
+    q, k, v, do = rowwise(q), rowwise(k), rowwise(v), rowwise(do)
+    bounds = bounds if bounds is None else bounds.contiguous()
+    B, T, H, d = q.shape
+    K = k.shape[2]
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    delta = torch.empty_like(lse)
+    acc = acc_type(q.dtype)
+    delta_kernel[(B * H, -(-T // 64))](o, do, delta, T, H, do.stride(0), do.stride(1), D=d, BM=64, ACC=acc)
+    strides = [s for t in (q, k, v, do) for s in t.stride()[:2]]
+    shared = dict(G=H // K, SCALE=scale, SCALE2=scale * LOG2E, DOCS=bounds is not None, D=d, ACC=acc)
+
+    def launch_dq(config):
+        BM, BN, warps, stages = config
+        dq_kernel[(B * H, -(-T // BM))](q, k, v, bounds, do, lse, delta, dq, T, H, *strides, BM=BM, BN=BN,
+                                        num_warps=warps, num_stages=stages, **shared)
+
+    def launch_dkv(config):
+        BM, BN, warps, stages = config
+        dkv_kernel[(B * K, -(-T // BN))](q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, *strides, BM=BM, BN=BN,
+                                         num_warps=warps, num_stages=stages, **shared)
+
+    for name, launch in (("dq", launch_dq), ("dkv", launch_dkv)):
+        options = configs(name, q.device, q.dtype, d)
+        launch(tune((name, q.dtype, d, next_pow2(T), bounds is not None), options, launch))
+    return dq, dk, dv
+
+
+@attention_backward_op.register_fake
+def _(q, k, v, bounds, o, lse, do, scale):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, bounds, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, bounds, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, do, _):
+    q, k, v, bounds, o, lse = ctx.saved_tensors
+    return *attention_backward_op(q, k, v, bounds, o, lse, do, ctx.scale), None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_save)
+
+
 def attention(q, k, v, bounds=None, scale=None):
     """q [B, T, H, d], k and v [B, T, K, d] -> [B, T, H, d], causal, inside documents when bounds are given."""
+    if use_triton(q) and q.shape[-1] in (16, 32, 64, 128, 256):
+        return attention_op(q, k, v, bounds, q.shape[-1] ** -0.5 if scale is None else scale)[0]
     return attention_reference(q, k, v, bounds, scale)
