@@ -13,23 +13,20 @@ import random
 from data.problems import Problem, identity, split_of
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn"]
+TOP = 30                                 # largest number in sums: facts that a million parameters can learn in minutes
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
 
 
 def chain(rng: random.Random, level: int):
-    """level operations + and -, every partial result between 0 and 99."""
-    value = rng.randint(2, 50)
+    """level operations + and -, every number between 1 and TOP."""
+    value = rng.randint(1, TOP - 2)
     terms, steps = [value], []
     for _ in range(level):
-        if rng.random() < 0.5 and value >= 5:
-            n = rng.randint(2, value - 2) if value < 60 else rng.randint(2, 50)
-            terms.append(-n)
-        else:
-            n = rng.randint(2, min(50, 99 - value)) if value < 97 else 2
-            terms.append(n) if value + n <= 99 else terms.append(-n)
-        new = value + terms[-1]
-        steps.append(f"{value}{'+' if terms[-1] > 0 else '-'}{abs(terms[-1])}={new}")
-        value = new
+        up = rng.random() < 0.5 if 1 < value < TOP else value == 1
+        n = rng.randint(1, TOP - value) if up else rng.randint(1, value - 1)
+        terms.append(n if up else -n)
+        steps.append(f"{value}{'+' if up else '-'}{n}={value + terms[-1]}")
+        value += terms[-1]
     text = str(terms[0]) + "".join(f" {'+' if t > 0 else '-'} {abs(t)}" for t in terms[1:])
     if rng.random() < 0.4:
         name, thing = rng.choice(NAMES), rng.choice(THINGS)
@@ -42,30 +39,31 @@ def chain(rng: random.Random, level: int):
 
 def products(rng: random.Random, level: int):
     """a * b, then a sum or difference per further level."""
-    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    a, b = rng.randint(2, 6), rng.randint(2, 9)
+    if a * b > TOP:
+        a, b = 2 + a % 2, 2 + b % 8
     value, text, steps = a * b, f"{a} * {b}", [f"{a}*{b}={a * b}"]
     for _ in range(level - 1):
-        n = rng.randint(2, 15)
-        sign = 1 if value < n or (rng.random() < 0.5 and value + n <= 99) else -1
-        steps.append(f"{value}{'+' if sign > 0 else '-'}{n}={value + sign * n}")
-        text += f" {'+' if sign > 0 else '-'} {n}"
-        value += sign * n
+        up = value < 3 or (rng.random() < 0.5 and value < TOP)
+        n = rng.randint(1, TOP - value) if up else rng.randint(1, value - 1)
+        steps.append(f"{value}{'+' if up else '-'}{n}={value + n if up else value - n}")
+        text += f" {'+' if up else '-'} {n}"
+        value += n if up else -n
     return f"product {text}", rng.choice(["What is {}?", "Compute {}."]).format(text), steps, str(value)
 
 
 def equation(rng: random.Random, level: int):
     """x + b = c; a x + b = c; a x + b = c x + d."""
-    x, b = rng.randint(2, 12), rng.randint(2, 20)
-    a = 1 if level == 1 else rng.randint(2, 9)
+    a = 1 if level == 1 else rng.randint(2, 4)
+    x = rng.randint(2, min(12, TOP // a - 2))
+    b = rng.randint(1, TOP - a * x)
     if level < 3:
-        left = f"{a if a > 1 else ''}x + {b}"
-        text, steps = f"{left} = {a * x + b}", [f"{a * x + b}-{b}={a * x}"]
+        text, steps = f"{a if a > 1 else ''}x + {b} = {a * x + b}", [f"{a * x + b}-{b}={a * x}"]
     else:
         c = rng.randint(1, a - 1)
-        right = (a - c) * x + b
-        text = f"{a}x + {b} = {c if c > 1 else ''}x + {right}"
-        steps = [f"{a}-{c}={a - c}", f"{right}-{b}={(a - c) * x}"]
-        a = a - c
+        right, a = (a - c) * x + b, a - c
+        text = f"{a + c}x + {b} = {c if c > 1 else ''}x + {right}"
+        steps = [f"{a + c}-{c}={a}", f"{right}-{b}={a * x}"]
     if a > 1:
         steps.append(f"{a * x}/{a}={x}")
     return f"equation {text}", f"Solve for x: {text}.", steps, str(x)
@@ -73,13 +71,12 @@ def equation(rng: random.Random, level: int):
 
 def remainder(rng: random.Random, level: int):
     """a mod m; (a + b) mod m from level 2 on."""
-    m = rng.randint(3, 9)
-    a, b = rng.randint(10, 60), rng.randint(10, 39)
+    m, a = rng.randint(3, 9), rng.randint(10, TOP)
     if level == 1:
         text, steps = str(a), []
     else:
-        text, steps = f"{a} + {b}", [f"{a}+{b}={a + b}"]
-        a = a + b
+        b = rng.randint(1, a - 1)
+        text, steps = f"{a - b} + {b}", [f"{a - b}+{b}={a}"]
     steps += [f"{m}*{a // m}={a // m * m}", f"{a}-{a // m * m}={a % m}"]
     return f"remainder {text} by {m}", f"What is the remainder of {text} divided by {m}?", steps, str(a % m)
 
@@ -88,7 +85,7 @@ def fraction(rng: random.Random, level: int):
     """Simplify p/q; from level 2 on a/m + b/m first."""
     while True:
         g, p, q = rng.randint(2, 6), rng.randint(1, 9), rng.randint(2, 9)
-        if p < q and math.gcd(p, q) == 1:
+        if p < q and g * q <= TOP and math.gcd(p, q) == 1:
             break
     top, bottom, steps = g * p, g * q, []
     text = f"\\frac{{{top}}}{{{bottom}}}"
@@ -109,6 +106,18 @@ def problem(rng: random.Random, level: int | None = None) -> Problem:
     canonical, question, steps, answer = rng.choices(KINDS, weights=[4, 2, 2, 1, 1])[0](rng, level)
     return Problem(identity(canonical), "maths", question, level, answer=answer, reasoning="\n".join(steps),
                    solution=f"\\boxed{{{answer}}}")
+
+
+def table(rng: random.Random) -> str:
+    """A page of number facts, as school books print them: sums, differences or products with one number."""
+    n, kind = rng.randint(1, TOP - 1), rng.choice("+-*")
+    if kind == "*":
+        n = rng.randint(2, 9)
+        facts = [f"{n}*{k}={n * k}" for k in range(2, max(3, TOP // n) + 1)]
+    else:
+        facts = [f"{n}+{k}={n + k}" for k in range(1, TOP - n + 1)] if kind == "+" else [f"{n}-{k}={n - k}" for k in range(1, n + 1)]
+    rng.shuffle(facts)
+    return f"Facts about {n}: " + ", ".join(facts[:12]) + "."
 
 
 def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (1, 2, 3)) -> list[Problem]:

@@ -1,0 +1,265 @@
+"""
+Pre-training in three stages, then MTP fine-tuning (report sections 2.1-2.3).
+
+    python pretrain.py config/tiny.py                              # 1.3M parameters on a laptop CPU, minutes
+    python pretrain.py config/mimo_7b.py --dry_run=True            # what the 7B run would be: parameters, memory, days
+    torchrun --nproc_per_node=8 pretrain.py config/mimo_7b.py      # the 7B run under FSDP2
+
+One loop serves all of it. What changes on the way - learning rate, batch, MTP weight, RoPE base, context, mixture - is
+read from the table of `Stage`s (schedule.py) at the number of tokens seen. The loss is
+
+    L = CE(trunk) + w * mean_k CE(MTP layer k)            w = 0.3, later 0.1; one MTP layer in stages 1-3
+
+and after stage 3 the MTP layer is copied into two more, trunk and first layer are frozen, and the copies train on the
+same mixture with w = 1 (section 2.2). The report is silent on the length of that stage and its learning rate.
+
+The data are token shards, one folder a source (data/prepare.py makes those of the tiny world). A run is resumed by
+running the same command again; on one CPU process the result is bit-equal to an uninterrupted run. Expect for
+config/tiny.py: validation loss on maths about 0.45 nats per token after stage 3.
+"""
+import time
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import configurator
+import mtp
+import runtime
+from data.loader import Batch, MixtureLoader
+from kernels.attention import doc_bounds
+from model import MiMo, ModelConfig
+from schedule import Stage, batch_size_at, lr_at, mtp_weight_at, stage_at, total_tokens
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "out/tiny/base"            # checkpoints and metrics.jsonl go here
+    data: str = "out/tiny/data"           # shards: <data>/<source>, validation: <data>/valid/<source>
+    tokenizer: str = "tiny"               # "tiny" (embedded) or a folder with Qwen2's tokenizer files
+    model: ModelConfig = ModelConfig()    # shape [paper 2.2]
+    stages: list[Stage] = field(default_factory=lambda: [Stage()])   # the pre-training table [paper 2.3]
+    mtp_stage: Stage | None = None        # MTP fine-tuning after them; None = leave it out [paper 2.2]
+    n_mtp_final: int = 3                  # MTP layers after replication [paper 2.2]
+    micro_batch: int = 16                 # rows of the stage's shortest context per forward and rank; never changes the result
+    beta1: float = 0.9                    # AdamW [paper 2.3]
+    beta2: float = 0.95                   # AdamW [paper 2.3]
+    weight_decay: float = 0.1             # AdamW, on matrices only [paper 2.3; matrices: ours]
+    grad_clip: float = 1.0                # global gradient norm [paper 2.3]
+    valid_tokens: float = 16_384          # per source, at the end of each stage; tokens
+    save_every: int = 200                 # steps between checkpoints (also at stage ends and on SIGTERM)
+    keep: int = 2                         # checkpoints kept
+    sample_every: int = 150               # steps between samples printed to the screen, 0 = never
+    sample_prompt: str = "Problem: What is 12 + 7?\nSolution:"   # continued greedily for them
+    seed: int = 1                         # weights and data order
+    threads: int = 1                      # torch threads per process on CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
+    checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing, 7B needs it
+    compile: bool = False                 # torch.compile per block, CUDA
+    shard_ranks: int = 0                  # ranks a parameter is sharded over; fewer than all = hybrid sharding, 0 = all
+    async_save: bool = False              # write checkpoints beside training
+    skip_spikes: float = 0.0              # skip a step whose gradient norm exceeds this many times its running mean; 0 = never
+    dry_run: bool = False                 # print parameters, schedule and memory, train nothing
+    dry_run_world: int = 8                # GPUs the dry run plans for
+    dry_run_mfu: float = 0.4              # model FLOP utilisation it assumes
+    dry_run_tflops: float = 989.0         # peak dense bf16 TFLOP/s of a GPU (H100/H200: 989)
+
+    def __post_init__(self):
+        for s in self.all_stages():
+            if s.seq_len > self.model.max_seq_len:
+                raise ValueError(f"stage {s.name}: seq_len = {s.seq_len} is longer than model.max_seq_len = "
+                                 f"{self.model.max_seq_len}")
+        if self.mtp_stage and not 1 <= self.model.n_mtp <= self.n_mtp_final:
+            raise ValueError(f"mtp_stage needs 1..{self.n_mtp_final} MTP layers to copy, model.n_mtp = {self.model.n_mtp}")
+
+    def all_stages(self) -> list[Stage]:
+        return self.stages + ([self.mtp_stage] if self.mtp_stage else [])
+
+
+def optimizer_for(model: MiMo, cfg: Config) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices; gains and biases have none. Frozen parameters are left out."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+def main(cfg: Config) -> None:
+    stages = cfg.all_stages()
+    if cfg.dry_run:
+        import memory
+        print(memory.report(cfg.model, stages, cfg.dry_run_world, micro_batch=cfg.micro_batch, mfu=cfg.dry_run_mfu,
+                            tflops=cfg.dry_run_tflops, checkpointing=cfg.checkpointing, n_mtp_final=cfg.n_mtp_final))
+        return
+
+    # ---- where we run, what we read ----------------------------------------------------------------------------
+    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    run = Path(cfg.out)
+    tokenizer = Tokenizer.load(cfg.tokenizer)
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        runtime.die(f"tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size:,} ids, model.vocab_size = "
+                    f"{cfg.model.vocab_size:,}: the model must have at least as many rows")
+    sources = sorted({name for s in stages for name, w in s.mix.items() if w > 0})
+    ahead = cfg.n_mtp_final if cfg.mtp_stage else cfg.model.n_mtp      # tokens of look-ahead that the last stage needs
+    if not Path(cfg.data).is_dir():
+        runtime.die(f"no shards in {cfg.data!r}: `python -m data.prepare` makes those of the tiny world, "
+                    "docs/data.md says how to make your own")
+    loader = MixtureLoader(cfg.data, sources, cfg.model.vocab_size, n_mtp=ahead, seed=cfg.seed,
+                           max_seq_len=cfg.model.max_seq_len)
+
+    # ---- start or resume ---------------------------------------------------------------------------------------
+    seen, step, at = 0, 0, -1                                # tokens, optimizer steps, stage we are set up for
+    ckpt = runtime.latest(run)
+    saved = runtime.read_state(ckpt) if ckpt else None
+    if saved:
+        seen, step, at = saved["seen"], saved["step"], saved["stage"]
+        loader.load_state_dict(saved["loader"])
+        shape = runtime.read_shape(ckpt)
+        runtime.same_shape(shape, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
+        model = mtp.build(ModelConfig(**shape), "meta")
+    else:
+        model = mtp.build(cfg.model, "meta")
+    model = runtime.materialise(model, rt, seed=cfg.seed, ckpt=ckpt)
+    model, optimizer = prepare(model, stages, at, cfg, rt)
+    if saved:
+        runtime.load_optimizer(ckpt, model, optimizer)
+    if rt.is_main:
+        print(configurator.show(cfg))
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {total_tokens(stages):,.0f} tokens, "
+              f"{rt.world} process(es) on {rt.device}" + (f", resumed at step {step} from {ckpt}" if saved else ""))
+    metrics = runtime.Metrics(run, resume_at=step, enabled=rt.is_main)
+    bar = tqdm(total=int(total_tokens(stages)), initial=seen, unit="tok", unit_scale=True, desc="pretrain",
+               disable=None if rt.is_main else True)
+
+    def save():
+        runtime.save_checkpoint(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
+                                meta={"stage": "base", "chat": False, "tokens": seen}, optimizer=optimizer, keep=cfg.keep,
+                                state={"seen": seen, "step": step, "stage": at, "loader": loader.state_dict()},
+                                shape=vars(model.cfg), rt=rt, background=cfg.async_save)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+    spikes = runtime.SpikeGuard(cfg.skip_spikes)
+    while seen < total_tokens(stages):
+        t0 = time.perf_counter()
+        i, _ = stage_at(stages, seen)
+        if i != at:                                          # a stage begins: context, RoPE base, perhaps the new layers
+            at = i
+            if stages[i] is cfg.mtp_stage:
+                model = mtp.replicate(runtime.unshard(model), cfg.n_mtp_final)
+                model = runtime.place(model, rt)
+            model.set_context(stages[i].rope_base, max(s.seq_len for s in stages[:i + 1]))
+            fresh = stages[i] is cfg.mtp_stage
+            model, optimizer = prepare(model, stages, at, cfg, rt) if fresh else (model, optimizer)
+        s, rows = stages[i], batch_size_at(stages, seen)
+        tokens = rows * s.seq_len
+        lr = lr_at(stages, min(seen + tokens / 2, total_tokens(stages[:i + 1]) - 1))   # middle of the step: never 0 at step 0
+        w = mtp_weight_at(stages, seen)
+
+        batch = loader.next_batch(i, s.mix, s.seq_len, rows, rt.rank, rt.world).to(rt.device)
+        # one count of targets over all ranks and micro-batches, before the first of them: the loss is a mean over tokens
+        n_mtp = len(model.mtp_layers)
+        counts = runtime.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, s.seq_len, n_mtp), rt)
+        total = torch.zeros(1 + n_mtp, device=rt.device)
+        for micro, last in micro_batches(batch, cfg, s):
+            sums = forward(model, micro, n_mtp)              # [1 + n_mtp] summed nats
+            loss = sums[0] / counts[0] + w * (sums[1:] / counts[1:]).mean() if n_mtp else sums[0] / counts[0]
+            runtime.sync_gradients(model, last, rt)          # FSDP reduces once, after the last micro-batch
+            (loss * rt.world).backward()                     # FSDP averages over ranks; the counts are global already
+            total += sums.detach()
+        total = runtime.all_reduce_sum(total, rt) / counts.clamp_min(1)
+        norm = runtime.clip_grad_norm(model, cfg.grad_clip)
+        runtime.check_finite({"loss": total, "gradient norm": norm}, model, step)
+        skipped = spikes.skip(float(norm))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen, step = seen + tokens, step + 1
+
+        # ---- tell, check, save -------------------------------------------------------------------------------
+        seconds = time.perf_counter() - t0
+        metrics.log(step=step, tokens=seen, stage=s.name, loss=float(total[0]), mtp_loss=total[1:].tolist(), lr=lr,
+                    batch_size=rows, seq_len=s.seq_len, mtp_weight=w, grad_norm=float(norm), skipped=skipped,
+                    tokens_per_second=tokens / seconds, mfu=runtime.mfu(model.cfg, s.seq_len, tokens / seconds, rt),
+                    epochs={k: round(v, 4) for k, v in loader.epochs().items()})
+        bar.update(tokens)
+        bar.set_postfix_str(f"{s.name} loss {float(total[0]):.3f} mtp {float(total[1:].mean() if n_mtp else 0):.3f} lr {lr:.1e}")
+        if cfg.sample_every and step % cfg.sample_every == 0 and rt.world == 1:
+            bar.write(f"  sample at {seen:,} tokens: {continue_text(model, tokenizer, cfg.sample_prompt)!r}")
+        ended = seen >= total_tokens(stages[:i + 1])
+        if ended:
+            losses = validate(model, cfg, s, rt)
+            metrics.log(step=step, tokens=seen, stage=s.name, valid=losses)
+            if rt.is_main:
+                bar.write(f"  {s.name} ends at {seen:,} tokens; validation loss, nats per token: "
+                          + ", ".join(f"{k} {v['loss']:.3f}" for k, v in losses.items()))
+        stop = runtime.stop_requested(rt)
+        if ended or stop or step % cfg.save_every == 0:
+            save()
+        if stop:
+            break
+    bar.close()
+    runtime.teardown(rt)
+
+
+def prepare(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt) -> tuple[MiMo, torch.optim.AdamW]:
+    """Freeze what the stage does not train, shard, and make the optimizer. at = -1 before the first stage."""
+    model.requires_grad_(True)
+    if 0 <= at and stages[at] is cfg.mtp_stage:
+        mtp.freeze_all_but_new(model, cfg.model.n_mtp)
+    model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
+    return model, optimizer_for(model, cfg)
+
+
+def micro_batches(batch: Batch, cfg: Config, stage: Stage):
+    """
+    (micro-batch, is it the last). cfg.micro_batch counts rows of the shortest context in the table, so that a stage
+    with a longer one runs as many tokens per forward.
+    """
+    rows = max(1, cfg.micro_batch * min(s.seq_len for s in cfg.all_stages()) // stage.seq_len)
+    B = batch.positions.shape[0]
+    for lo in range(0, B, rows):
+        yield batch.rows(lo, min(B, lo + rows)), lo + rows >= B
+
+
+def forward(model: MiMo, batch: Batch, n_mtp: int) -> torch.Tensor:
+    """Summed losses [1 + n_mtp] of one micro-batch, nats."""
+    B, T = batch.positions.shape
+    bounds = doc_bounds(batch.cu_seqlens, B, T)
+    ids, docs = batch.ids[:, :T + 1 + n_mtp], batch.docs[:, :T + 1 + n_mtp]
+    main, extra, _ = mtp.losses(model, ids, docs, batch.positions, bounds, batch.mask)
+    return torch.stack([main, *extra])
+
+
+@torch.no_grad()
+def validate(model: MiMo, cfg: Config, stage: Stage, rt) -> dict[str, dict[str, float]]:
+    """Loss and MTP losses per source on held-out documents, nats per token, at the stage's context."""
+    folder = Path(cfg.data) / "valid"
+    n_mtp, found = len(model.mtp_layers), {}
+    for name in sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ():
+        loader = MixtureLoader(str(folder), [name], cfg.model.vocab_size, n_mtp=n_mtp, seed=0)
+        rows = max(rt.world, int(cfg.valid_tokens) // stage.seq_len)
+        batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, rows, rt.rank, rt.world).to(rt.device)
+        sums = sum(forward(model, micro, n_mtp) for micro, _ in micro_batches(batch, cfg, stage))
+        counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp)
+        mean = runtime.all_reduce_sum(sums, rt) / runtime.all_reduce_sum(counts, rt).clamp_min(1)
+        found[name] = {"loss": float(mean[0]), "mtp": mean[1:].tolist()}
+    return found
+
+
+@torch.no_grad()
+def continue_text(model: MiMo, tokenizer: Tokenizer, prompt: str, n: int = 40) -> str:
+    """A greedy continuation for the progress bar; sample.py has the real thing."""
+    from engine import Engine, Request, generate
+    ids = tokenizer.encode(prompt)
+    out = generate(Engine(model, slots=1, max_len=len(ids) + n),
+                   [Request(0, ids, max_tokens=n, temperature=0.0, stop=(tokenizer.eos_id,))])[0]
+    return tokenizer.decode(out.tokens)
+
+
+if __name__ == "__main__":
+    main(configurator.load(Config))
