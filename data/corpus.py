@@ -1,11 +1,15 @@
-"""The corpus pipeline from fetched pages to weighted plain-text documents, with a count after every step (report 2.1).
+"""The corpus pipeline from fetched pages to weighted plain-text documents, with a count after every step
+(report 2.1).
 
-    pages -> URL dedup -> extract -> MinHash dedup -> tag -> rebalance by tags -> decontaminate -> documents per source
-The tiny world's crawl and a real one (data/hub.py) go through the same `clean`. Sources are what the stages of
-pre-training mix: web, maths, code, books. Left out against the report: PDF parsing, language models as taggers.
+    pages -> URL dedup -> extract -> MinHash dedup -> tag -> rebalance by tags -> decontaminate -> documents
+    per source
+The tiny world's crawl and a real one (data/hub.py) go through the same `clean`. Sources are what the stages
+of pre-training mix: web, maths, code, books. Left out against the report: PDF parsing, language models as
+taggers.
 
     python -m data.corpus --pages=6000          # prints the funnel; about 10 s on one slow core
 """
+
 import argparse
 import time
 from collections.abc import Iterable
@@ -18,16 +22,19 @@ from data import tag as tagging
 from data.decontaminate import contaminated
 from data.dedup import canonical_url, near_duplicates
 from data.extract import extract
+from data.tiny import pages as content
 from data.tiny import probes, web
 from data.tiny.world import make_world
 
 SOURCES = ("web", "maths", "code", "books")
-SOURCE_OF = {"maths": "maths", "code": "code", "books": "books"}    # every other domain is web
+SOURCE_OF = {"maths": "maths", "code": "code", "books": "books"}  # every other domain is web
 
 
 @dataclass
 class Record:
-    """One document on its way. Either html or text is given; ref: the caller's number, kept through the pipeline."""
+    """One document on its way. Either html or text is given; ref: the caller's number, kept through the
+    pipeline."""
+
     url: str
     html: str = ""
     text: str = ""
@@ -37,7 +44,9 @@ class Record:
 
 @dataclass
 class Corpus:
-    """documents: source -> texts. funnel: (step, records in, records out, seconds). tagger: held-out accuracy, {} without."""
+    """documents: source -> texts. funnel: (step, records in, records out, seconds). tagger: held-out
+    accuracy, {} without."""
+
     documents: dict[str, list[str]]
     funnel: list[tuple[str, int, int, float]]
     tagger: dict[str, float] = field(default_factory=dict)
@@ -47,23 +56,35 @@ class Corpus:
         lines = [f"{'step':<34}{'in':>9}{'out':>9}{'seconds':>9}"]
         lines += [f"{step:<34}{n:>9,}{m:>9,}{s:>9.2f}" for step, n, m, s in self.funnel]
         size = {s: sum(map(len, d)) for s, d in self.documents.items()}
-        lines += [f"  {s:<12}{len(d):>8,} documents {size[s] / 1e6:>8.2f} MB" for s, d in self.documents.items()]
+        lines += [
+            f"  {s:<12}{len(d):>8,} documents {size[s] / 1e6:>8.2f} MB" for s, d in self.documents.items()
+        ]
         if self.tagger:
-            lines.append("tagger, held-out: " + ", ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:.0f}" for k, v in self.tagger.items()))
+            lines.append(
+                "tagger, held-out: "
+                + ", ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:.0f}" for k, v in self.tagger.items())
+            )
         return "\n".join(lines + [f"{k}: {v:,.4g}" for k, v in self.notes.items()])
 
 
 def bar(items: list, name: str, quiet: bool):
-    return tqdm(items, desc=name, unit="page", leave=False, disable=True if quiet else None)      # None: off when not a terminal
+    return tqdm(
+        items, desc=name, unit="page", leave=False, disable=True if quiet else None
+    )  # None: off when not a terminal
 
 
-def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger | None, quiet: bool = True,
-          teacher=None) -> tuple[list[Record], list, dict]:
+def clean(
+    records: Iterable[Record],
+    heldout: list[str],
+    tagger: tagging.Tagger | None,
+    quiet: bool = True,
+    teacher=None,
+) -> tuple[list[Record], list, dict]:
     """Records -> (records kept, with repeats by weight; funnel; tagger accuracy).
 
-    heldout: evaluation texts no document may hold. tagger: a trained one; None with a `teacher` (list of records ->
-    list of Tags) trains one here on at most 2,000 records; None without a teacher keeps every record once, untagged.
-    """
+    heldout: evaluation texts no document may hold. tagger: a trained one; None with a `teacher` (list of
+    records -> list of Tags) trains one here on at most 2,000 records; None without a teacher keeps every
+    record once, untagged."""
     funnel, records, report = [], list(records), {}
 
     def step(name: str, kept: list, n: int, since: float) -> list:
@@ -73,7 +94,7 @@ def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger 
     t, n = time.perf_counter(), len(records)
     first = {}
     for rec in records:
-        first.setdefault(canonical_url(rec.url), rec)              # global: the first fetch of an address wins
+        first.setdefault(canonical_url(rec.url), rec)  # global: the first fetch of an address wins
     records = step("URL dedup", list(first.values()), n, t)
 
     t, n = time.perf_counter(), len(records)
@@ -84,7 +105,9 @@ def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger 
 
     t, n = time.perf_counter(), len(records)
     root = near_duplicates([r.text for r in records])
-    records = step("MinHash dedup, exact Jaccard >= .7", [r for i, r in enumerate(records) if root[i] == i], n, t)
+    records = step(
+        "MinHash dedup, exact Jaccard >= .7", [r for i, r in enumerate(records) if root[i] == i], n, t
+    )
 
     t, n = time.perf_counter(), len(records)
     if tagger is None and teacher is not None and len(records) >= 10:
@@ -114,14 +137,21 @@ def wanted(rec: Record) -> int:
     return tagging.copies(rec.url, tagging.weight(rec.tags))
 
 
-def build(problems: dict[str, list[tuple[str, str]]], heldout: dict[str, list[tuple[str, str]]] | None = None, seed: int = 0,
-          pages: int = 6000, books: int = 120, book_words: int = 600, quiet: bool = False) -> Corpus:
+def build(
+    problems: dict[str, list[tuple[str, str]]],
+    heldout: dict[str, list[tuple[str, str]]] | None = None,
+    seed: int = 0,
+    pages: int = 6000,
+    books: int = 120,
+    book_words: int = 600,
+    quiet: bool = False,
+) -> Corpus:
     """The tiny world's corpus. A pure function of its arguments, the same in every process.
 
-    problems: {"maths": [(question, solution)], "code": [...]}: training problems; every one is put on some page.
-    heldout: the same of validation and test; planted on 1% of the maths and code pages, and no document may hold one.
-    pages: original pages of the crawl (about 1.16 times as many are fetched); books: long documents, book_words each.
-    """
+    problems: {"maths": [(question, solution)], "code": [...]}: training problems; every one is put on some
+    page. heldout: the same of validation and test; planted on 1% of the maths and code pages, and no
+    document may hold one. pages: original pages of the crawl (about 1.16 times as many are fetched); books:
+    long documents, book_words each."""
     heldout = heldout or {}
     for name, given in {"problems": problems, "heldout": heldout}.items():
         if unknown := set(given) - {"maths", "code"}:
@@ -132,7 +162,9 @@ def build(problems: dict[str, list[tuple[str, str]]], heldout: dict[str, list[tu
     records = [Record(p.url, html=p.html, ref=i) for i, p in enumerate(crawled)]
     truth = [tagging.Tags(p.domain, p.quality, p.depth, p.ad) for p in crawled]
     questions = [q for pairs in heldout.values() for q, _ in pairs]
-    kept, steps, report = clean(records, questions, None, quiet, teacher=lambda sample: [truth[r.ref] for r in sample])
+    kept, steps, report = clean(
+        records, questions, None, quiet, teacher=lambda sample: [truth[r.ref] for r in sample]
+    )
 
     t = time.perf_counter()
     documents: dict[str, list[str]] = {source: [] for source in SOURCES}
@@ -146,34 +178,45 @@ def build(problems: dict[str, list[tuple[str, str]]], heldout: dict[str, list[tu
 
 
 def measure(crawled: list[web.Page], refs: set[int], kept: list[Record], problems: dict) -> dict[str, float]:
-    """What the known truth says about the pipeline: copies and leaks that got through, problems that survived verbatim."""
+    """What the known truth says about the pipeline: copies and leaks that got through, problems that
+    survived verbatim."""
     family: dict[int, int] = {}
     for i in refs:
         original = crawled[i].copy_of if crawled[i].copy_of >= 0 else i
         family[original] = family.get(original, 0) + 1
     text = "\n\n".join(dict.fromkeys(r.text for r in kept))
     every = [block for pairs in problems.values() for block in pairs]
-    verbatim = sum(web.block_text(*block) in text for block in every[::max(1, len(every) // 500)])
-    asked = len(every[::max(1, len(every) // 500)])
+    verbatim = sum(content.block_text(*block) in text for block in every[:: max(1, len(every) // 500)])
+    asked = len(every[:: max(1, len(every) // 500)])
     exact = sum(r.text == crawled[r.ref].text for r in kept)
-    return {"copies left over": sum(n - 1 for n in family.values()), "leaks left over": sum(crawled[i].leak for i in refs),
-            "share of documents extracted exactly": exact / max(1, len(kept)),
-            "share of given problems found verbatim (500 asked)": verbatim / max(1, asked)}
+    return {
+        "copies left over": sum(n - 1 for n in family.values()),
+        "leaks left over": sum(crawled[i].leak for i in refs),
+        "share of documents extracted exactly": exact / max(1, len(kept)),
+        "share of given problems found verbatim (500 asked)": verbatim / max(1, asked),
+    }
 
 
 def documents(cfg) -> dict[str, list[str]]:
-    """For a script's config: any object with problems, heldout, seed, pages, books, book_words. -> source -> texts."""
+    """For a script's config: any object with problems, heldout, seed, pages, books, book_words. -> source
+    -> texts."""
     return build(cfg.problems, cfg.heldout, cfg.seed, cfg.pages, cfg.books, cfg.book_words).documents
 
 
 def demo_problems(n: int, first: int) -> dict[str, list[tuple[str, str]]]:
-    """Stand-in problems for the command below, when no generator is at hand: additions, and one-line functions."""
+    """Stand-in problems for the command below, when no generator is at hand: additions, and one-line
+    functions."""
     maths, code = [], []
     for i in range(first, first + n):
         a, b = i * 7919 % 997 + 3, i * 104729 % 983 + 5
         maths.append((f"What is {a} + {b}?", f"{a} + {b} = {a + b}.\nThe answer is \\boxed{{{a + b}}}."))
-        code.append((f"Given a list xs, return the sum of all numbers over {a} that are under {a + b}.",
-                     f"```python\ndef f(xs):\n    xs = [x for x in xs if {a} < x < {a + b}]\n    return sum(xs)\n```"))
+        code.append(
+            (
+                f"Given a list xs, return the sum of all numbers over {a} that are under {a + b}.",
+                "```python\ndef f(xs):\n"
+                f"    xs = [x for x in xs if {a} < x < {a + b}]\n    return sum(xs)\n```",
+            )
+        )
     return {"maths": maths, "code": code}
 
 

@@ -1,11 +1,13 @@
-"""Removes documents that hold a problem of an evaluation set (report sections 3.1 and 3.2: a 16-gram overlap).
+"""Removes documents that hold a problem of an evaluation set (report sections 3.1 and 3.2: a 16-gram
+overlap).
 
-The report does not say what a gram is; ours are lower-cased words and punctuation marks [ours]. A document that shares 16
-in a row with a held-out text is dropped; 15 are not enough. A held-out text of fewer than 16 words would never be
-caught by that rule, so it counts when it stands whole in the document.
+The report does not say what a gram is; ours are lower-cased words and punctuation marks [ours]. A document
+that shares 16 in a row with a held-out text is dropped; 15 are not enough. A held-out text of fewer than 16
+words would never be caught by that rule, so it counts when it stands whole in the document.
 
     about 0.5 million words a second on one core
 """
+
 import numpy as np
 
 from data.dedup import windows, word_hashes
@@ -14,7 +16,8 @@ N = 16
 
 
 def build_index(heldout: list[str], n: int = N) -> dict[int, np.ndarray]:
-    """Window length -> sorted hashes of the held-out windows: n for long texts, the text's own length for short ones."""
+    """Window length -> sorted hashes of the held-out windows: n for long texts, the text's own length for
+    short ones."""
     by_length: dict[int, list] = {}
     for text in heldout:
         h = word_hashes(text)
@@ -25,7 +28,8 @@ def build_index(heldout: list[str], n: int = N) -> dict[int, np.ndarray]:
 
 
 def contaminated(texts: list[str], heldout: list[str] | dict[int, np.ndarray], n: int = N) -> np.ndarray:
-    """bool [len(texts)]: True where the text holds 16 words in a row of a held-out text, or a short one whole."""
+    """bool [len(texts)]: True where the text holds 16 words in a row of a held-out text, or a short one
+    whole."""
     index = heldout if isinstance(heldout, dict) else build_index(heldout, n)
     hashes = [word_hashes(t) for t in texts]
     hit = np.zeros(len(texts), bool)
@@ -33,7 +37,7 @@ def contaminated(texts: list[str], heldout: list[str] | dict[int, np.ndarray], n
     owner = np.repeat(np.arange(len(texts)), [len(h) for h in hashes])
     for length, keys in index.items():
         w = windows(flat, length)
-        inside = owner[:len(w)] == owner[length - 1:]              # windows over a document border do not count
+        inside = owner[: len(w)] == owner[length - 1 :]  # windows over a document border do not count
         at = np.minimum(np.searchsorted(keys, w), len(keys) - 1)
-        hit[owner[:len(w)][inside & (keys[at] == w)]] = True
+        hit[owner[: len(w)][inside & (keys[at] == w)]] = True
     return hit

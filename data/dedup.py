@@ -1,12 +1,15 @@
-"""Global deduplication: canonical URLs first, then MinHash over the extracted text (report section 2.1, "URL dedup and MinHash").
+"""Global deduplication: canonical URLs first, then MinHash over the extracted text (report section 2.1,
+"URL dedup and MinHash").
 
-The report gives no parameters. Ours are FineWeb's [ours]: 5-word shingles, 112 hashes in 14 bands of 8. Two documents with
-Jaccard similarity J become a candidate pair with probability 1 - (1 - J^8)^14: .01 at J=.4, .56 at .7, .92 at .8, 1.00 at .9.
-Each candidate is then checked against its exact Jaccard similarity, so nothing under the threshold is ever removed.
+The report gives no parameters. Ours are FineWeb's [ours]: 5-word shingles, 112 hashes in 14 bands of 8. Two
+documents with Jaccard similarity J become a candidate pair with probability 1 - (1 - J^8)^14: .01 at J=.4,
+.56 at .7, .92 at .8, 1.00 at .9. Each candidate is then checked against its exact Jaccard similarity, so
+nothing under the threshold is ever removed.
 
     rensa makes the signatures, numpy the band keys (112 bytes a document), union-find the clusters
     about 10,000 short documents a second on one core
 """
+
 import hashlib
 import re
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -17,11 +20,12 @@ import rensa
 BANDS, ROWS, SHINGLE = 14, 8, 5
 TRACKING = re.compile(r"^(?:utm_\w+|fbclid|gclid|msclkid|ref|sessionid|sid|phpsessid)$", re.I)
 WORD = re.compile(r"\w+|[^\w\s]")
-_seen: dict[str, int] = {}                                          # word -> 64-bit hash, shared by all documents
+_seen: dict[str, int] = {}  # word -> 64-bit hash, shared by all documents
 
 
 def canonical_url(url: str) -> str:
-    """One key for all the spellings of an address: "https://www.A.org/x/?utm_source=m&b=2&a=1#top" -> "a.org/x?a=1&b=2"."""
+    """One key for all the spellings of an address: "https://www.A.org/x/?utm_source=m&b=2&a=1#top" ->
+    "a.org/x?a=1&b=2"."""
     parts = urlsplit(url.strip() if "://" in url else "http://" + url.strip())
     host = re.sub(r"^www\d?\.", "", parts.netloc.lower().rsplit("@", 1)[-1])
     host = re.sub(r":(?:80|443)$", "", host)
@@ -31,30 +35,35 @@ def canonical_url(url: str) -> str:
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """Lower-cased words and punctuation marks as 64-bit hashes -> uint64 [n]. blake2b: the same in every process."""
+    """Lower-cased words and punctuation marks as 64-bit hashes -> uint64 [n]. blake2b: the same in every
+    process."""
     out = []
     for word in WORD.findall(text.lower()):
         value = _seen.get(word)
         if value is None:
-            value = _seen[word] = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+            value = _seen[word] = int.from_bytes(
+                hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little"
+            )
         out.append(value)
     return np.array(out, dtype=np.uint64)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: without it the permutations of MinHash are visibly correlated and unlike texts collide."""
+    """splitmix64's finaliser: without it the permutations of MinHash are visibly correlated and unlike
+    texts collide."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def windows(h: np.ndarray, n: int) -> np.ndarray:
-    """Hash of each run of n words: mix(sum_i h[t+i] * P^(n-1-i) mod 2^64) -> uint64 [len - n + 1], empty when too short."""
+    """Hash of each run of n words: mix(sum_i h[t+i] * P^(n-1-i) mod 2^64) -> uint64 [len - n + 1], empty
+    when too short."""
     if len(h) < n:
         return np.empty(0, np.uint64)
     total = np.zeros(len(h) - n + 1, np.uint64)
     for i in range(n):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + h[i:len(h) - n + 1 + i]
+        total = total * np.uint64(0x9E3779B97F4A7C15) + h[i : len(h) - n + 1 + i]
     return mix(total)
 
 
@@ -74,7 +83,7 @@ def signatures(sets: list[np.ndarray], seed: int = 1, chunk: int = 10_000) -> np
     """MinHash signatures, uint32 [n, BANDS * ROWS]; the minimum of each of 112 permutations over the set."""
     rows = []
     for i in range(0, len(sets), chunk):
-        part = sets[i:i + chunk]
+        part = sets[i : i + chunk]
         offsets = np.cumsum([0] + [len(s) for s in part]).astype(np.uint64)
         flat = np.concatenate(part) if offsets[-1] else np.empty(0, np.uint64)
         got = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, BANDS * ROWS, seed)
@@ -83,34 +92,37 @@ def signatures(sets: list[np.ndarray], seed: int = 1, chunk: int = 10_000) -> np
 
 
 def band_keys(signature: np.ndarray) -> np.ndarray:
-    """[n, 112] -> uint64 [n, 14]: the 8 rows of a band folded to one key. Equal keys make a candidate pair."""
+    """[n, 112] -> uint64 [n, 14]: the 8 rows of a band folded to one key. Equal keys make a candidate
+    pair."""
     folded = np.zeros((len(signature), BANDS), np.uint64)
     for row in signature.reshape(-1, BANDS, ROWS).astype(np.uint64).transpose(2, 0, 1):
         folded = mix(folded * np.uint64(0x9E3779B97F4A7C15) + row)
     return folded
 
 
-def near_duplicates(texts: list[str], threshold: float = .7) -> np.ndarray:
+def near_duplicates(texts: list[str], threshold: float = 0.7) -> np.ndarray:
     """For each text the index of the first text of its cluster: i itself when it is to be kept. int64 [n].
 
-    A text is joined to the FIRST text that shares a band key and has exact Jaccard >= threshold; clusters are the
-    connected components. Deterministic; blind to quality, as the report says, hence the re-weighting after it.
-    """
+    A text is joined to the FIRST text that shares a band key and has exact Jaccard >= threshold; clusters
+    are the connected components. Deterministic; blind to quality, as the report says, hence the
+    re-weighting after it."""
     sets = [shingles(t) for t in texts]
     keys = band_keys(signatures(sets))
     parent = np.arange(len(texts))
 
     def root(i: int) -> int:
         while parent[i] != i:
-            parent[i] = parent[parent[i]]                          # path halving
+            parent[i] = parent[parent[i]]  # path halving
             i = parent[i]
         return i
 
     for band in range(BANDS if len(texts) else 0):
-        order = np.argsort(keys[:, band], kind="stable")           # equal keys become neighbours, in document order
+        order = np.argsort(keys[:, band], kind="stable")  # equal keys become neighbours, in document order
         for a, b in zip(order[:-1], order[1:], strict=True):
             if keys[a, band] == keys[b, band]:
                 i, j = sorted((root(a), root(b)))
-                if i != j and (jaccard(sets[a], sets[b]) >= threshold or jaccard(sets[i], sets[b]) >= threshold):
+                if i != j and (
+                    jaccard(sets[a], sets[b]) >= threshold or jaccard(sets[i], sets[b]) >= threshold
+                ):
                     parent[j] = i
     return np.array([root(i) for i in range(len(texts))], dtype=np.int64)

@@ -1,13 +1,15 @@
 """HTML to text that keeps what reasoning data is made of: formulas, code with its indentation, forum threads.
 
-Report section 2.1: common extractors lose equations and snippets, so MiMo wrote its own for maths, code and forum pages.
-This is such an extractor on lxml alone. The order matters: (1) delete the drawn twins of formulas, (2) hold formulas and
-code as placeholders, (3) remove boilerplate unless it holds one, (4) choose posts or the article, (5) render, (6) restore.
-Left out against the report: PDF; against larger extractors: AsciiMath, custom MathJax delimiters, nested tables.
+Report section 2.1: common extractors lose equations and snippets, so MiMo wrote its own for maths, code and
+forum pages. This is such an extractor on lxml alone. The order matters: (1) delete the drawn twins of
+formulas, (2) hold formulas and code as placeholders, (3) remove boilerplate unless it holds one, (4) choose
+posts or the article, (5) render, (6) restore. Left out against the report: PDF; against larger extractors:
+AsciiMath, custom MathJax delimiters, nested tables.
 
     python -m data.extract page.html        # prints the text
     1,000 to 2,000 small pages a second on one slow core; docs/data.md compares it with plain lxml text
 """
+
 import re
 import sys
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -17,30 +19,55 @@ import lxml.html
 # one character each, from the private use area: placeholder borders, then the three kinds of line break
 OPEN, CLOSE, PARA, LINE, FENCE, BR = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
 PARSER = lxml.html.HTMLParser(encoding="utf-8", remove_comments=True)
-LANGUAGES = {"python", "c", "cpp", "java", "javascript", "js", "rust", "go", "bash", "sql", "html", "json", "text"}
-DROP_TAGS = {"script", "style", "nav", "footer", "aside", "form", "button", "noscript", "iframe", "svg", "select", "head"}
-BOILER = re.compile(r"(?:^|[\s_-])(?:nav|navbar|menu|sidebar|footer|cookies?|banner|share|social|breadcrumbs?|related|ads?|advert|"
-                    r"promo|sponsor|newsletter|signature|vote|votes|tags|user-?info|profile|subscribe|popup|pager|toc|"
-                    r"edit-?link|post-?menu|reputation|timestamp)(?:$|[\s_-])", re.I)
+LANGUAGES = set("python c cpp java javascript js rust go bash sql html json text".split())
+DROP_TAGS = set("script style nav footer aside form button noscript iframe svg select head".split())
+BOILER = re.compile(
+    r"(?:^|[\s_-])(?:nav|navbar|menu|sidebar|footer|cookies?|banner|share|social|breadcrumbs?|related|ads?|"
+    r"advert|promo|sponsor|newsletter|signature|vote|votes|tags|user-?info|profile|subscribe|popup|pager|toc|"
+    r"edit-?link|post-?menu|reputation|timestamp)(?:$|[\s_-])",
+    re.I,
+)
 POST = re.compile(r"(?:^|\s)(?:postbody|post-text|post-content|comment-body|s-prose|message-body)(?:$|\s)")
-GUTTER = re.compile(r"(?:^|\s)(?:linenos?|linenodiv|blob-num|line-numbers?-rows|gutter|hljs-ln-numbers|copy-?button)(?:$|\s)")
+GUTTER = re.compile(
+    r"(?:^|\s)(?:linenos?|linenodiv|blob-num|line-numbers?-rows|gutter|hljs-ln-numbers|copy-?button)(?:$|\s)"
+)
 TWIN = re.compile(r"(?:^|\s)(?:MathJax(?:_\w+)?|katex-html|MJX_Assistive_MathML)(?:$|\s)")
-BLOCKS = {"p", "div", "section", "article", "main", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "table", "blockquote",
-          "header", "figure", "dl", "body", "details"}
-SYMBOLS = {"×": "\\times", "÷": "\\div", "·": "\\cdot", "−": "-", "≤": "\\le", "≥": "\\ge", "≠": "\\ne", "π": "\\pi",
-           "∑": "\\sum", "∫": "\\int", "∞": "\\infty", "≡": "\\equiv", "→": "\\to", "\u2062": "", "\u2061": ""}
+BLOCKS = set(
+    (
+        "p div section article main h1 h2 h3 h4 h5 h6 ul ol table blockquote header figure dl body details"
+    ).split()
+)
+SYMBOLS = {
+    "×": "\\times",
+    "÷": "\\div",
+    "·": "\\cdot",
+    "−": "-",
+    "≤": "\\le",
+    "≥": "\\ge",
+    "≠": "\\ne",
+    "π": "\\pi",
+    "∑": "\\sum",
+    "∫": "\\int",
+    "∞": "\\infty",
+    "≡": "\\equiv",
+    "→": "\\to",
+    "\u2062": "",
+    "\u2061": "",
+}
 
 
-# ---- formulas -------------------------------------------------------------------------------------------------------
+# ---- formulas
+
 
 def mathml_to_tex(node) -> str:
-    """MathML element -> TeX. <mfrac><mn>1</mn><mi>x</mi></mfrac> -> \\frac{1}{x}; <msup> -> x^{2}; unknown tags: children."""
+    """MathML element -> TeX. <mfrac><mn>1</mn><mi>x</mi></mfrac> -> \\frac{1}{x}; <msup> -> x^{2}; unknown
+    tags: children."""
     tag = node.tag.rsplit(":")[-1] if isinstance(node.tag, str) else ""
     kids = [mathml_to_tex(k) for k in node if isinstance(k.tag, str) and "annotation" not in k.tag]
     text = (node.text or "").strip()
     if tag in ("mi", "mn", "mo", "mtext"):
         text = SYMBOLS.get(text, text)
-        operator = tag == "mo" and text not in "()[]|,!'"         # "a + b", but "f(x)"
+        operator = tag == "mo" and text not in "()[]|,!'"  # "a + b", but "f(x)"
         return f" {text} " if operator else text
     if tag == "mfrac" and len(kids) == 2:
         return f"\\frac{{{kids[0].strip()}}}{{{kids[1].strip()}}}"
@@ -58,23 +85,28 @@ def mathml_to_tex(node) -> str:
 
 
 def dollars(tex: str, display: bool = False) -> str:
-    """TeX -> how it stands in the text. A lone \\boxed{...} is the mark of an answer and stays bare, as verifiers read it."""
+    """TeX -> how it stands in the text. A lone \\boxed{...} is the mark of an answer and stays bare, as
+    verifiers read it."""
     tex = " ".join(tex.split())
-    if re.fullmatch(r"\\boxed\{[^$]*\}", tex):
+    if re.fullmatch(r"\\boxed\{(?:[^{}]|\{[^{}]*\})*\}", tex):
         return tex
     return f"$${tex}$$" if display else f"${tex}$"
 
 
 def formula(node) -> str | None:
-    """The TeX of a <script type=math/tex>, <math> or formula image, with dollars; None when the node is none of these."""
+    """The TeX of a <script type=math/tex>, <math> or formula image, with dollars; None when the node is
+    none of these."""
     if node.tag == "script":
         kind = node.get("type", "")
         return dollars(node.text or "", "mode=display" in kind) if kind.startswith("math/tex") else None
     if node.tag == "math":
-        for note in node.iter("annotation"):                       # KaTeX, MathJax and Wikipedia keep the TeX source here
+        for note in node.iter("annotation"):  # KaTeX, MathJax and Wikipedia keep the TeX source here
             if "tex" in note.get("encoding", ""):
                 return dollars(note.text or "", node.get("display") == "block")
-        return dollars(node.get("alttext") or re.sub(r"\s+", " ", mathml_to_tex(node)).strip(), node.get("display") == "block")
+        return dollars(
+            node.get("alttext") or re.sub(r"\s+", " ", mathml_to_tex(node)).strip(),
+            node.get("display") == "block",
+        )
     if node.tag == "img":
         src, alt = node.get("src", ""), node.get("alt", "")
         if "codecogs" in src or "latex.php" in src:
@@ -85,7 +117,8 @@ def formula(node) -> str | None:
     return None
 
 
-# ---- code -----------------------------------------------------------------------------------------------------------
+# ---- code
+
 
 def code_text(node) -> str:
     """The characters of a code element; <br> is a line break, gutters (line numbers) are left out."""
@@ -98,7 +131,8 @@ def code_text(node) -> str:
 
 
 def language(node) -> str:
-    """Language named in the classes of the element, its <code> child or its parents; white-listed, as 'code' is no language."""
+    """Language named in the classes of the element, its <code> child or its parents; white-listed, as
+    'code' is no language."""
     for el in [*node.iter("table", "div", "pre", "code"), *list(node.iterancestors())[:3]]:
         for word in re.split(r"[\s_]+", el.get("class", "")):
             word = re.sub(r"^(?:language|lang|highlight-source|brush:?|source)-?", "", word).lower()
@@ -112,10 +146,12 @@ def fence(node, lines: str) -> str:
     return f"```{language(node)}\n{body}\n```"
 
 
-# ---- the tree -------------------------------------------------------------------------------------------------------
+# ---- the tree
+
 
 def replace(node, text: str) -> None:
-    """Puts text in the place of the element; lxml keeps the text after an element in its tail, so that has to move too."""
+    """Puts text in the place of the element; lxml keeps the text after an element in its tail, so that has
+    to move too."""
     parent, before = node.getparent(), node.getprevious()
     text += node.tail or ""
     if before is not None:
@@ -133,20 +169,31 @@ def remove(nodes) -> None:
 
 def hold(root, kept: list[str]) -> None:
     """Step 2: formulas and code become placeholders OPEN n CLOSE; nothing after this can break them."""
+
     def put(node, text, block=False):
         mark = f"{OPEN}{len(kept)}{CLOSE}"
         kept.append(text)
         replace(node, f"{FENCE}{mark}{FENCE}" if block else mark)
 
-    for node in list(root.iter("table")):                          # line-number tables: a Pygments cell or one row per line
+    for node in list(root.iter("table")):  # line-number tables: a Pygments cell or one row per line
         if node.getparent() is None:
             continue
-        rows = [c for c in node.iter("td") if re.search(r"(?:^|\s)(?:blob-code|hljs-ln-code)", c.get("class", ""))]
-        cells = [c for c in node.iter("td") if re.search(r"(?:^|\s)(?:code|rouge-code)(?:$|\s)", c.get("class", ""))]
+        rows = [
+            c for c in node.iter("td") if re.search(r"(?:^|\s)(?:blob-code|hljs-ln-code)", c.get("class", ""))
+        ]
+        cells = [
+            c
+            for c in node.iter("td")
+            if re.search(r"(?:^|\s)(?:code|rouge-code)(?:$|\s)", c.get("class", ""))
+        ]
         if rows:
             put(node, fence(node, "\n".join(code_text(c).strip("\n") for c in rows)), block=True)
         elif cells:
-            put(node, fence(node, "\n".join(code_text(pre) for c in cells for pre in (c.findall(".//pre") or [c]))), block=True)
+            put(
+                node,
+                fence(node, "\n".join(code_text(pre) for c in cells for pre in (c.findall(".//pre") or [c]))),
+                block=True,
+            )
     for node in list(root.iter("pre")):
         put(node, fence(node, code_text(node)), block=True)
     for node in list(root.iter("code", "tt", "kbd")):
@@ -171,22 +218,35 @@ def link_farm(node) -> bool:
 
 
 def drop_boilerplate(root) -> None:
-    """Step 3. Elements that hold protected text stay, whatever they are called; so does a header inside an article."""
-    for node in list(root.iter("div", "ul", "ol", "table", "section", "header", "span", "p", "h2", "h3", "a", "td",
-                               *DROP_TAGS)):
+    """Step 3. Elements that hold protected text stay, whatever they are called; so does a header inside an
+    article."""
+    for node in list(
+        root.iter(
+            "div", "ul", "ol", "table", "section", "header", "span", "p", "h2", "h3", "a", "td", *DROP_TAGS
+        )
+    ):
         if node.getparent() is None:
             continue
         named = BOILER.search(f"{node.get('class', '')} {node.get('id', '')} {node.get('role', '')}")
         header = node.tag == "header" and not any(a.tag in ("article", "main") for a in node.iterancestors())
-        if node.tag in DROP_TAGS or named or header or "hidden" in node.attrib or (
-                node.tag in ("div", "ul", "ol", "table", "section") and link_farm(node)):
+        if (
+            node.tag in DROP_TAGS
+            or named
+            or header
+            or "hidden" in node.attrib
+            or (node.tag in ("div", "ul", "ol", "table", "section") and link_farm(node))
+        ):
             if node.tag in ("script", "style", "head") or OPEN not in "".join(node.itertext()):
                 replace(node, " ")
 
 
 def choose(root) -> list:
     """Step 4: the title and the posts of a thread; else the article; else the body."""
-    posts = [n for n in root.iter() if n.get("itemprop") in ("text", "articleBody") or POST.search(n.get("class", ""))]
+    posts = [
+        n
+        for n in root.iter()
+        if n.get("itemprop") in ("text", "articleBody") or POST.search(n.get("class", ""))
+    ]
     posts = [p for p in posts if not any(a in posts for a in p.iterancestors())]
     if len(posts) >= 2:
         return [*list(root.iter("h1"))[:1], *posts]
@@ -197,8 +257,11 @@ def choose(root) -> list:
 def render(node, out: list[str]) -> None:
     """Step 5: text with break marks; layout() turns the marks into newlines."""
     edge = PARA if node.tag in BLOCKS else LINE if node.tag in ("li", "tr", "dt", "dd") else ""
-    out += [edge, "# " if node.tag == "h1" else "## " if node.tag in ("h2", "h3") else "- " if node.tag == "li" else "",
-            BR if node.tag == "br" else node.text or ""]
+    out += [
+        edge,
+        "# " if node.tag == "h1" else "## " if node.tag in ("h2", "h3") else "- " if node.tag == "li" else "",
+        BR if node.tag == "br" else node.text or "",
+    ]
     for kid in node:
         if isinstance(kid.tag, str):
             render(kid, out)
@@ -208,7 +271,8 @@ def render(node, out: list[str]) -> None:
 
 
 def breaks(match: re.Match) -> str:
-    """A run of break marks -> newlines: two between blocks, one before a fence or beside a list item, one for each <br>."""
+    """A run of break marks -> newlines: two between blocks, one before a fence or beside a list item, one
+    for each <br>."""
     run, brs = match.group().strip(), match.group().count(BR)
     if run.endswith(FENCE) or (FENCE in run and PARA not in run):
         return "\n" * min(2, brs + 1)
@@ -216,26 +280,32 @@ def breaks(match: re.Match) -> str:
 
 
 def layout(text: str) -> str:
-    text = re.sub(r"[ \t\r\n\f]+", " ", text)                      # HTML white space; a no-break space is text and survives
+    text = re.sub(r"[ \t\r\n\f]+", " ", text)  # HTML white space; a no-break space is text and survives
     text = re.sub(f" ?[{PARA}{LINE}{FENCE}{BR}][ {PARA}{LINE}{FENCE}{BR}]*", breaks, text)
-    text = re.sub(r"\\\((.+?)\\\)", r"$\1$", text)                 # one way to write TeX in the corpus, not three
+    text = re.sub(r"\\\((.+?)\\\)", r"$\1$", text)  # one way to write TeX in the corpus, not three
     text = re.sub(r"\\\[(.+?)\\\]", r"$$\1$$", text)
     return text.replace("\xa0", " ").strip()
 
 
 def extract(html: str | bytes) -> str:
-    """Main text of a page: paragraphs apart by an empty line, `# title`, fenced code, $TeX$; '' for a page without text.
+    """Main text of a page: paragraphs apart by an empty line, `# title`, fenced code, $TeX$; '' for a page
+    without text.
 
-    Source: report 2.1. Bytes that are not UTF-8 are read with replacement characters, as a crawl holds such pages.
-    """
+    Source: report 2.1. Bytes that are not UTF-8 are read with replacement characters, as a crawl holds such
+    pages."""
     html = html.decode("utf-8", "replace") if isinstance(html, bytes) else html
-    html = re.sub("[\ue000-\ue005\x00-\x08\x0b\x0e-\x1f]", "", html)   # nobody else may write our marks
+    html = re.sub("[\ue000-\ue005\x00-\x08\x0b\x0e-\x1f]", "", html)  # nobody else may write our marks
     if not html.strip():
         return ""
     root = lxml.html.document_fromstring(html.encode("utf-8", "replace"), parser=PARSER)
     root = root.find("body") if root.find("body") is not None else root
-    remove([n for n in root.iter() if n.tag == "mjx-math" or (
-        n.tag != "mjx-container" and TWIN.search(n.get("class") or ""))])
+    remove(
+        [
+            n
+            for n in root.iter()
+            if n.tag == "mjx-math" or (n.tag != "mjx-container" and TWIN.search(n.get("class") or ""))
+        ]
+    )
     kept: list[str] = []
     hold(root, kept)
     drop_boilerplate(root)
@@ -245,7 +315,7 @@ def extract(html: str | bytes) -> str:
         render(part, out)
         out.append(PARA)
     text = layout("".join(out))
-    for _ in range(3):                                             # a formula may sit in a placeholder's own text
+    for _ in range(3):  # a formula may sit in a placeholder's own text
         text = re.sub(f"{OPEN}(\\d+){CLOSE}", lambda m: kept[int(m.group(1))], text)
     return text
 
