@@ -13,15 +13,15 @@ import random
 from data.problems import Problem, identity, split_of
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn"]
-TOP = 30                                 # largest number in sums: facts that a million parameters can learn in minutes
+TOP = 12                                 # largest number in sums: facts that a million parameters can learn in minutes
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
 
 
 def chain(rng: random.Random, level: int):
-    """level operations + and -, every number between 1 and TOP."""
+    """level + 1 operations + and -, every number between 1 and TOP."""
     value = rng.randint(1, TOP - 2)
     terms, steps = [value], []
-    for _ in range(level):
+    for _ in range(level + 1):
         up = rng.random() < 0.5 if 1 < value < TOP else value == 1
         n = rng.randint(1, TOP - value) if up else rng.randint(1, value - 1)
         terms.append(n if up else -n)
@@ -39,12 +39,11 @@ def chain(rng: random.Random, level: int):
 
 def products(rng: random.Random, level: int):
     """a * b, then a sum or difference per further level."""
-    a, b = rng.randint(2, 6), rng.randint(2, 9)
-    if a * b > TOP:
-        a, b = 2 + a % 2, 2 + b % 8
+    a = rng.randint(2, 4)
+    b = rng.randint(2, TOP // a)
     value, text, steps = a * b, f"{a} * {b}", [f"{a}*{b}={a * b}"]
-    for _ in range(level - 1):
-        up = value < 3 or (rng.random() < 0.5 and value < TOP)
+    for _ in range(level):
+        up = value < 2 or (rng.random() < 0.5 and value < TOP)
         n = rng.randint(1, TOP - value) if up else rng.randint(1, value - 1)
         steps.append(f"{value}{'+' if up else '-'}{n}={value + n if up else value - n}")
         text += f" {'+' if up else '-'} {n}"
@@ -53,30 +52,39 @@ def products(rng: random.Random, level: int):
 
 
 def equation(rng: random.Random, level: int):
-    """x + b = c; a x + b = c; a x + b = c x + d."""
-    a = 1 if level == 1 else rng.randint(2, 4)
-    x = rng.randint(2, min(12, TOP // a - 2))
-    b = rng.randint(1, TOP - a * x)
-    if level < 3:
-        text, steps = f"{a if a > 1 else ''}x + {b} = {a * x + b}", [f"{a * x + b}-{b}={a * x}"]
+    """a x + b = c; a x + b - d = c from level 2 on; a x + b = e x + c at level 3."""
+    a = rng.randint(2, 4)
+    x, b = rng.randint(1, TOP // a), rng.randint(1, TOP)
+    ax = a * x
+    left, right, steps = f"{a}x + {b}", ax + b, []
+    if level == 2:
+        d = rng.randint(1, TOP)
+        left, right = f"{left} - {d}", right - d
+        steps.append(f"{right}+{d}={right + d}")
+    if level == 3:
+        e = rng.randint(1, a - 1)
+        text, steps = f"{left} = {e if e > 1 else ''}x + {right - e * x}", [f"{a}-{e}={a - e}"]
+        right, a, ax = right - e * x, a - e, (a - e) * x
     else:
-        c = rng.randint(1, a - 1)
-        right, a = (a - c) * x + b, a - c
-        text = f"{a + c}x + {b} = {c if c > 1 else ''}x + {right}"
-        steps = [f"{a + c}-{c}={a}", f"{right}-{b}={a * x}"]
+        text = f"{left} = {right}"
+    steps.append(f"{ax + b}-{b}={ax}")
     if a > 1:
-        steps.append(f"{a * x}/{a}={x}")
+        steps.append(f"{ax}/{a}={x}")
     return f"equation {text}", f"Solve for x: {text}.", steps, str(x)
 
 
 def remainder(rng: random.Random, level: int):
-    """a mod m; (a + b) mod m from level 2 on."""
-    m, a = rng.randint(3, 9), rng.randint(10, TOP)
-    if level == 1:
-        text, steps = str(a), []
-    else:
-        b = rng.randint(1, a - 1)
-        text, steps = f"{a - b} + {b}", [f"{a - b}+{b}={a}"]
+    """(a + b) mod m, then one more sum per level."""
+    m, a = rng.randint(3, 6), rng.randint(1, TOP)
+    text, steps = str(a), []
+    for _ in range(level):
+        b = rng.randint(1, TOP)
+        text += f" + {b}"
+        steps.append(f"{a}+{b}={a + b}")
+        a += b
+        if a > TOP and len(steps) < level:
+            steps.append(f"{a}-{a // m * m}={a % m}")
+            a %= m
     steps += [f"{m}*{a // m}={a // m * m}", f"{a}-{a // m * m}={a % m}"]
     return f"remainder {text} by {m}", f"What is the remainder of {text} divided by {m}?", steps, str(a % m)
 
@@ -85,7 +93,7 @@ def fraction(rng: random.Random, level: int):
     """Simplify p/q; from level 2 on a/m + b/m first."""
     while True:
         g, p, q = rng.randint(2, 6), rng.randint(1, 9), rng.randint(2, 9)
-        if p < q and g * q <= TOP and math.gcd(p, q) == 1:
+        if p < q and g * q <= 2 * TOP and math.gcd(p, q) == 1:
             break
     top, bottom, steps = g * p, g * q, []
     text = f"\\frac{{{top}}}{{{bottom}}}"
@@ -101,7 +109,7 @@ KINDS = [chain, products, equation, remainder, fraction]
 
 
 def problem(rng: random.Random, level: int | None = None) -> Problem:
-    """One problem; level 1..3 (operations), drawn when not given."""
+    """One problem; level 1..3 (operations beyond the first), drawn when not given."""
     level = level or rng.randint(1, 3)
     canonical, question, steps, answer = rng.choices(KINDS, weights=[4, 2, 2, 1, 1])[0](rng, level)
     return Problem(identity(canonical), "maths", question, level, answer=answer, reasoning="\n".join(steps),
@@ -110,12 +118,14 @@ def problem(rng: random.Random, level: int | None = None) -> Problem:
 
 def table(rng: random.Random) -> str:
     """A page of number facts, as school books print them: sums, differences or products with one number."""
-    n, kind = rng.randint(1, TOP - 1), rng.choice("+-*")
+    n, kind = rng.randint(1, 2 * TOP), rng.choice("+-*")
     if kind == "*":
-        n = rng.randint(2, 9)
-        facts = [f"{n}*{k}={n * k}" for k in range(2, max(3, TOP // n) + 1)]
+        n = rng.randint(2, 6)
+        facts = [f"{n}*{k}={n * k}" for k in range(1, 7)]
+    elif kind == "+":
+        facts = [f"{n}+{k}={n + k}" for k in range(1, TOP + 1)]
     else:
-        facts = [f"{n}+{k}={n + k}" for k in range(1, TOP - n + 1)] if kind == "+" else [f"{n}-{k}={n - k}" for k in range(1, n + 1)]
+        facts = [f"{n}-{k}={n - k}" for k in range(1, n + 1)]
     rng.shuffle(facts)
     return f"Facts about {n}: " + ", ".join(facts[:12]) + "."
 

@@ -1,0 +1,328 @@
+"""
+Reinforcement learning with verifiable rewards (report section 3.3): GRPO without KL, dynamic sampling, clip-higher,
+test-difficulty-driven rewards, the easy data pool, and the Seamless Rollout Engine around it.
+
+    python rl.py config/tiny_rl.py                                 # RL from out/tiny/sft, minutes on a CPU
+    python rl.py config/tiny_rl_zero.py                            # RL-Zero: from out/tiny/base, no SFT before it
+
+One iteration: the rollout thread (rollout.py) delivers `batch_size` groups of G answers to one prompt each, all with a
+reward range above zero; here they get advantages (Eq. 2) and the policy is updated on mini-batches of whole groups (Eq. 1):
+
+    A_ij = (r_i - mean(r)) / std(r)                                                               over the group   (Eq. 2)
+    J    = 1 / sum_i |o_i|  sum_i sum_j  min( rho_ij A_ij,  clip(rho_ij, 1 - eps_low, 1 + eps_high) A_ij )         (Eq. 1)
+    rho_ij = pi_theta(o_ij | q, o_i<j) / pi_old(o_ij | q, o_i<j)                 per token, the ratio Eq. 1 prints per answer
+
+The end token is generated and is trained; an answer cut at the length limit gets no end token and reward 0. MTP layers
+are frozen. The report is silent on G, eps_low and eps_high, the mix of maths and code in a batch and the points per
+difficulty level: ours are marked in Config. config/mimo_7b_rl_0530.py is the later on-policy recipe: one update per
+batch and a generation budget that grows.
+
+Expect for config/tiny_rl.py: avg@8 on held-out maths and code rises within 40 iterations; plot reward, never the loss,
+which is near zero by construction.
+"""
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import configurator
+import mtp
+import runtime
+from data.problems import read_problems
+from engine import Engine, Request
+from grade import Grader, prompt_ids, solve, stop_ids, summary
+from judge import Judge
+from kernels.linear_cross_entropy import logprob_entropy
+from model import MiMo, ModelConfig
+from rollout import Group, RolloutThread, Scheduler, hash64
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str = "out/tiny/sft"            # checkpoint to start from; a base checkpoint makes it RL-Zero
+    out: str = "out/tiny/rl"              # checkpoints and metrics.jsonl go here
+    problems: str = "out/tiny/problems/rl.jsonl"     # training problems
+    valid: str = "out/tiny/problems/valid.jsonl"     # held-out problems for the curve; "" = none
+    steps: int = 40                       # iterations: one batch, then its updates
+    batch_size: int = 16                  # groups per iteration [paper 3.3.3: 512]
+    mini_batch: int = 16                  # groups per update [paper 3.3.3: 32, so 16 updates; 0530: one update per batch]
+    group_size: int = 8                   # G, answers per prompt [ours]
+    lr: float = 1e-6                      # constant [paper 3.3.3]
+    warmup_steps: int = 0                 # linear warm-up, iterations [ours]
+    eps_low: float = 0.2                  # Eq. 1 [ours, as DAPO]
+    eps_high: float = 0.28                # clip-higher: above eps_low [ours, as DAPO]
+    scheme: Literal["vanilla", "strict", "soft"] = "soft"   # code reward [paper 3.3.1]
+    easy_alpha: float = 0.1               # probability of drawing from the easy pool [paper 3.3.2]
+    dynamic_sampling: bool = True         # drop groups whose rewards are all equal [paper 3.3]
+    max_groups: int = 128                 # cap on groups launched per iteration, then train on what is there [ours]
+    temperature: float = 1.0              # of the rollouts [paper 3.3.3]; Eq. 1 is only right at 1
+    budget: list[tuple[int, int]] = field(default_factory=lambda: [(0, 128)])   # (from iteration, new tokens) [paper 3.6: 32K, 38K, 48K]
+    max_staleness: int = 0                # 0: rollout rests during the update [paper 3.4.1]; 1: one batch ahead [ours]
+    is_cap: float = 2.0                   # truncation of the importance weights when max_staleness = 1 [ours]
+    reward_lag: int = 16                  # decode steps between the end of a group and the use of its rewards [ours]
+    slots: int = 128                      # answers decoded at a time
+    n_draft: int = 0                      # MTP layers that draft during rollouts; exact, but slower on large batches
+    judge_workers: int = 2                # sandboxed test runners
+    micro_tokens: int = 8192              # tokens per forward of the trainer; never changes the result
+    beta1: float = 0.9                    # AdamW [paper 2.3]
+    beta2: float = 0.95                   # AdamW [paper 2.3]
+    weight_decay: float = 0.0             # [ours]
+    grad_clip: float = 1.0                # global gradient norm [paper 2.3]
+    eval_every: int = 10                  # iterations between points of the held-out curve, 0 = never
+    eval_samples: int = 4                 # answers per held-out problem
+    save_every: int = 10                  # iterations between checkpoints
+    keep: int = 2                         # checkpoints kept
+    seed: int = 1                         # prompts, samples
+    threads: int = 1                      # torch threads per process on CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
+    checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing
+    shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
+
+    def __post_init__(self):
+        if self.temperature != 1.0:
+            raise ValueError(f"temperature = {self.temperature} should be 1.0: the ratio of Eq. 1 compares full softmaxes")
+        if not 0 < self.eps_low <= self.eps_high:
+            raise ValueError(f"eps_low = {self.eps_low}, eps_high = {self.eps_high}: clip-higher needs 0 < eps_low <= eps_high")
+        if self.batch_size % self.mini_batch:
+            raise ValueError(f"batch_size = {self.batch_size} must be a multiple of mini_batch = {self.mini_batch} (groups)")
+        if not self.budget or self.budget[0][0] != 0 or sorted(self.budget) != self.budget:
+            raise ValueError(f"budget = {self.budget} should be [(0, tokens), (iteration, tokens), ...] in order")
+
+    def budget_at(self, step: int) -> int:
+        return [tokens for start, tokens in self.budget if step >= start][-1]
+
+
+# ---- the equations, pure functions -------------------------------------------------------------------------------------
+
+def advantages(rewards: list[float]) -> list[float]:
+    """
+    Eq. 2, population standard deviation, in float64; zeros for a group without a reward range.
+    By hand, G = 4, rewards 1 0 0 0: mean 1/4, std sqrt(3)/4, so A = sqrt(3), -1/sqrt(3) three times.
+    """
+    mean = math.fsum(rewards) / len(rewards)
+    std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
+    return [(r - mean) / std if std > 1e-6 else 0.0 for r in rewards]
+
+
+def surrogate(logp: Tensor, old: Tensor, A: Tensor, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The summand of Eq. 1 per token: min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = exp(logp - old), all [N] fp32.
+    -> (summand, rho, clipped: where the clip stops the gradient).
+
+    By hand, eps 0.2 / 0.28: A = 1, rho = 1.5 gives 1.28 (clipped); A = -1, rho = 1.5 gives -1.5 (not clipped: moving away
+    from a bad token may go as far as it likes); A = -1, rho = 0.5 gives -0.8 (clipped); A = 1, rho = 0.5 gives 0.5.
+    """
+    rho = (logp - old).exp()
+    summand = torch.minimum(rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A)
+    clipped = ((A > 0) & (rho > 1 + eps_high)) | ((A < 0) & (rho < 1 - eps_low))
+    return summand, rho, clipped
+
+
+# ---- samples -> tensors ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Row:
+    """One answer: what the trainer needs of it."""
+    prompt: list[int]
+    tokens: list[int]
+    behaviour: list[float]        # the engine's log-probs
+    A: float
+    old: Tensor | None = None     # trainer log-probs under pi_old, [len(tokens)]
+
+
+def rows_of(group: Group) -> list[Row]:
+    return [Row(list(s.prompt), list(s.tokens), list(s.logprobs), a)
+            for s, a in zip(group.samples, advantages(group.rewards), strict=True)]
+
+
+def micro_batches(rows: list[Row], budget: int) -> list[list[Row]]:
+    """Rows of similar length together, at most `budget` padded tokens each; every row in exactly one."""
+    out, widest = [], 0
+    for row in sorted(rows, key=lambda r: len(r.prompt) + len(r.tokens)):
+        widest = len(row.prompt) + len(row.tokens)
+        if not out or widest * (len(out[-1]) + 1) > budget:
+            out.append([])
+        out[-1].append(row)
+    return out
+
+
+def token_logprobs(model: MiMo, rows: list[Row], device) -> tuple[Tensor, Tensor]:
+    """
+    log pi(o_ij | q, o_i<j) and entropy of every generated token, one after the other: ([N], [N]) fp32,
+    N = sum of |o_i|. Padding is on the right, where causal attention never sees it.
+    """
+    width = max(len(r.prompt) + len(r.tokens) for r in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    for b, r in enumerate(rows):
+        ids[b, :len(r.prompt) + len(r.tokens)] = torch.tensor(r.prompt + r.tokens)
+    at = torch.cat([b * width + torch.arange(len(r.prompt) - 1, len(r.prompt) + len(r.tokens) - 1)
+                    for b, r in enumerate(rows)])                   # the position before each generated token
+    ids = ids.to(device)
+    h = model(ids)                                                  # [B,T,D]
+    x = model.norm(h).flatten(0, 1)[at.to(device)]                  # [B,T,D] -> [N,D]
+    targets = ids.flatten()[at.to(device) + 1]
+    return logprob_entropy(x, model.lm_head.weight, targets)
+
+
+def main(cfg: Config) -> None:
+    # ---- start or resume -----------------------------------------------------------------------------------------
+    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    run = Path(cfg.out)
+    ckpt = runtime.latest(run)
+    saved = runtime.read_state(ckpt) if ckpt else None
+    start = ckpt or runtime.find(cfg.init)
+    shape, tokenizer, meta = ModelConfig(**runtime.read_shape(start)), Tokenizer.load(start), runtime.read_meta(start)
+    model = runtime.materialise(mtp.build(shape, "meta"), rt, seed=cfg.seed, ckpt=start)
+    model.mtp_layers.requires_grad_(False)                          # frozen in RL [paper 2.2]
+    model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    chat = meta["chat"]
+
+    problems = read_problems(cfg.problems)
+    prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
+    longest = max(map(len, prompts)) + cfg.budget[-1][1]
+    if longest > shape.max_seq_len:
+        runtime.die(f"{cfg.problems}: longest prompt {max(map(len, prompts))} + budget {cfg.budget[-1][1]} tokens exceed "
+                    f"the context of {start}, max_seq_len = {shape.max_seq_len}")
+    held = read_problems(cfg.valid) if cfg.valid else []
+
+    # ---- the two threads: rollout there, updates here ---------------------------------------------------------------
+    judge = Judge(workers=cfg.judge_workers)
+    grader = Grader(problems, tokenizer, judge, cfg.scheme)
+    scheduler = Scheduler(len(problems), cfg.batch_size, cfg.group_size, seed=cfg.seed, alpha=cfg.easy_alpha,
+                          dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups, reward_lag=cfg.reward_lag)
+    if saved:
+        scheduler.load_state_dict(saved["scheduler"])
+        runtime.load_optimizer(ckpt, model, optimizer)
+    replica = mtp.build(shape, rt.device).to(rt.dtype)              # a plain copy decodes, the trained one may be sharded
+    replica.load_state_dict(runtime.full_state(model))
+    engine = Engine(replica, slots=cfg.slots, max_len=longest, n_draft=cfg.n_draft)
+
+    def make_request(task, i: int, seed: int) -> Request:
+        return Request(task.key(i), prompts[task.prompt], cfg.budget_at(task.step), temperature=cfg.temperature,
+                       stop=stop_ids(tokenizer), seed=seed)
+
+    if rt.is_main:
+        print(configurator.show(cfg))
+        print(f"{len(problems)} problems, {'chat template' if chat else 'plain text (RL-Zero)'}; judge level {judge.level}"
+              + (f"; resumed at iteration {scheduler.step} from {ckpt}" if saved else f"; starting from {start}"))
+    metrics = runtime.Metrics(run, resume_at=scheduler.step, enabled=rt.is_main)
+    bar = tqdm(total=cfg.steps, initial=scheduler.step, unit="it", desc="rl", disable=None if rt.is_main else True)
+    if held and not saved:
+        metrics.log(step=0, valid=evaluate(model, tokenizer, held, chat, cfg))
+    rollout = RolloutThread(scheduler, engine, grader, make_request, max_staleness=cfg.max_staleness)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+    try:
+        for step in range(scheduler.step, cfg.steps):
+            t0 = time.perf_counter()
+            batch = rollout.take()
+            t1 = time.perf_counter()
+            if batch.note:
+                bar.write("  " + batch.note)
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else cfg.lr
+            stats = update(model, optimizer, batch, cfg, rt, step)
+            t2 = time.perf_counter()
+            valid = {}
+            if held and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
+                valid = {"valid": evaluate(model, tokenizer, held, chat, cfg)}
+            rollout.publish(runtime.full_state(model))
+            verdicts = Counter(v for g in batch.groups for info in g.infos for v in info["verdicts"])
+            lengths = sorted(len(s.tokens) for g in batch.groups for s in g.samples)
+            row = dict(step=step + 1, **batch.metrics, **batch.timing, **stats, verdicts=dict(verdicts),
+                       length_mean=sum(lengths) / max(1, len(lengths)), length_p95=lengths[int(0.95 * (len(lengths) - 1))] if lengths else 0,
+                       truncated=sum(s.finish == "length" for g in batch.groups for s in g.samples) / max(1, len(lengths)),
+                       wait_s=t1 - t0, update_s=t2 - t1, valid_s=time.perf_counter() - t2,
+                       decode_tokens_per_second=batch.metrics["tokens"] / batch.timing["rollout_s"], **valid)
+            metrics.log(**row)
+            bar.update(1)
+            bar.set_postfix_str(f"reward {row['reward_launched']:.3f} all-0 {row['all0']:.0%} all-1 {row['all1']:.0%} "
+                                f"entropy {stats.get('entropy', 0):.2f} length {row['length_mean']:.0f} pool {row['pool_size']}")
+            if step % 10 == 0 and batch.groups:
+                g = batch.groups[0]
+                text = tokenizer.decode(g.samples[0].tokens, skip_control=True)
+                bar.write(f"  {problems[g.task.prompt].question!r} -> {text!r}: reward {g.rewards[0]:.2f}")
+            stop = runtime.stop_requested(rt)
+            if stop or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
+                runtime.save_checkpoint(run, step + 1, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
+                                        meta={"stage": "rl", "chat": chat, "init": cfg.init}, optimizer=optimizer,
+                                        keep=cfg.keep, shape=vars(model.cfg), rt=rt, state={"scheduler": batch.state})
+            if stop:
+                break
+    finally:
+        rollout.close()
+        grader.close()
+        judge.close()
+        bar.close()
+    runtime.teardown(rt)
+
+
+def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
+    """All updates of one batch (Eq. 1). -> numbers for the log, averaged over tokens."""
+    groups = sorted(batch.groups, key=lambda g: hash64(cfg.seed, "order", step, g.task.index))   # shuffled once, whole groups
+    if not groups:
+        return {"updates": 0}
+    rows = {g.task.index: rows_of(g) for g in groups}
+    several = len(groups) > cfg.mini_batch
+    if several or cfg.max_staleness:                                # pi_old: the policy before the first update
+        with torch.no_grad():
+            for micro in micro_batches([r for g in groups for r in rows[g.task.index]], cfg.micro_tokens):
+                logp, _ = token_logprobs(model, micro, rt.device)
+                for r, old in zip(micro, logp.split([len(r.tokens) for r in micro]), strict=True):
+                    r.old = old
+    sums, n_tokens, norms, worst_ratio, mismatch = Counter(), 0, [], 0.0, 0.0
+    for lo in range(0, len(groups), cfg.mini_batch):
+        mine = [r for g in groups[lo:lo + cfg.mini_batch] for r in rows[g.task.index]]
+        count = runtime.all_reduce_sum(torch.tensor(float(sum(len(r.tokens) for r in mine)), device=rt.device), rt)   # sum_i |o_i|
+        parts = micro_batches(mine, cfg.micro_tokens)
+        for m, micro in enumerate(parts):
+            logp, entropy = token_logprobs(model, micro, rt.device)
+            n = [len(r.tokens) for r in micro]
+            A = torch.tensor([r.A for r in micro], device=rt.device).repeat_interleave(torch.tensor(n, device=rt.device))   # [N]
+            behaviour = torch.tensor([x for r in micro for x in r.behaviour], device=rt.device)
+            # one update per batch: pi_old is this very forward, rho = 1 exactly, and its gradient is the policy gradient
+            old = torch.cat([r.old for r in micro]) if micro[0].old is not None else logp.detach()
+            summand, rho, clipped = surrogate(logp, old, A, cfg.eps_low, cfg.eps_high)
+            if cfg.max_staleness:                                   # truncated importance weights for the older sampler [ours]
+                summand = summand * (old - behaviour).exp().clamp_max(cfg.is_cap)
+            runtime.sync_gradients(model, m == len(parts) - 1, rt)
+            (-(summand.sum() / count) * rt.world).backward()
+            with torch.no_grad():
+                gap = logp - behaviour if lo == 0 and not cfg.max_staleness else old - behaviour   # before the first update
+                mismatch = max(mismatch, float(gap.abs().max()))
+                worst_ratio = max(worst_ratio, float(rho.max()))
+                sums.update(entropy=float(entropy.sum()), ratio=float(rho.sum()), objective=float(summand.sum()),
+                            clip_low=float((clipped & (A < 0)).sum()), clip_high=float((clipped & (A > 0)).sum()),
+                            engine_gap=float(gap.abs().sum()), engine_kl=float((gap.exp() - 1 - gap).sum()))
+                n_tokens += len(logp)
+        norm = runtime.clip_grad_norm(model, cfg.grad_clip)
+        runtime.check_finite({"gradient norm": norm}, model, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        norms.append(float(norm))
+    return {"updates": len(norms), "grad_norm": sum(norms) / len(norms), "ratio_max": worst_ratio, "engine_gap_max": mismatch,
+            **{k: v / n_tokens for k, v in sums.items()}}
+
+
+def evaluate(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> dict[str, dict]:
+    """The held-out curve: avg@n at the report's evaluation settings (temperature 0.6, top-p 0.95), per kind."""
+    prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
+    tokens = cfg.budget[-1][1]
+    engine = Engine(model, slots=cfg.slots, max_len=max(map(len, prompts)) + tokens)
+    with Judge(workers=cfg.judge_workers) as judge:
+        return {kind: summary(solve(engine, tokenizer, judge, [p for p in problems if p.kind == kind], chat=chat,
+                                    n=cfg.eval_samples, max_tokens=tokens, seed=cfg.seed))
+                for kind in sorted({p.kind for p in problems})}
+
+
+if __name__ == "__main__":
+    main(configurator.load(Config))
