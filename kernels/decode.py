@@ -1,6 +1,113 @@
-"""Decode attention over a block-table KV cache, 1..8 query rows per sequence."""
+"""Split-KV decode attention over a paged KV cache, 1..8 query rows per sequence. (docstring below)"""
 import torch
 import torch.nn.functional as F
+
+from kernels import jit, next_pow2, sm_count, tl, use_triton
+
+LOG2E = 1.4426950408889634
+
+
+@jit
+def split_kernel(q, k_cache, v_cache, table, lengths, part_o, part_lse, Q, n_table, skb, sks, skh, svb, svs, svh,
+                 S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, SCALE2: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                 BN: tl.constexpr, ACC: tl.constexpr):
+    b, kh = tl.program_id(0) // K, tl.program_id(0) % K
+    split, n_split = tl.program_id(1), tl.num_programs(1)
+    b64 = b.to(tl.int64)
+    length = tl.load(lengths + b)
+    # this split's share of the keys: whole tiles of BN, as even as possible
+    tiles = tl.cdiv(length, BN)
+    share = tl.cdiv(tiles, n_split)
+    lo = split * share
+    hi = tl.minimum(lo + share, tiles)
+    r = tl.arange(0, ROWS)
+    qi, g = r // G, r % G
+    real = qi < Q
+    dims = tl.arange(0, D)
+    qt = tl.load(q + ((b64 * Q + qi[:, None]) * K + kh) * G * D + g[:, None] * D + dims[None, :],
+                 mask=real[:, None], other=0.0)
+    # query row qi sees cache positions < length - Q + 1 + qi
+    sees = tl.where(real, length - Q + 1 + qi, 0)
+    m = tl.full([ROWS], float("-inf"), ACC)
+    l = tl.zeros([ROWS], ACC)
+    acc = tl.zeros([ROWS, D], ACC)
+    for j in tl.range(lo, hi):
+        keys = j * BN + tl.arange(0, BN)
+        live = keys < length
+        block = tl.load(table + b64 * n_table + keys // S, mask=live, other=0).to(tl.int64)
+        slot = (keys % S).to(tl.int64)
+        k = tl.load(k_cache + (block * skb + slot * sks + kh * skh)[:, None] + dims[None, :],
+                    mask=live[:, None], other=0.0)
+        s = tl.dot(qt, k.T, out_dtype=ACC, input_precision="ieee")
+        s = tl.where(keys[None, :] < sees[:, None], s * SCALE2, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(m - safe)
+        l = l * shrink + tl.sum(p, 1)
+        v = tl.load(v_cache + (block * svb + slot * svs + kh * svh)[:, None] + dims[None, :],
+                    mask=live[:, None], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], out_dtype=ACC, input_precision="ieee")
+        m = m_new
+    # an empty split stores lse = -inf and o = 0: the merge gives it weight 0
+    some = l > 0
+    at = (tl.program_id(0).to(tl.int64) * n_split + split) * ROWS + r
+    tl.store(part_lse + at, tl.where(some, m + tl.log2(tl.where(some, l, 1.0)), float("-inf")))
+    tl.store(part_o + at[:, None] * D + dims[None, :], acc / tl.where(some, l, 1.0)[:, None])
+
+
+@jit
+def merge_kernel(part_o, part_lse, o, Q, n_split, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                 ROWS: tl.constexpr, NS: tl.constexpr):
+    bk, r = tl.program_id(0), tl.program_id(1)
+    split = tl.arange(0, NS)
+    dims = tl.arange(0, D)
+    at = (bk.to(tl.int64) * n_split + split) * ROWS + r
+    lse = tl.load(part_lse + at, mask=split < n_split, other=float("-inf"))
+    top = tl.max(lse, 0)
+    w = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))  # [NS]
+    total = tl.sum(w, 0)
+    parts = tl.load(part_o + at[:, None] * D + dims[None, :], mask=split[:, None] < n_split, other=0.0)
+    out = tl.sum(parts * w[:, None], 0) / tl.where(total > 0, total, 1.0)
+    b, kh = (bk // K).to(tl.int64), bk % K
+    tl.store(o + (((b * Q + r // G) * K + kh) * G + r % G) * D + dims, out.to(o.dtype.element_ty))
+
+
+# (BN keys, warps, stages)
+CONFIGS = [(64, 4, 3), (64, 4, 2), (128, 4, 2), (32, 4, 3)]
+CPU_TILE = (32, 4, 1)
+
+
+def n_splits(B, K, capacity, device):
+    """Splits per sequence, from shapes alone, so a CUDA graph of the call stays valid while lengths grow."""
+    return max(1, min(-(-8 * sm_count(device) // (B * K)), -(-capacity // 256), 128))
+
+
+@torch.library.custom_op("nanomimo::decode_attention", mutates_args=())
+def decode_op(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+              lengths: torch.Tensor, scale: float, splits: int) -> torch.Tensor:
+    q, block_table, lengths = q.contiguous(), block_table.contiguous(), lengths.contiguous()
+    B, Q, H, d = q.shape
+    S, K = k_cache.shape[1:3]
+    G = H // K
+    ROWS = max(16, next_pow2(Q * G))
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    part_o = torch.empty((B * K, splits, ROWS, d), dtype=wide, device=q.device)
+    part_lse = torch.empty((B * K, splits, ROWS), dtype=wide, device=q.device)
+    o = torch.empty_like(q)
+    BN, warps, stages = CPU_TILE if q.device.type == "cpu" or q.dtype == torch.float32 else CONFIGS[0]
+    split_kernel[(B * K, splits)](
+        q, k_cache, v_cache, block_table, lengths, part_o, part_lse, Q, block_table.shape[1],
+        *k_cache.stride()[:3], *v_cache.stride()[:3], S=S, K=K, G=G, SCALE2=scale * LOG2E, D=d, ROWS=ROWS, BN=BN,
+        ACC=tl.float64 if wide == torch.float64 else tl.float32, num_warps=warps, num_stages=stages)
+    merge_kernel[(B * K, Q * G)](part_o, part_lse, o, Q, splits, K=K, G=G, D=d, ROWS=ROWS, NS=next_pow2(splits),
+                                 num_warps=4)
+    return o
+
+
+@decode_op.register_fake
+def _(q, k_cache, v_cache, block_table, lengths, scale, splits):
+    return q.new_empty(q.shape)
 
 
 def decode_reference(q, k_cache, v_cache, block_table, lengths, scale=None):
@@ -29,4 +136,10 @@ def decode_reference(q, k_cache, v_cache, block_table, lengths, scale=None):
 
 def decode_attention(q, k_cache, v_cache, block_table, lengths, scale=None):
     """q [B, Q, H, d] -> [B, Q, H, d]; row r of sequence b sees cache positions < lengths[b] - Q + 1 + r."""
+    B, Q, H, d = q.shape
+    S, K = k_cache.shape[1:3]
+    scale = d**-0.5 if scale is None else scale
+    if use_triton(q):
+        return decode_op(q, k_cache, v_cache, block_table, lengths, scale,
+                         n_splits(B, K, block_table.shape[1] * S, q.device))
     return decode_reference(q, k_cache, v_cache, block_table, lengths, scale)

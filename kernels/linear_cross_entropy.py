@@ -1,86 +1,282 @@
-"""Head projection and cross entropy in chunks; per-token log-prob and entropy for RL."""
+"""Head projection and cross entropy in chunks of rows; per-token log-prob and entropy for RL. (docstring below)"""
 import torch
 
-IGNORE = -100
+from kernels import jit, next_pow2, tl, use_triton
+
+IGNORE = -100  # target value that carries no loss
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, targets, w, chunk):
-        want = x.requires_grad or weight.requires_grad
-        valid = targets != IGNORE
-        w = valid.float() if w is None else torch.where(valid, w.float(), 0.0)
-        safe = targets.clamp_min(0)
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        nll = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        dx = torch.empty_like(x) if want else None
-        dw = torch.zeros_like(weight) if want else None
-        for i in range(0, x.shape[0], chunk):
-            xs, ts, ws = x[i:i + chunk], safe[i:i + chunk, None], w[i:i + chunk]
-            z = (xs @ weight.T).float()  # [chunk, V]
-            lse = z.logsumexp(-1)
-            nll[i:i + chunk] = lse - z.gather(1, ts)[:, 0]
-            loss += torch.dot(ws, nll[i:i + chunk])
-            if want:
-                # dL/dz = w * (softmax(z) - onehot(target))
-                z.sub_(lse[:, None]).exp_().mul_(ws[:, None])
-                z.scatter_add_(1, ts, -ws[:, None])
-                z = z.to(x.dtype)
-                torch.mm(z, weight, out=dx[i:i + chunk])
-                dw.addmm_(z.T, xs)
-        ctx.save_for_backward(dx, dw, nll, valid)
-        return loss
+@jit
+def combine(m, l, e, top, ENTROPY: tl.constexpr):
+    """Sums taken relative to the maximum m, restated relative to top >= m; empty sums (m = -inf) stay 0."""
+    down = tl.where(l > 0, m - top, 0.0)
+    if ENTROPY:
+        e = (e + l * down) * tl.exp(down)
+    return top, l * tl.exp(down), e
 
-    @staticmethod
-    def backward(ctx, g):
-        dx, dw, nll, valid = ctx.saved_tensors
-        gw = g * nll * valid if ctx.needs_input_grad[3] else None
-        return dx * g.to(dx.dtype), dw * g.to(dw.dtype), None, gw, None
+
+@jit
+def row_stats(z, V, SCALE: tl.constexpr, BV: tl.constexpr, ENTROPY: tl.constexpr, ACC: tl.constexpr):
+    """One pass over a row of x = z SCALE: m = max x, l = sum exp(x - m), e = sum exp(x - m) (x - m)."""
+    col = tl.arange(0, BV)
+    m = tl.full([BV], float("-inf"), ACC)
+    l = tl.zeros([BV], ACC)
+    e = tl.zeros([BV], ACC)
+    # every lane keeps its own running maximum, so the loop has no reduction across the program
+    for j in tl.range(0, V, BV):
+        x = tl.load(z + j + col, mask=j + col < V, other=float("-inf")).to(ACC) * SCALE
+        m, l, e = combine(m, l, e, tl.maximum(m, x), ENTROPY)
+        p = tl.where(j + col < V, tl.exp(x - m), 0.0)
+        l += p
+        if ENTROPY:
+            e += tl.where(p > 0, p * (x - m), 0.0)
+    top = tl.max(m, 0)
+    m, l, e = combine(m, l, e, top, ENTROPY)
+    return top, tl.sum(l, 0), tl.sum(e, 0)
+
+
+@jit
+def loss_kernel(z, g, targets, weights, nll, V, stride_z, stride_g, GRAD: tl.constexpr, BV: tl.constexpr,
+                ACC: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    z += row * stride_z
+    g += row * stride_g
+    target = tl.load(targets + row)
+    safe_target = tl.where(target < 0, 0, target)
+    m, l, _ = row_stats(z, V, 1.0, BV, False, ACC)
+    lse = m + tl.log(l)
+    zt = tl.load(z + safe_target).to(ACC)
+    tl.store(nll + row, tl.where(target < 0, 0.0, lse - zt))
+    if GRAD:
+        # dL/dz_v = w (softmax(z)_v - [v = target]), written over z. In bf16 the gradient's row is half as long as the
+        # logits' row whose memory it takes: block j lands on blocks <= j, which every lane has read by then.
+        w = tl.where(target < 0, 0.0, tl.load(weights + row)).to(ACC)
+        col = tl.arange(0, BV)
+        for j in tl.range(0, V, BV):
+            x = tl.load(z + j + col, mask=j + col < V, other=float("-inf")).to(ACC)
+            tl.debug_barrier()
+            d = w * (tl.exp(x - lse) - tl.where(j + col == target, 1.0, 0.0))
+            tl.store(g + j + col, d.to(g.dtype.element_ty), mask=j + col < V)
+
+
+@jit
+def logprob_kernel(z, targets, logp, entropy, lse_out, V, stride_z, SCALE: tl.constexpr, BV: tl.constexpr,
+                   ACC: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    z += row * stride_z
+    target = tl.load(targets + row)
+    m, l, e = row_stats(z, V, SCALE, BV, True, ACC)
+    lse = m + tl.log(l)
+    zt = tl.load(z + tl.where(target < 0, 0, target)).to(ACC) * SCALE
+    tl.store(logp + row, tl.where(target < 0, 0.0, zt - lse))
+    # H = -sum_v p_v log p_v = log l - e / l ; relative to the maximum, so that a small H keeps its digits
+    tl.store(entropy + row, tl.log(l) - e / l)
+    tl.store(lse_out + row, lse)
+
+
+@jit
+def logprob_grad_kernel(z, g, targets, lse, dlogp, V, stride_z, stride_g, SCALE: tl.constexpr, BV: tl.constexpr,
+                        ACC: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    z += row * stride_z
+    g += row * stride_g
+    target = tl.load(targets + row)
+    lse_r = tl.load(lse + row)
+    d = tl.where(target < 0, 0.0, tl.load(dlogp + row)).to(ACC) * SCALE
+    col = tl.arange(0, BV)
+    for j in tl.range(0, V, BV):
+        x = tl.load(z + j + col, mask=j + col < V, other=float("-inf")).to(ACC) * SCALE
+        tl.debug_barrier()
+        dz = d * (tl.where(j + col == target, 1.0, 0.0) - tl.exp(x - lse_r))
+        tl.store(g + j + col, dz.to(g.dtype.element_ty), mask=j + col < V)
+
+
+# (columns per step, warps): 4 fp32 values a lane for 16-byte loads
+CONFIGS = [(4096, 8), (8192, 16), (2048, 4), (4096, 16), (16384, 16)]
+
+
+def _launch_args(z):
+    V = z.shape[1]
+    BV, warps = CONFIGS[0]
+    ACC = tl.float64 if z.dtype == torch.float64 else tl.float32
+    return dict(BV=min(BV, next_pow2(V)), ACC=ACC, num_warps=warps)
+
+
+def _inside(z, dtype):
+    """A [rows, V] tensor of dtype in z's own memory, each row at the start of z's row; strides as cuBLAS takes them."""
+    return z if z.dtype == dtype else z.view(dtype)[:, :z.shape[1]]
+
+
+def logits(x, weight):
+    """x [n, D], weight [V, D] -> z [n, V], fp32 also from bf16 inputs (the matrix unit accumulates in fp32 anyway)."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x @ weight.T
+    if x.is_cuda:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return x.float() @ weight.float().T
+
+
+def cross_entropy_(z, targets, w, grad):
+    """z [n, V] logits -> (nll [n], dz [n, V] over z's memory or None), dz = w (softmax(z) - onehot(target))."""
+    dtype = grad or z.dtype
+    if use_triton(z):
+        nll, dz = torch.empty_like(w), _inside(z, dtype)
+        loss_kernel[(z.shape[0],)](z, dz, targets, w, nll, z.shape[1], z.stride(0), dz.stride(0),
+                                   GRAD=grad is not None, **_launch_args(z))
+        return nll, dz
+    valid, t = targets != IGNORE, targets.clamp_min(0)[:, None]
+    lse = z.logsumexp(-1, keepdim=True)
+    nll = torch.where(valid, (lse - z.gather(1, t))[:, 0], 0.0)
+    if grad is None:
+        return nll, z
+    w = torch.where(valid, w, 0.0)[:, None]
+    z.sub_(lse).exp_().mul_(w).scatter_add_(1, t, -w)
+    return nll, z.to(dtype)
+
+
+def logprob_(z, targets, temperature):
+    """z [n, V] -> log p(target), entropy and log-sum-exp of softmax(z / temperature), each [n]."""
+    if use_triton(z):
+        out = [torch.empty(z.shape[0], dtype=z.dtype, device=z.device) for _ in range(3)]
+        logprob_kernel[(z.shape[0],)](z, targets, *out, z.shape[1], z.stride(0), SCALE=1.0 / temperature,
+                                      **_launch_args(z))
+        return out
+    z = z.mul_(1.0 / temperature)
+    lse = z.logsumexp(-1, keepdim=True)
+    z = z.sub_(lse)  # log p
+    logp = torch.where(targets != IGNORE, z.gather(1, targets.clamp_min(0)[:, None])[:, 0], 0.0)
+    # H = -sum_v p_v log p_v
+    return logp, -torch.linalg.vecdot(z.exp(), z), lse[:, 0]
+
+
+def logprob_grad_(z, targets, lse, dlogp, temperature, dtype):
+    """dz = dlogp (onehot(target) - softmax(z / temperature)) / temperature, over z's memory."""
+    if use_triton(z):
+        dz = _inside(z, dtype)
+        logprob_grad_kernel[(z.shape[0],)](z, dz, targets, lse, dlogp, z.shape[1], z.stride(0), dz.stride(0),
+                                           SCALE=1.0 / temperature, **_launch_args(z))
+        return dz
+    g = torch.where(targets != IGNORE, dlogp, 0.0)[:, None] / temperature
+    z.mul_(1.0 / temperature).sub_(lse[:, None]).exp_().mul_(-g).scatter_add_(1, targets.clamp_min(0)[:, None], g)
+    return z.to(dtype)
+
+
+@torch.library.custom_op("nanomimo::linear_cross_entropy", mutates_args=())
+def loss_op(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, w: torch.Tensor, chunk: int,
+            want_dx: bool, want_dw: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    N = x.shape[0]
+    nll = torch.empty(N, dtype=w.dtype, device=x.device)
+    dx = torch.empty_like(x) if want_dx else x.new_empty(0)
+    dw = torch.zeros_like(weight) if want_dw else x.new_empty(0)
+    for i in range(0, N, chunk):
+        s = slice(i, i + chunk)
+        z = logits(x[s], weight)  # [chunk, V]
+        nll[s], dz = cross_entropy_(z, targets[s], w[s], x.dtype if want_dx or want_dw else None)
+        # dx = dz weight, dweight += dz^T x
+        if want_dx:
+            torch.mm(dz, weight, out=dx[s])
+        if want_dw:
+            dw.addmm_(dz.T, x[s])
+        del z, dz  # before the next chunk's logits are allocated
+    return torch.dot(w, nll), nll, dx, dw
+
+
+@loss_op.register_fake
+def _(x, weight, targets, w, chunk, want_dx, want_dw):
+    dx = torch.empty_like(x) if want_dx else x.new_empty(0)
+    dw = torch.empty_like(weight) if want_dw else x.new_empty(0)
+    return w.new_empty(()), w.new_empty(x.shape[0]), dx, dw
+
+
+def _save(ctx, inputs, output):
+    _, nll, dx, dw = output
+    ctx.save_for_backward(nll, dx, dw)
+    ctx.mark_non_differentiable(nll, dx, dw)
+
+
+def _backward(ctx, g, *_):
+    nll, dx, dw = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    return (dx * g.to(dx.dtype) if need[0] else None, dw * g.to(dw.dtype) if need[1] else None, None,
+            nll * g if need[3] else None, None, None, None)
+
+
+loss_op.register_autograd(_backward, setup_context=_save)
+
+
+def _rows(chunk, x):
+    return min(chunk, 512) if x.device.type == "cpu" else chunk  # 512 x 1024 fp32 logits stay in a CPU's cache
+
+
+def _check(name, x, weight, targets):
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
+        raise ValueError(f"{name}: x [N, D], weight [V, D], targets [N] expected, got {tuple(x.shape)}, "
+                         f"{tuple(weight.shape)}, {tuple(targets.shape)}")
 
 
 def linear_cross_entropy(x, weight, targets, mask_or_weights=None, chunk=2048):
     """Sum over tokens of w * -log softmax(x weight^T)[target]; fp32 scalar. Targets of -100 are ignored."""
-    return LinearCrossEntropy.apply(x, weight, targets, mask_or_weights, min(chunk, 512) if x.device.type == "cpu" else chunk)
+    _check("linear_cross_entropy", x, weight, targets)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if mask_or_weights is None:
+        w = torch.ones(x.shape[0], dtype=wide, device=x.device)
+    else:
+        w = mask_or_weights.to(wide)
+    grad = torch.is_grad_enabled()
+    return loss_op(x, weight, targets, w, _rows(chunk, x), grad and x.requires_grad, grad and weight.requires_grad)[0]
 
 
-class LogprobEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, targets, temperature, chunk):
-        N = x.shape[0]
-        safe = targets.clamp_min(0)
-        logp, entropy, lses = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(3))
-        for i in range(0, N, chunk):
-            z = (x[i:i + chunk] @ weight.T).float() / temperature  # [chunk, V]
-            lse = z.logsumexp(-1)
-            logp[i:i + chunk] = z.gather(1, safe[i:i + chunk, None])[:, 0] - lse
-            # H = lse - sum_v p_v z_v
-            entropy[i:i + chunk] = lse - ((z - lse[:, None]).exp_() * z).sum(-1)
-            lses[i:i + chunk] = lse
-        logp = torch.where(targets != IGNORE, logp, 0.0)
-        ctx.save_for_backward(x, weight, targets, lses)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+@torch.library.custom_op("nanomimo::logprob_entropy", mutates_args=())
+def logprob_op(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float,
+               chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = tuple(torch.empty(x.shape[0], dtype=wide, device=x.device) for _ in range(3))
+    for i in range(0, x.shape[0], chunk):
+        s = slice(i, i + chunk)
+        for whole, part in zip(out, logprob_(logits(x[s], weight), targets[s], temperature), strict=True):
+            whole[s] = part
+    return out
 
-    @staticmethod
-    def backward(ctx, g, _):
-        x, weight, targets, lses = ctx.saved_tensors
-        chunk = ctx.chunk
-        g = torch.where(targets != IGNORE, g, 0.0) / ctx.temperature
-        safe = targets.clamp_min(0)
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
-        for i in range(0, x.shape[0], chunk):
-            xs, gs = x[i:i + chunk], g[i:i + chunk, None]
-            z = (xs @ weight.T).float() / ctx.temperature
-            # dlogp/dz = onehot(target) - softmax(z)
-            z.sub_(lses[i:i + chunk, None]).exp_().mul_(-gs)
-            z.scatter_add_(1, safe[i:i + chunk, None], gs)
-            z = z.to(x.dtype)
-            torch.mm(z, weight, out=dx[i:i + chunk])
-            dw.addmm_(z.T, xs)
-        return dx, dw, None, None, None
+
+@logprob_op.register_fake
+def _(x, weight, targets, temperature, chunk):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return tuple(x.new_empty(x.shape[0], dtype=wide) for _ in range(3))
+
+
+@torch.library.custom_op("nanomimo::logprob_backward", mutates_args=())
+def logprob_backward_op(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor,
+                        dlogp: torch.Tensor, temperature: float, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+    for i in range(0, x.shape[0], chunk):
+        s = slice(i, i + chunk)
+        dz = logprob_grad_(logits(x[s], weight), targets[s], lse[s], dlogp[s].contiguous(), temperature, x.dtype)
+        torch.mm(dz, weight, out=dx[s])
+        dw.addmm_(dz.T, x[s])
+        del dz
+    return dx, dw
+
+
+@logprob_backward_op.register_fake
+def _(x, weight, targets, lse, dlogp, temperature, chunk):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save_logprob(ctx, inputs, output):
+    x, weight, targets, ctx.temperature, ctx.chunk = inputs
+    ctx.save_for_backward(x, weight, targets, output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _backward_logprob(ctx, dlogp, *_):
+    x, weight, targets, lse = ctx.saved_tensors
+    return *logprob_backward_op(x, weight, targets, lse, dlogp, ctx.temperature, ctx.chunk), None, None, None
+
+
+logprob_op.register_autograd(_backward_logprob, setup_context=_save_logprob)
 
 
 def logprob_entropy(x, weight, targets, temperature=1.0, chunk=2048):
     """(log p(target) [N], entropy [N]) of softmax(x weight^T / temperature), fp32; logp is differentiable."""
-    return LogprobEntropy.apply(x, weight, targets, temperature, min(chunk, 512) if x.device.type == "cpu" else chunk)
+    _check("logprob_entropy", x, weight, targets)
+    return logprob_op(x, weight, targets, float(temperature), _rows(chunk, x))[:2]
