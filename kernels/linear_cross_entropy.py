@@ -161,9 +161,8 @@ def logprob_grad_(z, targets, lse, dlogp, temperature, dtype):
     return z.to(dtype)
 
 
-@torch.library.custom_op("nanomimo::linear_cross_entropy", mutates_args=())
-def loss_op(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, w: torch.Tensor, chunk: int,
-            want_dx: bool, want_dw: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, w: torch.Tensor, chunk: int,
+          want_dx: bool, want_dw: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     N = x.shape[0]
     nll = torch.empty(N, dtype=w.dtype, device=x.device)
     dx = torch.empty_like(x) if want_dx else x.new_empty(0)
@@ -179,6 +178,9 @@ def loss_op(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, w: tor
             dw.addmm_(dz.T, x[s])
         del z, dz  # before the next chunk's logits are allocated
     return torch.dot(w, nll), nll, dx, dw
+
+
+loss_op = torch.library.custom_op("nanomimo::linear_cross_entropy", _loss, mutates_args=())
 
 
 @loss_op.register_fake
@@ -204,6 +206,11 @@ def _backward(ctx, g, *_):
 loss_op.register_autograd(_backward, setup_context=_save)
 
 
+class LossOnCPU(torch.autograd.Function):
+    """The same three functions without the operator registry, whose first call costs a second of imports."""
+    forward, setup_context, backward = staticmethod(_loss), staticmethod(_save), staticmethod(_backward)
+
+
 def _rows(chunk, x):
     return min(chunk, 512) if x.device.type == "cpu" else chunk  # 512 x 1024 fp32 logits stay in a CPU's cache
 
@@ -223,12 +230,12 @@ def linear_cross_entropy(x, weight, targets, mask_or_weights=None, chunk=2048):
     else:
         w = mask_or_weights.to(wide)
     grad = torch.is_grad_enabled()
-    return loss_op(x, weight, targets, w, _rows(chunk, x), grad and x.requires_grad, grad and weight.requires_grad)[0]
+    op = loss_op if use_triton(x) else LossOnCPU.apply
+    return op(x, weight, targets, w, _rows(chunk, x), grad and x.requires_grad, grad and weight.requires_grad)[0]
 
 
-@torch.library.custom_op("nanomimo::logprob_entropy", mutates_args=())
-def logprob_op(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float,
-               chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _logprob(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float,
+             chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = tuple(torch.empty(x.shape[0], dtype=wide, device=x.device) for _ in range(3))
     for i in range(0, x.shape[0], chunk):
@@ -238,15 +245,17 @@ def logprob_op(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, tem
     return out
 
 
+logprob_op = torch.library.custom_op("nanomimo::logprob_entropy", _logprob, mutates_args=())
+
+
 @logprob_op.register_fake
 def _(x, weight, targets, temperature, chunk):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return tuple(x.new_empty(x.shape[0], dtype=wide) for _ in range(3))
 
 
-@torch.library.custom_op("nanomimo::logprob_backward", mutates_args=())
-def logprob_backward_op(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor,
-                        dlogp: torch.Tensor, temperature: float, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _logprob_grad(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor,
+                  dlogp: torch.Tensor, temperature: float, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
     dx, dw = torch.empty_like(x), torch.zeros_like(weight)
     for i in range(0, x.shape[0], chunk):
         s = slice(i, i + chunk)
@@ -255,6 +264,9 @@ def logprob_backward_op(x: torch.Tensor, weight: torch.Tensor, targets: torch.Te
         dw.addmm_(dz.T, x[s])
         del dz
     return dx, dw
+
+
+logprob_backward_op = torch.library.custom_op("nanomimo::logprob_backward", _logprob_grad, mutates_args=())
 
 
 @logprob_backward_op.register_fake
@@ -270,13 +282,20 @@ def _save_logprob(ctx, inputs, output):
 
 def _backward_logprob(ctx, dlogp, *_):
     x, weight, targets, lse = ctx.saved_tensors
-    return *logprob_backward_op(x, weight, targets, lse, dlogp, ctx.temperature, ctx.chunk), None, None, None
+    grad = logprob_backward_op if use_triton(x) else _logprob_grad
+    return *grad(x, weight, targets, lse, dlogp, ctx.temperature, ctx.chunk), None, None, None
 
 
 logprob_op.register_autograd(_backward_logprob, setup_context=_save_logprob)
 
 
+class LogprobOnCPU(torch.autograd.Function):
+    forward, setup_context = staticmethod(_logprob), staticmethod(_save_logprob)
+    backward = staticmethod(_backward_logprob)
+
+
 def logprob_entropy(x, weight, targets, temperature=1.0, chunk=2048):
     """(log p(target) [N], entropy [N]) of softmax(x weight^T / temperature), fp32; logp is differentiable."""
     _check("logprob_entropy", x, weight, targets)
-    return logprob_op(x, weight, targets, float(temperature), _rows(chunk, x))[:2]
+    op = logprob_op if use_triton(x) else LogprobOnCPU.apply
+    return op(x, weight, targets, float(temperature), _rows(chunk, x))[:2]

@@ -1,5 +1,81 @@
-"""Rotary position embedding, half-split (Hugging Face) layout."""
+"""Rotary position embedding of q and k in one pass, half-split (Hugging Face) layout. (docstring below)"""
 import torch
+
+from kernels import jit, next_pow2, tl, use_triton
+
+
+@jit
+def rope_kernel(q, k, cos, sin, q_out, k_out, T, sqb, sqt, sqh, skb, skt, skh, sob, sot, soh, srb, srt, srh, scb, sct,
+                H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIGN: tl.constexpr,
+                ACC: tl.constexpr):
+    b, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
+    i = tl.arange(0, D // 2)
+    c = tl.load(cos + b * scb + t * sct + i).to(ACC)[None, :]
+    s = tl.load(sin + b * scb + t * sct + i).to(ACC)[None, :] * SIGN
+    h = tl.arange(0, HEADS)[:, None]
+    # the token's q heads, then its k heads: one program reads its angles once
+    rotate_heads(q + b * sqb + t * sqt + h * sqh + i[None, :], q_out + b * sob + t * sot + h * soh + i[None, :],
+                 h < H, c, s, D, ACC)
+    rotate_heads(k + b * skb + t * skt + h * skh + i[None, :], k_out + b * srb + t * srt + h * srh + i[None, :],
+                 h < K, c, s, D, ACC)
+
+
+@jit
+def rotate_heads(source, target, live, c, s, D: tl.constexpr, ACC: tl.constexpr):
+    x1 = tl.load(source, mask=live, other=0.0).to(ACC)
+    x2 = tl.load(source + D // 2, mask=live, other=0.0).to(ACC)
+    tl.store(target, (x1 * c - x2 * s).to(target.dtype.element_ty), mask=live)
+    tl.store(target + D // 2, (x2 * c + x1 * s).to(target.dtype.element_ty), mask=live)
+
+
+def _launch(q, k, cos, sin, q_out, k_out, sign):
+    B, T, H, d = q.shape
+    K = k.shape[2]
+    if k.shape != (B, T, K, d) or d % 2 or d & (d - 1) or cos.shape[-2:] != (T, d) or sin.shape != cos.shape:
+        raise ValueError(f"rope: q {tuple(q.shape)}, k {tuple(k.shape)} need one even power-of-two head_dim and "
+                         f"tables [T, d] or [B, T, d], got {tuple(cos.shape)}")
+    cos, sin = (t.expand(B, T, d) if t.dim() == 3 else t[None].expand(B, T, d) for t in (cos, sin))
+    if cos.stride() != sin.stride() or cos.stride(2) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    rope_kernel[(B * T,)](q, k, cos, sin, q_out, k_out, T, *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3],
+                          *k_out.stride()[:3], *cos.stride()[:2], H=H, K=K, D=d, HEADS=next_pow2(max(H, K)),
+                          SIGN=sign, ACC=tl.float64 if q.dtype == torch.float64 else tl.float32, num_warps=4)
+
+
+def _dense(t):
+    return t if t.stride(3) == 1 else t.contiguous()
+
+
+@torch.library.custom_op("nanomimo::rope", mutates_args=())
+def rope_op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+            sign: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """sign = 1 rotates forward, -1 back: the transpose of a rotation is the rotation by the opposite angle."""
+    q, k = _dense(q), _dense(k)
+    q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
+    _launch(q, k, cos, sin, q_out, k_out, sign)
+    return q_out, k_out
+
+
+@rope_op.register_fake
+def _(q, k, cos, sin, sign):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _save(ctx, inputs, output):
+    _, _, cos, sin, ctx.sign = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, dq, dk):
+    return *rope_op(dq, dk, *ctx.saved_tensors, -ctx.sign), None, None, None
+
+
+rope_op.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("nanomimo::rope_", mutates_args=("q", "k"))
+def rope_op_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    _launch(q, k, cos, sin, q, k, 1.0)
 
 
 def rope_tables(positions, head_dim, base):
@@ -16,10 +92,21 @@ def rotate(x, cos, sin):
     # (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the two halves of a head
     half = x.shape[-1] // 2
     cos, sin = cos[..., None, :half], sin[..., None, :half]  # [.., T, 1, d/2]
-    x1, x2 = x[..., :half].float(), x[..., half:].float()
+    x1, x2 = x[..., :half], x[..., half:]
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
 
 
 def rope(q, k, cos, sin):
     """q [B, T, H, d], k [B, T, K, d], cos and sin fp32 [T, d] or [B, T, d] -> rotated q, k."""
+    if use_triton(q):
+        return rope_op(q, k, cos, sin, 1.0)
     return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rope_(q, k, cos, sin):
+    """As rope, but over q and k themselves and without gradients: for the sampler. Returns q, k."""
+    if use_triton(q) and q.stride(3) == 1 and k.stride(3) == 1:
+        rope_op_(q, k, cos, sin)
+        return q, k
+    with torch.no_grad():
+        return q.copy_(rotate(q, cos, sin)), k.copy_(rotate(k, cos, sin))
