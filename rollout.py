@@ -182,8 +182,11 @@ class Scheduler:
         if self.launch_mode == "wave":
             wave_open = len(self.groups) % self.batch_size != 0  # `free` may cut a wave into several calls
             return wave_open or (running == 0 and self.n_valid < self.batch_size)
-        # p = (valid + 8 p0) / (completed + 8): the prior counts as 8 groups
-        p = (self.n_valid + 8 * self.rate) / (len(self.order) + 8)
+        # p from the launch-ordered prefix alone: of all completed groups, the short come first, and short is
+        # easy is not valid, so that estimate is too low and over-launches (waste 0.8 of a batch, not 0.2).
+        # p = (valid + w p0) / (completed + w): last step's rate p0 counts as w groups
+        w = max(1, self.batch_size // 4)
+        p = (self.head_valid + w * self.rate) / (self.head + w)
         # 3.4.1 (a): launch only if   valid + p * running < batch
         return self.n_valid + p * running < self.batch_size
 
