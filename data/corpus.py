@@ -22,8 +22,8 @@ from data import tag as tagging
 from data.decontaminate import contaminated
 from data.dedup import canonical_url, near_duplicates
 from data.extract import extract
+from data.tiny import code, maths, probes, web
 from data.tiny import pages as content
-from data.tiny import probes, web
 from data.tiny.world import make_world
 
 SOURCES = ("web", "maths", "code", "books")
@@ -203,31 +203,27 @@ def documents(cfg) -> dict[str, list[str]]:
     return build(cfg.problems, cfg.heldout, cfg.seed, cfg.pages, cfg.books, cfg.book_words).documents
 
 
-def demo_problems(n: int, first: int) -> dict[str, list[tuple[str, str]]]:
-    """Stand-in problems for the command below, when no generator is at hand: additions, and one-line
-    functions."""
-    maths, code = [], []
-    for i in range(first, first + n):
-        a, b = i * 7919 % 997 + 3, i * 104729 % 983 + 5
-        maths.append((f"What is {a} + {b}?", f"{a} + {b} = {a + b}.\nThe answer is \\boxed{{{a + b}}}."))
-        code.append(
-            (
-                f"Given a list xs, return the sum of all numbers over {a} that are under {a + b}.",
-                "```python\ndef f(xs):\n"
-                f"    xs = [x for x in xs if {a} < x < {a + b}]\n    return sum(xs)\n```",
-            )
-        )
-    return {"maths": maths, "code": code}
-
-
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description="build the tiny world's corpus and print the funnel")
     parser.add_argument("--pages", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--problems", type=int, default=3000, help="stand-in problems of each kind")
+    parser.add_argument("--maths", type=int, default=3000, help="training problems in maths")
+    parser.add_argument("--code", type=int, default=2000, help="training problems in code")
     args = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    made = build(demo_problems(args.problems, 0), demo_problems(200, 100_000), args.seed, args.pages)
-    print(made.table())
+    pairs = lambda ps: [(p.question, f"{p.reasoning}\n{p.solution}".strip()) for p in ps]
+    train = {
+        "maths": pairs(maths.problems(args.maths, "train", args.seed)),
+        "code": pairs(code.problems(args.code, "train", args.seed, tests=0)),
+    }
+    heldout = {
+        "maths": pairs(maths.problems(200, "test", args.seed)),
+        "code": pairs(code.problems(200, "test", args.seed, tests=0)),
+    }
+    print(build(train, heldout, args.seed, args.pages).table())
     print(f"total: {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -93,6 +93,12 @@ def dollars(tex: str, display: bool = False) -> str:
     return f"$${tex}$$" if display else f"${tex}$"
 
 
+def displayed(node) -> bool:
+    """Whether a formula has a line of its own: <math display=block>, the wrappers of KaTeX and MathJax 3."""
+    near = [node, *list(node.iterancestors())[:4]]
+    return any(n.get("display") in ("block", "true") or "katex-display" in n.get("class", "") for n in near)
+
+
 def formula(node) -> str | None:
     """The TeX of a <script type=math/tex>, <math> or formula image, with dollars; None when the node is
     none of these."""
@@ -102,11 +108,9 @@ def formula(node) -> str | None:
     if node.tag == "math":
         for note in node.iter("annotation"):  # KaTeX, MathJax and Wikipedia keep the TeX source here
             if "tex" in note.get("encoding", ""):
-                return dollars(note.text or "", node.get("display") == "block")
-        return dollars(
-            node.get("alttext") or re.sub(r"\s+", " ", mathml_to_tex(node)).strip(),
-            node.get("display") == "block",
-        )
+                tex = re.sub(r"^\{\\displaystyle (.*)\}$", r"\1", (note.text or "").strip(), flags=re.S)
+                return dollars(tex, displayed(node))
+        return dollars(node.get("alttext") or mathml_to_tex(node), displayed(node))
     if node.tag == "img":
         src, alt = node.get("src", ""), node.get("alt", "")
         if "codecogs" in src or "latex.php" in src:
