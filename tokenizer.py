@@ -181,7 +181,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         for i in ids:
             if not (0 <= i < self.vocab_size and self.valid_ids[i]):
-                raise ValueError(f"id {i} is no token: {self.valid_ids.sum()} tokens in {self.vocab_size} rows")
+                raise ValueError(f"id {i} is no token: {self.valid_ids.sum()} of {self.vocab_size} rows are")
         if skip_control:
             control = {i for i, is_control in self.added.values() if is_control}
             ids = [i for i in ids if i not in control]

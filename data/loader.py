@@ -117,7 +117,7 @@ class Stream:
             at -= int(shard_ends[j]) - len(shard.tokens)               # position inside this shard's stream
             order, ends = self.document_order(epoch, int(shards[j]))
             k = int(np.searchsorted(ends, at, side="right"))
-            while filled < n and k < len(order):                       # document by document to the shard's end
+            while filled < n and k < len(order):                       # document by document to shard's end
                 begin = int(ends[k - 1]) if k else 0
                 text = shard.document(order[k])[at - begin:][:n - filled]
                 ids[filled:filled + len(text)] = text

@@ -104,7 +104,7 @@ def sources(folder):
 class Shard:
     """One file. tokens: read-only memory map [n_tokens]; ends int64 [n_documents]: where each ends."""
     def __init__(self, path, verify=None):
-        """verify: check the tokens' checksum; default: only if the file is small. ValueError says what is wrong."""
+        """verify: check the tokens' checksum; default: only if the file is small. ValueError if damaged."""
         path, size = Path(path), os.path.getsize(path)
         header = np.fromfile(path, dtype="<i8", count=HEADER_WORDS)
         if header.size < HEADER_WORDS or header[0] != MAGIC:

@@ -1,10 +1,10 @@
 """
 Make data/tiny/bpe.tiktoken, the tiny tokenizer: 256 bytes + 765 merges + 3 control tokens = 1,024 ids.
 
-The report takes Qwen2's vocabulary (151,680 rows); a 2M-parameter model would be all embedding with that. Same
-kind of BPE, same split pattern (tokenizer.py), trained with `tokenizers` (a development dependency only).
-The result is committed: run this again only when the tiny world's language changes, since checkpoints made
-with the old file become unreadable.
+The report takes Qwen2's vocabulary (151,680 rows); a 2M-parameter model would be all embedding with that.
+Same kind of BPE, same split pattern (tokenizer.py), trained with `tokenizers` (a development dependency
+only). The result is committed: run this again only when the tiny world's language changes, since checkpoints
+made with the old file become unreadable.
 
     python data/tiny/train_bpe.py             # from the tiny world, 30 s; prints characters per token by kind
     python data/tiny/train_bpe.py FILE ...    # from any text files
@@ -18,7 +18,8 @@ from tokenizer import PATTERN, TINY, U2B, Tokenizer, merges_of, write_tiktoken  
 
 def train(texts, n_ranks=1021):
     """
-    texts: iterable of str -> ranks, dict bytes -> id, exactly n_ranks of them (ValueError: the text is too small).
+    texts: iterable of str -> ranks, dict bytes -> id, exactly n_ranks of them (ValueError: the text is too
+    small).
     """
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HF
@@ -40,8 +41,8 @@ def train(texts, n_ranks=1021):
 
 def tiny_world():
     """
-    What the demo's models read and write -> {kind: texts}: the crawl's clean documents, and problems in their plain
-    and their chat form. Kinds are cut to one size: the later stages see as much maths and code as web.
+    What the demo's models read and write -> {kind: texts}: the crawl's clean documents, and problems in their
+    plain and their chat form. Kinds are cut to one size: the later stages see as much maths and code as web.
     """
     from data import problems as form
     from data.corpus import build
@@ -70,7 +71,8 @@ def main(files):
     tok = Tokenizer.load("tiny")
     for kind, texts in kinds.items():
         n = sum(len(tok.encode(t)) for t in texts)
-        print(f"{kind:14s} {sum(map(len, texts)):9,} characters {n:8,} tokens {sum(map(len, texts)) / n:6.2f} "
+        characters = sum(map(len, texts))
+        print(f"{kind:14s} {characters:9,} characters {n:8,} tokens {characters / n:6.2f} "
               "characters per token")
     print(f"{TINY}: {tok.vocab_size} ids")
 
