@@ -136,8 +136,7 @@ def summary(found: list[list[dict]], ks: tuple[int, ...] = (1, 4, 8, 16)) -> dic
             "truncated": sum(s["finish"] == "length" for s in every) / len(every)}
 
 
-def save_answers(path, problems: list[Problem], found: list[list[dict]]) -> None:
+def save_answers(file, problems: list[Problem], found: list[list[dict]]) -> None:
     """Every answer with its verdicts as JSONL, for reading and for difficulty estimation."""
-    with open(path, "w", encoding="utf-8") as f:
-        for problem, row in zip(problems, found, strict=True):
-            f.write(json.dumps({"id": problem.id, "question": problem.question, "answers": row}, ensure_ascii=False) + "\n")
+    for problem, row in zip(problems, found, strict=True):
+        file.write(json.dumps({"id": problem.id, "question": problem.question, "answers": row}, ensure_ascii=False) + "\n")

@@ -87,32 +87,40 @@ def mtp_targets(ids: Tensor, docs: Tensor, T: int, depth: int) -> Tensor:
     return ahead.masked_fill(docs[:, :T] != docs[:, depth:T + depth], -100)
 
 
-def losses(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor, mask: Tensor | None = None,
-           ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """
-    Summed cross-entropies of the trunk and of each MTP layer, in nats.
-      ids, docs [B, T+1+n_mtp] with look-ahead; positions [B,T] within the document; bounds int32 [2,B,T];
-      mask [B, T+1+n_mtp], 1 on tokens that are trained on as targets (SFT: the assistant's), default all.
-    -> (trunk sum, [sum per MTP layer], token counts int64 [1 + n_mtp]).
-    Sums, not means: the caller divides by the count over the whole batch and all ranks, so that micro-batches and
-    ranks never change the loss.
-    """
-    B, T = positions.shape
-    n_mtp = ids.shape[1] - T - 1
+def target_counts(ids: Tensor, docs: Tensor, T: int, n_mtp: int, mask: Tensor | None = None) -> Tensor:
+    """How many targets the trunk and each of n_mtp layers have, int64 [1 + n_mtp]; known before any forward."""
+    return torch.stack([(t >= 0).sum() for t in all_targets(ids, docs, T, n_mtp, mask)])
+
+
+def all_targets(ids: Tensor, docs: Tensor, T: int, n_mtp: int, mask: Tensor | None) -> list[Tensor]:
+    """mtp_targets for depth 1 .. n_mtp + 1; where mask is 0 the token is context, not a target."""
     targets = [mtp_targets(ids, docs, T, depth) for depth in range(1, n_mtp + 2)]
     if mask is not None:
-        targets = [t.masked_fill(mask[:, 1 + k:T + 1 + k] == 0, -100) for k, t in enumerate(targets)]
+        targets = [t.masked_fill(mask[:, d:T + d] == 0, -100) for d, t in enumerate(targets, 1)]
+    return targets
+
+
+def losses(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor, mask: Tensor | None = None,
+           ) -> tuple[Tensor, list[Tensor]]:
+    """
+    Summed cross-entropies of the trunk and of each MTP layer, in nats.
+      ids, docs [B, T+1+n] with look-ahead for n MTP layers; positions [B,T] within the document; bounds int32 [2,B,T];
+      mask [B, T+1+n], 1 on tokens that are trained on as targets (SFT: the assistant's), default all.
+    -> (trunk sum, [sum per MTP layer]).
+    Sums, not means: the caller divides by target_counts over the whole batch and all ranks, so that micro-batches and
+    ranks never change the loss.
+    """
+    T = positions.shape[1]
+    n_mtp = min(ids.shape[1] - T - 1, len(model.mtp_layers))
+    first, *rest = all_targets(ids, docs, T, n_mtp, mask)
     h = model(ids[:, :T], positions, bounds)                        # [B,T,D], before the final norm
-    main = head_loss(model, model.norm(h), targets[0])
-    if n_mtp == 0 or len(model.mtp_layers) == 0:
-        return main, [], torch.stack([(t >= 0).sum() for t in targets[:1]])
+    main, extra = head_loss(model, model.norm(h), first), []
     cos, sin = model.rope_at(ids[:, :T], positions)
-    extra = []
-    for k, layer in enumerate(model.mtp_layers[:n_mtp]):
+    for k, (layer, target) in enumerate(zip(model.mtp_layers, rest, strict=False)):
         emb = model.embed_tokens(ids[:, k + 1:T + k + 1])           # the embedding is tied with the trunk's [Fig. 2]
         z = layer(h, emb, cos, sin, bounds)
-        extra.append(head_loss(model, layer.final_layernorm(z), targets[k + 1]))
-    return main, extra, torch.stack([(t >= 0).sum() for t in targets[:1 + len(extra)]])
+        extra.append(head_loss(model, layer.final_layernorm(z), target))
+    return main, extra
 
 
 def head_loss(model: MiMo, x: Tensor, targets: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def forward(model: MiMo, batch: Batch, n_mtp: int) -> torch.Tensor:
     B, T = batch.positions.shape
     bounds = doc_bounds(batch.cu_seqlens, B, T)
     ids, docs = batch.ids[:, :T + 1 + n_mtp], batch.docs[:, :T + 1 + n_mtp]
-    main, extra, _ = mtp.losses(model, ids, docs, batch.positions, bounds, batch.mask)
+    main, extra = mtp.losses(model, ids, docs, batch.positions, bounds, batch.mask)
     return torch.stack([main, *extra])
 
 

@@ -108,7 +108,7 @@ def main(cfg: Config) -> None:
             micro = batch.rows(lo, min(B, lo + cfg.micro_batch))
             b = micro.positions.shape[0]
             bounds = doc_bounds(micro.cu_seqlens, b, cfg.seq_len)
-            main_sum, extra, _ = mtp.losses(model, micro.ids, micro.docs, micro.positions, bounds, micro.mask)
+            main_sum, extra = mtp.losses(model, micro.ids, micro.docs, micro.positions, bounds, micro.mask)
             sums = torch.stack([main_sum, *extra])           # [1 + n_mtp] summed nats
             # a mean over all trained tokens of the global batch: per-row means would overweigh short rows
             loss = sums[0] / counts[0] + (cfg.mtp_weight * (sums[1:] / counts[1:].clamp_min(1)).mean() if n_mtp else 0.0)

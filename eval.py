@@ -1,0 +1,152 @@
+"""
+Evaluation (report sections 2.4 and 3.5): held-out problems, validation loss, long-context probes.
+
+    python eval.py --ckpt=out/tiny/rl                     # avg@8 and pass@k on maths and code, temperature 0.6, top-p 0.95
+    python eval.py --ckpt=out/tiny/base --samples=16      # pass@16 of a base model: its potential (Fig. 3)
+    python eval.py --ckpt=out/tiny/base --tasks=probes    # needle, variable tracking, word extraction (Fig. 4)
+    python eval.py --ckpt=out/tiny/sft --tasks=mtp        # teacher-forced and real acceptance of the MTP layers
+
+Problems are held out by identity (data/problems.py); a base checkpoint gets the plain text prompt, a chat checkpoint
+the chat template. avg@n is the mean over problems of the pass rate over n samples, with a bootstrap 95% interval over
+problems; pass@k is the unbiased estimate. Results go to <ckpt's run>/eval.json, every answer to eval_answers.jsonl.
+"""
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import configurator
+import mtp
+import runtime
+from data.loader import make_batch
+from data.problems import read_problems
+from data.tiny import probes
+from engine import Engine, Request, generate
+from grade import prompt_ids, save_answers, solve, stop_ids, summary
+from judge import Judge
+from kernels.attention import doc_bounds
+from model import MiMo, ModelConfig
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    ckpt: str = "out/tiny/rl"             # a checkpoint, or a run folder: its newest one
+    tasks: list[Literal["problems", "probes", "mtp"]] = ("problems",)   # what to measure
+    problems: str = "out/tiny/problems/test.jsonl"   # held-out problems
+    limit: int = 0                        # problems of each kind, 0 = all
+    samples: int = 8                      # answers per problem [paper 3.5: avg@32 on AIME, avg@8 on LiveCodeBench]
+    temperature: float = 0.6              # [paper 3.5]
+    top_p: float = 0.95                   # [paper 3.5]
+    max_tokens: int = 128                 # generation budget, tokens
+    probe_lengths: list[int] = (256, 512, 1024)      # context lengths of the probes, tokens
+    probe_count: int = 10                 # probes per kind and length
+    slots: int = 128                      # answers decoded at a time
+    judge_workers: int = 1                # sandboxed test runners
+    seed: int = 7                         # of the samples
+    threads: int = 1                      # torch threads on CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
+    out: str = ""                         # result file; default <run>/eval.json
+
+
+def main(cfg: Config) -> dict:
+    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    ckpt = runtime.find(cfg.ckpt)
+    tokenizer, meta = Tokenizer.load(ckpt), runtime.read_meta(ckpt)
+    model = mtp.build(ModelConfig(**runtime.read_shape(ckpt)), "meta")
+    model = runtime.materialise(model, rt, ckpt=ckpt).eval()
+    chat, run = meta["chat"], ckpt.parent
+    found = {"ckpt": str(ckpt), "chat": chat, "commit": runtime.git_commit(), "config": configurator.to_dict(cfg)}
+    t0 = time.perf_counter()
+    if "problems" in cfg.tasks:
+        problems = read_problems(cfg.problems)
+        found["problems"] = {}
+        with Judge(workers=cfg.judge_workers) as judge, open(run / "eval_answers.jsonl", "w") as every:
+            for kind in sorted({p.kind for p in problems}):
+                some = [p for p in problems if p.kind == kind][:cfg.limit or None]
+                longest = max(len(prompt_ids(tokenizer, p, chat)) for p in some)
+                engine = Engine(model, slots=cfg.slots, max_len=longest + cfg.max_tokens)
+                answers = solve(engine, tokenizer, judge, some, chat=chat, n=cfg.samples, max_tokens=cfg.max_tokens,
+                                temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
+                found["problems"][kind] = row = summary(answers)
+                save_answers(every, some, answers)
+                print(f"{kind:6} avg@{cfg.samples} {row['avg']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  "
+                      + "  ".join(f"{k} {v:.1%}" for k, v in row.items() if k.startswith("pass@"))
+                      + f"  {row['tokens']:.0f} tokens an answer, {row['truncated']:.1%} truncated, {row['n']} problems")
+    if "mtp" in cfg.tasks:
+        found["mtp"] = measure_mtp(model, tokenizer, read_problems(cfg.problems), chat, cfg)
+        print("MTP acceptance per layer: teacher-forced " + shares(found["mtp"]["teacher_forced"])
+              + ", speculative decoding " + shares(found["mtp"]["online"]))
+    if "probes" in cfg.tasks:
+        found["probes"] = measure_probes(model, tokenizer, cfg)
+        for kind, by_length in found["probes"].items():
+            print(f"{kind:24}" + "  ".join(f"{n} tokens {share:.0%}" for n, share in by_length.items()))
+    found["seconds"] = time.perf_counter() - t0
+    path = Path(cfg.out) if cfg.out else run / "eval.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1))
+    print(f"{path} ({found['seconds']:.0f} s)")
+    return found
+
+
+def shares(values: list[float]) -> str:
+    return " ".join(f"{v:.1%}" for v in values)
+
+
+@torch.no_grad()
+def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> dict:
+    """
+    Greedy answers to held-out problems, once plain and once with every MTP layer drafting: the texts must be equal, the
+    acceptance per layer is counted online and, on the same texts, teacher-forced (mtp.agreement).
+    """
+    problems = [p for p in problems if p.kind == "maths"][:64] + [p for p in problems if p.kind == "code"][:64]
+    n_mtp = len(model.mtp_layers)
+    prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
+    longest = max(map(len, prompts)) + cfg.max_tokens
+    requests = [Request(i, ids, cfg.max_tokens, temperature=0.0, stop=stop_ids(tokenizer)) for i, ids in enumerate(prompts)]
+    t0 = time.perf_counter()
+    plain = generate(Engine(model, slots=1, max_len=longest), requests)
+    t1 = time.perf_counter()
+    fast = generate(Engine(model, slots=1, max_len=longest, n_draft=n_mtp), requests)
+    t2 = time.perf_counter()
+    drafted = [sum(s.drafted[k] for s in fast) for k in range(n_mtp)]
+    accepted = [sum(s.accepted[k] for s in fast) for k in range(n_mtp)]
+    agreed, looked = [0] * n_mtp, [0] * n_mtp
+    for s in plain:                                          # one row a text: prompt, answer, look-ahead
+        ids = s.prompt + s.tokens
+        T, ahead = len(ids) - 1, [tokenizer.eos_id] * n_mtp
+        batch = make_batch(torch.tensor([ids + ahead]).numpy(), torch.tensor([[0] * len(ids) + [1] * n_mtp]).numpy(), T,
+                           mask=torch.tensor([[0] * len(s.prompt) + [1] * (len(s.tokens) + n_mtp)]).numpy())
+        batch = batch.to(model.lm_head.weight.device)
+        bounds = doc_bounds(batch.cu_seqlens, 1, T)
+        for k, (a, n) in enumerate(mtp.agreement(model, batch.ids, batch.docs, batch.positions, bounds, batch.mask)):
+            agreed[k], looked[k] = agreed[k] + a, looked[k] + n
+    tokens = sum(len(s.tokens) for s in fast)
+    return {"online": [a / max(1, d) for a, d in zip(accepted, drafted, strict=True)],
+            "teacher_forced": [a / max(1, n) for a, n in zip(agreed, looked, strict=True)],
+            "equal_text": all(a.tokens == b.tokens for a, b in zip(plain, fast, strict=True)),
+            "tokens_per_forward": tokens / max(1, tokens - sum(accepted)), "speedup": (t1 - t0) / (t2 - t1), "answers": len(fast)}
+
+
+@torch.no_grad()
+def measure_probes(model: MiMo, tokenizer, cfg: Config) -> dict[str, dict[int, float]]:
+    """Share of RULER-like probes answered exactly (greedy), per kind and context length. [report Fig. 4]"""
+    found: dict[str, dict[int, float]] = {}
+    for length in cfg.probe_lengths:
+        if length > model.cfg.max_seq_len:
+            runtime.die(f"probe_lengths: {length} tokens exceed the context of {cfg.ckpt}, {model.cfg.max_seq_len}")
+        asked = probes.make(cfg.seed, length - 24, cfg.probe_count, lambda text: len(tokenizer.encode(text)))
+        engine = Engine(model, slots=8, max_len=length)
+        requests = [Request(i, tokenizer.encode(p.prompt), 20, temperature=0.0, stop=stop_ids(tokenizer))
+                    for i, p in enumerate(asked)]
+        for p, s in zip(asked, generate(engine, requests), strict=True):
+            hits = found.setdefault(p.kind, {}).setdefault(length, [])
+            hits.append(p.answer in tokenizer.decode(s.tokens, skip_control=True))
+    return {kind: {n: sum(hits) / len(hits) for n, hits in by.items()} for kind, by in found.items()}
+
+
+if __name__ == "__main__":
+    main(configurator.load(Config))

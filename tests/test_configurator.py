@@ -1,0 +1,144 @@
+"""Typed configuration: what is taken, and that everything else ends the run with status 1 and one helpful line."""
+import ast
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import configurator
+from configurator import ConfigError, from_dict, load, show, to_dict
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Part:
+    tokens: float = 1.0
+    seq_len: int = 8
+    mix: dict[str, float] = field(default_factory=lambda: {"web": 1.0})
+
+
+@dataclass(frozen=True)
+class Model:
+    n_layer: int = 2
+    n_head: int = 4
+
+    def __post_init__(self):
+        if self.n_head % 2:
+            raise ValueError(f"n_head = {self.n_head} must be even")
+
+
+@dataclass(frozen=True)
+class Config:
+    lr_max: float = 1e-3            # learning rate
+    steps: int = 10
+    out: str = "out"
+    resume: str | None = None
+    compile: bool = False
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    model: Model = Model()
+    stages: list[Part] = field(default_factory=lambda: [Part(), Part()])
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+def test_defaults_file_flags_in_that_order(tmp_path):
+    (tmp_path / "a.py").write_text("steps = 20\nlr_max = 1\n_private = 3\nimport math\n")
+    (tmp_path / "b.py").write_text("steps = 30\nmodel = dict(n_layer=5)\n")
+    cfg = load(Config, ["--steps=40", str(tmp_path / "a.py"), str(tmp_path / "b.py"), "--stages.1.tokens=1e6"])
+    assert (cfg.steps, cfg.lr_max, cfg.model.n_layer) == (40, 1.0, 5)
+    assert (cfg.stages[0].tokens, cfg.stages[1].tokens) == (1.0, 1e6)
+
+
+def test_inheritance_by_import(tmp_path, monkeypatch):
+    monkeypatch.setattr(configurator, "__file__", str(tmp_path / "configurator.py"))
+    (tmp_path / "base_cfg.py").write_text("steps = 20\nout = 'x'\n")
+    (tmp_path / "child.py").write_text("from base_cfg import *\nsteps = 21\n")
+    cfg = load(Config, [str(tmp_path / "child.py")])
+    assert (cfg.steps, cfg.out) == (21, "x")
+
+
+@pytest.mark.parametrize("flag, name, value", [
+    ("--steps=1e3", "steps", 1000), ("--lr_max=1", "lr_max", 1.0), ("--out=a=b", "out", "a=b"), ("--compile", "compile", True),
+    ("--compile=False", "compile", False), ("--resume=None", "resume", None), ("--resume=x", "resume", "x"),
+    ("--dtype=bf16", "dtype", "bf16"), ("--betas=(0.8,0.9)", "betas", (0.8, 0.9)),
+])
+def test_accepted(flag, name, value):
+    got = getattr(load(Config, [flag]), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--lr_mx=1"], "unknown key lr_mx -- did you mean lr_max?"),
+    (["--model.n_layr=1"], "unknown key model.n_layr -- did you mean model.n_layer?"),
+    (["--stages.0.seqlen=3"], "unknown key stages.0.seqlen -- did you mean stages.0.seq_len?"),
+    (["--stages.9.seq_len=3"], "should be an index from 0 to 1"),
+    (["--stages.x.seq_len=3"], "should be an index from 0 to 1"),
+    (["--steps.x=3"], "is a plain value"),
+    (["--steps=1.5"], "steps = 1.5 should be int"),
+    (["--steps=True"], "steps = True should be int"),
+    (["--lr_max=abc"], "lr_max = 'abc' should be float"),
+    (["--compile=0"], "compile = 0 should be bool"),
+    (["--dtype=fp64"], "dtype = 'fp64' should be one of 'fp32', 'bf16'"),
+    (["--model=3"], "model = 3 should be Model"),
+    (["--model.n_head=3"], "n_head = 3 must be even"),
+    (["--betas=(1,2,3)"], "betas"),
+    (["--out=3"], "out = 3 should be str"),
+    (["--stages.0.mix={'web':'x'}"], "stages.0.mix"),
+    (["nowhere.py"], "cannot read config file 'nowhere.py'"),
+    (["lr=3"], "a flag starts with --"),
+])
+def test_rejected_with_status_1_and_one_line(argv, message):
+    with pytest.raises(ConfigError) as e:
+        load(Config, argv)
+    text = str(e.value.code)
+    assert message in text and "\n" not in text and text.startswith("config error: ")
+
+
+@pytest.mark.parametrize("source, message", [
+    ("stepz = 3\n", "unknown key stepz"), ("steps = 'x'\n", "steps = 'x' should be int"), ("steps = (\n", "SyntaxError"),
+    ("model = dict(n_layr=3)\n", "n_layr"), ("1/0\n", "ZeroDivisionError"),
+])
+def test_rejected_in_a_file_names_the_file(tmp_path, source, message):
+    (tmp_path / "bad.py").write_text(source)
+    with pytest.raises(ConfigError) as e:
+        load(Config, [str(tmp_path / "bad.py")])
+    assert message in str(e.value.code) and "bad.py" in str(e.value.code)
+
+
+def test_round_trip_and_marks():
+    cfg = load(Config, ["--stages.1.seq_len=32", "--betas=(0.5,0.6)", "--resume=x"])
+    assert from_dict(Config, to_dict(cfg)) == cfg
+    shown = show(cfg).splitlines()
+    assert any(line.startswith("* stages.1.seq_len") for line in shown)
+    assert any(line.startswith("  steps") for line in shown)
+
+
+def test_help_prints_every_field(capsys):
+    with pytest.raises(SystemExit) as e:
+        load(Config, ["--help"])
+    assert e.value.code == 0
+    out = capsys.readouterr().out
+    assert "--lr_max=0.001" in out and "learning rate" in out and "--stages" in out
+
+
+@pytest.mark.parametrize("script", ["pretrain", "sft", "rl", "eval", "sample", "data/prepare"])
+def test_every_field_is_read_somewhere(script):
+    """A flag that nothing reads is a lie: each field of a script's Config occurs as cfg.name or self.name in its file."""
+    source = (ROOT / f"{script}.py").read_text()
+    tree = ast.parse(source)
+    config = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    fields = [n.target.id for n in config.body if isinstance(n, ast.AnnAssign)]
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+            and n.value.id in ("cfg", "self")}
+    assert fields and set(fields) <= used, f"never read: {sorted(set(fields) - used)}"
+
+
+def test_every_field_has_a_comment():
+    assert configurator.field_comments(inspect.getsource(Config)) == {"lr_max": "learning rate"}
+    for script in ("pretrain", "sft", "rl"):
+        source = (ROOT / f"{script}.py").read_text()
+        body = source[source.index("class Config"):source.index("def __post_init__")]
+        names = [n.target.id for n in ast.parse(body).body[0].body if isinstance(n, ast.AnnAssign)]
+        assert set(names) == set(configurator.field_comments(body)), script
