@@ -1,344 +1,390 @@
-"""The inside of the judge's sandbox: a warm interpreter that forks one confined process per program.
+"""The judge's side of the sandbox: start a box, put one program into it, read bytes out, end it. And the
+levels.
 
-Report, section 3.2: code rewards come from unit tests run by an online judge. This file is all that runs inside the
-box; `judge.py` starts it and is the only one that knows the expected outputs. It is not a module to import: it is read
-by a bare interpreter with an empty environment, and uses the standard library only.
-
-Two kinds of process:
-- the server (trusted): imports the usual modules once, then waits for jobs. It never reads a program, an input or an
-  output: a job arrives as open file descriptors, so nothing of one program can be left in memory for the next.
-- the child (hostile): a fork of the pristine server that serves exactly one program and dies. Before it reads the
-  program it closes every other descriptor, sets its limits, changes to an unused user, and installs a seccomp filter
-  that allows about eighty system calls: no process creation, no signals to others, no sockets, no exec, no mount.
-A fork of a warm interpreter costs about 2 ms where a fresh sandboxed interpreter costs about 30.
+Report, section 3.2 (an online judge; it says nothing about isolation). Levels, strongest first; each is tried
+at start-up and then attacked by a program of ours, and counts only if every attack fails:
+    A  bubblewrap (own pid, net, ipc, mount, uts namespaces; read-only system) + seccomp + rlimits + unused
+    user B  Landlock (read-only system, nothing else) + seccomp + rlimits: an ordinary user, or a default
+    container C  rlimits and a process group: macOS, old kernels. For trusted code; the judge refuses it
+    unless told otherwise
+What is inside a box is in sandbox_server.py.
 """
-import ctypes
-import errno
-import gc
 import json
 import os
-import resource
+import platform
 import select
+import shutil
 import signal
 import socket
-import struct
+import subprocess
 import sys
+import tempfile
 import time
-import types
+from dataclasses import dataclass
 
-MESSAGE = struct.Struct("<cid")     # (operation, integer, seconds): the fixed-size message in both directions
-STDIN, STDOUT, STDERR, RESULTS, JOB = range(5)    # descriptors of a child
-
-# ---------------------------------------------------------------- seccomp: an allow list, by (x86_64, aarch64) number
-# Absent on purpose: fork/vfork/execve, kill and its kin, ptrace, process_vm_*, socket, memfd_create, io_uring, bpf,
-# mount, unshare, chmod, unlink, truncate, keyctl, shm*, mq_*, setsid, setpriority, prctl.
-ALLOW = {
-    "read": (0, 63), "write": (1, 64), "open": (2, -1), "close": (3, 57), "stat": (4, -1), "fstat": (5, 80),
-    "lstat": (6, -1), "poll": (7, -1), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
-    "munmap": (11, 215), "brk": (12, 214), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139), "pread64": (17, 67), "pwrite64": (18, 68), "readv": (19, 65), "writev": (20, 66),
-    "access": (21, -1), "pipe": (22, -1), "select": (23, -1), "sched_yield": (24, 124), "mremap": (25, 216),
-    "madvise": (28, 233), "dup": (32, 23), "dup2": (33, -1), "nanosleep": (35, 101), "getpid": (39, 172),
-    "exit": (60, 93), "wait4": (61, 260), "uname": (63, 160), "getcwd": (79, 17), "chdir": (80, 49),
-    "readlink": (89, -1), "gettimeofday": (96, 169), "getrlimit": (97, 163), "getrusage": (98, 165),
-    "sysinfo": (99, 179), "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175),
-    "getegid": (108, 177), "getppid": (110, 173), "sigaltstack": (131, 132), "gettid": (186, 178), "time": (201, -1),
-    "futex": (202, 98), "sched_getaffinity": (204, 123), "getdents64": (217, 61), "set_tid_address": (218, 96),
-    "restart_syscall": (219, 128), "clock_gettime": (228, 113), "clock_getres": (229, 114),
-    "clock_nanosleep": (230, 115), "exit_group": (231, 94), "openat": (257, 56), "newfstatat": (262, 79),
-    "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73),
-    "set_robust_list": (273, 99), "get_robust_list": (274, 100), "dup3": (292, 24), "pipe2": (293, 59),
-    "getcpu": (309, 168), "getrandom": (318, 278), "membarrier": (324, 283), "statx": (332, 291),
-    "rseq": (334, 293), "close_range": (436, 436), "faccessat2": (439, 439),
-}
-CLONE, CLONE3, FCNTL, IOCTL, PRLIMIT = (56, 220), (435, 435), (72, 25), (16, 29), (302, 261)
-FCNTL_ALLOW = (0, 1, 2, 3, 1030)    # DUPFD GETFD SETFD GETFL DUPFD_CLOEXEC: no SETOWN/SETSIG (signals to others), no SETPIPE_SZ
-AUDIT_ARCH = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+import sandbox_server as server
 
 
-def seccomp_filter():
-    """The classic-BPF program: list of (code, jt, jf, k). Source: linux/seccomp.h, linux/filter.h."""
-    arch, column = AUDIT_ARCH[os.uname().machine]
-    LOAD, EQUAL, ANY, RETURN = 0x20, 0x15, 0x45, 0x06        # ld abs word; jeq; jset (any bit of k); ret
-    PASS, DENY, KILL = 0x7FFF0000, 0x00050000, 0x80000000    # DENY | errno
-
-    def argument(i):
-        return 16 + 8 * i                                     # low word of argument i in struct seccomp_data
-
-    code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    for numbers in ALLOW.values():
-        if numbers[column] >= 0:
-            code += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, PASS)]
-    # clone: threads only (CLONE_THREAD); clone3 hides its flags in memory, so it "does not exist" and libc uses clone
-    code += [(EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, argument(0)), (ANY, 0, 1, 0x10000), (RETURN, 0, 0, PASS),
-             (RETURN, 0, 0, DENY | errno.EPERM)]
-    code += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, DENY | errno.ENOSYS)]
-    code += [(EQUAL, 0, 1, IOCTL[column]), (RETURN, 0, 0, DENY | errno.ENOTTY)]
-    code += [(EQUAL, 0, 4, PRLIMIT[column]), (LOAD, 0, 0, argument(0)), (EQUAL, 0, 1, 0), (RETURN, 0, 0, PASS),
-             (RETURN, 0, 0, DENY | errno.EPERM)]              # its own limits only (pid 0)
-    code += [(EQUAL, 0, 2 + 2 * len(FCNTL_ALLOW), FCNTL[column]), (LOAD, 0, 0, argument(1))]
-    for command in FCNTL_ALLOW:
-        code += [(EQUAL, 0, 1, command), (RETURN, 0, 0, PASS)]
-    code += [(RETURN, 0, 0, DENY | errno.EPERM), (RETURN, 0, 0, DENY | errno.EPERM)]
-    return code
+class JudgeError(RuntimeError):
+    """The judge failed, not the program: a box did not start, died, or broke its protocol."""
 
 
-def pack_filter(code):
-    """ctypes struct sock_fprog for prctl; the array it points to is kept alive as an attribute."""
-    raw = b"".join(struct.pack("HBBI", *line) for line in code)
-    buffer = ctypes.create_string_buffer(raw, len(raw))
-
-    class Program(ctypes.Structure):
-        _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
-
-    program = Program(len(code), ctypes.addressof(buffer))
-    program.keep = buffer
-    return program
+# ---------------------------------------------------------------- how a box is started
+SYSTEM_PATHS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store")
+BOOT = "import sys; del sys.path[0]; exec(compile(open(sys.argv[1]).read(), 'sandbox_server.py', 'exec'))"
+BWRAP = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
+         "--hostname", "box", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL")
 
 
-# ---------------------------------------------------------------- Landlock and capabilities (level B)
-def landlock(libc, paths):
-    """Read-only access to `paths`, nothing else; no TCP; no signals out of the domain where the kernel can do it."""
-    abi = libc.syscall(444, None, 0, 1)
-    if abi < 1:
-        raise OSError(f"Landlock is not available (abi {abi})")
-    rights = (1 << {1: 13, 2: 14}.get(abi, 15)) - 1           # all file rights of this ABI are handled, so denied
-    if abi >= 5:
-        rights |= 1 << 15
-    attr = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-    attr = attr[:8 if abi < 4 else 16 if abi < 6 else 24]
-    ruleset = libc.syscall(444, attr, len(attr), 0)
-    if ruleset < 0:
-        raise OSError("landlock_create_ruleset failed")
+def unused_uid() -> int:
+    """A user id that no account has; root becomes it."""
+    import pwd
+    taken = {entry.pw_uid for entry in pwd.getpwall()}
+    return next(uid for uid in range(64999, 60000, -1) if uid not in taken)
+
+
+def visible_paths() -> list[str]:
+    """All that a program can read: the interpreter, its library, and the system's shared libraries."""
+    python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+    library = [os.path.join(sys.base_prefix, name) for name in ("lib", "lib64")]
+    return [path for path in dict.fromkeys((python, *library, *SYSTEM_PATHS)) if os.path.exists(path)]
+
+
+def box_command(level, way, fd, memory) -> list[str]:
+    """The argv that starts a box. No secret in it: any process of the machine can read an argv."""
+    paths, source = visible_paths(), os.path.realpath(server.__file__)
+    cfg = {"level": level, "way": way, "fd": fd, "memory": memory, "paths": paths,
+           "uid": unused_uid() if way == "uid" else None}
+    # no site-packages, no .pyc written; not -I, which would ignore PYTHONHASHSEED
+    inner = [paths[0], "-S", "-s", "-B", "-X", "utf8", "-c", BOOT,
+             "/sandbox_server.py" if level == "A" else source, json.dumps(cfg)]
+    if level != "A":
+        return inner
+    argv = [shutil.which("bwrap") or "bwrap", *BWRAP]
+    if way == "namespace":    # an ordinary user: a user namespace of our own, in which we are nobody
+        argv += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+    else:    # root: the server keeps what it needs to turn its children into the unused user
+        argv += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL"]
     for path in paths:
-        if not os.path.exists(path):
+        parts = path.strip("/").split("/")
+        for n in range(1, len(parts)):
+            argv += ["--dir", "/" + "/".join(parts[:n])]    # else bwrap copies the mode of /root, 0700
+        argv += ["--ro-bind", path, path]
+    return [*argv, "--ro-bind", source, "/sandbox_server.py", "--remount-ro", "/", "--chdir", "/", *inner]
+
+
+# ---------------------------------------------------------------- one box
+@dataclass
+class Run:
+    """What came out of one process."""
+    begun: bool = False    # the walls stood before the program was read: what follows is its own doing
+    loaded: bool = False    # call tests: the program has said that it is loaded, or why not
+    out: bytes = b""
+    err: bytes = b""
+    end: str = "exit"    # exit | time | output | enough (the caller had seen all it wanted)
+    status: int = 0    # as from waitpid
+    cpu: float = 0.0    # processor seconds of the whole process, from its rusage
+    wall: float = 0.0    # seconds since the last result line, or since the start
+
+
+def memory_file(data: bytes):
+    """An open, unnamed file that holds `data`, at its beginning."""
+    if hasattr(os, "memfd_create"):
+        file = os.fdopen(os.memfd_create("job"), "w+b", buffering=0)
+    else:
+        file = tempfile.TemporaryFile(buffering=0)
+    file.write(data)
+    file.seek(0)
+    return file
+
+
+class Box:
+    """One sandboxed server. A JudgeError from any method means: throw the box away."""
+
+    def __init__(self, level, way, memory):
+        self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(30)
+        self.stderr, self.devnull = tempfile.TemporaryFile(), open(os.devnull, "rb")
+        self.process = None
+        try:
+            with theirs:
+                # bwrap shows its own environment in /proc/1/environ: an empty one, but for a fixed order of
+                # sets
+                self.process = subprocess.Popen(
+                    box_command(level, way, theirs.fileno(), memory), env={"PYTHONHASHSEED": "0"}, cwd="/",
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.stderr,
+                    pass_fds=(theirs.fileno(),), start_new_session=True)
+            self._receive(b"Z")
+        except (OSError, JudgeError) as error:
+            self.kill()
+            self.stderr.seek(0)
+            said = self.stderr.read(4000).decode("utf-8", "replace").strip().split("\n")[-1]
+            self.close()
+            raise JudgeError(said or str(error)) from None
+
+    def _receive(self, want=b""):
+        try:
+            data = self.sock.recv(server.MESSAGE.size, socket.MSG_WAITALL)
+        except OSError as error:
+            raise JudgeError(f"the box does not answer: {error}") from None
+        if len(data) < server.MESSAGE.size:
+            raise JudgeError("the box has gone")
+        kind, number, seconds = server.MESSAGE.unpack(data)
+        if want and kind != want:
+            raise JudgeError(f"the box said {kind!r} where {want!r} was due")
+        return kind, number, seconds
+
+    def _send(self, operation, number=0, fds=()):
+        try:
+            socket.send_fds(self.sock, [server.MESSAGE.pack(operation, number, 0.0)], list(fds))
+        except OSError as error:
+            raise JudgeError(f"the box does not listen: {error}") from None
+
+    def kill(self):
+        """At once, from any thread: whoever waits for this box gets a JudgeError."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    def close(self):
+        """Close the line; the server then ends its child and itself. Make sure of it."""
+        self.sock.close()
+        if self.process:
+            try:
+                self.process.wait(1)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        self.stderr.close()
+        self.devnull.close()
+
+    def execute(self, job, stdin, limit, wall, cap, cpu_total, on_line) -> Run:
+        """Run one program in a fresh process and collect what it says.
+
+        job: {"program", "entry", "inputs"}; stdin: bytes; limit processor seconds and limit * wall wall-clock
+        seconds per result line (of the process, if it writes none); cap: bytes per stream; cpu_total: whole
+        processor seconds of the process, kept by the kernel; on_line(i, line, seconds) -> True ends the
+        process.
+        """
+        opened = []
+        try:
+            for _ in range(3):    # stdout, stderr, results
+                opened += os.pipe()
+            ours, theirs = opened[0::2], opened[1::2]
+            with memory_file(json.dumps(job).encode()) as job_file, memory_file(stdin) as stdin_file:
+                source = stdin_file if stdin else self.devnull
+                self._send(b"R", cpu_total, [source.fileno(), *theirs, job_file.fileno()])
+            for fd in theirs:
+                os.close(fd)
+                opened.remove(fd)
+            for fd in ours:
+                os.set_blocking(fd, False)
+            return self._collect(ours, limit, wall, cap, on_line)
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+    def _collect(self, streams, limit, wall, cap, on_line):
+        run, data, at, reported, count = Run(), {fd: bytearray() for fd in streams}, 0, 0.0, -3
+        line_out, live, poll = self.sock.fileno(), {*streams}, select.poll()
+        for fd in (*streams, line_out):
+            poll.register(fd, select.POLLIN)
+        last = now = time.monotonic()
+        soft, hard, killed = last + limit, last + limit * wall, 0.0
+        asked = over = False
+
+        def pump(fd):
+            """Read one block; False if no more is to be had now. Beyond the cap, bytes are thrown away."""
+            try:
+                block = os.read(fd, 1 << 16) if fd in live else b""
+            except BlockingIOError:
+                return False
+            if not block and fd in live:
+                live.discard(fd)
+                poll.unregister(fd)
+            if len(data[fd]) <= cap:
+                data[fd] += block
+            return bool(block) and len(data[fd]) <= cap
+
+        while not over:
+            until = killed + 10 if killed else hard if asked else min(soft, hard)
+            for fd, _ in poll.poll(max(0, until - now) * 1000 + 1):
+                if fd != line_out:
+                    pump(fd)
+                    continue
+                kind, number, seconds = self._receive()
+                if kind == b"E":
+                    over, run.status, run.cpu = True, number, seconds
+                else:
+                    # the answer to "C": has this test used up its processor time, or was it kept waiting?
+                    # `reported` is what the program claims for earlier tests: a lie buys it time up to
+                    # `hard`, nothing else
+                    used, asked = max(0.0, seconds - reported) if seconds >= 0 else limit, False
+                    soft, hard = now + max(0.01, limit - used), 0.0 if used >= 0.97 * limit else hard
+            now = time.monotonic()
+            while over and any([pump(fd) for fd in streams]):
+                pass    # nothing can write any more: take what is left
+            stop = False
+            while (newline := data[streams[2]].find(b"\n", at)) >= 0 and not (stop or killed):
+                raw, at, count = bytes(data[streams[2]][at:newline]), newline + 1, count + 1
+                run.begun, run.loaded = True, count >= -1
+                if count >= -1:
+                    line, claim = read_line(raw, count)
+                    reported = max(reported, claim)
+                    stop = on_line(count, line, now - last)
+                    last, soft, hard = now, now + limit, now + limit * wall
+            if killed:
+                if now > killed + 10 and not over:
+                    raise JudgeError("a killed program did not end")
+                continue
+            run.end = ("enough" if stop else "output" if max(map(len, data.values())) > cap else
+                       "time" if now >= hard else "exit")
+            if run.end != "exit" and not over:
+                killed = now
+                self._send(b"K")
+            elif now >= soft and not asked and not over:
+                asked = True
+                self._send(b"C")
+        run.out, run.err, run.wall = bytes(data[streams[0]]), bytes(data[streams[1]]), now - last
+        if not run.begun:
+            raise JudgeError(run.err[:300].decode("utf-8", "replace") or "no sign of life")
+        return run
+
+
+def refuse(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_json(text):
+    """Strict JSON: NaN and infinities are refused (no JSON, and NaN equals nothing). ValueError."""
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_line(raw, index):
+    """({"v": value} or {"e": error}, processor seconds it claims) of one result line of a hostile process."""
+    try:
+        line = read_json(raw)
+        claim = line["c"]
+        if line["i"] != index or not ("v" in line or "e" in line or index < 0):
+            raise ValueError
+        if type(claim) is not float or not 0 <= claim < 1e6:
+            raise ValueError
+        return ({"e": str(line["e"])[:300]} if "e" in line else {"v": line.get("v")}), claim
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return {"e": "the result is not readable"}, 0.0
+
+
+# ---------------------------------------------------------------- levels: found by trying
+# Tries what no program may do, and returns the list of what worked.
+PROBE = """
+import os
+def f(secret, project, uid):
+    holes = []
+    def attempt(name, act):
+        try:
+            act()
+            holes.append(name)
+        except Exception:
+            pass
+    def network():
+        import socket
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    def fork():
+        if not os.fork():
+            os._exit(0)
+    attempt("read a file outside", lambda: open(secret).read())
+    attempt("list the project", lambda: os.listdir(project))
+    attempt("write a file", lambda: open("/tmp/judge_probe", "w").write("x"))
+    attempt("network", network)
+    attempt("fork", fork)
+    attempt("run a command", lambda: os.execv("/bin/true", ["true"]))
+    attempt("signal the server", lambda: os.kill(os.getppid(), 0))
+    attempt("signal everybody", lambda: os.kill(-1, 0))
+    attempt("become root", lambda: os.setuid(0))
+    attempt("see processes", lambda: open("/proc/self/status").read())
+    if uid and os.getuid() != uid:
+        holes.append("still user %d" % os.getuid())
+    return holes
+"""
+CALIBRATION = """
+import time
+def f():
+    best = 9.0
+    for _ in range(5):
+        begin, total, xs = time.process_time(), 0, list(range(20000))
+        for x in xs:
+            total += x * x % 7
+        best = min(best, time.process_time() - begin)
+    return best
+"""
+REFERENCE_SECONDS = 1.5e-3    # CALIBRATION on an idle 2023 server core: time limits count in its seconds
+LABEL = {"A": "bubblewrap + seccomp + rlimits", "B": "Landlock + seccomp + rlimits",
+         "C": "rlimits only, for trusted code"}
+
+
+def ask(box, program, arguments):
+    """The value one of our own programs returns in a box. JudgeError if it returns none."""
+    answer = []
+
+    def on_line(i, line, seconds):
+        answer.append(line)
+        return i == 0
+    job = {"program": program, "entry": "f", "inputs": [json.dumps(arguments)]}
+    run = box.execute(job, b"", 20, 3, 1 << 16, 60, on_line)
+    if run.end != "enough" or "v" not in answer[-1]:
+        raise JudgeError(f"the probe gave no answer: {answer} {run.err[:200]!r} {run.end} {run.status}")
+    return answer[-1]["v"]
+
+
+def attack(box, way):
+    """Run PROBE; JudgeError names the holes."""
+    with tempfile.NamedTemporaryFile() as secret:
+        os.chmod(secret.name, 0o644)
+        project = os.path.dirname(os.path.realpath(__file__))
+        if holes := ask(box, PROBE, [secret.name, project, unused_uid() if way == "uid" else 0]):
+            raise JudgeError(f"not tight: {', '.join(holes)}")
+
+
+def open_level(level, memory) -> tuple[str, float]:
+    """Start a box of this level and attack it. -> (the way it gives up power, time scale of this machine >=
+    1).
+
+    JudgeError with the reasons if no way of this level holds here.
+    """
+    if level != "C" and (sys.platform != "linux" or platform.machine() not in server.AUDIT_ARCH):
+        raise JudgeError(f"needs Linux on {' or '.join(server.AUDIT_ARCH)}")
+    root, reasons = os.geteuid() == 0, []
+    ways = {"A": ("uid", "namespace") if root else ("namespace",),
+            "B": ("uid", "capabilities") if root else ("nothing",), "C": ("nothing",)}[level]
+    for way in ways:
+        box = None
+        try:
+            box = Box(level, way, memory)
+            if level != "C":
+                attack(box, way)
+            return way, max(1.0, min(10.0, ask(box, CALIBRATION, []) / REFERENCE_SECONDS))
+        except JudgeError as error:
+            reasons.append(f"{way}: {error}")
+        finally:
+            if box:
+                box.close()
+    raise JudgeError("; ".join(reasons))
+
+
+def choose_level(level, memory, allow_unsafe) -> tuple[str, str, float]:
+    """(level, way, time scale): the strongest level that holds here, or the one asked for. JudgeError."""
+    if level not in ("auto", "A", "B", "C"):
+        raise ValueError(f"level {level!r}: should be 'auto', 'A', 'B' or 'C'")
+    reasons = []
+    for candidate in "ABC" if level == "auto" else level:
+        if candidate == "C" and not allow_unsafe:
+            reasons.append("C: refused, rlimits do not confine untrusted code (allow_unsafe=True insists)")
             continue
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        allowed = 0b1101 if os.path.isdir(path) else 0b0101   # execute (map libraries), read file, read directory
-        if libc.syscall(445, ruleset, 1, struct.pack("<Qi", allowed, fd), 0):
-            raise OSError(f"landlock_add_rule failed for {path}")
-        os.close(fd)
-    if libc.prctl(38, 1, 0, 0, 0) or libc.syscall(446, ruleset, 0):
-        raise OSError("landlock_restrict_self failed")
-    os.close(ruleset)
-
-
-def drop_capabilities(libc):
-    """Root without its powers: empty bounding, effective, permitted and inheritable sets (linux/capability.h)."""
-    for capability in range(64):
-        libc.prctl(24, capability, 0, 0, 0)                   # PR_CAPBSET_DROP
-    header, data = struct.pack("Ii", 0x20080522, 0), bytes(24)
-    if libc.capset(header, data):
-        raise OSError("capset failed")
-
-
-# ---------------------------------------------------------------- the server
-def serve(cfg):
-    """Wait for jobs for ever. Messages in: R run (with 5 descriptors), K kill, C processor time; out: Z ready, E end, C."""
-    sock = socket.socket(fileno=cfg["fd"])
-    libc = ctypes.CDLL(None, use_errno=True)
-    linux = sys.platform == "linux"
-    cfg["linux"], cfg["libc"], cfg["filter"] = linux, libc, None
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if linux:
-        libc.prctl(1, signal.SIGKILL, 0, 0, 0)                # PR_SET_PDEATHSIG
-        libc.prctl(36, 1, 0, 0, 0)                            # PR_SET_CHILD_SUBREAPER: orphans come back to us
-    for name in ("math", "collections", "itertools", "functools", "heapq", "bisect", "re", "string", "random",
-                 "operator", "copy", "io"):
-        __import__(name)
-    sys.modules["random"].seed(0)
-    if cfg["level"] == "B":
-        if cfg["drop"] == "uid":
-            change_user(cfg["uid"])
-        elif cfg["drop"] == "capabilities":
-            drop_capabilities(libc)
-        landlock(libc, cfg["paths"])
-    if cfg["level"] in "AB":
-        libc.prctl(38, 1, 0, 0, 0)                            # PR_SET_NO_NEW_PRIVS
-        cfg["filter"] = pack_filter(seccomp_filter())
-    wake_r, wake_w = os.pipe()
-    os.set_blocking(wake_r, False)
-    os.set_blocking(wake_w, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake_w)
-    gc.collect()
-    gc.freeze()
-    pid = 0
-    sock.sendall(MESSAGE.pack(b"Z", 0, 0.0))
-    while True:
-        ready, _, _ = select.select([sock, wake_r], [], [])
-        if wake_r in ready:
-            os.read(wake_r, 512)
-            done, status, usage = os.wait4(pid, os.WNOHANG) if pid else (0, 0, None)
-            if done:
-                pid = 0
-                if not cfg["filter"]:
-                    sweep(done)
-                sock.sendall(MESSAGE.pack(b"E", status, usage.ru_utime + usage.ru_stime))
-        if sock in ready:
-            message, fds, _, _ = socket.recv_fds(sock, MESSAGE.size, 5, socket.MSG_WAITALL)
-            if not message:                                   # the judge is gone, and so are we
-                end(pid)
-                return
-            operation, number, _ = MESSAGE.unpack(message)
-            if operation == b"R":
-                pid = os.fork()
-                if not pid:
-                    child(cfg, number, fds)
-                for fd in fds:
-                    os.close(fd)
-            elif operation == b"K":
-                end(pid)
-            elif operation == b"C":
-                sock.sendall(MESSAGE.pack(b"C", pid, processor_time(pid)))
-
-
-def end(pid):
-    if pid:
-        for kill in (os.killpg, os.kill):                     # its whole group; alone if it has not become a leader yet
-            try:
-                kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
-
-
-def sweep(pid):
-    """Level C has no filter against fork: end the program's group, then every orphan that was handed to us (Linux)."""
-    end(pid)
-    children = f"/proc/self/task/{os.getpid()}/children"
-    while os.path.exists(children) and (orphans := open(children).read().split()):
-        for orphan in orphans:
-            end(int(orphan))
-            try:
-                os.waitpid(int(orphan), 0)
-            except ChildProcessError:
-                pass
-
-
-def processor_time(pid):
-    """Seconds of processor time of another process: its clock id is (~pid << 3) | 2 (clock_getcpuclockid). -1 unknown."""
-    try:
-        return time.clock_gettime((~pid << 3) | 2)
-    except (OSError, OverflowError):
-        return -1.0
-
-
-def change_user(uid):
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
-
-
-# ---------------------------------------------------------------- the child
-def child(cfg, cpu_seconds, fds):
-    """Confine this process for good, then run its one program. Never returns."""
-    try:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.setsid()
-        high = [os.dup2(fd, 40 + i, inheritable=False) for i, fd in enumerate(fds)]    # out of the way of 0..4
-        for i, fd in enumerate(high):
-            os.dup2(fd, i)
-        os.closerange(5, 64)
-        limit = resource.setrlimit
-        limit(resource.RLIMIT_FSIZE, (0, 0))                  # no byte into any file
-        limit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
-        limit(resource.RLIMIT_NOFILE, (32, 32))
         try:
-            limit(resource.RLIMIT_AS, (cfg["memory"], cfg["memory"]))
-        except (ValueError, OSError):
-            if cfg["linux"]:                                  # macOS may refuse it (level C)
-                raise
-        if cfg["level"] == "A" and cfg["drop"] == "uid":
-            change_user(cfg["uid"])
-        if cfg["linux"]:
-            cfg["libc"].prctl(1, signal.SIGKILL, 0, 0, 0)     # after the change of user, which clears it
-        if cfg["filter"]:
-            program = cfg["filter"]
-            if cfg["libc"].prctl(22, 2, ctypes.byref(program), 0, 0):
-                os._exit(97)
-        job = b""
-        while block := os.read(JOB, 1 << 20):
-            job += block
-        job = json.loads(job)
-        os.close(JOB)
-    except BaseException as error:
-        os.write(STDERR, f"sandbox: {error!r}\n".encode())
-        os._exit(97)                                          # 97 before the program has begun: a judge error
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
-    run_call(job, main) if job["entry"] else run_stdio(job, main)
-
-
-def describe(error):
-    try:
-        return f"{type(error).__name__}: {error}"[:300]
-    except BaseException:
-        return "exception"
-
-
-def plain(value):
-    """Only JSON's own types leave the box; a tuple leaves as a list, every other type is an error."""
-    kind = type(value)
-    if value is None or kind in (bool, int, float, str):
-        return value
-    if kind in (list, tuple):
-        return [plain(item) for item in value]
-    if kind is dict and all(type(key) is str for key in value):
-        return {key: plain(item) for key, item in value.items()}
-    raise TypeError(f"a result of type {kind.__name__} is not JSON")
-
-
-def run_call(job, main):
-    """All call tests of one program, one line of JSON a test: {"i": index, "v": value | "e": error, "c": processor s}."""
-    def report(line):
-        data = json.dumps(line).encode() + b"\n"
-        while data:
-            data = data[os.write(RESULTS, data):]
-
-    try:
-        exec(compile(job["program"], "<program>", "exec"), main.__dict__)
-        function = main
-        for name in job["entry"].split("."):                  # "f", or "Solution.f" for a method
-            function = function() if isinstance(function, type) else function
-            function = getattr(function, name)
-    except BaseException as error:
-        report({"i": -1, "e": describe(error), "c": time.process_time()})
-        os._exit(0)
-    report({"i": -1, "c": time.process_time()})
-    for i, text in enumerate(job["inputs"]):
-        line = {"i": i}
-        try:
-            line["v"] = plain(function(*json.loads(text)))    # parsed anew: a program may change its arguments
-        except BaseException as error:
-            line["e"] = describe(error)
-        line["c"] = time.process_time()
-        try:
-            report(line)
-        except (ValueError, RecursionError) as error:         # an integer beyond the digit limit
-            report({"i": i, "e": describe(error), "c": line["c"]})
-    os._exit(0)
-
-
-def run_stdio(job, main):
-    """A whole program: standard input to standard output. Exit status 0, or 1 with the error's name on stderr."""
-    sys.stdin, sys.stdout = open(STDIN, encoding="utf-8"), open(STDOUT, "w", encoding="utf-8")
-    code = 0
-    try:
-        try:
-            exec(compile(job["program"], "<program>", "exec"), main.__dict__)
-        except SystemExit as stop:
-            code = 0 if stop.code is None else stop.code if isinstance(stop.code, int) else 1
-        if "threading" in sys.modules:
-            sys.modules["threading"]._shutdown()              # threads started and not joined: a contest idiom
-        if "atexit" in sys.modules:
-            sys.modules["atexit"]._run_exitfuncs()            # so is output written at exit
-        sys.stdout.flush()
-    except BaseException as error:
-        os.write(STDERR, describe(error).encode("utf-8", "replace"))
-        code = 1
-    os._exit(code & 255)
-
-
-if __name__ == "__main__":
-    serve(json.loads(sys.argv[2]))
+            return candidate, *open_level(candidate, memory)
+        except JudgeError as error:
+            reasons.append(f"{candidate}: {error}")
+    raise JudgeError("no sandbox on this machine. " + " | ".join(reasons))

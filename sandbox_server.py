@@ -1,0 +1,356 @@
+"""The inside of the judge's sandbox: a warm interpreter that forks one confined process per program.
+
+Report, section 3.2: code rewards come from unit tests run by an online judge. This file is all of ours that
+runs inside the box; `sandbox.py` starts it, `judge.py` alone knows the expected outputs. It is read by a bare
+interpreter with an empty environment, and uses the standard library only. Two kinds of process:
+
+- the server (trusted): imports the usual modules once, then waits for jobs. It never reads a program, an
+  input or an output: a job arrives as open file descriptors, so nothing of one program is left in memory for
+  the next.
+- the child (hostile): a fork of the pristine server that serves exactly one program and dies. Before it reads
+  the program it closes every other descriptor, sets its limits, becomes an unused user, and installs a
+  seccomp filter that allows some seventy system calls: no process creation, no signals, no sockets, no exec,
+  no mount, no writes.
+
+A fork of a warm interpreter costs 1 to 2 ms, a fresh sandboxed interpreter about 30.
+"""
+import builtins
+import ctypes
+import errno
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import types
+
+MESSAGE = struct.Struct("<cid")    # (operation, integer, seconds): the fixed-size message in both directions
+STDIN, STDOUT, STDERR, RESULTS, JOB = range(5)    # descriptors of a child
+WARM = ("math", "collections", "itertools", "functools", "heapq", "bisect", "re", "string", "random",
+        "operator", "copy", "io", "typing")
+
+# ---------------------------------------------------------------- seccomp: an allow list
+# name: number on (x86_64, aarch64), -1 where the machine has no such call. Absent on purpose: fork, vfork,
+# execve, kill and its kin, ptrace, process_vm_*, socket, memfd_create, io_uring, bpf, mount, unshare, chmod,
+# unlink, truncate, keyctl, shm*, mq_*, timer_*, setsid, setpriority, sched_setaffinity, prctl.
+ALLOW = {
+    "read": (0, 63), "write": (1, 64), "open": (2, -1), "close": (3, 57), "stat": (4, -1), "fstat": (5, 80),
+    "lstat": (6, -1), "poll": (7, -1), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
+    "munmap": (11, 215), "brk": (12, 214), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139), "pread64": (17, 67), "readv": (19, 65), "writev": (20, 66), "access": (21, -1),
+    "pipe": (22, -1), "select": (23, -1), "sched_yield": (24, 124), "mremap": (25, 216), "madvise": (28, 233),
+    "dup": (32, 23), "dup2": (33, -1), "nanosleep": (35, 101), "getpid": (39, 172), "exit": (60, 93),
+    "wait4": (61, 260), "uname": (63, 160), "getcwd": (79, 17), "chdir": (80, 49), "readlink": (89, -1),
+    "gettimeofday": (96, 169), "getrlimit": (97, 163), "getrusage": (98, 165), "sysinfo": (99, 179),
+    "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175),
+    "getegid": (108, 177), "getppid": (110, 173), "sigaltstack": (131, 132), "gettid": (186, 178),
+    "time": (201, -1), "futex": (202, 98), "sched_getaffinity": (204, 123), "getdents64": (217, 61),
+    "set_tid_address": (218, 96),
+    "restart_syscall": (219, 128), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115), "exit_group": (231, 94), "openat": (257, 56), "newfstatat": (262, 79),
+    "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73),
+    "set_robust_list": (273, 99), "get_robust_list": (274, 100), "dup3": (292, 24), "pipe2": (293, 59),
+    "getcpu": (309, 168), "getrandom": (318, 278), "membarrier": (324, 283), "statx": (332, 291),
+    "rseq": (334, 293), "close_range": (436, 436), "faccessat2": (439, 439),
+}
+CLONE, CLONE3, FCNTL, IOCTL, PRLIMIT = (56, 220), (435, 435), (72, 25), (16, 29), (302, 261)
+# DUPFD GETFD SETFD GETFL DUPFD_CLOEXEC. Not SETOWN and SETSIG: together they send any signal to any process
+# of the same user. Not SETPIPE_SZ: memory outside RLIMIT_AS.
+FCNTL_ALLOW = (0, 1, 2, 3, 1030)
+AUDIT_ARCH = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+
+
+def seccomp_filter():
+    """The classic-BPF program, a list of (code, jt, jf, k). Source: linux/seccomp.h, linux/filter.h."""
+    arch, column = AUDIT_ARCH[os.uname().machine]
+    LOAD, EQUAL, ANY, RETURN = 0x20, 0x15, 0x45, 0x06    # load; jump if equal; jump if any bit; return
+    PASS, DENY, KILL = 0x7FFF0000, 0x00050000, 0x80000000    # DENY | errno
+
+    def argument(i):
+        return (LOAD, 0, 0, 16 + 8 * i)    # low word of argument i in struct seccomp_data
+
+    code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    for numbers in ALLOW.values():
+        if numbers[column] >= 0:
+            code += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, PASS)]
+    # clone: threads only (CLONE_THREAD); clone3 hides its flags in memory, so it "does not exist" and libc
+    # uses clone
+    code += [(EQUAL, 0, 4, CLONE[column]), argument(0), (ANY, 0, 1, 0x10000), (RETURN, 0, 0, PASS),
+             (RETURN, 0, 0, DENY | errno.EPERM)]
+    code += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, DENY | errno.ENOSYS)]
+    code += [(EQUAL, 0, 1, IOCTL[column]), (RETURN, 0, 0, DENY | errno.ENOTTY)]
+    # prlimit: its own limits only (pid 0)
+    code += [(EQUAL, 0, 4, PRLIMIT[column]), argument(0), (EQUAL, 0, 1, 0), (RETURN, 0, 0, PASS),
+             (RETURN, 0, 0, DENY | errno.EPERM)]
+    code += [(EQUAL, 0, 1 + 2 * len(FCNTL_ALLOW), FCNTL[column]), argument(1)]
+    for command in FCNTL_ALLOW:
+        code += [(EQUAL, 0, 1, command), (RETURN, 0, 0, PASS)]
+    code += [(RETURN, 0, 0, DENY | errno.EPERM)]
+    return code
+
+
+def pack_filter(code):
+    """struct sock_fprog for prctl; the array it points to is kept alive as an attribute."""
+    class Program(ctypes.Structure):
+        _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+
+    raw = b"".join(struct.pack("HBBI", *line) for line in code)
+    buffer = ctypes.create_string_buffer(raw, len(raw))
+    program = Program(len(code), ctypes.addressof(buffer))
+    program.keep = buffer
+    return program
+
+
+# ---------------------------------------------------------------- Landlock and capabilities (level B)
+def landlock(libc, paths):
+    """Read-only access to `paths`, nothing else; no TCP; no signals out of the domain, if the kernel can."""
+    abi = libc.syscall(444, None, 0, 1)
+    if abi < 1:
+        raise OSError(f"Landlock is not available (ABI {abi})")
+    rights = (1 << {1: 13, 2: 14}.get(abi, 15)) - 1    # all file rights of this ABI: handled means denied
+    rights |= (1 << 15) if abi >= 5 else 0
+    attr = struct.pack("QQQ", rights, 3, 3)[:8 if abi < 4 else 16 if abi < 6 else 24]
+    ruleset = libc.syscall(444, attr, len(attr), 0)
+    if ruleset < 0:
+        raise OSError("landlock_create_ruleset failed")
+    for path in filter(os.path.exists, paths):
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        allowed = 0b1101 if os.path.isdir(path) else 0b0101    # execute (map a library), read, read directory
+        if libc.syscall(445, ruleset, 1, struct.pack("<Qi", allowed, fd), 0):
+            raise OSError(f"landlock_add_rule failed for {path}")
+        os.close(fd)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.syscall(446, ruleset, 0):
+        raise OSError("landlock_restrict_self failed")
+    os.close(ruleset)
+
+
+def drop_capabilities(libc):
+    """Root without its powers: all capability sets empty (linux/capability.h)."""
+    for capability in range(64):
+        libc.prctl(24, capability, 0, 0, 0)    # PR_CAPBSET_DROP
+    if libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)):
+        raise OSError("capset failed")
+
+
+def change_user(uid):
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+# ---------------------------------------------------------------- the server
+def prepare(cfg):
+    """Everything that is done once: warm imports, and the walls that the server itself stands behind."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    cfg |= {"linux": sys.platform == "linux", "libc": libc, "filter": None}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if cfg["linux"]:
+        libc.prctl(1, signal.SIGKILL, 0, 0, 0)    # PR_SET_PDEATHSIG: no server without its judge
+        libc.prctl(36, 1, 0, 0, 0)    # PR_SET_CHILD_SUBREAPER: orphans come back to us
+    for name in WARM:
+        __import__(name)
+    sys.modules["random"].seed(0)
+    builtins.exit = builtins.quit = sys.exit    # site would have made them
+    if cfg["level"] == "B":
+        if cfg["way"] == "uid":
+            change_user(cfg["uid"])
+        elif cfg["way"] == "capabilities":
+            drop_capabilities(libc)
+        landlock(libc, cfg["paths"])
+    if cfg["level"] in "AB":
+        libc.prctl(38, 1, 0, 0, 0)    # PR_SET_NO_NEW_PRIVS
+        cfg["filter"] = pack_filter(seccomp_filter())
+    gc.collect()
+    gc.freeze()    # the collector must not touch, and so copy, the pages that children share
+
+
+def serve(cfg):
+    """Wait for jobs until the line closes. In: R run (with 5 descriptors), K kill, C how much processor time
+    has the child used; out: Z ready, E ended (status, processor seconds), C (processor seconds)."""
+    sock = socket.socket(fileno=cfg["fd"])
+    prepare(cfg)
+    wake_r, wake_w = os.pipe()
+    os.set_blocking(wake_r, False)
+    os.set_blocking(wake_w, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_w)
+    pid = 0
+    sock.sendall(MESSAGE.pack(b"Z", 0, 0.0))
+    while True:
+        ready, _, _ = select.select([sock, wake_r], [], [])
+        if wake_r in ready:
+            os.read(wake_r, 512)
+            done, status, usage = os.wait4(pid, os.WNOHANG) if pid else (0, 0, None)
+            if done:
+                pid = 0
+                if not cfg["filter"]:
+                    sweep(done)
+                sock.sendall(MESSAGE.pack(b"E", status, usage.ru_utime + usage.ru_stime))
+        if sock in ready:
+            message, fds, _, _ = socket.recv_fds(sock, MESSAGE.size, 5, socket.MSG_WAITALL)
+            if not message:    # the judge is gone, and so are we
+                return end(pid)
+            operation, number, _ = MESSAGE.unpack(message)
+            if operation == b"R":
+                pid = os.fork()
+                if not pid:
+                    child(cfg, number, fds)
+                for fd in fds:
+                    os.close(fd)
+            elif operation == b"K":
+                end(pid)
+            elif operation == b"C" and pid:    # no answer if it has ended: the judge reads that in our E
+                sock.sendall(MESSAGE.pack(b"C", 0, processor_time(pid)))
+
+
+def end(pid):
+    """SIGKILL to a child's group, and to itself alone in case it has not become a group leader yet."""
+    for kill in (os.killpg, os.kill) if pid else ():
+        try:
+            kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+def sweep(pid):
+    """Level C has no filter against fork: end the program's group, then every orphan handed to us (Linux)."""
+    end(pid)
+    children = f"/proc/self/task/{os.getpid()}/children"
+    while os.path.exists(children) and (orphans := open(children).read().split()):
+        for orphan in map(int, orphans):
+            end(orphan)
+            try:
+                os.waitpid(orphan, 0)
+            except ChildProcessError:
+                pass
+
+
+def processor_time(pid) -> float:
+    """Processor seconds of another process; clock number (~pid << 3) | 2, clock_getcpuclockid. Or -1."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)
+    except (OSError, OverflowError, AttributeError):
+        return -1.0
+
+
+# ---------------------------------------------------------------- the child
+def child(cfg, cpu_seconds, fds):
+    """Confine this process for good, then run its one program. Never returns.
+
+    The first line on RESULTS says that the walls stand; it is written before a byte of the program is read,
+    so that a program cannot pass off its own end as a failure of the judge.
+    """
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        high = [os.dup2(fd, 40 + i) for i, fd in enumerate(fds)]    # out of the way of 0..4
+        for i, fd in enumerate(high):
+            os.dup2(fd, i)
+        os.closerange(5, 64)
+        confine(cfg, cpu_seconds)
+        os.write(RESULTS, b"{}\n")
+        job = b""
+        while block := os.read(JOB, 1 << 20):
+            job += block
+        os.close(JOB)
+        job = json.loads(job)
+    except BaseException as error:
+        os.write(STDERR, f"sandbox: {error!r}".encode())
+        os._exit(97)
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    run_call(job, main) if job["entry"] else run_stdio(job, main)
+
+
+def confine(cfg, cpu_seconds):
+    # FSIZE 0: not a byte into any file
+    limits = {"FSIZE": 0, "CPU": cpu_seconds, "NOFILE": 32, "AS": cfg["memory"]}
+    for name, value in limits.items():
+        try:
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+        except (ValueError, OSError):
+            if cfg["linux"]:
+                raise    # elsewhere (level C) RLIMIT_AS may not exist
+    if cfg["level"] == "A" and cfg["way"] == "uid":
+        change_user(cfg["uid"])
+    if cfg["linux"]:
+        cfg["libc"].prctl(1, signal.SIGKILL, 0, 0, 0)    # after the change of user, which clears it
+    if cfg["filter"] and cfg["libc"].prctl(22, 2, ctypes.byref(cfg["filter"]), 0, 0):    # PR_SET_SECCOMP
+        raise OSError("seccomp failed")
+
+
+def describe(error) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"[:300]
+    except BaseException:
+        return "exception"
+
+
+def plain(value):
+    """Only JSON's own types leave the box; a tuple leaves as a list, every other type is an error."""
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if kind in (list, tuple):
+        return [plain(item) for item in value]
+    if kind is dict and all(type(key) is str for key in value):
+        return {key: plain(item) for key, item in value.items()}
+    raise TypeError(f"a result of type {kind.__name__} is not JSON")
+
+
+def run_call(job, main):
+    """All call tests of one program. A line of JSON each: {"i": index, "v": value or "e": error, "c":
+    processor s}; index -1 says whether the program loaded."""
+    def report(line):
+        data = json.dumps(line).encode() + b"\n"
+        while data:
+            data = data[os.write(RESULTS, data):]
+
+    line = {"i": -1}
+    try:
+        exec(compile(job["program"], "<program>", "exec"), main.__dict__)
+        function = main
+        for name in job["entry"].split("."):    # "f", or "Solution.f" for a method
+            function = getattr(function() if isinstance(function, type) else function, name)
+    except BaseException as error:
+        line["e"] = describe(error)
+    report(line | {"c": time.process_time()})
+    for i, text in enumerate(job["inputs"] if "e" not in line else ()):
+        line = {"i": i}
+        try:
+            line["v"] = plain(function(*json.loads(text)))    # parsed anew: a program may change arguments
+            line["c"] = time.process_time()
+            report(line)
+        except BaseException as error:    # also an integer beyond the digit limit, in report()
+            report({"i": i, "e": describe(error), "c": time.process_time()})
+    os._exit(0)
+
+
+def run_stdio(job, main):
+    """A whole program, standard input to standard output. Exit status 0, or 1 with the error on stderr."""
+    sys.stdin, sys.stdout = open(STDIN, encoding="utf-8"), open(STDOUT, "w", encoding="utf-8")
+    code = 0
+    try:
+        try:
+            exec(compile(job["program"], "<program>", "exec"), main.__dict__)
+        except SystemExit as stop:
+            code = 0 if stop.code is None else stop.code if isinstance(stop.code, int) else 1
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()    # threads started and not joined: a contest idiom
+        if "atexit" in sys.modules:
+            sys.modules["atexit"]._run_exitfuncs()    # so is output written at exit
+        sys.stdout.flush()
+    except BaseException as error:
+        os.write(STDERR, describe(error).encode("utf-8", "replace"))
+        code = 1
+    os._exit(code & 255)
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[2]))
