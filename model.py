@@ -171,20 +171,25 @@ class MiMo(nn.Module):
         """Stage 3 raises the RoPE base with the context (10,000 -> 640,000 at 7B) [paper 2.3]; weights stay as they are."""
         self.cfg = replace(self.cfg, rope_base=float(rope_base), max_seq_len=int(max_seq_len))
 
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> None:
+    def initial_weights(self, seed: int = 0):
         """
-        N(0, 0.02), the two projections that write to the residual stream scaled by 1/sqrt(2 n_layer) as GPT-2 [ours:
-        the report is silent], biases 0, gains 1. Filled in name order from one CPU generator, so that any device,
-        any sharding and any number of ranks starts from the same numbers.
+        (name, full tensor), one parameter at a time: N(0, 0.02), the two projections that write to the residual stream
+        scaled by 1/sqrt(2 n_layer) as GPT-2 [ours: the report is silent], biases 0, gains 1. Drawn in name order from
+        one CPU generator, so that any device, any sharding and any number of ranks starts from the same numbers.
         """
         gen = torch.Generator().manual_seed(seed)
         for name, p in sorted(self.named_parameters()):
             if p.ndim == 1:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                yield name, torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0)
                 continue
             std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-            p.copy_(torch.randn(p.shape, generator=gen) * std)
+            yield name, torch.randn(p.shape, generator=gen) * std
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        params = dict(self.named_parameters())
+        for name, value in self.initial_weights(seed):
+            params[name].copy_(value)
 
 
 def causal_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

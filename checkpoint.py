@@ -1,0 +1,580 @@
+"""
+Checkpoints: one folder each, written whole or not at all, checked when read.
+
+    RUN/step_00000500/    model.safetensors     fp32 weights, Hugging Face names without the prefix "model."
+                          model.json            ModelConfig fields
+                          config.json           the resolved configuration of the run
+                          tokenizer files       tokenizer.save()
+                          train_state.pt        optimizer, RNG states, and what the training script hands over
+                          manifest.json         step, commit, meta, and size + sha256 of every other file
+    RUN/latest            names the newest whole one
+
+Under FSDP the weights are several files with an index (each rank writes the tensors it owns) and the
+optimizer goes to optimizer/ by torch.distributed.checkpoint (DCP): saved on N ranks, it loads on M. Reading
+is the same for both.
+
+Atomic: everything goes to a temporary folder, each file is fsynced, the folder is renamed, then `latest` is
+replaced. A kill at any moment leaves the previous checkpoint and `latest` whole (tests/test_checkpoint.py
+kills 20 times). Not in the report.
+
+    python -c "import checkpoint as c; print(c.read_manifest(c.find('out/tiny/base')))"
+"""
+import copy
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from parallel import assign, full, is_sharded, local, reshard
+
+
+class RunError(SystemExit):
+    """What a person did or what a disk did: one line on stderr and exit status 1, never a traceback."""
+
+
+def die(message: str):
+    raise RunError(f"error: {message}")
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world); (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# ---- finding and checking ----------------------------------------------------------------------------------
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / f"step_{step:08d}"
+
+
+def steps_in(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first."""
+    return sorted((p for p in Path(run).glob("step_*") if p.is_dir() and p.name[5:].isdigit()), reverse=True)
+
+
+def digest(path: Path) -> str:
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            h.update(chunk)
+    return h.hexdigest()
+
+
+def problem_with(ckpt: Path, part: int = 0, parts: int = 1) -> str | None:
+    """
+    What is wrong with a checkpoint folder, in words; None when every file has the size and checksum it was
+    written with. Only files part, part + parts, part + 2 parts ... are looked at, so that ranks can share the
+    reading.
+    """
+    try:
+        files = sorted(read_manifest(ckpt)["files"].items())
+        for name, (size, checksum) in files[part::parts]:
+            path = Path(ckpt) / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes, should have {size:,}"
+            if digest(path) != checksum:
+                return f"{name} does not match its checksum"
+    except OSError as e:
+        return f"{Path(e.filename or ckpt).name} cannot be read ({e.strerror or e})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is not readable"
+    return None
+
+
+def shared(value) -> list:
+    """value of every rank, in rank order. A collective."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def latest(run) -> Path | None:
+    """
+    The newest checkpoint of a run that passes its check, None if there is none. A broken newer one is named
+    on stderr. Under several ranks each reads a share of the files, and all agree.
+    """
+    rank, world = ranks()
+    for ckpt in shared(steps_in(Path(run)))[0]:
+        wrong = next((w for w in shared(problem_with(ckpt, rank, world)) if w), None)
+        if wrong is None:
+            return ckpt
+        if rank == 0:
+            print(f"warning: checkpoint {ckpt} is not whole: {wrong}; using the one before it", file=sys.stderr)
+    return None
+
+
+def find(path) -> Path:
+    """A checkpoint folder, or the newest one of a run folder. Ends the run with one line if there is none."""
+    path = Path(path)
+    if (path / "model.json").is_file():
+        if (path / "manifest.json").is_file():
+            for wrong in filter(None, shared(problem_with(path, *ranks()))):
+                die(f"checkpoint {path} is not whole: {wrong}")
+        return path
+    if not path.exists():
+        die(f"no checkpoint at {path}: no such folder")
+    return latest(path) or die(f"no checkpoint in {path}")
+
+
+def newest(root="out") -> Path | None:
+    """The checkpoint that was written last anywhere under root, None if there is none."""
+    runs = sorted(Path(root).glob("**/latest"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return next((c for c in (latest(p.parent) for p in runs) if c), None)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+def read_json(path: Path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        die(f"{path} is missing: {Path(path).parent} is not a checkpoint folder")
+    except ValueError as e:
+        die(f"{path} is not JSON: {e}")
+
+
+def read_manifest(ckpt) -> dict:
+    return json.loads((Path(ckpt) / "manifest.json").read_text(encoding="utf-8"))
+
+
+def read_meta(ckpt) -> dict:
+    """
+    {"stage": ..., "chat": ..., ...} as given to save_checkpoint; {} for a folder without a manifest (imported
+    weights).
+    """
+    return read_manifest(ckpt)["meta"] if (Path(ckpt) / "manifest.json").is_file() else {}
+
+
+def read_shape(ckpt) -> dict:
+    """ModelConfig fields."""
+    return read_json(Path(ckpt) / "model.json")
+
+
+def same_shape(have: dict, want: dict, ckpt, ignore: tuple[str, ...] = ()) -> None:
+    """Ends the run naming the fields in which a checkpoint differs from the configuration."""
+    wrong = [f"{k} = {have.get(k)!r} there, {v!r} here" for k, v in want.items() if k not in ignore and have.get(k) != v]
+    if wrong:
+        die(f"checkpoint {ckpt} has another shape than the configuration: " + "; ".join(wrong))
+
+
+def weight_files(ckpt) -> dict[str, Path]:
+    """Tensor name -> the file it lies in."""
+    ckpt = Path(ckpt)
+    index = ckpt / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: ckpt / file for name, file in read_json(index)["weight_map"].items()}
+    path = ckpt / "model.safetensors"
+    if not path.is_file():
+        die(f"{path} is missing")
+    with opened(path) as f:
+        return dict.fromkeys(f.keys(), path)
+
+
+def opened(path: Path):
+    try:
+        return safe_open(str(path), framework="pt")
+    except Exception as e:                     # safetensors raises its own type, OSError or ValueError by version
+        die(f"{path} is not a readable safetensors file: {e}")
+
+
+@torch.no_grad()
+def read_weights(ckpt, model: nn.Module) -> None:
+    """
+    Fill a model in place; a sharded one reads its own rows only. Every tensor must be there and have the
+    right shape.
+    """
+    reshard(model)
+    files, params = weight_files(ckpt), dict(model.named_parameters())
+    missing, unused = sorted(set(params) - set(files)), sorted(set(files) - set(params))
+    if missing or unused:
+        what = f"lacks {missing[0]!r} ({len(missing)} in all)" if missing else f"has {unused[0]!r} too many ({len(unused)} in all)"
+        die(f"the weights in {ckpt} do not fit the model: the checkpoint {what}")
+    for path in sorted(set(files.values())):
+        with opened(path) as f:
+            for name in sorted(n for n, where in files.items() if where == path):
+                piece, p = f.get_slice(name), params[name]
+                if list(piece.get_shape()) != list(p.shape):
+                    hint = " (vocabulary mismatch)" if name in ("embed_tokens.weight", "lm_head.weight") else ""
+                    die(f"{path}: {name} has shape {list(piece.get_shape())}, the model {list(p.shape)}{hint}")
+                assign(p, piece)
+
+
+def load_model(path) -> tuple[dict, dict[str, Tensor], dict]:
+    """
+    (ModelConfig fields, state dict, meta) of a checkpoint or the newest of a run; for scripts that only need
+    weights.
+    """
+    ckpt = find(path)
+    state = {}
+    files = weight_files(ckpt)
+    for file in sorted(set(files.values())):
+        with opened(file) as f:
+            state |= {name: f.get_tensor(name) for name in f.keys()}   # noqa: SIM118 (not a dict)
+    return read_shape(ckpt), state, read_meta(ckpt)
+
+
+def read_state(ckpt) -> dict:
+    """What save_checkpoint was given as state."""
+    return torch_load(ckpt)["state"]
+
+
+def torch_load(ckpt) -> dict:
+    path = Path(ckpt) / "train_state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        die(f"{path} is missing: these are weights only, training cannot be resumed from them")
+    except Exception as e:
+        die(f"{path} cannot be read: {e}")
+
+
+def load_checkpoint(run, model: nn.Module, optimizer=None) -> tuple[dict, Path] | tuple[None, None]:
+    """
+    latest + read_weights + load_optimizer in one. -> (state, folder), (None, None) when there is nothing to
+    resume.
+    """
+    ckpt = latest(run)
+    if ckpt is None:
+        return None, None
+    read_weights(ckpt, model)
+    if optimizer is not None:
+        load_optimizer(ckpt, model, optimizer)
+    return read_state(ckpt), ckpt
+
+
+# ---- the optimizer, by parameter name ----------------------------------------------------------------------
+
+def optimizer_state(model: nn.Module, optimizer) -> dict[str, dict[str, Tensor]]:
+    """
+    {parameter name: {"step", "exp_avg", "exp_avg_sq"}}; sharded like the parameters. {} before the first
+    step.
+    """
+    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if optimizer.state.get(p)}
+
+
+@torch.no_grad()
+def load_optimizer(ckpt, model: nn.Module, optimizer) -> None:
+    """
+    AdamW's moments and the RNG states, from a checkpoint that may have been written on another number of
+    ranks. Every parameter the optimizer trains must be there, else the run ends naming it.
+    """
+    reshard(model)
+    saved = torch_load(ckpt)
+    names = {p: name for name, p in model.named_parameters()}
+    trained = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+    have = saved["optimizer"]
+    missing = [n for n in trained if n not in have]
+    if have and missing:
+        die(f"{ckpt}: no optimizer state for {missing[0]!r} ({len(missing)} in all)")
+    fused = optimizer.param_groups[0].get("fused")
+    state = {}
+    for name, p in trained.items() if have else ():
+        state[name] = {"step": torch.zeros((), device=local(p).device if fused else "cpu"),
+                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    if (Path(ckpt) / "optimizer").is_dir():
+        import torch.distributed.checkpoint as dcp
+        dcp.load(state, checkpoint_id=str(Path(ckpt) / "optimizer"), no_dist=ranks()[1] == 1)
+    else:
+        for name, parts in state.items():
+            for key, value in parts.items():
+                assign(value, have[name][key])
+    for name, p in trained.items() if have else ():
+        optimizer.state[p] = state[name]
+    restore_rng(saved["rng"])
+
+
+def rng_states() -> dict:
+    return {"torch": torch.get_rng_state(), "numpy": numpy_state(), "python": random.getstate(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+
+
+def numpy_state() -> tuple:
+    name, keys, *rest = np.random.get_state()
+    return (name, torch.from_numpy(keys), *rest)
+
+
+def restore_rng(saved: dict) -> None:
+    torch.set_rng_state(saved["torch"])
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    random.setstate(saved["python"])
+    if saved["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+def save_checkpoint(run, step: int, model: nn.Module, *, meta: dict, config: dict, state: dict, tokenizer=None,
+                    optimizer=None, keep: int = 2, shape: dict | None = None, rt=None, background: bool = False) -> None:
+    """
+    Write RUN/step_XXXXXXXX and point RUN/latest at it; the newest `keep` folders stay. Every rank must call
+    it.
+      meta    {"stage": "sft", "chat": True, ...}, read back by read_meta
+      state   anything torch.save takes (schedule position, loader cursors, scheduler), read back by read_state
+      shape   ModelConfig fields, default vars(model.cfg)
+    background=True copies everything to CPU memory and returns; a thread writes. At most one such save is
+    under way, the next one and finish_saves() wait for it. Ends the run with one line when the disk is full
+    or fails; the previous checkpoint and `latest` stay as they were.
+    """
+    finish_saves()
+    run = Path(run)
+    reshard(model)
+    optim = optimizer_state(model, optimizer) if optimizer is not None else {}
+    check_space(run, model, optim)
+    weights = owned_weights(model)
+    plain(state, "state")
+    parts = {"optimizer": optim, "rng": rng_states(), "state": state}
+    if background:
+        weights, parts = snapshot(weights, "weights"), snapshot(parts, "parts")
+    job = dict(run=run, step=step, weights=weights, parts=parts, meta=meta, config=config, tokenizer=tokenizer, keep=keep,
+               shape=dict(shape if shape is not None else vars(model.cfg)), dcp=is_sharded(model) and ranks()[1] > 1,
+               order=[name for name, _ in model.named_parameters()], group=getattr(rt, "save_group", None))
+    if not background:
+        write(**job)
+        return
+    _pending.thread = threading.Thread(target=_write_quietly, kwargs=job, name="checkpoint", daemon=False)
+    _pending.thread.start()
+
+
+class Pending:
+    """The background save under way, if any, and what it died of."""
+    thread: threading.Thread | None = None
+    error: BaseException | None = None
+    buffers: dict = {}
+
+
+_pending = Pending()
+
+
+def _write_quietly(**job) -> None:
+    try:
+        write(**job)
+    except BaseException as e:
+        _pending.error = e
+
+
+def finish_saves() -> None:
+    """Wait for a background save; raises what it died of."""
+    if _pending.thread is not None:
+        _pending.thread.join()
+        _pending.thread = None
+    if _pending.error is not None:
+        error, _pending.error = _pending.error, None
+        raise error
+
+
+def plain(value, where: str) -> None:
+    """
+    TypeError naming the place of anything but dicts, lists, tuples, numbers, strings and tensors:
+    train_state.pt is read with weights_only=True, so that opening somebody's checkpoint runs none of their
+    code.
+    """
+    if isinstance(value, dict):
+        for k, v in value.items():
+            plain(v, f"{where}[{k!r}]")
+    elif type(value) in (list, tuple):
+        for i, v in enumerate(value):
+            plain(v, f"{where}[{i}]")
+    elif value is not None and not isinstance(value, Tensor) and type(value) not in (bool, int, float, str, bytes):
+        raise TypeError(f"checkpoint {where} = {value!r} is a {type(value).__name__}; only plain values and tensors are saved")
+
+
+def owned_weights(model: nn.Module) -> dict[str, Tensor]:
+    """
+    The whole tensors this rank writes: all of them at world size 1, else parameter i belongs to rank i mod
+    world. Gathered one at a time, so no rank ever holds more than its share.
+    """
+    rank, world = ranks()
+    mine = {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        whole = full(p.detach())
+        if i % world == rank:
+            mine[name] = whole.cpu() if world > 1 or whole.is_cuda else whole
+    return mine
+
+
+def snapshot(tree, key):
+    """
+    A copy in CPU memory that training cannot change under the writer. The buffers are kept and used again by
+    the next save: fresh memory costs a page fault per 4 KB, which is slower than the copy itself.
+    """
+    if isinstance(tree, dict):
+        return {k: snapshot(v, (key, k)) for k, v in tree.items()}
+    if not isinstance(tree, Tensor):
+        return copy.deepcopy(tree)
+    source = local(tree.detach())
+    buffer = _pending.buffers.get(key)
+    if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+        buffer = _pending.buffers[key] = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
+    buffer.copy_(source)
+    if not hasattr(tree, "placements"):
+        return buffer
+    return type(tree)(buffer, tree._spec, requires_grad=False)     # from_local would move it back to the GPU
+
+
+def check_space(run: Path, model: nn.Module, optim: dict) -> None:
+    """Ends the run before a byte is written when the checkpoint cannot fit."""
+    rank, world = ranks()
+    if rank:
+        return
+    need = sum(p.numel() * 4 for p in model.parameters()) + 10_000_000
+    need += sum(t.numel() * t.element_size() for parts in optim.values() for t in parts.values())
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run).free
+    except OSError as e:
+        die(f"cannot write checkpoints to {run}: {e.strerror or e}")
+    if free < need:
+        die(f"disk full: a checkpoint in {run} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; nothing was written, "
+            "earlier checkpoints are whole")
+
+
+def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, shape, dcp: bool, order, group) -> None:
+    """
+    The writing itself, in the caller's thread or in the background. Collectives, if any, run on `group`.
+    """
+    rank, world = ranks()
+    temporary = run / f".writing_{step:08d}"
+    files: dict = {}
+
+    def clear():
+        for old in run.glob(".writing_*"):             # what a killed run left behind
+            shutil.rmtree(old, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def fill_folder():
+        write_weights(temporary, weights, order)
+        train = parts
+        if dcp:
+            import torch.distributed.checkpoint as dist_checkpoint
+            dist_checkpoint.save(parts["optimizer"], checkpoint_id=str(temporary / "optimizer"), process_group=group)
+            train = parts | {"optimizer": dict.fromkeys(parts["optimizer"])}
+        if rank == 0:
+            torch.save(train, temporary / "train_state.pt")
+            write_json(temporary / "model.json", shape)
+            write_json(temporary / "config.json", config)
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+
+    def describe():
+        found = [fingerprints(temporary, rank, world)] * world
+        if world > 1:
+            dist.all_gather_object(found, found[rank], group=group)
+        for part in found:
+            files.update(part)
+
+    for todo in (clear if rank == 0 else None, fill_folder, describe,
+                 (lambda: commit(run, step, temporary, meta, keep, world, files)) if rank == 0 else None):
+        error = None
+        try:
+            if todo:
+                todo()
+        except Exception as e:
+            error = e
+        agree(error, run, step, temporary, group)
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def agree(error: Exception | None, run: Path, step: int, temporary: Path, group) -> None:
+    """If any rank failed, all end here, with the reason; the half-written folder is removed."""
+    rank, world = ranks()
+    errors = [error]
+    if world > 1:
+        errors = [None] * world
+        dist.all_gather_object(errors, repr(error) if error else None, group=group)
+    if not any(errors):
+        return
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    first = next(e for e in errors if e)
+    full_disk = getattr(first, "errno", None) == errno.ENOSPC or "o space left" in str(first)
+    what = "disk full" if full_disk else f"{type(first).__name__}: {first}" if isinstance(first, Exception) else str(first)
+    die(f"checkpoint of step {step} in {run} could not be written: {what}; earlier checkpoints are whole")
+
+
+def write_weights(folder: Path, weights: dict[str, Tensor], order: list[str]) -> None:
+    """One safetensors file at world size 1; one per rank, with Hugging Face's index, otherwise."""
+    rank, world = ranks()
+    name = "model.safetensors" if world == 1 else f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
+    save_file({k: w.contiguous() for k, w in weights.items()}, folder / name, metadata={"format": "pt"})
+    if world > 1 and rank == 0:
+        where = {n: f"model-{i % world + 1:05d}-of-{world:05d}.safetensors" for i, n in enumerate(order)}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+
+
+def fingerprints(folder: Path, part: int, parts: int) -> dict[str, list]:
+    """fsync and describe every parts-th file: {name: [size, sha256]}."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())[part::parts]
+    for path in paths:
+        sync(path)
+    return {p.relative_to(folder).as_posix(): [p.stat().st_size, digest(p)] for p in paths}
+
+
+def commit(run: Path, step: int, temporary: Path, meta: dict, keep: int, world: int, files: dict) -> None:
+    """
+    Manifest, rename, `latest`, then the oldest go. At every moment a whole newest checkpoint is on the disk.
+    """
+    manifest = {"step": step, "commit": git_commit(), "meta": meta, "world": world, "files": files}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    sync(temporary / "manifest.json")
+    for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
+        sync(folder)
+    target = folder_of(run, step)
+    if target.exists():                                # the same step again, after the newest was found broken
+        target.rename(run / f".writing_old_{uuid.uuid4().hex}")
+    os.replace(temporary, target)
+    sync(run)
+    pointer = run / f".latest_{uuid.uuid4().hex}"
+    pointer.write_text(target.name + "\n", encoding="utf-8")
+    sync(pointer)
+    os.replace(pointer, run / "latest")
+    sync(run)
+    for old in [*run.glob(".writing_old_*"), *[p for p in steps_in(run) if p.name <= target.name][keep:]]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or, where the system can, a folder."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except PermissionError:                            # folders on Windows
+        return
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
+    finally:
+        os.close(fd)
+
+
+@lru_cache
+def git_commit() -> str:
+    """The commit this code is at, with + when files differ from it; "unknown" outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+        return (run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")) or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
