@@ -286,8 +286,8 @@ def breaks(match: re.Match) -> str:
 def layout(text: str) -> str:
     text = re.sub(r"[ \t\r\n\f]+", " ", text)  # HTML white space; a no-break space is text and survives
     text = re.sub(f" ?[{PARA}{LINE}{FENCE}{BR}][ {PARA}{LINE}{FENCE}{BR}]*", breaks, text)
-    text = re.sub(r"\\\((.+?)\\\)", r"$\1$", text)  # one way to write TeX in the corpus, not three
-    text = re.sub(r"\\\[(.+?)\\\]", r"$$\1$$", text)
+    text = re.sub(r"\\\(([^\n]{1,1000}?)\\\)", r"$\1$", text)  # one way to write TeX in the corpus, not three
+    text = re.sub(r"\\\[(.{1,2000}?)\\\]", r"$$\1$$", text)
     return text.replace("\xa0", " ").strip()
 
 

@@ -120,7 +120,7 @@ def counting(w: World, r: random.Random, kind: str, words: int) -> Probe:
         sorted({x.lower() for t in THINGS + COLOURS for x in [t]} | {v[2] for v in TRADES.values()}), 16
     )
     if kind == "common":
-        often, seldom = max(3, words // 12), max(1, words // 60)
+        often, seldom = max(3, words // 5), max(1, words // 33)
         bag = [x for x in vocabulary[:3] for _ in range(often)] + [
             x for x in vocabulary[3:] for _ in range(seldom)
         ]
