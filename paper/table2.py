@@ -253,7 +253,8 @@ def save(name: str, rows: list[dict], world: World, seeds: int, **more):
         writer.writeheader()
         writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in rows)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    about = {"command": f"python paper/{name}.py", "commit": head.stdout.strip(), "python": platform.python_version(),
+    about = {"command": f"python paper/{name}.py", "commit": head.stdout.strip(),
+             "python": platform.python_version(), "hardware": "none: virtual clock, one CPU core",
              "seeds": list(range(seeds)), "world": asdict(world), **more}
     (folder / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
 

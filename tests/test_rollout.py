@@ -1,0 +1,633 @@
+"""The rollout engine: what is launched, when a step stops, what is trained on, and that no judge changes it.
+
+The engine is fake, and on purpose NOT batch-invariant: an answer depends on who else was in the batch at
+every step, as it does in floating point. So equality means that even the make-up of each decode step was
+equal. """
+
+import json
+import random
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from rollout import RolloutThread, Scheduler, Task, hash64
+
+
+@dataclass
+class Answer:
+    id: tuple
+    tokens: range
+    finish: str
+    luck: int  # what the "model" said: depends on the seed, the prompt and, if wanted, on the neighbours
+
+
+class FakeEngine:
+    """`slots` places, one token a step each; length(prompt, seed) in tokens. Not invariant: neighbours count."""
+
+    def __init__(self, slots, length, invariant=True):
+        self.slots, self.length, self.invariant = slots, length, invariant
+        self.queue, self.running, self.log, self.steps, self.weights = [], {}, [], 0, None
+
+    active = property(lambda self: len(self.running))
+    waiting = property(lambda self: len(self.queue))
+
+    def add(self, request):
+        self.queue.append(request)
+        self.log.append((self.steps, "add", request))
+
+    def step(self):
+        self.steps += 1
+        while self.queue and len(self.running) < self.slots:
+            key, prompt, seed = self.queue.pop(0)
+            self.running[key] = [0, self.length(prompt, seed), hash64(prompt, seed, self.weights)]
+        together = hash64(*sorted(self.running)) if not self.invariant else 0
+        done = []
+        for key, sample in list(self.running.items()):
+            sample[0] += 1
+            sample[2] = hash64(sample[2], together)
+            if sample[0] == sample[1]:
+                done.append(Answer(key, range(sample[0]), "stop", sample[2]))
+                del self.running[key]
+        return done
+
+    def abort(self, key):
+        self.log.append((self.steps, "abort", key))
+        self.queue = [r for r in self.queue if r[0] != key]
+        if key in self.running:
+            made, _, luck = self.running.pop(key)
+            return Answer(key, range(made), "abort", luck)
+        return None
+
+    def load(self, weights):
+        self.weights = weights
+        self.log.append((self.steps, "load", weights))
+
+
+def request(task, i, seed):
+    return (task.key(i), task.prompt, seed)
+
+
+def grade(task, sample):
+    """A third of the prompts is always solved, a third never, the rest now and then."""
+    return (1.0, 0.0, float(sample.luck % 2))[task.prompt % 3]
+
+
+class ShuffledJudge:
+    """Keeps verdicts for a random number of polls, then answers in random order, at most `workers` a poll."""
+
+    def __init__(self, seed, workers=10**9, patience=0.7):
+        self.random, self.workers, self.patience, self.inbox = random.Random(seed), workers, patience, []
+
+    def submit(self, key, task, sample):
+        self.inbox.append((key, grade(task, sample), f"graded {key}"))
+
+    def poll(self):
+        if self.random.random() < self.patience:
+            return []
+        self.random.shuffle(self.inbox)
+        n = min(self.workers, self.random.randint(0, len(self.inbox)))
+        out, self.inbox = self.inbox[:n], self.inbox[n:]
+        return out
+
+
+class ThreadedJudge:
+    """A real pool: `workers` threads that sleep for a random while. Its timing is the machine's, not ours."""
+
+    def __init__(self, workers, seed):
+        self.todo, self.done, self.lock, self.random = [], [], threading.Condition(), random.Random(seed)
+        self.open = True
+        for _ in range(workers):
+            threading.Thread(target=self.work, daemon=True).start()
+
+    def work(self):
+        while True:
+            with self.lock:
+                while self.open and not self.todo:
+                    self.lock.wait()
+                if not self.open:
+                    return
+                key, task, sample = self.todo.pop(self.random.randrange(len(self.todo)))
+                nap = self.random.random() * 0.001
+            time.sleep(nap)
+            with self.lock:
+                self.done.append((key, grade(task, sample), f"graded {key}"))
+
+    def submit(self, key, task, sample):
+        with self.lock:
+            self.todo.append((key, task, sample))
+            self.lock.notify()
+
+    def poll(self):
+        with self.lock:
+            out, self.done = self.done, []
+            return out
+
+    def close(self):
+        with self.lock:
+            self.open = False
+            self.lock.notify_all()
+
+
+def lengths(prompt, seed):
+    return 1 + hash64("length", prompt, seed) % 40
+
+
+def train(judge, steps=6, engine=None, state=None, **flags):
+    """`steps` RL steps through the thread. -> (everything that must be equal, engine log)."""
+    sched = Scheduler(**{"n_prompts": 60, "batch": 6, "G": 4, "seed": 5, "reward_lag": 8, **flags})
+    if state is not None:
+        sched.load_state_dict(state)
+    engine = engine or FakeEngine(20, lengths, invariant=False)
+    rollout, out = RolloutThread(sched, engine, judge, request), []
+    for _ in range(steps):
+        batch = rollout.take()
+        what = [(g.task, g.rewards, g.infos, [(s.id, len(s.tokens), s.luck) for s in g.samples])
+                for g in batch.groups]
+        out.append((what, batch.metrics, batch.state, batch.version, batch.note))
+        rollout.publish(("weights", batch.version + 1))
+    rollout.close()
+    return out, engine.log
+
+
+def play(sched, length, reward, free=None, give_up=10**6):
+    """One step without a thread: length(task, i) steps, reward(task, i), no delay. -> (groups, metrics)."""
+    running, clock = {}, 0
+    while True:
+        if sched.missing():
+            sched.observe([(k, reward(sched.groups[k[1]].task, k[2]), None) for k in sched.missing()])
+        for task in sched.launch(free):
+            running |= {task.key(i): clock + length(task, i) for i in range(sched.G)}
+        if sched.done():
+            return sched.batch()
+        clock += 1
+        assert clock < give_up
+        ended = [k for k, end in running.items() if end == clock]
+        answer = lambda k: Answer(k, range(length(sched.groups[k[1]].task, k[2])), "stop", 0)
+        sched.advance([(k, answer(k)) for k in ended], len(running))
+        for k in ended:
+            del running[k]
+            if sched.reward_lag is None:
+                sched.observe([(k, reward(sched.groups[k[1]].task, k[2]), None)])
+
+
+# ---- reproducibility ---------------------------------------------------------------------------------------
+
+
+def test_no_judge_latency_and_no_worker_count_changes_anything():
+    """Launched tasks and their moment, aborts, rewards, batches, metrics, pool, cursor: all equal, to the
+    bit."""
+    want = train(ShuffledJudge(0, patience=0.0))
+    assert any(entry[1] == "abort" for entry in want[1]), "the scenario should abort something"
+    assert want[0][-1][2]["pool"], "and fill the pool"
+    for seed in range(1, 7):
+        got = train(ShuffledJudge(seed, workers=1 + seed % 3, patience=seed / 7))
+        assert got == want
+    for workers in (1, 8):
+        judge = ThreadedJudge(workers, seed=workers)
+        assert train(judge) == want
+        judge.close()
+
+
+def test_rewards_as_they_come_change_no_batch_if_the_engine_is_batch_invariant():
+    """reward_lag = None: the second rule alone keeps batches, pool, cursor and rate; only waste may
+    differ."""
+    keep = lambda out: [(groups, state) for groups, _, state, _, _ in out]
+    runs = [train(ShuffledJudge(s, 1 + s, s / 6), reward_lag=lag, engine=FakeEngine(slots, lengths))[0]
+            for s, lag, slots in ((0, None, 20), (3, None, 20), (5, None, 7), (1, 8, 20), (2, 0, 100))]
+    assert all(keep(run) == keep(runs[0]) for run in runs)
+    assert len({run[2][1]["groups_launched"] for run in runs}) > 1, "the runs should speculate differently"
+
+
+def test_resume_is_bit_exact():
+    """Six steps = three, JSON, new objects, three more; and the pool was not empty."""
+    whole, _ = train(ShuffledJudge(0))
+    state = json.loads(json.dumps(whole[2][2]))
+    assert state["pool"] and state["cursor"] != [0, 0]
+    engine = FakeEngine(20, lengths, invariant=False)
+    engine.weights = ("weights", 3)
+    rest, _ = train(ShuffledJudge(9), steps=3, engine=engine, state=state)
+    for a, b in zip(whole[3:], rest, strict=True):
+        assert a == b
+
+
+def test_state_only_between_steps_and_only_for_the_same_problems():
+    sched = Scheduler(10, 2, 2)
+    state = sched.state_dict()
+    sched.launch()
+    with pytest.raises(RuntimeError, match="in flight"):
+        sched.state_dict()
+    with pytest.raises(ValueError, match="n_prompts = 11, but the checkpoint has 10"):
+        Scheduler(11, 2, 2).load_state_dict(state)
+    with pytest.raises(ValueError, match="seed"):
+        Scheduler(10, 2, 2, seed=1).load_state_dict(state)
+
+
+def test_sample_seeds_differ_and_depend_on_the_name_alone():
+    a, b = Scheduler(10, 2, 4, seed=1), Scheduler(99, 5, 8, seed=1)
+    keys = [(s, k, i) for s in range(5) for k in range(20) for i in range(8)]
+    seeds = [a.sample_seed(k) for k in keys]
+    assert len(set(seeds)) == len(keys) and all(0 <= s < 2**63 for s in seeds)
+    assert seeds == [b.sample_seed(k) for k in keys]
+    assert Scheduler(10, 2, 4, seed=2).sample_seed(keys[0]) != seeds[0]
+
+
+# ---- first in, first out -----------------------------------------------------------------------------------
+
+
+def outcome(task, i):
+    return float(hash64("outcome", task.prompt, i) % 4 < task.prompt % 5)  # pass rates 0, 1/4 .. 1
+
+
+def is_valid(task, G):
+    return len({outcome(task, i) for i in range(G)}) > 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_fifo_is_the_first_valid_groups_in_launch_order(seed):
+    """Brute force: walk the prompt queue by hand, take the first `batch` valid prompts. Lengths never
+    matter."""
+    rng = random.Random(seed)
+    n, batch, G = 200, rng.randint(2, 9), rng.randint(2, 5)
+    lag, free = rng.choice([None, 0, 3, 50]), rng.choice([None, G, 3 * G])
+    sched = Scheduler(n, batch, G, seed=seed, alpha=None, reward_lag=lag)
+    queue = sorted(range(n), key=lambda i: hash64(seed, "epoch", 0, i))
+    for step in range(3):
+        want, taken = [], 0
+        while len(want) < batch:
+            task = Task(step, taken, queue[taken], False)
+            want += [task] if is_valid(task, G) else []
+            taken += 1
+        length = lambda task, i: 1 + hash64("l", seed, task.step, task.index, i) % 300
+        groups, metrics = play(sched, length, outcome, free)
+        assert [g.task for g in groups] == want
+        assert metrics["groups_launched"] - metrics["groups_undone"] == taken
+        queue = queue[taken:]  # aborted and surplus prompts come first next time: none lost, none twice
+
+
+def test_every_prompt_of_an_epoch_is_used_once():
+    """By hand: 20 prompts, no pool; whatever is aborted, the committed prompts are one permutation an
+    epoch."""
+    sched, seen = Scheduler(20, 3, 2, alpha=None, seed=3), []
+    while len(seen) < 40:
+        launched = []
+        draw = sched._draw
+        sched._draw = lambda draw=draw, launched=launched: launched.append(draw()) or launched[-1]
+        _, metrics = play(sched, lambda task, i: 1 + hash64(task, i) % 50, outcome)
+        del sched._draw
+        seen += [g.task.prompt for g in launched[: len(launched) - metrics["groups_undone"]]]
+    assert sorted(seen[:20]) == sorted(seen[20:40]) == list(range(20)) and seen[:20] != seen[20:40]
+
+
+def test_fifo_does_not_prefer_short_answers_but_first_finished_does():
+    """Groups of even prompts take 10 steps, of odd ones 100: half of an unbiased batch is odd. The launches
+    are generous (the last step's rate is said to be 0.2, it is 0.5), or nobody would have a choice."""
+    share = {}
+    for stop in ("fifo", "drain", "first"):
+        sched, odd = Scheduler(100_000, 20, 2, seed=1, stop=stop, alpha=None), []
+        for _ in range(20):
+            sched.rate = 0.2
+            length = lambda task, i: 100 if task.prompt % 2 else 10
+            reward = lambda task, i: float(i == 0 and task.prompt // 2 % 2)
+            groups, _ = play(sched, length, reward, free=None)
+            odd += [g.task.prompt % 2 for g in groups]
+        share[stop] = sum(odd) / len(odd)
+    # 400 groups: standard deviation 0.025
+    assert abs(share["fifo"] - 0.5) < 0.1 and share["fifo"] == share["drain"] and share["first"] < 0.05
+
+
+def test_stop_waits_for_the_older_and_aborts_the_younger():
+    """By hand: batch 1, two launches (rate 0.5), both valid; launch 0 takes 9 steps, launch 1 takes 2.
+
+    First-finished would stop at step 2 with launch 1. FIFO stops at step 9 with launch 0 and undoes launch
+    1, which is one valid group beyond a batch of one: waste 1. The next step starts from the rate 1: one
+    launch."""
+    sched = Scheduler(10, 1, 2, rate=0.5, reward_lag=0, alpha=None)
+    groups, metrics = play(sched, lambda task, i: 9 if task.index == 0 else 2, lambda task, i: float(i))
+    assert [g.task.index for g in groups] == [0]
+    assert (metrics["groups_launched"], metrics["groups_undone"], metrics["engine_steps"]) == (2, 1, 9)
+    assert metrics["waste"] == 1.0
+    groups, metrics = play(sched, lambda task, i: 2 if task.index == 0 else 9, lambda task, i: float(i))
+    assert [g.task.index for g in groups] == [0] and metrics["groups_launched"] == 1
+
+
+# ---- launching ---------------------------------------------------------------------------------------------
+
+
+def test_continuous_launch_by_hand():
+    """batch 4, last rate p0 = 0.5, weight w = 4 // 4 = 1, reward_lag 0.
+
+    Start: 0 + 0.5 r < 4 launches until r = 8. Launch 0 comes back invalid: p = (0 + 0.5) / (1 + 1) = 0.25,
+    and 7 are running: 0 + 0.25 r < 4 until r = 16, so 9 more. Launch 1 comes back valid: p = (1 + 0.5) / (2
+    + 1), 15 are running: 1 + 7.5 >= 4, none. Launch 3 before launch 2, valid: the prefix ends at 2, p
+    stays, none."""
+    sched = Scheduler(100, 4, 2, rate=0.5, reward_lag=0)
+    assert len(sched.launch()) == 8
+    def end(index, rewards):
+        key = lambda i: (0, index, i)
+        sched.advance([(key(i), Answer(key(i), range(1), "stop", 0)) for i in range(2)], 16)
+        sched.observe([(key(i), rewards[i], None) for i in range(2)])
+        return [t.index for t in sched.launch()]
+    assert end(0, (0, 0)) == list(range(8, 17))
+    assert end(1, (0, 1)) == []
+    assert end(3, (1, 0)) == [] and sched.head == 2 and sched.n_valid == 2
+
+
+def test_free_slots_limit_launches_to_groups_that_can_start():
+    sched = Scheduler(100, 8, 4, rate=0.5)
+    assert [len(sched.launch(free)) for free in (9, 0, -2)] == [3, 0, 0]
+    assert len(sched.launch()) == 13  # 16 in all
+
+
+def test_waves_by_hand():
+    """batch 3, every second launch valid: nothing is launched before all of a wave is graded."""
+    sched = Scheduler(99, 3, 2, launch="wave", stop="drain", alpha=None, reward_lag=0)
+    sizes = []
+    real = sched.launch
+    sched.launch = lambda free=None: [sizes.append(len(t)) or t for t in [real(free)]][0]
+    groups, metrics = play(sched, lambda t, i: 1 + t.index, lambda t, i: float(i == 0 and t.index % 2))
+    # valid: launches 1, 3, 5: two waves of three
+    assert [n for n in sizes if n] == [3, 3] and [g.task.index for g in groups] == [1, 3, 5]
+    assert metrics["engine_steps"] == 3 + 6 and metrics["waste"] == 0 and metrics["valid"] == 0.5
+
+
+def test_without_dynamic_sampling_the_batch_is_what_was_launched():
+    sched = Scheduler(50, 5, 1, dynamic=False)  # G = 1 is allowed here
+    groups, metrics = play(sched, lambda t, i: 3, lambda t, i: 0.0)
+    assert len(groups) == 5 == metrics["groups_launched"] and metrics["all0"] == 1.0 and not metrics["capped"]
+
+
+@pytest.mark.parametrize("rewards, valid", [
+    ((0, 0, 0, 0), False), ((1, 1, 1, 1), False), ((0, 0, 0, 1), True), ((0.25, 0.25, 0.5, 0.25), True),
+    ((0.3, 0.3 + 1e-8, 0.3 - 1e-8, 0.3), False),  # std > 0 by rounding, and the mean lies inside (0, 1)
+])
+def test_dynamic_sampling_is_by_range(rewards, valid):
+    sched = Scheduler(50, 1, 4, max_groups=1, alpha=None)
+    groups, metrics = play(sched, lambda t, i: 1, lambda t, i: rewards[i])
+    assert len(groups) == valid and metrics["valid"] == valid and metrics["capped"] == (not valid)
+
+
+def test_cap_ends_a_hopeless_step_and_says_so():
+    """No prompt is ever solved: 8 * batch launches, an empty batch, a note, and the next step still
+    starts."""
+    engine = FakeEngine(20, lengths)
+    sched = Scheduler(60, 3, 2, seed=5)
+    judge = ShuffledJudge(0)
+    judge.submit = lambda key, task, sample: judge.inbox.append((key, 0.0, None))
+    rollout = RolloutThread(sched, engine, judge, request)
+    for step in range(2):
+        batch = rollout.take()
+        assert batch.groups == [] and batch.metrics["capped"] == 1 and batch.metrics["groups_launched"] == 24
+        assert batch.note.startswith(f"step {step}: 0 of 3 groups after the cap of 24 launches")
+        rollout.publish()
+    rollout.close()
+    assert batch.state["cursor"] == [0, 48] and batch.state["rate"] > 0
+
+
+# ---- easy pool ---------------------------------------------------------------------------------------------
+
+
+def pool_run(alpha, reward, steps=1, n=40, batch=4, **flags):
+    sched, metrics = Scheduler(n, batch, 2, seed=2, alpha=alpha, max_groups=4 * batch, **flags), []
+    for _ in range(steps):
+        metrics.append(play(sched, lambda t, i: 1 + hash64(t, i) % 9, reward)[1])
+    return sched, metrics
+
+
+def test_solved_problems_go_to_the_pool_and_out_of_the_queue():
+    """Prompts below 20 of 40 are always solved: in the end the pool is these, and only it serves them."""
+    solved = lambda t, i: 1.0 if t.prompt < 20 else float(i)
+    sched, metrics = pool_run(0.1, solved, steps=30)
+    assert sorted(sched.pool) == list(range(20))
+    sched.launch()
+    assert all(g.task.pool == (g.task.prompt < 20) for g in sched.groups)
+    assert all(m["pool_regressed"] == 0 and m["pool_hit"] == 0 for m in metrics)
+    # alpha = 0 removes them outright; None keeps them in the ordinary queue
+    sched, metrics = pool_run(0.0, solved, steps=30)
+    assert sorted(sched.pool) == list(range(20)) and all(m["pool_draws"] == 0 for m in metrics)
+    sched, metrics = pool_run(None, solved, steps=30)
+    assert not sched.pool and abs(sum(m["all1"] for m in metrics) / 30 - 0.5) < 0.2
+
+
+def test_a_launch_draws_from_the_pool_with_probability_alpha():
+    """4,000 coins at alpha = 0.1: 400 expected, standard deviation 19."""
+    sched = Scheduler(10_000, 4000, 2, rate=1.0, alpha=0.1)
+    sched.pool = dict.fromkeys(range(50))
+    draws = [t.prompt for t in sched.launch() if t.pool]
+    assert abs(len(draws) - 400) < 5 * 19 and set(draws) == set(range(50))
+    assert not any(t.prompt < 50 for t in (g.task for g in sched.groups) if not t.pool)
+
+
+def test_a_relapse_leaves_the_pool_and_counts():
+    """Pool {0, 1}, alpha = 1: prompt 0 is still solved and stays; prompt 1 is now solved half the time: a
+    hit (it gives a training group), a regression, and back in the ordinary queue."""
+    sched = Scheduler(20, 1, 2, alpha=1.0, rate=0.25, reward_lag=0, stop="drain")
+    sched.pool = dict.fromkeys((0, 1))
+    groups, m = play(sched, lambda t, i: 1, lambda t, i: 1.0 if t.prompt == 0 else float(i))
+    assert [g.task.prompt for g in groups] == [1] and groups[0].task.pool
+    assert list(sched.pool) == [0] and m["pool_size"] == 1 and m["pool_draws"] == 1
+    n = groups[0].task.index + 1  # launches that count
+    assert m["pool_hit"] == m["pool_regressed"] == pytest.approx(1 / n)
+
+
+def test_results_of_undone_launches_touch_nothing():
+    """batch 1: launch 0 is valid but slow, launch 1 was solved meanwhile. It is undone: not in the pool,
+    and the next step's first prompt."""
+    sched = Scheduler(20, 1, 2, rate=0.5, reward_lag=0)
+    tasks = sched.launch()
+    sched._begin()
+    sched.cursor = (0, 0)
+    _, m = play(sched, lambda t, i: 9 - 8 * t.index, lambda t, i: float(i) if t.index == 0 else 1.0)
+    assert m["groups_undone"] >= 1 and not sched.pool
+    assert sched.launch()[0].prompt == tasks[1].prompt
+
+
+def test_everything_solved_does_not_hang():
+    """When the pool holds every problem, launches draw from it whatever alpha is."""
+    sched, metrics = pool_run(0.0, lambda t, i: 1.0, steps=6, n=10)
+    assert len(sched.pool) == 10 and metrics[-1]["pool_draws"] == 1 and metrics[-1]["capped"] == 1
+
+
+# ---- numbers and errors ------------------------------------------------------------------------------------
+
+
+def test_metrics_by_hand():
+    """Two slots, G = 2, batch 1, two launches. Launch 0 (all 0, dropped) takes 2 and 2 steps, launch 1
+    (valid) 3 and 1. Busy 2 + 2 + 2 + 1 + 1 = 8 of 2 * 5 places: idle 0.2. Tokens 2 + 2 + 3 + 1 = 8. Pass
+    rate launched 1/4, trained 1/2. Were there 8 aborted tokens beside, half of the busy places would count:
+    idle 0.6."""
+    for aborted, idle in ((0, 0.2), (8, 0.6)):
+        sched = Scheduler(9, 1, 2, rate=1.0, reward_lag=0, alpha=None, max_groups=2)
+        for index in (0, 1):
+            assert [t.index for t in sched.launch()] == [index]
+            if index == 0:
+                sched.advance([], 2)
+                finished = [((0, 0, i), Answer(None, range(2), "stop", 0)) for i in (0, 1)]
+                sched.advance(finished, 2)
+                sched.observe([((0, 0, i), 0.0, None) for i in (0, 1)])
+            else:
+                sched.advance([((0, 1, 1), Answer(None, range(1), "stop", 0))], 2)
+                sched.advance([((0, 1, 0), Answer(None, range(3), "stop", 0))], 1, steps=2)
+                sched.observe([((0, 1, i), float(i), None) for i in (0, 1)])
+        assert sched.launch() == [] and sched.done() and sched.aborts() == []
+        _, m = sched.batch(slots=2, aborted_tokens=aborted)
+        assert m["slot_idle"] == pytest.approx(idle) and m["tokens"] == 8 and m["engine_steps"] == 5
+        assert (m["reward_launched"], m["reward_trained"], m["waste"]) == (0.25, 0.5, 0)
+        assert (m["all0"], m["all1"], m["valid"], m["groups_used"]) == (0.5, 0, 0.5, 1)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(batch=0), dict(G=1), dict(launch="eager"), dict(stop="now"), dict(alpha=1.5), dict(reward_lag=-1),
+    dict(max_groups=1), dict(rate=0.0),
+])
+def test_settings_out_of_range(flags):
+    with pytest.raises(ValueError):
+        Scheduler(**{"n_prompts": 9, "batch": 2, "G": 2, **flags})
+
+
+def test_bad_results_are_errors_not_zeros():
+    sched = Scheduler(9, 2, 2, reward_lag=0)
+    sched.launch()
+    key = (0, 0, 0)
+    for reward in (float("nan"), float("inf"), -0.1, 1.1):
+        with pytest.raises(ValueError, match="finite number in"):
+            sched.observe([(key, reward, None)])
+    sched.observe([(key, 1.0, None)])
+    with pytest.raises(ValueError, match="twice"):
+        sched.observe([(key, 1.0, None)])
+    for unknown in ((1, 0, 0), (0, 99, 0), (0, 0, 2), (0, -1, 0)):
+        with pytest.raises(ValueError, match="no sample"):
+            sched.observe([(unknown, 1.0, None)])
+    sched.observe([((-1, 7, 7), 0.5, None)])  # a late verdict on an aborted task of an earlier step
+    sample = Answer(key, range(1), "stop", 0)
+    sched.advance([(key, sample), ((0, 0, 1), sample)], 8)
+    with pytest.raises(ValueError, match="finished twice"):
+        sched.advance([(key, sample)], 8)
+    with pytest.raises(RuntimeError, match=r"1 rewards are due but not observed, first \(0, 0, 1\)"):
+        sched.launch()
+    with pytest.raises(RuntimeError, match="not over"):
+        sched.batch()
+
+
+# ---- the thread --------------------------------------------------------------------------------------------
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.001)
+
+
+def start(engine=None, judge=None, make_request=request, **more):
+    sched = Scheduler(60, 4, 2, seed=1, reward_lag=4)
+    engine, judge = engine or FakeEngine(12, lengths), judge or ShuffledJudge(0, patience=0)
+    return engine, RolloutThread(sched, engine, judge, make_request, **more)
+
+
+def test_staleness_0_rests_during_the_update_and_uses_the_newest_weights():
+    engine, rollout = start()
+    for k in range(4):
+        batch = rollout.take()
+        assert batch.version == k and engine.weights == (None if k == 0 else f"v{k}")
+        steps = engine.steps
+        time.sleep(0.01)  # the "update"
+        assert engine.steps == steps and engine.active == engine.waiting == 0 and not rollout.ready
+        rollout.publish(f"v{k + 1}")
+    rollout.close()
+
+
+@pytest.mark.parametrize("trainer", ["fast", "slow"])
+def test_staleness_1_uses_exactly_the_weights_of_one_update_ago(trainer):
+    engine, rollout = start(max_staleness=1)
+    versions = []
+    for k in range(5):
+        batch = rollout.take()
+        versions.append(batch.version)
+        if trainer == "slow":
+            wait_until(lambda: rollout.ready)  # the next batch is generated during this update
+        rollout.publish(f"v{k + 1}")
+    with pytest.raises(ValueError, match="max_staleness = 1"):
+        rollout.publish(None)
+    rollout.close()
+    assert versions == [0, 0, 1, 2, 3]
+    loads = [w for _, what, w in engine.log if what == "load"]
+    assert loads == [f"v{k}" for k in range(1, len(loads) + 1)]
+
+
+def fail(*_args, **_kwargs):
+    raise ZeroDivisionError("on purpose")
+
+
+@pytest.mark.parametrize("where", ["step", "add", "load", "submit", "poll", "make_request"])
+def test_what_the_thread_raises_reaches_the_trainer(where):
+    engine, judge = FakeEngine(12, lengths), ShuffledJudge(0, patience=0)
+    if where in ("step", "add", "load"):
+        setattr(engine, where, fail)
+    elif where != "make_request":
+        setattr(judge, where, fail)
+    engine, rollout = start(engine, judge, fail if where == "make_request" else request)
+    with pytest.raises(RuntimeError, match="the rollout thread failed: ZeroDivisionError") as error:
+        for _ in range(3):
+            rollout.take()
+            rollout.publish("v")
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+    with pytest.raises(RuntimeError, match="failed"):
+        rollout.publish("v")
+    rollout.close()
+    assert not rollout.thread.is_alive()
+
+
+def test_a_silent_judge_is_an_error_after_its_timeout():
+    _, rollout = start(judge=ShuffledJudge(0, patience=1.1), judge_timeout=0.05)
+    with pytest.raises(RuntimeError, match="the judge owes .* rewards, first"):
+        rollout.take()
+    rollout.close()
+
+
+@pytest.mark.parametrize("when", ["at once", "resting", "decoding", "waiting for the judge"])
+def test_close_ends_the_thread_and_empties_the_engine(when):
+    if when == "decoding":
+        engine, rollout = start(FakeEngine(12, lambda *_: 10**9))
+        wait_until(lambda: engine.steps > 5)
+    elif when == "waiting for the judge":
+        engine, rollout = start(judge=ShuffledJudge(0, patience=1.1))
+        wait_until(lambda: engine.steps > 3)
+    else:
+        engine, rollout = start()
+        if when == "resting":
+            rollout.take()
+    rollout.close()
+    assert not rollout.thread.is_alive() and engine.active == engine.waiting == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        while True:
+            rollout.take()
+    rollout.close()  # twice is fine
+
+
+def test_close_does_not_wait_for_an_engine_that_hangs():
+    hang, engine = threading.Event(), FakeEngine(12, lengths)
+    engine.step = hang.wait
+    _, rollout = start(engine)
+    rollout.close(timeout=0.05)
+    assert rollout.thread.is_alive()
+    hang.set()
+
+
+# ---- the simulation behind Tables 2 and 3 ------------------------------------------------------------------
+
+
+def test_virtual_clock_speedups_and_bias():
+    """A small world: each mechanism of Table 2 in its place, and only first-finished shortens answers."""
+    from paper.table2 import ROWS, World, table
+
+    world = World(slots=1024, batch=32, workers=16, n_prompts=4000)
+    rows = {r["method"]: r for r in table(world, 2, ROWS)}
+    full, naive = rows["+ early termination"], rows["naive dynamic sampling"]
+    assert naive["rollout"] == 1 < rows["+ continuous rollout"]["rollout"] < rows["+ async reward"]["rollout"]
+    assert rows["+ async reward"]["rollout"] < full["rollout"] < rows["w/o dynamic sampling"]["rollout"]
+    assert full["idle"] < naive["idle"]
+    assert rows["bit-equal: reward_lag 64"]["rollout"] > 0.95 * full["rollout"]
+    assert full["length_vs_true"] == naive["length_vs_true"]
+    assert rows["first finished (biased)"]["length_vs_true"] < full["length_vs_true"] - 0.03
