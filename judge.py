@@ -69,9 +69,9 @@ class Verdict:
 
 
 # ---------------------------------------------------------------- comparison, always in this process
-def same_value(expected, got, tolerance=1e-9) -> bool:
-    """Equality of two JSON values with their types: True != 1, 1 != 1.0; floats agree within a relative
-    tolerance.
+def same_value(expected, got) -> bool:
+    """Equality of two JSON values with their types: True != 1, 1 != 1.0; floats agree within 1e-9,
+    relative.
 
     same_value([1, 2.0], [1, 2.0000000001]) is True; same_value([1], [True]) and same_value(1, 1.0) are False.
     """

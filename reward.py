@@ -1,0 +1,399 @@
+"""Rewards: rule-based maths checking, and the test-difficulty driven reward for code.
+
+Report, section 3.2 (rewards are accuracy alone, maths by Math-Verify), 3.3.1 and Fig. 5 (difficulty levels of
+unit tests, strict and soft schemes). Pure functions but for the small pool of Math-Verify processes at the
+end. Ours, where the report is silent: exact 1-D k-means with three levels, equal scores per level, and a
+number must be answered by a number (else "\\boxed{17*23}" is paid for restating the question).
+
+    python reward.py                # a table of what is paid for some answers, and the checks per second
+Expect about 100,000 plain-number checks and 100 to 300 Math-Verify checks a second on one core.
+"""
+import atexit
+import json
+import math
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+
+from sandbox_server import processor_time
+
+
+# ---------------------------------------------------------------- code: difficulty levels and reward (3.3.1)
+def difficulty_reward(passed, levels, scheme, scores=None) -> float:
+    """Reward in [0, 1] of one program. passed: bool per test; levels: difficulty per test, lower is easier.
+
+    With levels l = 1..L from easy to hard, scores s_l (equal by default, scaled to sum 1), p_l of n_l tests
+    passed:
+        vanilla   r = 1 if every test passes else 0
+        strict    r = sum_l s_l [p_m = n_m for all m <= l]      a level counts if it and all easier ones are
+        complete soft      r = sum_l s_l p_l / n_l                       a level's score is split evenly over
+        its tests
+    By hand: levels 0 0 1 1, passed 1 1 1 0: vanilla 0, strict 1/2, soft 1/2 + 1/2 * 1/2 = 3/4.
+    ValueError for no tests, unequal lengths, unknown scheme, or scores that are not one positive number per
+    level.
+    """
+    passed, levels = [bool(p) for p in passed], list(levels)
+    if not passed or len(passed) != len(levels):
+        raise ValueError(f"{len(passed)} results for {len(levels)} levels: should be as many, not 0")
+    if scheme not in ("vanilla", "strict", "soft"):
+        raise ValueError(f"scheme {scheme!r}: should be 'vanilla', 'strict' or 'soft'")
+    order = sorted(set(levels))
+    scores = [1.0] * len(order) if scores is None else list(scores)
+    if len(scores) != len(order) or not all(math.isfinite(s) and s > 0 for s in scores):
+        raise ValueError(f"scores {scores}: should be {len(order)} positive numbers, one per level")
+    if all(passed):
+        return 1.0
+    if scheme == "vanilla":
+        return 0.0
+    total, terms, complete = math.fsum(scores), [], True
+    for level, score in zip(order, scores, strict=True):
+        results = [p for p, at in zip(passed, levels, strict=True) if at == level]
+        p, n = sum(results), len(results)
+        complete = complete and p == n
+        if scheme == "strict":
+            terms.append(score if complete else 0.0)
+        else:
+            terms.append(score if p == n else score * p / n)
+    return math.fsum(terms) / total
+
+
+def estimate_pass_rates(table) -> list[float]:
+    """Per-test pass rate over all solutions of several models (3.3.1). table[solution][test] -> rate per
+    test.
+
+    An entry is a bool, a verdict status, or an object with `.status`; a judge error (JE) counts neither way.
+    By hand: [[1, 0], [1, 1]] -> [1.0, 0.5]. ValueError for an empty or ragged table, tests that were not run
+    (NR), or a test without a single verdict: estimation must run every test.
+    """
+    rows = [[getattr(v, "status", v) for v in row] for row in table]
+    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError("the verdict table should have a row, a test, and rows of equal length")
+    rates = []
+    for test, column in enumerate(zip(*rows, strict=True)):
+        if "NR" in column:
+            raise ValueError(f"test {test} was not run by some solution: turn stop_at_failed_level off")
+        known = [v == "AC" if isinstance(v, str) else bool(v) for v in column if v != "JE"]
+        if not known:
+            raise ValueError(f"test {test} has no verdict but judge errors")
+        rates.append(sum(known) / len(known))
+    return rates
+
+
+def difficulty_levels(pass_rates, k=3) -> list[int]:
+    """Cluster tests by pass rate into at most k levels, 0 = easiest (Fig. 5: easy, medium, hard). -> level
+    per test.
+
+    Exact 1-D k-means: minimise sum over clusters of sum_i (x_i - mean)^2. In one dimension clusters are
+    intervals, so dynamic programming over the sorted distinct rates is exact and ties are never split:
+        best[c][j] = min_i best[c-1][i] + cost(i, j)      cost(i, j) of distinct rates i..j-1, weighted by
+        their count
+    Fewer than k distinct rates give fewer levels. By hand: rates .1 .9 .2 .9 .5, k = 3 -> levels 2 0 2 0 1.
+    ValueError for rates outside [0, 1] or k < 1.
+    """
+    rates = [float(x) for x in pass_rates]
+    if k < 1 or not rates or not all(0 <= x <= 1 for x in rates):
+        raise ValueError(f"k = {k}, rates {rates[:5]}: should be k >= 1 and at least one rate, all in [0, 1]")
+    values = sorted(set(rates), reverse=True)    # easiest first
+    m, k = len(values), min(k, len(set(rates)))
+    count, first, second = [0.0], [0.0], [0.0]    # prefix sums of n, n x, n x^2
+    for x in values:
+        n = rates.count(x)
+        count.append(count[-1] + n)
+        first.append(first[-1] + n * x)
+        second.append(second[-1] + n * x * x)
+
+    def cost(i, j):
+        n, s = count[j] - count[i], first[j] - first[i]
+        return max(0.0, second[j] - second[i] - s * s / n)    # sum x^2 - (sum x)^2 / n
+
+    best = [[0.0] + [math.inf] * m] + [[math.inf] * (m + 1) for _ in range(k)]
+    cut = [[0] * (m + 1) for _ in range(k + 1)]
+    for c in range(1, k + 1):
+        for j in range(c, m + 1):
+            best[c][j], cut[c][j] = min((best[c - 1][i] + cost(i, j), i) for i in range(c - 1, j))
+    level, j = {}, m
+    for c in range(k, 0, -1):
+        level.update((x, c - 1) for x in values[cut[c][j]:j])
+        j = cut[c][j]
+    return [level[x] for x in rates]
+
+
+# ---------------------------------------------------------------- the answer inside a response
+BARE = re.compile(r"(?:(?:from|import)[ \t].*\n\s*)*def[ \t]")
+
+
+def after_thinking(response: str) -> str | None:
+    """What stands behind the last </think>; all of it if there is no thinking; None if that never ended."""
+    _, closed, rest = response.rpartition("</think>")
+    if "<think>" in rest:
+        return None
+    return rest if closed else response
+
+
+def extract_program(response: str) -> str | None:
+    """The last complete fenced block after </think>, or all of the answer if it is bare code. Or None."""
+    answer, block, found = after_thinking(response), None, None
+    if answer is None:
+        return None
+    for line in answer.split("\n"):    # not a regular expression: linear in a hostile text too
+        mark = line.strip()
+        if block is None:
+            block = [] if mark.startswith("```") and "`" not in mark[3:] else None
+        elif mark == "```":
+            found, block = "\n".join(block) + "\n", None
+        else:
+            block.append(line)
+    if found is not None:
+        return found
+    return answer.strip() + "\n" if BARE.match(answer.strip()) and "```" not in answer else None
+
+
+def last_boxed(response: str) -> str | None:
+    r"""Content of the last \boxed{...} after </think>, by counting braces (escaped ones aside), or None.
+
+    "\boxed{1} so \boxed{\frac{1}{2}}" -> "\frac{1}{2}". If the last box is left open there is no answer.
+    """
+    answer = after_thinking(response) or ""
+    start = answer.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, i = 1, start + len("\\boxed{")
+    begin = i
+    while i < len(answer):
+        if answer[i] == "\\":
+            i += 1    # skip the escaped character
+        elif answer[i] in "{}":
+            depth += 1 if answer[i] == "{" else -1
+            if not depth:
+                return answer[begin:i]
+        i += 1
+    return None
+
+
+# ---------------------------------------------------------------- maths
+MAX_ANSWER = 200    # characters; nothing in a box is that long
+NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
+PLAIN = re.compile(rf"([+-]?)(?:({NUMBER})(?:/([0-9]+))?|\\[dt]?frac\{{([+-]?[0-9]+)\}}\{{([0-9]+)\}}"
+                   r"|\\[dt]?frac([0-9])([0-9]))", re.ASCII)
+NAMED = re.compile(r"\\?[A-Za-z][A-Za-z0-9_{}()'\\]*=", re.ASCII)    # x=, x_1=, f(2)=, \theta=
+DECORATION = re.compile(r"\\left|\\right|\\[,;:! ]|\\displaystyle|\\\$|[$\s]|~")
+THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", re.ASCII)
+UNIT = re.compile(r"(?:\\%|%|\^\{?\\circ\}?|\\(?:text|mathrm|mbox)\{[A-Za-z^ /.]*\})+$")
+
+
+def tidy(text: str) -> str:
+    """The same expression without spacing, dollar signs and thousands separators."""
+    text = DECORATION.sub("", text).replace("{,}", ",").replace("\u2212", "-").rstrip(".")
+    return text.replace(",", "") if THOUSANDS.fullmatch(text) else text
+
+
+def name_of(text: str) -> str:
+    """What stands before the value: "x=" of "x=5", "" of "5"."""
+    name = NAMED.match(text)
+    return name[0] if name else ""
+
+
+def plain_number(text: str) -> Fraction | None:
+    r"""Exact value of a plain number: integer, decimal, a/b, \frac{a}{b}, any of them after `x=`. Else None.
+
+    No product, power or sum is plain: `17*23`, `2^5`, `--5` and `1 2` are None; "x = -\frac{1}{2}" is -1/2.
+    """
+    if re.search(r"[0-9]\s+[0-9]", text):
+        return None
+    text = tidy(text)
+    match = PLAIN.fullmatch(UNIT.sub("", text[len(name_of(text)):]))
+    if not match:
+        return None
+    sign, number, under, a, b, c, d = match.groups()
+    top, bottom = (Fraction(number), int(under or 1)) if number else (Fraction(a or c), int(b or d))
+    return None if bottom == 0 else (-1 if sign == "-" else 1) * top / bottom
+
+
+def math_reward(response: str, answer: str) -> float:
+    r"""1.0 if the last \boxed{} after </think> equals the reference answer, else 0.0 (3.2: accuracy only).
+
+    A number is compared exactly (0.5 = 1/2 = \frac12) and must be answered by a number; anything else goes to
+    Math-Verify in a process that is killed after MATH_SECONDS. No signals: safe in any thread. RuntimeError
+    if Math-Verify is not installed or fails on more than a tenth of at least 50 answers; a time-out is a
+    wrong answer, and counted.
+    """
+    box = last_boxed(response)
+    if box is None or not box.strip() or len(box) > MAX_ANSWER:
+        return 0.0
+    if len(answer) <= MAX_ANSWER and (gold := plain_number(answer)) is not None:
+        math_counts["fast"] += 1
+        names = {name_of(tidy(answer)), name_of(tidy(box))} - {""}
+        return float(plain_number(box) == gold and len(names) < 2)    # y = 2 is no answer to x = 2
+    if tidy(box) == tidy(answer):
+        math_counts["fast"] += 1
+        return 1.0
+    # Math-Verify takes the last side of a chain of equations, and merges repeated list items: neither is an
+    # answer
+    if box.count("=") > max(1, answer.count("=")) or box.count(",") > answer.count(",") + box.count("{,}"):
+        return 0.0
+    return float(ask_math_verify(answer, box))
+
+
+# ---------------------------------------------------------------- Math-Verify in processes that can be killed
+MATH_SECONDS, MATH_WORKERS, MATH_MEMORY = 2.0, 2, 4 << 30
+# unreadable: Math-Verify can read the reference answer in no way, so that nobody can ever be right
+math_counts = {"fast": 0, "worker": 0, "timeouts": 0, "errors": 0, "unreadable": 0, "starts": 0}
+_free, _running, _turn = [], [], threading.Condition()
+
+
+def ask_math_verify(answer: str, box: str) -> bool:
+    """Ask a free worker; start one if fewer than MATH_WORKERS run, else wait for one."""
+    with _turn:
+        while not _free and len(_running) >= MATH_WORKERS:
+            _turn.wait()
+        worker = _free.pop() if _free else None
+        if worker is None:
+            worker = _start_worker()
+            _running.append(worker)
+    reply = None
+    try:
+        if not hasattr(worker, "ready"):
+            worker.ready = _read_reply(worker, 120.0, 120.0)    # importing sympy takes 0.7 s
+            if worker.ready != {"ready": True}:
+                why = (worker.ready or {}).get("error", "no answer")
+                raise RuntimeError(f"Math-Verify does not start: {why} (pip install -r requirements.txt)")
+        os.write(worker.stdin.fileno(), (json.dumps([answer, box, 2 * MATH_SECONDS]) + "\n").encode())
+        reply = _read_reply(worker, MATH_SECONDS, 3 * MATH_SECONDS)
+    except OSError:
+        pass    # it had died, of its memory limit for example
+    finally:
+        with _turn:
+            if reply is None:    # too slow, or dead
+                _end_worker(worker)
+                _running.remove(worker)
+            else:
+                _free.append(worker)
+            math_counts["worker"] += 1
+            math_counts["timeouts"] += reply is None
+            math_counts["errors"] += bool(reply and "error" in reply)
+            math_counts["unreadable"] += bool(reply and "unreadable" in reply)
+            _turn.notify()
+    if math_counts["errors"] > 0.1 * math_counts["worker"] and math_counts["worker"] >= 50:
+        raise RuntimeError(f"Math-Verify failed too often: {math_counts}, {reply}")
+    return bool(reply and reply.get("equal"))
+
+
+def _start_worker():
+    math_counts["starts"] += 1
+    return subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _read_reply(worker, seconds, longest):
+    """A line of JSON, or None at the deadline or the worker's end. Waits by poll: no signal, any thread.
+
+    The deadline is `seconds` of the worker's processor time, so that a busy machine changes no verdict; at
+    most `longest` seconds by the clock (`seconds` by the clock where processor time cannot be read).
+    """
+    poll, data, begin, cpu = select.poll(), b"", time.monotonic(), processor_time(worker.pid)
+    until = begin + seconds
+    poll.register(worker.stdout.fileno(), select.POLLIN)
+    while not data.endswith(b"\n"):
+        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+            left = seconds - (processor_time(worker.pid) - cpu) if cpu >= 0 else 0.0
+            until = min(time.monotonic() + left, begin + longest)
+            if left < 0.03 * seconds or time.monotonic() >= begin + longest:
+                return None
+            continue
+        block = os.read(worker.stdout.fileno(), 1 << 16)
+        if not block:
+            return None
+        data += block
+    return json.loads(data)
+
+
+def _end_worker(worker):
+    worker.kill()
+    worker.wait()
+    worker.stdin.close()
+    worker.stdout.close()
+
+
+def close_math_workers() -> None:
+    """End the idle Math-Verify processes (done at interpreter exit too). The next hard answer starts one."""
+    with _turn:
+        while _free:
+            worker = _free.pop()
+            _running.remove(worker)
+            _end_worker(worker)
+
+
+atexit.register(close_math_workers)
+os.register_at_fork(after_in_child=lambda: (_free.clear(), _running.clear()))    # a fork shares no worker
+
+
+def worker_loop():
+    """In the worker: lines of [reference, answer, processor seconds] in, verdicts out, until stdin closes."""
+    import logging
+    import resource
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)    # nothing else may write into the protocol
+    try:
+        import math_verify
+    except ImportError as error:
+        print(json.dumps({"error": str(error)}), file=replies, flush=True)
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (MATH_MEMORY, MATH_MEMORY))
+    except (ValueError, OSError):
+        pass    # macOS
+    logging.disable(logging.CRITICAL)
+    boxed_only = [math_verify.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+
+    def parse(text):
+        return math_verify.parse(f"\\boxed{{{text}}}", extraction_config=boxed_only,
+                                 extraction_mode="first_match", parsing_timeout=None)
+
+    math_verify.verify(parse("x^2"), parse("x"), timeout_seconds=None)    # its own lazy imports
+    print(json.dumps({"ready": True}), file=replies, flush=True)
+    for line in sys.stdin:
+        gold, answer, seconds = json.loads(line)
+        # if the parent is gone, nobody kills us: the kernel does, after so much processor time (no Python
+        # handler)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            reference, given = parse(gold), parse(answer)
+            # the reference first: verify() is not symmetric
+            equal = reference and given and math_verify.verify(reference, given, timeout_seconds=None)
+            say = {"equal": bool(equal)} if reference else {"unreadable": gold}
+        except (MemoryError, RecursionError):
+            say = {"equal": False}    # the answer's own doing
+        except Exception as error:
+            say = {"error": f"{type(error).__name__}: {error}"[:200]}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(say), file=replies, flush=True)
+
+
+def main():
+    tower = r"5^{\left(5^{\left(5^{\left(5^5\right)}\right)}\right)}"
+    for answer, box in (("391", "391"), ("391", "17*23"), ("0.5", r"\frac{1}{2}"), (r"\sqrt{2}", "2^{1/2}"),
+                        ("x^2-1", "(x-1)(x+1)"), (r"\pi", tower)):
+        begin = time.perf_counter()
+        paid = math_reward(f"so \\boxed{{{box}}}", answer)
+        print(f"reference {answer:10} answer {box:40} -> {paid:.0f}   {time.perf_counter() - begin:.3f} s")
+    for answer, box, n in (("391", "391", 20000), (r"\sqrt{2}", "2^{1/2}", 100)):
+        begin = time.perf_counter()
+        for _ in range(n):
+            math_reward(f"so \\boxed{{{box}}}", answer)
+        print(f"{answer} against {box}: {n / (time.perf_counter() - begin):.0f} checks/s")
+    close_math_workers()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--worker"]:
+        del sys.path[0]    # our own file names must not shadow anything
+        worker_loop()
+    else:
+        main()
