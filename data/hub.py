@@ -9,7 +9,8 @@ drops it returns as None.
     python -m data.hub fineweb_edu FOLDER_OR_NAME out.jsonl --limit=1000     # documents: {"url", "text"}
     python -m data.hub dapo FOLDER_OR_NAME out.jsonl              # problems, as data/problems.py reads them
     python -m data.hub openthoughts FOLDER_OR_NAME out.jsonl      # {"messages", "source", "id"}
-
+    python -m data.hub openwebmath FOLDER_OR_NAME out/web --tokenizer=tiny --name=maths --heldout=test.jsonl
+                                           # documents through dedup and decontamination into shards
 `datasets` 4.0 removed loading scripts, so LiveCodeBench and TACO load from their data files: give a folder.
 """
 
@@ -29,9 +30,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.corpus import Record
-from data.problems import Problem, identity
+from data import tag as tagging
+from data.corpus import SOURCE_OF, Corpus, Record, clean
+from data.problems import Problem, identity, read_problems
+from data.shards import write_source
 from judge import Test
+from tokenizer import Tokenizer
 
 MAX_ANSWERS = 8  # responses kept for one query [paper 3.1]
 MAX_BYTES = 1 << 28  # LiveCodeBench's packed tests: no more than this after decompression
@@ -55,7 +59,7 @@ def read_rows(path: Path) -> Iterator[dict]:
         if name.endswith(".zst"):
             import zstandard
 
-            file = zstandard.open(path, "rb")
+            file = io.BufferedReader(zstandard.open(path, "rb"))
         else:
             file = gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb")
         with file:
@@ -366,6 +370,27 @@ def documents(source: str, adapter: str = "text", limit: int | None = None) -> l
     return list(islice(convert(adapter, rows(source)), limit))
 
 
+def to_shards(
+    records: list[Record], folder: Path, tokenizer: str, name: str, heldout: list[str], labels: str
+) -> None:
+    """Records through the whole pipeline into token shards, one source for each kind of document.
+
+    labels: a JSONL file of a teacher's labels (data/tag.py); a tagger trained on it sorts and re-weights
+    the documents. Without labels all documents go to the source `name`, once each."""
+    tagger, report = tagging.train(*tagging.read_labels(labels)) if labels else (None, {})
+    kept, funnel, _ = clean(records, heldout, tagger, quiet=False)
+    by_source: dict[str, list[str]] = {}
+    for rec in kept:
+        source = SOURCE_OF.get(rec.tags.domain, "web") if rec.tags else name
+        by_source.setdefault(source, []).append(rec.text)
+    print(Corpus(by_source, funnel, report).table())
+    tok = Tokenizer.load(tokenizer)
+    for source, texts in by_source.items():
+        ids = (tok.encode(text) + [tok.eos_id] for text in texts)
+        info = write_source(str(folder), source, ids, tok.vocab_size)
+        print(f"  {source}: {info['tokens']:,} tokens in {folder}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="turn a public corpus into JSONL that the recipe reads")
     parser.add_argument("adapter", choices=sorted(ADAPTERS))
@@ -373,11 +398,23 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--split", default="train")
+    parser.add_argument("--tokenizer", help="write shards: 'tiny' or a folder with tokenizer files")
+    parser.add_argument("--name", default="web", help="source of the shards when there are no labels")
+    parser.add_argument("--labels", default="", help="JSONL of a teacher's labels, for the tagger")
+    parser.add_argument("--heldout", default="", help="problems no document may hold (JSONL)")
     args = parser.parse_args()
     dropped: dict[str, int] = {}
     items = convert(args.adapter, rows(args.source, args.split), dropped)
     temporary, count = args.out.with_name(args.out.name + ".tmp"), 0
     try:
+        if args.tokenizer:
+            held = [p.question for p in read_problems(args.heldout)] if args.heldout else []
+            records = list(islice(items, args.limit))
+            if not records or not all(isinstance(r, Record) for r in records):
+                raise ValueError(
+                    f"{args.source}: no documents to write (adapter {args.adapter}, {len(records)} items)"
+                )
+            return to_shards(records, args.out, args.tokenizer, args.name, held, args.labels)
         with open(temporary, "w", encoding="utf-8") as f:
             for item in tqdm(islice(items, args.limit), unit="row", disable=None):
                 if isinstance(item, Record):

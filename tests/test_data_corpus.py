@@ -23,14 +23,20 @@ def pairs(problems) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def made():
-    train = {"maths": pairs(maths.problems(300, "train", 0)), "code": pairs(code.problems(150, "train", 0, tests=0))}
-    test = {"maths": pairs(maths.problems(60, "test", 0)), "code": pairs(code.problems(60, "test", 0, tests=0))}
+    train = {
+        "maths": pairs(maths.problems(300, "train", 0)),
+        "code": pairs(code.problems(150, "train", 0, tests=0)),
+    }
+    test = {
+        "maths": pairs(maths.problems(60, "test", 0)),
+        "code": pairs(code.problems(60, "test", 0, tests=0)),
+    }
     return train, test, corpus.build(train, test, seed=0, pages=900, books=6, book_words=300, quiet=True)
 
 
 def test_funnel(made):
-    """Every step takes what the one before left; 8% URL variants go exactly, most mirrors go, no original goes at dedup
-    but for true repeats; advertisements go, encyclopedia pages stay."""
+    """Every step takes what the one before left; 8% URL variants go exactly, most mirrors go, no original
+    goes at dedup but for true repeats; advertisements go, encyclopedia pages stay."""
     _, _, c = made
     steps = {name: (n, m) for name, n, m, _ in c.funnel}
     main = [s for s in c.funnel if not s[0].startswith(" ") and s[0] != "books"]
@@ -49,7 +55,8 @@ def test_funnel(made):
 
 
 def test_truth(made):
-    """Extraction exact, no leak left, few copies left, most problems there to learn from, each source with its own."""
+    """Extraction exact, no leak left, few copies left, most problems there to learn from, each source with
+    its own."""
     train, test, c = made
     assert c.notes["share of documents extracted exactly"] == 1.0
     assert c.notes["leaks left over"] == 0
@@ -64,7 +71,9 @@ def test_truth(made):
     share = lambda texts, mark: sum(mark in x for x in texts) / len(texts)
     assert share(c.documents["maths"], "\\boxed") > 0.8 and share(c.documents["web"], "\\boxed") < 0.02
     assert share(c.documents["code"], "```python") > 0.9
-    assert not any("cookie" in x or "All rights reserved" in x for texts in c.documents.values() for x in texts)
+    assert not any(
+        "cookie" in x or "All rights reserved" in x for texts in c.documents.values() for x in texts
+    )
 
 
 def test_leaks_are_planted_and_a_pipeline_without_the_step_keeps_them(made):
@@ -88,17 +97,30 @@ def test_same_bytes_in_another_process(made):
     )
     train, test, c = made
     env = dict(os.environ, PYTHONHASHSEED="4242", OMP_NUM_THREADS="1")
-    out = subprocess.run([sys.executable, "-c", program], input=json.dumps([train, test]), capture_output=True, text=True,
-                         cwd=ROOT, env=env, timeout=120)  # fmt: skip
-    assert out.stdout.strip() == hashlib.sha256(json.dumps(c.documents).encode()).hexdigest(), out.stderr[-500:]
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps([train, test]),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        timeout=120,
+    )
+    assert out.stdout.strip() == hashlib.sha256(json.dumps(c.documents).encode()).hexdigest(), out.stderr[
+        -500:
+    ]
 
 
 def test_clean_takes_real_records():
     """Records of text without a tagger: URL and near-duplicates go, nothing is re-weighted."""
     long = " ".join(f"word{i}" for i in range(60))
-    records = [corpus.Record("http://a.org/1", text=long), corpus.Record("http://www.a.org/1/", text="other words"),
-               corpus.Record("http://b.org/2", text=long + " end"), corpus.Record("http://c.org/3", html="<p>held out text</p>"),
-               corpus.Record("http://c.org/4", html="<nav>menu</nav>")]  # fmt: skip
+    records = [
+        corpus.Record("http://a.org/1", text=long),
+        corpus.Record("http://www.a.org/1/", text="other words"),
+        corpus.Record("http://b.org/2", text=long + " end"),
+        corpus.Record("http://c.org/3", html="<p>held out text</p>"),
+        corpus.Record("http://c.org/4", html="<nav>menu</nav>"),
+    ]
     kept, funnel, report = corpus.clean(records, ["Held out text"], None)
     assert [r.url for r in kept] == ["http://a.org/1"] and report == {}
     assert [(n, m) for _, n, m, _ in funnel] == [(5, 4), (4, 3), (3, 2), (2, 2), (2, 2), (2, 1)]

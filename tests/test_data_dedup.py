@@ -20,9 +20,16 @@ from data.dedup import (
 
 @pytest.mark.parametrize(
     "url",
-    ["https://www.A.org/x/", "a.org/x", "http://a.org/x/index.html", "http://a.org:80/x#top", "http://user@a.org/x",
-     "http://a.org/x?utm_source=mail&fbclid=9", "HTTPS://A.ORG/x"],
-)  # fmt: skip
+    [
+        "https://www.A.org/x/",
+        "a.org/x",
+        "http://a.org/x/index.html",
+        "http://a.org:80/x#top",
+        "http://user@a.org/x",
+        "http://a.org/x?utm_source=mail&fbclid=9",
+        "HTTPS://A.ORG/x",
+    ],
+)
 def test_spellings_of_one_address(url):
     assert canonical_url(url) == "a.org/x"
 
@@ -30,13 +37,17 @@ def test_spellings_of_one_address(url):
 def test_different_addresses_stay_apart():
     """Paths keep their case and their other parts, real query fields count, their order does not."""
     assert canonical_url("http://a.org/X") != canonical_url("http://a.org/x")
-    assert canonical_url("http://a.org/x?p=1&q=2") == canonical_url("http://a.org/x?q=2&p=1") == "a.org/x?p=1&q=2"
+    assert (
+        canonical_url("http://a.org/x?p=1&q=2")
+        == canonical_url("http://a.org/x?q=2&p=1")
+        == "a.org/x?p=1&q=2"
+    )
     assert canonical_url("http://a.org/x?p=1") != canonical_url("http://a.org/x?p=2")
     assert canonical_url("http://a.org/indexes") == "a.org/indexes"
 
 
 def test_jaccard_by_hand():
-    """"a b c d e f" has the 5-word shingles abcde, bcdef; "a b c d e g" has abcde, bcdeg: 1 common of 3."""
+    """ "a b c d e f" has the 5-word shingles abcde, bcdef; "a b c d e g" has abcde, bcdeg: 1 common of 3."""
     a, b = shingles("a b c d e f"), shingles("A b c d e g")
     assert len(a) == len(b) == 2
     assert jaccard(a, b) == pytest.approx(1 / 3)
@@ -44,7 +55,8 @@ def test_jaccard_by_hand():
 
 
 def corpus(n: int, seed: int) -> tuple[list[str], list[tuple[int, int]]]:
-    """n random texts of 60-200 Zipf words, then copies of some with 0.5 to 12% of the words changed -> texts, pairs."""
+    """n random texts of 60-200 Zipf words, then copies of some with 0.5 to 12% of the words changed ->
+    texts, pairs."""
     rng = np.random.Generator(np.random.PCG64(seed))
     words = [f"w{i}" for i in range(5000)]
     p = 1 / np.arange(1, 5001)
@@ -52,7 +64,9 @@ def corpus(n: int, seed: int) -> tuple[list[str], list[tuple[int, int]]]:
     pairs = []
     for i in range(0, n, 4):
         copy = list(texts[i])
-        for at in rng.choice(len(copy), max(1, int(len(copy) * rng.choice([0.005, 0.02, 0.05, 0.12]))), replace=False):
+        for at in rng.choice(
+            len(copy), max(1, int(len(copy) * rng.choice([0.005, 0.02, 0.05, 0.12]))), replace=False
+        ):
             copy[at] = words[rng.integers(5000)]
         pairs.append((i, len(texts)))
         texts.append(copy)
@@ -60,8 +74,8 @@ def corpus(n: int, seed: int) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def test_minhash_finds_what_exact_jaccard_finds():
-    """Of pairs with J >= .8 at least 95% are found (the bands promise 92% at .8, 99.97% at .9), of those under .7 none
-    is removed, and unrelated texts are never removed."""
+    """Of pairs with J >= .8 at least 95% are found (the bands promise 92% at .8, 99.97% at .9), of those
+    under .7 none is removed, and unrelated texts are never removed."""
     texts, pairs = corpus(800, 0)
     root = near_duplicates(texts, threshold=0.7)
     exact = {pair: jaccard(shingles(texts[pair[0]]), shingles(texts[pair[1]])) for pair in pairs}
@@ -70,32 +84,33 @@ def test_minhash_finds_what_exact_jaccard_finds():
     assert len(high) > 50 and len(low) > 20
     assert np.mean([root[b] == a for a, b in high]) >= 0.95
     assert [p for p in low if root[p[1]] != p[1]] == []
-    assert all(root[i] == i for i in range(800))                     # the first of a cluster is the one that stays
+    assert all(root[i] == i for i in range(800))  # the first of a cluster is the one that stays
 
 
 def test_signatures_estimate_jaccard():
-    """The share of equal rows is an unbiased estimate of J with standard error sqrt(J (1-J) / 112) <= .047 each: over 200
-    pairs the mean error is under .01. Multiply-shift hashes without a finaliser fail this."""
+    """The share of equal rows is an unbiased estimate of J with standard error sqrt(J (1-J) / 112) <= .047
+    each: over 200 pairs the mean error is under .01. Multiply-shift hashes without a finaliser fail
+    this."""
     texts, pairs = corpus(800, 1)
     sets = [shingles(t) for t in texts]
     s = signatures(sets)
     assert s.shape == (1000, 112) and s.dtype == np.uint32
     error = [(s[a] == s[b]).mean() - jaccard(sets[a], sets[b]) for a, b in pairs]
     assert abs(np.mean(error)) < 0.01 and np.std(error) < 0.06
-    assert (s[:300] == s[300:600]).mean() < 0.1                     # unlike texts share few rows
+    assert (s[:300] == s[300:600]).mean() < 0.1  # unlike texts share few rows
 
 
 def test_band_keys():
     """Equal bands give equal keys, one changed row changes exactly its own band's key."""
     s = np.arange(224, dtype=np.uint32).reshape(2, 112)
     s[1] = s[0]
-    s[1, 17] += 1                                                    # row 17 is in band 2
+    s[1, 17] += 1  # row 17 is in band 2
     assert (np.nonzero(band_keys(s)[0] != band_keys(s)[1])[0] == [2]).all()
 
 
 def test_chain_of_copies_is_one_cluster_and_empty_input_is_fine():
     base = [f"w{i}" for i in range(100)]
-    chain = [" ".join(base[:60 + 4 * k]) for k in range(6)]
+    chain = [" ".join(base[: 60 + 4 * k]) for k in range(6)]
     assert set(near_duplicates(chain)) == {0}
     assert near_duplicates([]).tolist() == [] and near_duplicates([""]).tolist() == [0]
 
@@ -114,24 +129,28 @@ WORDS = [f"word{i}" for i in range(100)]
 
 def test_sixteen_words_hit_fifteen_do_not():
     held = [" ".join(WORDS[:40])]
-    doc = lambda n: " ".join(["x"] * 5 + WORDS[10:10 + n] + ["y"] * 5)
+    doc = lambda n: " ".join(["x"] * 5 + WORDS[10 : 10 + n] + ["y"] * 5)
     assert contaminated([doc(15), doc(16), doc(30)], held).tolist() == [False, True, True]
 
 
 def test_short_texts_count_whole():
-    """"What is 17 + 25?" has 6 tokens: it hits where it stands whole, not in part, and not across two documents."""
+    """ "What is 17 + 25?" has 6 tokens: it hits where it stands whole, not in part, and not across two
+    documents."""
     held = ["What is 17 + 25?"]
     docs = ["So: what is 17 + 25 ? It is 42.", "What is 17 + 26?", "what is 17", "+ 25?", "17 + 25 = 42"]
     assert contaminated(docs, held).tolist() == [True, False, False, False, False]
 
 
 def test_against_plain_string_search():
-    """100 random texts over 4 words, so that overlaps are many: the same verdicts as a search in joined strings."""
+    """100 random texts over 4 words, so that overlaps are many: the same verdicts as a search in joined
+    strings."""
     r = random.Random(0)
     make = lambda n: " ".join(r.choice("abcd") for _ in range(n))
     docs, held = [make(60) for _ in range(100)], [make(n) for n in (3, 7, 7, 9, 20, 40)]
-    grams = lambda t, n: {tuple(t.split()[i:i + n]) for i in range(len(t.split()) - n + 1)}
-    want = [any(grams(d, min(8, len(h.split()))) & grams(h, min(8, len(h.split()))) for h in held) for d in docs]
+    grams = lambda t, n: {tuple(t.split()[i : i + n]) for i in range(len(t.split()) - n + 1)}
+    want = [
+        any(grams(d, min(8, len(h.split()))) & grams(h, min(8, len(h.split()))) for h in held) for d in docs
+    ]
     assert contaminated(docs, held, n=8).tolist() == want
     assert 5 < sum(want) < 95
 

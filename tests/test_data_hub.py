@@ -1,0 +1,332 @@
+"""Each adapter on a few hand-made rows with the columns of its dataset card; readers of every file kind;
+hostile pickles."""
+
+import base64
+import gzip
+import json
+import pickle
+import zlib
+
+import pytest
+
+from data import hub
+from data.problems import Problem, read_problems, write_problems
+
+
+def write(path, rows):
+    data = "\n".join(json.dumps(r) for r in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+    return path
+
+
+def made(adapter, rows, tmp_path=None):
+    """The adapter's items, through a real file where a folder is given."""
+    if tmp_path is not None:
+        write(tmp_path / "rows.jsonl", rows)
+        rows = hub.rows(str(tmp_path))
+    return list(hub.convert(adapter, rows))
+
+
+# ---- documents
+
+
+def test_documents(tmp_path):
+    fineweb = {
+        "text": "Hello",
+        "id": "<urn:1>",
+        "url": "http://a.org",
+        "dump": "CC",
+        "score": 3.2,
+        "int_score": 3,
+    }
+    stack = {"content": "print(1)", "lang": "Python", "size": 8, "path": "a.py"}
+    page = {"html": "<p>hi</p>", "url": "http://b.org"}
+    got = made("text", [fineweb, stack, page, {"text": ""}], tmp_path)
+    assert [(r.url, r.text, r.html) for r in got] == [
+        ("http://a.org", "Hello", ""),
+        ("a.py", "print(1)", ""),
+        ("http://b.org", "", "<p>hi</p>"),
+    ]
+    with pytest.raises(ValueError, match="row 0: row needs text, html or content; columns: body"):
+        made("fineweb_edu", [{"body": "x"}])
+
+
+def test_every_file_kind_in_path_order(tmp_path):
+    write(tmp_path / "b.jsonl.gz", [{"text": "2"}])
+    write(tmp_path / "a.jsonl", [{"text": "1"}])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.txt").write_bytes(b"caf\xc3\xa9 \xff")
+    (tmp_path / "sub" / "d.html").write_text("<p>4</p>")
+    (tmp_path / "README.md").write_text("not read")
+    got = hub.documents(str(tmp_path))
+    assert [r.text or r.html for r in got] == ["1", "2", "café \ufffd", "<p>4</p>"]
+    assert len(hub.documents(str(tmp_path), limit=2)) == 2
+
+
+def test_zst_and_parquet(tmp_path):
+    zstandard, pa = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "1"}\n{"text": "2"}'))
+    pq.write_table(
+        pa.Table.from_pylist([{"text": "3", "url": "u"}, {"text": "4", "url": "v"}]), tmp_path / "b.parquet"
+    )
+    assert [r.text for r in hub.documents(str(tmp_path))] == ["1", "2", "3", "4"]
+
+
+def test_missing_and_broken_sources(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file that ends in"):
+        list(hub.rows(str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        list(hub.rows("/no/such/folder"))
+    (tmp_path / "a.jsonl").write_text('{"text": "1"}\n{oops')
+    with pytest.raises(ValueError, match="a.jsonl, line 2: not JSON"):
+        list(hub.rows(str(tmp_path)))
+    (tmp_path / "a.jsonl").write_text("[1]")
+    with pytest.raises(ValueError, match="line 1: a row must be a JSON object"):
+        list(hub.rows(str(tmp_path)))
+    with pytest.raises(ValueError, match="must be one of apps"):
+        made("nonsense", [])
+
+
+# ---- conversations
+
+
+def test_openthoughts_marks_become_think(tmp_path):
+    answer = "<|begin_of_thought|>\n\n1+1=2\n\n<|end_of_thought|>\n\n"
+    answer += "<|begin_of_solution|>\n\nTwo.\n\n<|end_of_solution|>"
+    row = {
+        "system": "Use the marks.",
+        "conversations": [{"from": "user", "value": "1+1?"}, {"from": "assistant", "value": answer}],
+    }
+    (got,) = made("openthoughts", [row], tmp_path)
+    assert got["messages"] == [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "<think>\n1+1=2\n</think>\n\nTwo."},
+    ]
+    assert got["source"] == "openthoughts" and len(got["id"]) == 16
+
+
+def test_openr1_keeps_right_and_whole_generations_eight_at_most(tmp_path):
+    row = {
+        "problem": "q",
+        "answer": "5",
+        "uuid": "u",
+        "generations": [f"<think>t{i}</think>a" for i in range(12)],
+        "correctness_math_verify": [False] + [True] * 11,
+        "is_reasoning_complete": [True, False] + [True] * 10,
+    }
+    none = row | {"correctness_math_verify": None, "correctness_llama": None}
+    got = made("openr1_sft", [row, none], tmp_path)
+    assert [g["messages"][1]["content"] for g in got] == [
+        f"<think>\nt{i}\n</think>\n\na" for i in range(2, 10)
+    ]
+    assert len({g["id"] for g in got}) == 8
+
+
+def test_deepmath_both_ways(tmp_path):
+    row = {
+        "question": "Evaluate x.",
+        "final_answer": "\\frac{1}{2}",
+        "difficulty": 5.4,
+        "topic": "t",
+        "r1_solution_1": "s1",
+        "r1_solution_2": "<think>a</think>b",
+        "r1_solution_3": None,
+    }
+    assert [g["messages"][1]["content"] for g in made("deepmath_sft", [row], tmp_path)] == [
+        "s1",
+        "<think>\na\n</think>\n\nb",
+    ]
+    (p,) = made("deepmath", [row])
+    assert (p.answer, p.level, p.kind) == ("\\frac{1}{2}", 5, "maths")
+
+
+# ---- maths problems
+
+
+def test_proofs_and_choices_go_answers_stay_as_they_are():
+    """Section 3.2: no proofs, no multiple choice, answers not forced to integers, rows without an answer
+    dropped."""
+    base = {"question_type": "math-word-problem", "generations": []}
+    rows = [
+        base | {"problem": "Find x.", "answer": "\\sqrt{2}"},
+        base | {"problem": "Prove that x > 0.", "answer": "proof"},
+        base | {"problem": "Pick: (A) 1 (B) 2 (C) 3", "answer": "2"},
+        base | {"problem": "Which one?", "answer": "B"},
+        base | {"problem": "What is it?", "answer": "x", "question_type": "MCQ"},
+        base | {"problem": "No answer?", "answer": None},
+        base | {"problem": "  find  X. ", "answer": "\\sqrt{2}"},
+    ]
+    dropped = {}
+    (p,) = hub.convert("openr1", rows, dropped)
+    assert p.answer == "\\sqrt{2}" and dropped == {"filtered": 5, "repeat": 1}
+
+
+def test_dapo_template_and_hundredfold_repeats(tmp_path):
+    text = (
+        "Solve the following math problem step by step. The last line of your response should be of "
+        "the form Answer: "
+        "$Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is 6 * "
+        "7?\n\nRemember to put your "
+        'answer on its own line after "Answer:".'
+    )
+    row = {
+        "prompt": [{"role": "user", "content": text}],
+        "reward_model": {"ground_truth": "42", "style": "rule"},
+    }
+    (p,) = made("dapo", [row] * 100, tmp_path)
+    assert (p.question, p.answer) == ("What is 6 * 7?", "42")
+
+
+# ---- code problems
+
+
+def test_apps_stdio_call_and_no_tests(tmp_path):
+    stdio = {
+        "question": "Add.",
+        "solutions": json.dumps(["print(sum(map(int, input().split())))"]),
+        "difficulty": "interview",
+        "input_output": json.dumps({"inputs": ["1 2\n"], "outputs": ["3\n"]}),
+        "starter_code": "",
+    }
+    call = {
+        "question": "Double.",
+        "solutions": "",
+        "starter_code": "def f(x):",
+        "difficulty": "VERY_HARD",
+        "input_output": json.dumps({"fn_name": "f", "inputs": [[1], [2]], "outputs": [[2], [4]]}),
+    }
+    lists = call | {
+        "question": "Pair.",
+        "input_output": json.dumps({"fn_name": "f", "inputs": [[1]], "outputs": [[1, 2]]}),
+    }
+    huge = stdio | {
+        "question": "Huge.",
+        "input_output": '{"inputs": ["1"], "outputs": [1' + "0" * 5000 + "]}",
+    }
+    empty = [stdio | {"question": "None.", "input_output": x} for x in ("", "{}", None)]
+    a, b, c, d = made("taco", [stdio, call, lists, huge, *empty], tmp_path)
+    assert (a.tests[0].kind, a.tests[0].input, a.tests[0].expected, a.level) == ("stdio", "1 2\n", "3\n", 2)
+    assert a.solution.startswith("```python\nprint(") and a.entry == "main"
+    assert [(t.kind, t.input, t.expected) for t in b.tests] == [("call", "[1]", "2"), ("call", "[2]", "4")]
+    assert (b.entry, b.level) == ("f", 5) and b.question.endswith("def f(x):")
+    assert c.tests[0].expected == "[1, 2]"
+    assert len(d.tests[0].expected) == 5001
+
+
+def test_codecontests_languages_are_numbers(tmp_path):
+    tests = {"input": ["1\n"], "output": ["2\n"]}
+    row = {
+        "description": "Add one.",
+        "public_tests": tests,
+        "private_tests": tests,
+        "generated_tests": {"input": [], "output": []},
+        "solutions": {"language": [2, 3, 1], "solution": ["cpp", "py3", "py2"]},
+        "cf_rating": 1900,
+        "incorrect_solutions": {"language": [3, 4], "solution": ["wrong", "java"]},
+    }
+    (p,) = made("codecontests", [row], tmp_path)
+    assert len(p.tests) == 2 and p.solution == "```python\npy3\n```" and p.level == 3
+    assert hub.python3(row["incorrect_solutions"]) == ["wrong"]
+
+
+def pack(value) -> str:
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+def test_livecodebench_reads_packed_tests(tmp_path):
+    stdio = [{"input": "1\n", "output": "2\n", "testtype": "stdin"}]
+    call = [{"input": '[1, 2]\n"a"', "output": "3", "testtype": "functional"}]
+    row = {
+        "question_title": "t",
+        "question_content": "Q",
+        "difficulty": "hard",
+        "starter_code": "",
+        "metadata": "{}",
+        "public_test_cases": json.dumps(stdio),
+        "private_test_cases": pack(json.dumps(stdio * 2)),
+    }
+    functional = row | {
+        "question_content": "R",
+        "metadata": '{"func_name": "solve"}',
+        "public_test_cases": json.dumps(call),
+        "private_test_cases": json.dumps(call),
+    }
+    a, b = made("livecodebench", [row, functional], tmp_path)
+    assert len(a.tests) == 3 and a.tests[2].expected == "2\n" and a.level == 4 and a.entry == "main"
+    assert b.entry == "solve" and (b.tests[0].input, b.tests[0].expected) == ('[[1, 2], "a"]', "3")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_hostile_pickle_is_refused(capsys):
+    """A pickle that names any class or function is refused before it runs; so is one that unpacks to too
+    much."""
+    with pytest.raises(ValueError, match="refused"):
+        hub.unpack_tests(pack(Bomb()))
+    assert capsys.readouterr().out == ""
+    old, hub.MAX_BYTES = hub.MAX_BYTES, 1000
+    try:
+        with pytest.raises(ValueError, match="larger than"):
+            hub.unpack_tests(pack("x" * 100_000))
+    finally:
+        hub.MAX_BYTES = old
+
+
+# ---- the command
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr("sys.argv", ["hub", *map(str, argv)])
+    hub.main()
+
+
+def test_command_writes_what_the_recipe_reads(tmp_path, monkeypatch, capsys):
+    row = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "a.jsonl", [row, row])
+    run(monkeypatch, "dapo", tmp_path / "in", tmp_path / "out.jsonl")
+    assert [p.answer for p in read_problems(tmp_path / "out.jsonl")] == ["2"]
+    assert "1 written, 1 repeat" in capsys.readouterr().out
+    write(tmp_path / "in" / "a.jsonl", [{"prompt": "text"}])
+    with pytest.raises(SystemExit, match="hub: dapo, row 0: row needs 'prompt'"):
+        run(monkeypatch, "dapo", tmp_path / "in", tmp_path / "other.jsonl")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.jsonl"]
+
+
+def test_command_writes_shards(tmp_path, monkeypatch, capsys):
+    """Four documents: one repeated under another spelling of its address, one that holds a held-out
+    question."""
+    texts = [f"The town of {n} has a market and a mill. " * 4 for n in ("Bram", "Holt")]
+    rows = [
+        {"text": texts[0], "url": "http://a.org/1"},
+        {"text": "x", "url": "http://www.a.org/1/"},
+        {"text": texts[1], "url": "http://a.org/2"},
+        {"text": "So: What is 17 + 25? It is 42.", "url": "c"},
+    ]
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "a.jsonl", rows)
+    write_problems(tmp_path / "test.jsonl", [Problem("0" * 16, "maths", "What is 17 + 25?", answer="42")])
+    run(
+        monkeypatch,
+        "text",
+        tmp_path / "in",
+        tmp_path / "shards",
+        "--tokenizer=tiny",
+        "--name=maths",
+        f"--heldout={tmp_path / 'test.jsonl'}",
+    )
+    info = json.loads((tmp_path / "shards" / "maths.json").read_text())
+    assert info["documents"] == 2
+    with pytest.raises(SystemExit, match="no documents to write"):
+        run(
+            monkeypatch,
+            "text",
+            write(tmp_path / "none.jsonl", [{"text": ""}]),
+            tmp_path / "s2",
+            "--tokenizer=tiny",
+        )
