@@ -12,6 +12,7 @@ Try:  python -m data.tiny.web        # prints two pages: HTML, then the text tha
 """
 
 import html
+import math
 import random
 import re
 import urllib.parse
@@ -260,17 +261,21 @@ def variant(url: str, r: random.Random) -> str:
 
 
 def crawl(
-    seed: int, pages: int, problems: dict[str, list[tuple[str, str]]], leaks: dict[str, list] | None = None
+    seed: int,
+    pages: int,
+    problems: dict[str, list[tuple[str, str]]],
+    leaks: dict[str, list] | None = None,
+    per_page: int = 4,
 ) -> list[Page]:
     """`pages` original pages plus copies, in crawl order (shuffled). Every problem given is on some maths,
     code or forum page.
 
     problems: {"maths": [(question, solution)], "code": [...]}; leaks: the same for held-out problems,
-    planted on 1% of the pages so that decontamination has something to find. Pages get longer when problems
-    are many: about len(problems) / (0.3 * pages) on each."""
+    planted on 1% of the pages so that decontamination has something to find. per_page: problems on a maths or
+    code page at most, on average; many problems make more such pages than `pages` plans. 0 = longer pages."""
     w, r = make_world(seed), random.Random(f"crawl/{seed}")
     plan = [kind for kind, share in SHARES.items() for _ in range(round(share * pages))]
-    plan += ["encyclopedia"] * (pages - len(plan))
+    plan = plan[:pages] + ["encyclopedia"] * (pages - len(plan))
     threads = {"maths": round(0.04 * pages), "code": round(0.03 * pages)}  # forum pages that hold a problem
     hands = {}
     for domain, n in threads.items():
@@ -281,10 +286,11 @@ def crawl(
             raise ValueError(
                 f"crawl of {pages} pages has no {domain} page to hold the problems: take 20 or more"
             )
-        lessons = deal(r, given[len(on_threads) :], max(1, plan.count(domain)))
-        hands[domain] = (lessons, [[p] for p in on_threads])
-    made = []
-    for i, kind in enumerate(plan[:pages]):
+        rest = given[len(on_threads) :]
+        plan += [domain] * (math.ceil(len(rest) / per_page) - plan.count(domain) if per_page else 0)
+        hands[domain] = (deal(r, rest, max(1, plan.count(domain))), [[p] for p in on_threads])
+    made, pages = [], len(plan)
+    for i, kind in enumerate(plan):
         domain, leak = kind, False
         if kind in ("maths", "code"):
             mine = hands[kind][0].pop()
