@@ -156,10 +156,11 @@ def build(
 ) -> Corpus:
     """The tiny world's corpus. A pure function of its arguments, the same in every process.
 
-    problems: {"maths": [(question, solution)], "code": [...]}: training problems; every one is put on some
-    page. heldout: the same of validation and test; planted on 1% of the maths and code pages, and no
-    document may hold one. pages: original pages of the crawl (about 1.16 times as many are fetched); books:
-    long documents, book_words each."""
+    problems: {"maths": [(question, solution)], "code": [...]}: training problems; each is put on some page.
+    heldout: the same of validation and test; planted on 1% of the maths and code pages, and no document may
+    hold one. pages: original pages of the crawl. 1.16 times as many are fetched, and more again when the
+    problems do not fit with per_page (0 = any number) on a maths or code page. books: long documents of
+    book_words words. ValueError for a source that is neither maths nor code."""
     heldout = heldout or {}
     for name, given in {"problems": problems, "heldout": heldout}.items():
         if unknown := set(given) - {"maths", "code"}:
