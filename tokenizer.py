@@ -325,6 +325,8 @@ def _load_folder(folder):
     ranks = {bytes(map(U2B.__getitem__, t)): i for t, i in vocab.items() if t not in added}
     _check_merges(folder, ranks, merges)
     template = config.get("chat_template", CHAT_TEMPLATE)
+    if has("chat_template.jinja"):       # where newer versions of transformers put it
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     return Tokenizer(ranks, added, _padded_size(folder, config), template)
 
 

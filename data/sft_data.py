@@ -21,6 +21,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from data import decontaminate
+from data.decontaminate import build_index
+
 REASONS = ("contaminated", "incomplete", "mixed", "duplicate", "over_cap")
 
 CODE = re.compile(r"```.*?(```|\Z)|`[^`\n]*`"                                            # code
@@ -140,6 +143,38 @@ def read_samples(path):
 
 def write_samples(path, rows):
     Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+
+
+def load_samples(path, tokenizer, heldout="", max_per_query=8):
+    """
+    The SFT set ready for packing: read, filtered against the questions of the JSONL file `heldout` ("" =
+    none; lines with a "question" or "messages"), tokenised. -> (list of (ids, mask), report in words).
+    ValueError if none is left.
+    """
+    rows, contaminated = read_samples(path), lambda query: False
+    if heldout:
+        index = build_index(read_questions(heldout))
+        hit = decontaminate.contaminated([query_of(r) for r in rows], index)
+        bad = {query_of(r) for r, h in zip(rows, hit, strict=True) if h}
+        contaminated = bad.__contains__
+    kept, dropped = filter_samples(rows, contaminated, max_per_query)
+    if not kept:
+        raise ValueError(f"{path}: none of {len(rows)} samples is left after the filters: {dict(dropped)}")
+    counts = ", ".join(f"{reason} {n:,}" for reason, n in dropped.items())
+    report = f"{len(kept):,} of {len(rows):,} kept; dropped: {counts}"
+    return [tokenizer.chat(row["messages"]) for row in kept], report
+
+
+def read_questions(path):
+    """Evaluation questions of a JSONL file: problems ("question") or chats ("messages")."""
+    questions = []
+    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            questions.append(row["question"] if "question" in row else query_of(row))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'{path}, line {n}: should be JSON with "question" or "messages"') from None
+    return questions
 
 
 def main(source, target):

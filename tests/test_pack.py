@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from data.pack import PackedLoader, best_fit
-from data.sft_data import REASONS, filter_samples, is_incomplete, is_mixed, read_samples, write_samples
+from data.sft_data import (
+    REASONS,
+    filter_samples,
+    is_incomplete,
+    is_mixed,
+    load_samples,
+    read_samples,
+    write_samples,
+)
+from tokenizer import Tokenizer
 
 
 def samples(n=60, seed=0, longest=30):
@@ -161,6 +170,26 @@ def test_the_cap_keeps_the_best_scored():
     rows = [sample("q", f"answer {k}", score=k % 5) for k in range(10)]
     kept, dropped = filter_samples(rows, cap=3)
     assert kept == [rows[3], rows[4], rows[9]] and dropped["over_cap"] == 7
+
+
+def test_load_samples(tmp_path):
+    """16 words in a row of a held-out question drop the sample, 15 do not; the rest comes out tokenised."""
+    words = [f"w{k}" for k in range(20)]
+    held = tmp_path / "test.jsonl"
+    held.write_text(json.dumps({"id": 1, "question": " ".join(words)}) + "\n")
+    rows = [sample("x " + " ".join(words[:16]), GOOD), sample("x " + " ".join(words[:15]), GOOD)]
+    write_samples(tmp_path / "a.jsonl", rows)
+    tok = Tokenizer.load("tiny")
+    got, report = load_samples(tmp_path / "a.jsonl", tok, held)
+    assert got == [tok.chat(rows[1]["messages"])]
+    assert report.startswith("1 of 2 kept; dropped: contaminated 1,")
+    assert len(load_samples(tmp_path / "a.jsonl", tok)[0]) == 2
+    write_samples(tmp_path / "a.jsonl", rows[:1])
+    with pytest.raises(ValueError, match="none of 1 samples is left"):
+        load_samples(tmp_path / "a.jsonl", tok, held)
+    held.write_text("{}\n")
+    with pytest.raises(ValueError, match='test.jsonl, line 1: should be JSON with "question"'):
+        load_samples(tmp_path / "a.jsonl", tok, held)
 
 
 def test_files(tmp_path):
