@@ -117,7 +117,7 @@ def latest(run) -> Path | None:
         if wrong is None:
             return ckpt
         if rank == 0:
-            print(f"warning: checkpoint {ckpt} is not whole: {wrong}; using the one before it", file=sys.stderr)
+            print(f"warning: {ckpt} is not whole: {wrong}; using the checkpoint before it", file=sys.stderr)
     return None
 
 
@@ -170,7 +170,8 @@ def read_shape(ckpt) -> dict:
 
 def same_shape(have: dict, want: dict, ckpt, ignore: tuple[str, ...] = ()) -> None:
     """Ends the run naming the fields in which a checkpoint differs from the configuration."""
-    wrong = [f"{k} = {have.get(k)!r} there, {v!r} here" for k, v in want.items() if k not in ignore and have.get(k) != v]
+    wrong = [f"{k} = {have.get(k)!r} there, {v!r} here" for k, v in want.items()
+             if k not in ignore and have.get(k) != v]
     if wrong:
         die(f"checkpoint {ckpt} has another shape than the configuration: " + "; ".join(wrong))
 
@@ -191,7 +192,7 @@ def weight_files(ckpt) -> dict[str, Path]:
 def opened(path: Path):
     try:
         return safe_open(str(path), framework="pt")
-    except Exception as e:                     # safetensors raises its own type, OSError or ValueError by version
+    except Exception as e:              # safetensors raises its own type, OSError or ValueError by version
         die(f"{path} is not a readable safetensors file: {e}")
 
 
@@ -205,15 +206,16 @@ def read_weights(ckpt, model: nn.Module) -> None:
     files, params = weight_files(ckpt), dict(model.named_parameters())
     missing, unused = sorted(set(params) - set(files)), sorted(set(files) - set(params))
     if missing or unused:
-        what = f"lacks {missing[0]!r} ({len(missing)} in all)" if missing else f"has {unused[0]!r} too many ({len(unused)} in all)"
+        what = f"lacks {missing[0]!r}" if missing else f"has {unused[0]!r} too many"
         die(f"the weights in {ckpt} do not fit the model: the checkpoint {what}")
     for path in sorted(set(files.values())):
         with opened(path) as f:
             for name in sorted(n for n, where in files.items() if where == path):
                 piece, p = f.get_slice(name), params[name]
-                if list(piece.get_shape()) != list(p.shape):
-                    hint = " (vocabulary mismatch)" if name in ("embed_tokens.weight", "lm_head.weight") else ""
-                    die(f"{path}: {name} has shape {list(piece.get_shape())}, the model {list(p.shape)}{hint}")
+                have, want = list(piece.get_shape()), list(p.shape)
+                if have != want:
+                    hint = " (vocabulary mismatch)" if name.startswith(("embed_tokens", "lm_head")) else ""
+                    die(f"{path}: {name} has shape {have}, the model {want}{hint}")
                 assign(p, piece)
 
 
@@ -322,13 +324,14 @@ def restore_rng(saved: dict) -> None:
 
 # ---- writing -----------------------------------------------------------------------------------------------
 
-def save_checkpoint(run, step: int, model: nn.Module, *, meta: dict, config: dict, state: dict, tokenizer=None,
-                    optimizer=None, keep: int = 2, shape: dict | None = None, rt=None, background: bool = False) -> None:
+def save_checkpoint(run, step: int, model: nn.Module, *, meta: dict, config: dict, state: dict,
+                    tokenizer=None, optimizer=None, keep: int = 2, shape: dict | None = None, rt=None,
+                    background: bool = False) -> None:
     """
     Write RUN/step_XXXXXXXX and point RUN/latest at it; the newest `keep` folders stay. Every rank must call
     it.
       meta    {"stage": "sft", "chat": True, ...}, read back by read_meta
-      state   anything torch.save takes (schedule position, loader cursors, scheduler), read back by read_state
+      state   plain values and tensors (schedule position, loader cursors, scheduler), read back by read_state
       shape   ModelConfig fields, default vars(model.cfg)
     background=True copies everything to CPU memory and returns; a thread writes. At most one such save is
     under way, the next one and finish_saves() wait for it. Ends the run with one line when the disk is full
@@ -344,9 +347,10 @@ def save_checkpoint(run, step: int, model: nn.Module, *, meta: dict, config: dic
     parts = {"optimizer": optim, "rng": rng_states(), "state": state}
     if background:
         weights, parts = snapshot(weights, "weights"), snapshot(parts, "parts")
-    job = dict(run=run, step=step, weights=weights, parts=parts, meta=meta, config=config, tokenizer=tokenizer, keep=keep,
-               shape=dict(shape if shape is not None else vars(model.cfg)), dcp=is_sharded(model) and ranks()[1] > 1,
-               order=[name for name, _ in model.named_parameters()], group=getattr(rt, "save_group", None))
+    job = dict(run=run, step=step, weights=weights, parts=parts, meta=meta, config=config,
+               tokenizer=tokenizer, keep=keep, shape=dict(shape if shape is not None else vars(model.cfg)),
+               dcp=is_sharded(model) and ranks()[1] > 1, order=[name for name, _ in model.named_parameters()],
+               group=getattr(rt, "save_group", None))
     if not background:
         write(**job)
         return
@@ -393,8 +397,9 @@ def plain(value, where: str) -> None:
     elif type(value) in (list, tuple):
         for i, v in enumerate(value):
             plain(v, f"{where}[{i}]")
-    elif value is not None and not isinstance(value, Tensor) and type(value) not in (bool, int, float, str, bytes):
-        raise TypeError(f"checkpoint {where} = {value!r} is a {type(value).__name__}; only plain values and tensors are saved")
+    elif not isinstance(value, Tensor) and type(value) not in (type(None), bool, int, float, str, bytes):
+        raise TypeError(f"checkpoint {where} = {value!r} is a {type(value).__name__}; "
+                        "only plain values and tensors can be saved")
 
 
 def owned_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -443,11 +448,12 @@ def check_space(run: Path, model: nn.Module, optim: dict) -> None:
     except OSError as e:
         die(f"cannot write checkpoints to {run}: {e.strerror or e}")
     if free < need:
-        die(f"disk full: a checkpoint in {run} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; nothing was written, "
-            "earlier checkpoints are whole")
+        die(f"disk full: a checkpoint in {run} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "nothing was written, earlier checkpoints are whole")
 
 
-def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, shape, dcp: bool, order, group) -> None:
+def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, shape, dcp: bool, order,
+          group) -> None:
     """
     The writing itself, in the caller's thread or in the background. Collectives, if any, run on `group`.
     """
@@ -464,8 +470,8 @@ def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, s
         write_weights(temporary, weights, order)
         train = parts
         if dcp:
-            import torch.distributed.checkpoint as dist_checkpoint
-            dist_checkpoint.save(parts["optimizer"], checkpoint_id=str(temporary / "optimizer"), process_group=group)
+            from torch.distributed.checkpoint import save
+            save(parts["optimizer"], checkpoint_id=str(temporary / "optimizer"), process_group=group)
             train = parts | {"optimizer": dict.fromkeys(parts["optimizer"])}
         if rank == 0:
             torch.save(train, temporary / "train_state.pt")
@@ -509,7 +515,7 @@ def agree(error: Exception | None, run: Path, step: int, temporary: Path, group)
         shutil.rmtree(temporary, ignore_errors=True)
     first = next(e for e in errors if e)
     full_disk = getattr(first, "errno", None) == errno.ENOSPC or "o space left" in str(first)
-    what = "disk full" if full_disk else f"{type(first).__name__}: {first}" if isinstance(first, Exception) else str(first)
+    what = "disk full" if full_disk else repr(first) if isinstance(first, Exception) else str(first)
     die(f"checkpoint of step {step} in {run} could not be written: {what}; earlier checkpoints are whole")
 
 
@@ -541,7 +547,7 @@ def commit(run: Path, step: int, temporary: Path, meta: dict, keep: int, world: 
     for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
         sync(folder)
     target = folder_of(run, step)
-    if target.exists():                                # the same step again, after the newest was found broken
+    if target.exists():                                # the same step again, after it was found broken
         target.rename(run / f".writing_old_{uuid.uuid4().hex}")
     os.replace(temporary, target)
     sync(run)
@@ -574,7 +580,8 @@ def git_commit() -> str:
     """The commit this code is at, with + when files differ from it; "unknown" outside a git checkout."""
     here = Path(__file__).resolve().parent
     try:
-        run = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
-        return (run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")) or "unknown"
+        git = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True).stdout
+        head, changed = git("rev-parse", "--short=12", "HEAD").strip(), git("status", "--porcelain", "-uno")
+        return head + ("+" if changed else "") if head else "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -1,24 +1,214 @@
 """
-Arithmetic about a run before it exists: parameters, FLOPs, memory.
+Arithmetic about a run before it exists: parameters, schedule, FLOPs, memory per GPU, days; nothing allocated.
 
-    python pretrain.py config/mimo_7b.py --dry_run=True
+    python pretrain.py config/mimo_7b.py --dry_run=True        # seconds on any laptop
+
+Memory is what one rank holds at the end of a forward pass, its worst moment, by kind:
+
+    weights      fp32 master shards, and what FSDP has gathered in bf16 (root, MTP layers, two blocks)
+    gradients    fp32 shards, and the gathered gradients that wait for their reduction
+    optimizer    Adam's two moments, fp32 shards
+    activations  what autograd keeps for the backward pass, from the kernels' own lists (block_floats)
+    logits       gradients of the loss head, made in the forward, and one chunk of logits
+    KV           an engine replica's weights and cache (RL), 0 in training
+
+Not counted: CUDA context, NCCL buffers and fragmentation, 2 to 4 GB. The figures agree within 10% with what a
+real step allocates (tests/test_memory.py measures it on CPU, and block by block with the GPU kernels' own
+save lists). The report gives no memory figures; parameters and schedule are its sections 2.2 and 2.3.
 """
+import math
+
+GB = 1e9
 
 
-def matmul_params(shape) -> tuple[int, int]:
-    """
-    (weights that one trunk token is multiplied with, the same for all MTP layers); embeddings are a lookup.
-    """
-    D, V, F, d = shape.d_model, shape.vocab_size, shape.d_ff, shape.head_dim
-    block = D * d * (shape.n_head + 2 * shape.n_kv_head) + shape.n_head * d * D + 3 * D * F
-    return shape.n_layer * block + V * D, shape.n_mtp * (block + 2 * D * D + V * D)
+# ---- parameters and FLOPs ----------------------------------------------------------------------------------
+
+def block_params(shape) -> int:
+    """One block: q, k, v with bias, o, gate, up, down, two norms. 177,227,776 at 7B."""
+    D, d = shape.d_model, shape.head_dim
+    qkv = (D + 1) * d * (shape.n_head + 2 * shape.n_kv_head)
+    return qkv + shape.n_head * d * D + 3 * D * shape.d_ff + 2 * D
 
 
-def flops_per_token(shape, seq_len: int, causal: bool = True) -> float:
+def parameters(shape, n_mtp: int | None = None) -> dict[str, int]:
+    """Exact counts by part. By hand, 7B: embedding = head = 151,680 x 4,096; an MTP layer has 210,790,400."""
+    D, n_mtp = shape.d_model, shape.n_mtp if n_mtp is None else n_mtp
+    parts = {"embedding": shape.vocab_size * D, "head": shape.vocab_size * D, "final norm": D,
+             "blocks": shape.n_layer * block_params(shape),
+             "MTP layers": n_mtp * (block_params(shape) + 2 * D * D + 3 * D)}
+    parts["trunk"] = sum(parts.values()) - parts["MTP layers"]
+    parts["all"] = parts["trunk"] + parts["MTP layers"]
+    return parts
+
+
+def flops_per_token(shape, seq_len: int, causal: bool = True, n_mtp: int | None = None, trained: str = "all",
+                    ) -> float:
     """
-    Training FLOPs per token: 6 per matrix weight, and attention 12 H d T per layer, half of it under a causal
-    mask. causal=False is the convention of torchtitan and PaLM, which counts the masked half too.
+    Training FLOPs per token: 6 per matrix weight it is multiplied with (2 forward, 4 backward), and 12 H d T
+    per layer for attention, half of it under a causal mask. Every MTP layer runs the head once more.
+    Recomputation is not counted. causal=False is the convention of PaLM and torchtitan, which counts the
+    masked half too; trained="mtp" is MTP fine-tuning, whose trunk only runs forward.
     """
-    trunk, extra = matmul_params(shape)
-    attention = 12 * shape.n_head * shape.head_dim * seq_len * (shape.n_layer + shape.n_mtp)
-    return 6.0 * (trunk + extra) + attention * (0.5 if causal else 1.0)
+    D, d, n_mtp = shape.d_model, shape.head_dim, shape.n_mtp if n_mtp is None else n_mtp
+    block = D * d * (shape.n_head + 2 * shape.n_kv_head) + shape.n_head * d * D + 3 * D * shape.d_ff
+    attention = 12 * shape.n_head * d * seq_len * (0.5 if causal else 1.0)
+    head = shape.vocab_size * D
+    trunk = shape.n_layer * (6.0 * block + attention) + 6.0 * head
+    extra = n_mtp * (6.0 * (block + 2 * D * D + head) + attention)
+    return trunk * (1 if trained == "all" else 1 / 3) + extra
+
+
+# ---- activations -------------------------------------------------------------------------------------------
+
+def block_floats(shape, checkpointing: str, gpu: bool) -> tuple[float, float]:
+    """
+    (numbers in the compute dtype, fp32 numbers) that the backward pass of one block keeps per token.
+
+    none, GPU kernels: x, its norm, x + attention and its norm (4 D); q and o (2 H d), k and v (2 K d); gate,
+    up and their product (3 F); log-sum-exp per head and two rms. The CPU references also keep the two normed
+    states before their gain (2 D) and silu(gate) (F). full: x. selective: x, q, k, v, o and o_proj's output.
+    """
+    D, F, Hd, Kd = shape.d_model, shape.d_ff, shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
+    if checkpointing == "full":
+        return D, 0
+    if checkpointing == "selective":
+        return 2 * D + 2 * Hd + 2 * Kd, shape.n_head
+    extra = 0 if gpu else 2 * D + F
+    return 4 * D + 2 * Hd + 2 * Kd + 3 * F + extra, shape.n_head + 2
+
+
+def activation_bytes(shape, tokens: int, n_mtp: int, checkpointing: str, gpu: bool, frozen: bool) -> float:
+    """Kept for the backward pass by `tokens` tokens of a micro-batch. frozen: the trunk only runs forward."""
+    e, D = (2 if gpu else 4), shape.d_model
+    keep = lambda kind: sum(n * size for n, size in zip(block_floats(shape, kind, gpu), (e, 4), strict=False))
+    trunk = 0 if frozen else shape.n_layer
+    blocks = (trunk + n_mtp) * keep(checkpointing)
+    # an MTP layer's input: two norms and their concatenation; embedding, final norms
+    norms = 0 if checkpointing != "none" else (2 if gpu else 4) * D * e + 2 * D * e
+    edges = n_mtp * (norms + 2 * D * e) + 2 * D * e * (1 + n_mtp)
+    again = keep("none") if checkpointing != "none" else 0        # one block at a time is recomputed whole
+    return tokens * (blocks + edges + again)
+
+
+def logits_bytes(shape, tokens: int, n_mtp: int, gpu: bool, chunk: int = 2048) -> float:
+    """
+    Gradients of head and input that the loss keeps, once per head, and a chunk of fp32 logits or of their
+    use.
+    """
+    e, V, D = (2 if gpu else 4), shape.vocab_size, shape.d_model
+    rows = min(tokens, chunk if gpu else 512)
+    kept = (1 + n_mtp) * (V * D * e + tokens * (D * e + 4))
+    return kept + max(rows * V * 4 * (1 if gpu else 2), V * D * e)
+
+
+# ---- the plan ----------------------------------------------------------------------------------------------
+
+def plan(shape, stages, world: int, *, micro_batch: int = 1, checkpointing: str = "none",
+         shard_ranks: int = 0, mtp_stage=None, n_mtp_final: int = 3, reduce_each: bool = False,
+         device: str = "cuda", mfu: float = 0.4, tflops: float = 989.0, kv_tokens: int = 0) -> list[dict]:
+    """
+    One dict per stage: tokens, steps, rows of a micro-batch, parameters, FLOPs per token, days, and bytes per
+    rank by kind. stages: the pre-training table, mtp_stage: the fine-tuning of new MTP layers after it or
+    None. micro_batch counts rows of the shortest context, as in pretrain.py; kv_tokens: tokens in an engine's
+    cache.
+    """
+    gpu = device == "cuda"
+    e, n = (2 if gpu else 4), shard_ranks or world
+    table, rows = list(stages) + ([mtp_stage] if mtp_stage else []), []
+    shortest, sharded = min(s.seq_len for s in table), gpu or world > 1
+    for s in table:
+        last = s is mtp_stage
+        n_mtp = n_mtp_final if last else shape.n_mtp
+        count = parameters(shape, n_mtp)
+        new = n_mtp - shape.n_mtp
+        P = count["all"]
+        trained = new * (count["MTP layers"] // n_mtp) if last else P
+        micro = max(1, micro_batch * shortest // s.seq_len)
+        tokens = micro * s.seq_len
+        root = count["embedding"] + count["head"] + count["final norm"]
+        gathered = root + count["MTP layers"] + 2 * block_params(shape)     # 2: block in use and the next
+        waiting = (root if not last else 0) + count["MTP layers"]
+        memory = {
+            "weights": 4 * P / n + (gathered * e if sharded else 0),
+            "gradients": 4 * trained / n + sharded * (waiting * e if reduce_each else 4 * trained),
+            "optimizer": 8 * trained / n,
+            "activations": activation_bytes(shape, tokens, n_mtp, checkpointing, gpu, last),
+            "logits": logits_bytes(shape, tokens, n_mtp, gpu),
+            "KV": kv_tokens * kv_bytes_per_token(shape, e) + (P * e if kv_tokens else 0),
+        }
+        flops = flops_per_token(shape, s.seq_len, n_mtp=n_mtp, trained="mtp" if last else "all")
+        rows.append({"name": s.name, "tokens": s.tokens, "steps": steps_of(s), "seq_len": s.seq_len,
+                     "batch_size": s.batch_size, "micro_batch": micro, "parameters": count,
+                     "trained": trained, "flops_per_token": flops, "memory": memory,
+                     "total": sum(memory.values()),
+                     "days": s.tokens * flops / (world * tflops * 1e12 * mfu) / 86_400})
+    return rows
+
+
+def kv_bytes_per_token(shape, element: int = 2) -> int:
+    """K and V of every trunk layer: 147,456 bytes at 7B in bf16."""
+    return 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * element
+
+
+def steps_of(stage) -> float:
+    """
+    Optimizer steps of a stage: the integral of dt / (T b(t)), with a batch b that grows linearly in tokens.
+    By hand: T = 1, 100 tokens at a constant batch of 10 are 10 steps; growing from 5 to 10 over them
+    100/5 ln(10/5) = 13.9.
+    """
+    b0, b1, W = stage.batch_size_start or stage.batch_size, stage.batch_size, stage.batch_warmup_tokens
+    W = min(W, stage.tokens)
+    grown = W / b1 if b0 == b1 else W / (b1 - b0) * math.log(b1 / b0)
+    return (grown + (stage.tokens - W) / b1) / stage.seq_len
+
+
+# ---- printing ----------------------------------------------------------------------------------------------
+
+def report(shape, stages, world: int, *, mtp_stage=None, n_mtp_final: int = 3, checkpointing: str = "none",
+           micro_batch: int = 1, mfu: float = 0.4, tflops: float = 989.0, **more) -> str:
+    """What --dry_run=True prints. more: as in plan()."""
+    rows = plan(shape, stages, world, mtp_stage=mtp_stage, n_mtp_final=n_mtp_final, mfu=mfu, tflops=tflops,
+                checkpointing=checkpointing, micro_batch=micro_batch, **more)
+    out = ["parameters"]
+    with_one, with_all = parameters(shape), parameters(shape, n_mtp_final)
+    for name in ("embedding", "head", "final norm", "blocks", "trunk"):
+        out.append(f"  {name:<34}{with_one[name]:>20,}")
+    out.append(f"  with {shape.n_mtp} MTP layer{'s' * (shape.n_mtp != 1):<23}{with_one['all']:>20,}")
+    if n_mtp_final != shape.n_mtp:
+        out.append(f"  with {n_mtp_final} MTP layers{'':<18}{with_all['all']:>20,}")
+    out += ["", *schedule_lines(rows, list(stages) + ([mtp_stage] if mtp_stage else [])), ""]
+    out.append(f"memory per GPU in GB, {world} GPUs, activation checkpointing {checkpointing}")
+    kinds = list(rows[0]["memory"])
+    head = "".join(f"{k:>13}" for k in kinds)
+    out.append(f"  {'stage':<12}{'rows x tokens':>16}{head}{'total':>10}")
+    for r in rows:
+        out.append(f"  {r['name']:<12}{r['micro_batch']:>6} x {r['seq_len']:>7,}"
+                   + "".join(f"{r['memory'][k] / GB:>13.2f}" for k in kinds) + f"{r['total'] / GB:>10.2f}")
+    out += ["", f"compute, at {mfu:.0%} of {tflops:g} TFLOP/s on {world} GPUs",
+            f"  {'stage':<12}{'tokens':>12}{'steps':>14}{'GFLOP/token':>14}{'days':>12}"]
+    for r in rows:
+        out.append(f"  {r['name']:<12}{human(r['tokens']):>12}{r['steps']:>14,.0f}"
+                   f"{r['flops_per_token'] / 1e9:>14,.3g}{r['days']:>12,.3g}")
+    total = {key: sum(r[key] for r in rows) for key in ("tokens", "steps", "days")}
+    out.append(f"  {'all':<12}{human(total['tokens']):>12}{total['steps']:>14,.0f}{total['days']:>26,.3g}")
+    return "\n".join(out)
+
+
+def schedule_lines(rows: list[dict], stages: list) -> list[str]:
+    """The schedule at each of its breakpoints: what holds for the step that starts there."""
+    from schedule import batch_size_at, breakpoints, lr_at, mtp_weight_at, stage_at
+    lines = ["schedule",
+             f"  {'tokens seen':>14}  {'lr':>9}{'batch':>8}{'context':>9}{'RoPE base':>11}{'MTP':>6}  what"]
+    for seen, what in breakpoints(stages):
+        s = stages[stage_at(stages, seen)[0]]
+        lines.append(f"  {human(seen):>14}  {lr_at(stages, seen):>9.3g}{batch_size_at(stages, seen):>8,}"
+                     f"{s.seq_len:>9,}{s.rope_base:>11,.0f}{mtp_weight_at(stages, seen):>6g}  {what}")
+    return lines
+
+
+def human(n: float) -> str:
+    """17.784T, 84B, 1.5M, 512."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= size:
+            return f"{n / size:.5g}{unit}"
+    return f"{n:.0f}"

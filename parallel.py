@@ -17,7 +17,7 @@ outside of any forward; that is right under FSDP2 because root and MTP layers ke
 their forward to their backward (reshard_after_forward=False), at the price of 2.9 GB of bf16 weights per GPU
 at 7B.
 
-    torchrun --nproc_per_node=2 pretrain.py config/tiny.py --device=cpu      # two gloo processes, same losses as one
+    torchrun --nproc_per_node=2 pretrain.py config/tiny.py --device=cpu     # two gloo processes, one result
 """
 import copy
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-PLAIN = "_plain_twin"        # attribute of a sharded model: an unsharded copy on the meta device, for replicas
+PLAIN = "_plain_twin"     # attribute of a sharded model: an unsharded copy on the meta device, for replica()
 
 
 def blocks_of(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -51,7 +51,8 @@ def mesh_for(world: int, shard_ranks: int, device_type: str):
     return init_device_mesh(device_type, (world // n, n), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: nn.Module, rt, *, checkpointing: str = "none", compile: bool = False, shard_ranks: int = 0) -> nn.Module:
+def shard(model: nn.Module, rt, *, checkpointing: str = "none", compile: bool = False,
+          shard_ranks: int = 0) -> nn.Module:
     """
     Activation checkpointing and torch.compile per block, then fully_shard. The model may be on the meta
     device (materialise fills it afterwards, each rank its own rows) or hold its weights already (then every
@@ -62,46 +63,43 @@ def shard(model: nn.Module, rt, *, checkpointing: str = "none", compile: bool = 
     twin = plain_twin(model) if rt.sharded else None
     for block in trunk + extra:
         if checkpointing != "none":
-            block.forward = recomputed(block.forward, checkpointing)
+            block.forward = recomputed(block, checkpointing)
         if compile:                       # outermost: dynamo sees checkpointing as one of its own operators
             block.forward = torch.compile(block.forward)
     if not rt.sharded:
         return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     cuda = rt.device.type == "cuda"
-    # inputs are not cast: cos and sin of RoPE stay fp32, 32k positions do not fit in the 8 bits of a bf16 mantissa
-    policy = MixedPrecisionPolicy(param_dtype=rt.dtype if cuda else None, reduce_dtype=torch.float32 if cuda else None,
-                                  cast_forward_inputs=False)
+    # inputs are not cast: cos and sin of RoPE stay fp32, 32k positions do not fit in bf16's mantissa
+    policy = MixedPrecisionPolicy(param_dtype=rt.dtype if cuda else None, cast_forward_inputs=False,
+                                  reduce_dtype=torch.float32 if cuda else None)
     mesh = mesh_for(rt.world, shard_ranks, rt.device.type)
     for block in trunk:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for layer in extra:                   # its final_layernorm is used after its forward: keep it gathered
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    object.__setattr__(model, PLAIN, twin)            # not a submodule: invisible to parameters() and state_dict()
+    object.__setattr__(model, PLAIN, twin)       # not a submodule: invisible to parameters() and state_dict()
     return model
 
 
-def recomputed(forward, kind: str):
+def recomputed(block: nn.Module, kind: str):
     """
-    full: keep a block's input only and run the block again in the backward pass. selective: also keep the
-    attention output (recomputing it is the part that grows with T^2) and every matrix product except the two
-    that are wider than the residual stream, gate and up, which are most of the memory and a third of a
-    block's work to recompute.
+    full: keep a block's input only and run the block again in the backward pass. selective: also keep q, k,
+    v, the attention output (recomputing it is the part that grows with T^2) and o_proj's output; what is made
+    again is norms, RoPE and the MLP, whose F-wide states are two thirds of a block's memory.
     """
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
     if kind == "full":
-        return partial(checkpoint, forward, use_reentrant=False)
+        return partial(checkpoint, block.forward, use_reentrant=False)
     products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+    F = block.mlp.gate_proj.out_features
 
     def policy(ctx, op, *args, **kwargs):
-        if op in products:
-            keep = args[-1].shape[1] <= args[-2].shape[1]       # [N,D] @ [D,F]: wider out than in is recomputed
-        else:
-            keep = "attention" in str(op)
+        keep = F not in args[-1].shape if op in products else "attention" in str(op)   # weight [D,F], [F,D]
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return partial(checkpoint, forward, use_reentrant=False,
+    return partial(checkpoint, block.forward, use_reentrant=False,
                    context_fn=partial(create_selective_checkpoint_contexts, policy))
 
 
@@ -211,8 +209,9 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
 
 def plain_twin(model: nn.Module) -> nn.Module:
     """A copy of the module tree with parameters on the meta device: no memory, same names."""
-    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
+    on_meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+               for p in model.parameters()}
+    return copy.deepcopy(model, on_meta)
 
 
 def replica(model: nn.Module, device, dtype: torch.dtype) -> nn.Module:
@@ -221,7 +220,7 @@ def replica(model: nn.Module, device, dtype: torch.dtype) -> nn.Module:
     them.
     """
     twin = copy.deepcopy(getattr(model, PLAIN)) if is_sharded(model) else plain_twin(model)
-    twin.cfg = model.cfg                                      # set_context may have moved on since the twin was made
+    twin.cfg = model.cfg                          # set_context may have moved on since the twin was made
     return twin.to(dtype).to_empty(device=device).requires_grad_(False)
 
 

@@ -60,6 +60,7 @@ class Config:
     checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing, 7B needs it
     compile: bool = False                 # torch.compile per block, CUDA
     shard_ranks: int = 0                  # ranks a parameter is sharded over; fewer than all = hybrid sharding, 0 = all
+    reduce_each: bool = False             # FSDP reduces after every micro-batch: saves 4 bytes x parameters a GPU, costs traffic
     async_save: bool = False              # write checkpoints beside training
     skip_spikes: float = 0.0              # skip a step whose gradient norm exceeds this many times its running mean; 0 = never
     dry_run: bool = False                 # print parameters, schedule and memory, train nothing
@@ -91,8 +92,9 @@ def main(cfg: Config) -> None:
     stages = cfg.all_stages()
     if cfg.dry_run:
         import memory
-        print(memory.report(cfg.model, stages, cfg.dry_run_world, micro_batch=cfg.micro_batch, mfu=cfg.dry_run_mfu,
-                            tflops=cfg.dry_run_tflops, checkpointing=cfg.checkpointing, n_mtp_final=cfg.n_mtp_final))
+        print(memory.report(cfg.model, cfg.stages, cfg.dry_run_world, mtp_stage=cfg.mtp_stage, n_mtp_final=cfg.n_mtp_final,
+                            micro_batch=cfg.micro_batch, checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks,
+                            reduce_each=cfg.reduce_each, mfu=cfg.dry_run_mfu, tflops=cfg.dry_run_tflops))
         return
 
     # ---- where we run, what we read ----------------------------------------------------------------------------
@@ -122,8 +124,7 @@ def main(cfg: Config) -> None:
         model = mtp.build(ModelConfig(**shape), "meta")
     else:
         model = mtp.build(cfg.model, "meta")
-    model = runtime.materialise(model, rt, seed=cfg.seed, ckpt=ckpt)
-    model, optimizer = prepare(model, stages, at, cfg, rt)
+    model, optimizer = prepare(model, stages, at, cfg, rt, ckpt)
     if saved:
         runtime.load_optimizer(ckpt, model, optimizer)
     if rt.is_main:
@@ -137,11 +138,14 @@ def main(cfg: Config) -> None:
     def save():
         runtime.save_checkpoint(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
                                 meta={"stage": "base", "chat": False, "tokens": seen}, optimizer=optimizer, keep=cfg.keep,
-                                state={"seen": seen, "step": step, "stage": at, "loader": loader.state_dict()},
+                                state={"seen": seen, "step": step, "stage": at, "loader": loader.state_dict(),
+                                       "spikes": spikes.state_dict()},
                                 shape=vars(model.cfg), rt=rt, background=cfg.async_save)
 
     # ---- the loop ----------------------------------------------------------------------------------------------
     spikes = runtime.SpikeGuard(cfg.skip_spikes)
+    if saved:
+        spikes.load_state_dict(saved["spikes"])
     while seen < total_tokens(stages):
         t0 = time.perf_counter()
         i, _ = stage_at(stages, seen)
@@ -163,10 +167,10 @@ def main(cfg: Config) -> None:
         n_mtp = len(model.mtp_layers)
         counts = runtime.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, s.seq_len, n_mtp), rt)
         total = torch.zeros(1 + n_mtp, device=rt.device)
-        for micro, last in micro_batches(batch, cfg, s):
+        for micro, last in runtime.micro_batches(batch, micro_rows(cfg, s), rt):
             sums = forward(model, micro, n_mtp)              # [1 + n_mtp] summed nats
             loss = sums[0] / counts[0] + w * (sums[1:] / counts[1:]).mean() if n_mtp else sums[0] / counts[0]
-            runtime.sync_gradients(model, last, rt)          # FSDP reduces once, after the last micro-batch
+            runtime.sync_gradients(model, last or cfg.reduce_each, rt)   # FSDP reduces once, after the last micro-batch
             (loss * rt.world).backward()                     # FSDP averages over ranks; the counts are global already
             total += sums.detach()
         total = runtime.all_reduce_sum(total, rt) / counts.clamp_min(1)
@@ -188,7 +192,7 @@ def main(cfg: Config) -> None:
                     epochs={k: round(v, 4) for k, v in loader.epochs().items()})
         bar.update(tokens)
         bar.set_postfix_str(f"{s.name} loss {float(total[0]):.3f} mtp {float(total[1:].mean() if n_mtp else 0):.3f} lr {lr:.1e}")
-        if cfg.sample_every and step % cfg.sample_every == 0 and rt.world == 1:
+        if cfg.sample_every and step % cfg.sample_every == 0 and not rt.sharded:
             bar.write(f"  sample at {seen:,} tokens: {continue_text(model, tokenizer, cfg.sample_prompt)!r}")
         ended = seen >= total_tokens(stages[:i + 1])
         if ended:
@@ -206,24 +210,26 @@ def main(cfg: Config) -> None:
     runtime.teardown(rt)
 
 
-def prepare(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt) -> tuple[MiMo, torch.optim.AdamW]:
-    """Freeze what the stage does not train, shard, and make the optimizer. at = -1 before the first stage."""
+def prepare(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt, ckpt=None) -> tuple[MiMo, torch.optim.AdamW]:
+    """
+    Freeze what the stage does not train, shard, fill a model that is still on the meta device (each rank its own rows,
+    from the checkpoint or the seed), and make the optimizer. at = -1 before the first stage.
+    """
     model.requires_grad_(True)
     if 0 <= at and stages[at] is cfg.mtp_stage:
         mtp.freeze_all_but_new(model, cfg.model.n_mtp)
     model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
+    if next(model.parameters()).is_meta:
+        model = runtime.materialise(model, rt, seed=cfg.seed, ckpt=ckpt)
     return model, optimizer_for(model, cfg)
 
 
-def micro_batches(batch: Batch, cfg: Config, stage: Stage):
+def micro_rows(cfg: Config, stage: Stage) -> int:
     """
-    (micro-batch, is it the last). cfg.micro_batch counts rows of the shortest context in the table, so that a stage
-    with a longer one runs as many tokens per forward.
+    Rows per forward. cfg.micro_batch counts rows of the shortest context in the table, so that a stage with a longer one
+    runs as many tokens per forward.
     """
-    rows = max(1, cfg.micro_batch * min(s.seq_len for s in cfg.all_stages()) // stage.seq_len)
-    B = batch.positions.shape[0]
-    for lo in range(0, B, rows):
-        yield batch.rows(lo, min(B, lo + rows)), lo + rows >= B
+    return max(1, cfg.micro_batch * min(s.seq_len for s in cfg.all_stages()) // stage.seq_len)
 
 
 def forward(model: MiMo, batch: Batch, n_mtp: int) -> torch.Tensor:
@@ -244,7 +250,7 @@ def validate(model: MiMo, cfg: Config, stage: Stage, rt) -> dict[str, dict[str, 
         loader = MixtureLoader(str(folder), [name], cfg.model.vocab_size, n_mtp=n_mtp, seed=0)
         rows = max(rt.world, int(cfg.valid_tokens) // stage.seq_len)
         batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, rows, rt.rank, rt.world).to(rt.device)
-        sums = sum(forward(model, micro, n_mtp) for micro, _ in micro_batches(batch, cfg, stage))
+        sums = sum(forward(model, micro, n_mtp) for micro, _ in runtime.micro_batches(batch, micro_rows(cfg, stage), rt))
         counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp)
         mean = runtime.all_reduce_sum(sums, rt) / runtime.all_reduce_sum(counts, rt).clamp_min(1)
         found[name] = {"loss": float(mean[0]), "mtp": mean[1:].tolist()}

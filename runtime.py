@@ -3,11 +3,11 @@ Where and how a training script runs: device, process group, gradient reductions
 steps and bad endings. Sharding is in parallel.py, checkpoints in checkpoint.py, arithmetic about memory and
 FLOPs in memory.py; the scripts import them all from here.
 
-    rt = runtime.setup(threads=1, seed=1)      # one CPU process, one GPU, or a rank under torchrun: the same call
+    rt = runtime.setup(threads=1, seed=1)     # one CPU process, one GPU, or a rank under torchrun: one call
     ...
     runtime.teardown(rt)
 
-    torchrun --nproc_per_node=8 pretrain.py config/mimo_7b.py      # docs/scale.md has the lines for several nodes
+    torchrun --nproc_per_node=8 pretrain.py config/mimo_7b.py     # docs/scale.md: lines for several nodes
 
 Not in the report. Precision: fp32 on CPU; bf16 compute with fp32 master weights and reductions on CUDA.
 """
@@ -20,7 +20,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Runtime:
     world: int
     local_rank: int
     is_main: bool               # rank 0: prints, logs, names checkpoints
-    sharded: bool               # parameters become FSDP2 shards: always under several ranks, and on CUDA for its precision
+    sharded: bool               # parameters become FSDP2 shards: with several ranks, and on CUDA (precision)
     save_group: Any = None      # gloo group of background saves, apart from the one training uses
 
 
@@ -90,17 +90,18 @@ def setup(threads: int = 1, seed: int = 0, device: str = "auto") -> Runtime:
     and for one GPU, whose mixed precision is FSDP2's on a mesh of one. Ends the run with one line if CUDA is
     asked for and absent.
     """
-    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     torchrun = "MASTER_ADDR" in os.environ and "RANK" in os.environ
+    rank, world, local_rank = ((int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if torchrun
+                               else (0, 1, 0))
     if device == "cuda" and not torch.cuda.is_available():
         die("device = 'cuda' but torch sees no CUDA device; --device=cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()
     where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         if local_rank >= torch.cuda.device_count():
-            die(f"rank {local_rank} on this node has no GPU: {torch.cuda.device_count()} found; lower --nproc_per_node")
+            die(f"rank {local_rank} of this node has no GPU ({torch.cuda.device_count()} found): "
+                "lower --nproc_per_node")
         torch.cuda.set_device(where)
-        torch.set_float32_matmul_precision("high")     # what stays fp32 on a GPU (optimizer, reductions) has no products
     keep_freed_memory()
     torch.set_num_threads(threads)
     save_group = None
@@ -109,8 +110,6 @@ def setup(threads: int = 1, seed: int = 0, device: str = "auto") -> Runtime:
         save_group = dist.new_group(backend="gloo")
     elif cuda and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=where)
-    if not torchrun:
-        rank, world, local_rank = 0, 1, 0
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
@@ -139,7 +138,7 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)                     # M_MMAP_THRESHOLD: blocks up to 32 MB come from the heap
+        libc.mallopt(-3, 32 << 20)                     # M_MMAP_THRESHOLD: blocks up to 32 MB are heap
         libc.mallopt(-1, (1 << 31) - 1)                # M_TRIM_THRESHOLD: and the heap is not given back
 
 
@@ -180,7 +179,8 @@ def all_reduce_max(t: Tensor, rt: Runtime) -> Tensor:
     return t
 
 
-def micro_ranges(rows: int, per_micro: int, rt: Runtime, most: int | None = None) -> list[tuple[int, int, bool]]:
+def micro_ranges(rows: int, per_micro: int, rt: Runtime, most: int | None = None,
+                 ) -> list[tuple[int, int, bool]]:
     """
     [(lo, hi, last)]: this rank's rows in pieces of per_micro. Every rank gets the same number of pieces,
     because each forward is a collective under FSDP: a rank with fewer rows gets pieces lo == hi at the end,
@@ -193,6 +193,19 @@ def micro_ranges(rows: int, per_micro: int, rt: Runtime, most: int | None = None
         most = int(all_reduce_max(torch.tensor(rows, device=rt.device), rt))
     n = max(1, -(-most // per_micro))
     return [(min(i * per_micro, rows), min((i + 1) * per_micro, rows), i == n - 1) for i in range(n)]
+
+
+def micro_batches(batch, per_micro: int, rt: Runtime):
+    """
+    (micro-batch, is it the last) over a data.loader.Batch, the same number on every rank (micro_ranges).
+    Where this rank has no rows left it gets its row 0 with nothing to learn: mask all zero.
+    """
+    for lo, hi, last in micro_ranges(batch.positions.shape[0], per_micro, rt):
+        if hi > lo:
+            yield batch.rows(lo, hi), last
+        else:
+            row = batch.rows(0, 1)
+            yield replace(row, mask=torch.zeros_like(row.ids, dtype=torch.bool)), last
 
 
 @torch.no_grad()
@@ -276,7 +289,8 @@ class Metrics:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line, row in read_rows(self.path) if row.get("step", 0) <= resume_at] if resume_at else []
+            rows = read_rows(self.path) if resume_at else []
+            kept = [line for line, row in rows if row.get("step", 0) <= resume_at]
             new = self.path.with_suffix(".tmp")
             new.write_text("".join(kept), encoding="utf-8")
             os.replace(new, self.path)
@@ -315,8 +329,8 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "H20": 148.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0,
-               "GB200": 2500.0, "L40S": 362.0, "4090": 165.0, "3090": 71.0, "A10": 125.0}    # dense bf16, vendor data sheets
+PEAK_TFLOPS = {"GB200": 2500.0, "B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "H20": 148.0,
+               "A100": 312.0, "A800": 312.0, "L40S": 362.0, "4090": 165.0, "3090": 71.0}   # dense bf16
 
 
 def peak_tflops(device: torch.device) -> float | None:
@@ -324,7 +338,7 @@ def peak_tflops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in sorted(PEAK_TFLOPS.items(), key=lambda kv: -len(kv[0])) if key in name), None)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
 def mfu(shape, seq_len: int, tokens_per_second: float, rt: Runtime) -> float | None:

@@ -1,0 +1,19 @@
+"""
+RL of the 100M model on one card (report section 3.3, scaled down; values ours).
+
+    python rl.py config/mimo_100m_rl.py
+"""
+init = "out/mimo_100m/sft"
+out = "out/mimo_100m/rl"
+problems = "out/mimo_100m/problems/rl.jsonl"
+valid = "out/mimo_100m/problems/valid.jsonl"
+steps = 200
+batch_size = 64
+mini_batch = 64
+group_size = 16
+lr = 5e-6
+budget = [(0, 1_024)]
+max_groups = 256
+slots = 256
+judge_workers = 6
+micro_tokens = 16_384

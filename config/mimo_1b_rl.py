@@ -1,0 +1,18 @@
+"""
+RL of the 1B model (report section 3.3, scaled down; all values ours but the recipe's shape).
+
+    torchrun --nproc_per_node=8 rl.py config/mimo_1b_rl.py
+"""
+from config.mimo_7b_rl import *
+
+init = "out/mimo_1b/sft"
+out = "out/mimo_1b/rl"
+problems = "out/mimo_1b/problems/rl.jsonl"
+valid = "out/mimo_1b/problems/valid.jsonl"
+steps = 400
+batch_size = 128
+mini_batch = 64
+max_groups = 512
+budget = [(0, 4_096)]
+slots = 256
+checkpointing = "selective"

@@ -1,0 +1,28 @@
+"""
+MiMo-7B, RL from SFT: GRPO with 16 updates per batch (report section 3.3; 3.3.3 for the values).
+
+    torchrun --nproc_per_node=8 rl.py config/mimo_7b_rl.py
+    torchrun --nproc_per_node=8 rl.py config/mimo_7b_rl.py --init=out/mimo_7b/base --out=out/mimo_7b/rl_zero
+
+Ours, where the report is silent: G = 16, clip 0.2 / 0.28, no weight decay, the length of the run.
+"""
+init = "out/mimo_7b/sft"
+out = "out/mimo_7b/rl"
+problems = "out/mimo_7b/problems/rl.jsonl"      # 100K maths, 30K code [paper 3.2]
+valid = "out/mimo_7b/problems/valid.jsonl"
+steps = 1_000
+batch_size = 512                                # groups per iteration [paper 3.3.3]
+mini_batch = 32                                 # groups per update: 16 updates [paper 3.3.3]
+group_size = 16
+lr = 1e-6
+scheme = "soft"
+easy_alpha = 0.1
+max_groups = 2_048
+budget = [(0, 30_720)]                          # new tokens; 32,768 with a prompt of 2,048 [paper 3.3.3]
+slots = 64
+judge_workers = 12
+micro_tokens = 32_768
+eval_every = 20
+eval_samples = 8
+save_every = 10
+checkpointing = "full"

@@ -1,0 +1,22 @@
+"""
+MiMo-7B, SFT: 500K samples packed to 32,768 tokens, batch 128, constant learning rate 3e-5 (report section
+3.1).
+
+    torchrun --nproc_per_node=8 sft.py config/mimo_7b_sft.py
+    torchrun --nproc_per_node=8 sft.py config/mimo_7b_sft.py --init=out/mimo_7b_hf     # from imported weights
+
+Ours: three epochs (the report is silent), so 1,700 steps if a sample has 4,800 tokens on average.
+"""
+init = "out/mimo_7b/base"
+out = "out/mimo_7b/sft"
+data = "out/mimo_7b/sft.jsonl"
+heldout = "out/mimo_7b/problems/test.jsonl"
+seq_len = 32_768
+batch_size = 128
+micro_batch = 1
+steps = 1_700
+lr = 3e-5
+max_per_query = 8
+save_every = 100
+checkpointing = "full"
+compile = True
