@@ -101,13 +101,17 @@ class Scheduler:
     reward_lag  decode steps from the end of a group to the use of its rewards; None: as they come (header)
     max_groups  cap on launches per step, default 8 * batch: then the step trains on what is there
     rate        expected share of valid groups before anything is known; later the last step's share
+    rank, world with several processes, each has its own scheduler, engine and judge: every world-th problem
+                of an epoch is its own (give it batch / world groups), and so is its easy pool
     Raises ValueError for settings out of range, unknown or repeated results, rewards outside [0, 1].
     """
 
     def __init__(self, n_prompts: int, batch: int, G: int, seed: int = 0, alpha: float | None = 0.1,
                  dynamic: bool = True, launch: str = "continuous", stop: str = "fifo",
                  reward_lag: int | None = 16, max_groups: int | None = None, tol: float = 1e-6,
-                 rate: float = 0.5):
+                 rate: float = 0.5, rank: int = 0, world: int = 1):
+        if not 0 <= rank < world <= n_prompts:
+            raise ValueError(f"rank {rank} of {world} should be below it, with a prompt at least per rank")
         if min(n_prompts, batch, G) < 1:
             raise ValueError(f"n_prompts, batch, G = {n_prompts}, {batch}, {G} should all be at least 1")
         if dynamic and G < 2:
@@ -120,7 +124,7 @@ class Scheduler:
             raise ValueError(f"reward_lag = {reward_lag} should be None or >= 0")
         self.n_prompts, self.batch_size, self.G, self.seed = n_prompts, batch, G, seed
         self.alpha, self.dynamic, self.launch_mode, self.stop_mode = alpha, dynamic, launch, stop
-        self.reward_lag, self.tol = reward_lag, tol
+        self.reward_lag, self.tol, self.rank, self.world = reward_lag, tol, rank, world
         self.max_groups = (8 * batch if dynamic else batch) if max_groups is None else max_groups
         if self.max_groups < batch:
             raise ValueError(f"max_groups = {self.max_groups} should be at least batch = {batch}")
@@ -150,11 +154,11 @@ class Scheduler:
         """The front of the prompt queue: a seeded permutation per epoch, without the pool's problems."""
         while True:
             epoch, position = self.cursor
-            if position == self.n_prompts:
+            if position == len(range(self.rank, self.n_prompts, self.world)):
                 epoch, position = epoch + 1, 0
             if self._perm[0] != epoch:
                 ids = sorted(range(self.n_prompts), key=lambda i: hash64(self.seed, "epoch", epoch, i))
-                self._perm = (epoch, ids)
+                self._perm = (epoch, ids[self.rank :: self.world])
             self.cursor = (epoch, position + 1)
             if (prompt := self._perm[1][position]) not in self.pool:
                 return prompt
@@ -163,10 +167,11 @@ class Scheduler:
         # 3.3.2: with probability alpha a rollout draws from the pool. Coin and place are hashes of the launch
         # index, and the pool does not change within a step: a function of (state at step start, index)
         index = len(self.groups)
-        coin = hash64(self.seed, "coin", self.step, index) / 2**64
+        coin = hash64(self.seed, self.rank, "coin", self.step, index) / 2**64
         pool = bool(self.pool) and (coin < self.alpha or len(self.pool) == self.n_prompts)
         if pool:
-            prompt = list(self.pool)[hash64(self.seed, "place", self.step, index) % len(self.pool)]
+            place = hash64(self.seed, self.rank, "place", self.step, index) % len(self.pool)
+            prompt = list(self.pool)[place]
         else:
             prompt = self._next_prompt()
         task, G = Task(self.step, index, prompt, pool), self.G
@@ -207,7 +212,7 @@ class Scheduler:
 
     def sample_seed(self, key: Key) -> int:
         """Seed of one sample's generator, independent of scheduling and of the sample's neighbours."""
-        return hash64(self.seed, "sample", *key) >> 1  # 63 bits, torch's range
+        return hash64(self.seed, self.rank, "sample", *key) >> 1  # 63 bits, torch's range
 
     # ---- what came back --------------------------------------------------------------------------
 
@@ -314,7 +319,7 @@ class Scheduler:
             solved = min(g.rewards) >= 1 - self.tol
             if solved:
                 self.pool[g.task.prompt] = None
-            elif g.task.pool:  # 3.3.2 says nothing of a relapse: it goes back to the ordinary queue
+            else:  # 3.3.2 says nothing of a relapse: here it goes back to the ordinary queue
                 self.pool.pop(g.task.prompt, None)
         metrics["pool_size"] = len(self.pool)
         self.rate = max(sum(g.valid for g in kept) / len(kept), 1 / self.max_groups)
@@ -357,11 +362,11 @@ class Scheduler:
         """JSON-able; only between steps (else RuntimeError), so nothing is in flight that could be lost."""
         if self.groups:
             raise RuntimeError(f"step {self.step} is in flight: checkpoint after batch()")
-        return {"n_prompts": self.n_prompts, "seed": self.seed, "step": self.step,
-                "cursor": list(self.cursor), "pool": list(self.pool), "rate": self.rate}
+        return {"n_prompts": self.n_prompts, "seed": self.seed, "rank": self.rank, "world": self.world,
+                "step": self.step, "cursor": list(self.cursor), "pool": list(self.pool), "rate": self.rate}
 
     def load_state_dict(self, state: dict):
-        for name in ("n_prompts", "seed"):
+        for name in ("n_prompts", "seed", "rank", "world"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"{name} = {getattr(self, name)}, but the checkpoint has {state[name]}")
         self.step, self.cursor = state["step"], tuple(state["cursor"])
@@ -386,12 +391,12 @@ class RolloutThread:
             raise ValueError(f"max_staleness = {max_staleness} should be 0 or 1")
         self.sched, self.engine, self.judge, self.make_request = scheduler, engine, judge, make_request
         self.max_staleness, self.judge_timeout = max_staleness, judge_timeout
-        self.first = self.version = scheduler.step  # the weights in the engine: after this many updates
-        self.weights = {self.first: None}  # version -> weights not yet loaded (None: nothing to load)
+        self.first = self.version = scheduler.step  # weights are named by the updates behind them
+        self.weights = {}  # published and not yet loaded, by version
         self.ready: list[Batch] = []
         self.error: BaseException | None = None
         self.stopping = False
-        self.changed = threading.Condition()  # guards the four above
+        self.changed = threading.Condition()  # guards the five above
         self.thread = threading.Thread(target=self._run, name="rollout", daemon=True)
         self.thread.start()
 
@@ -438,16 +443,14 @@ class RolloutThread:
             while True:
                 wanted = max(self.first, self.sched.step - self.max_staleness)  # the version for this batch
                 with self.changed:
-                    while wanted not in self.weights and not self.stopping:
+                    while wanted != self.first and wanted not in self.weights and not self.stopping:
                         self.changed.wait()
                     if self.stopping:
                         return
-                    if (weights := self.weights[wanted]) is not None:
-                        self.weights[wanted] = None  # load once
-                    for v in [v for v in self.weights if v < wanted]:
-                        del self.weights[v]
+                    weights = self.weights.pop(wanted, None)
                 if weights is not None:
                     self.engine.load(weights)
+                    weights = None  # a copy of the model: do not keep it while generating
                 if (batch := self._one_batch(wanted)) is None:
                     return
                 with self.changed:

@@ -24,17 +24,19 @@ class Answer:
 
 
 class FakeEngine:
-    """`slots` places, one token a step each; length(prompt, seed) in tokens. Not invariant: neighbours count."""
+    """`slots` places, one token a step each; length(prompt, seed) in tokens. Else neighbours count."""
 
     def __init__(self, slots, length, invariant=True):
         self.slots, self.length, self.invariant = slots, length, invariant
         self.queue, self.running, self.log, self.steps, self.weights = [], {}, [], 0, None
+        self.longest_queue = 0  # samples that would not start at the next step
 
     active = property(lambda self: len(self.running))
     waiting = property(lambda self: len(self.queue))
 
     def add(self, request):
         self.queue.append(request)
+        self.longest_queue = max(self.longest_queue, len(self.queue) + len(self.running) - self.slots)
         self.log.append((self.steps, "add", request))
 
     def step(self):
@@ -233,6 +235,19 @@ def test_sample_seeds_differ_and_depend_on_the_name_alone():
     assert Scheduler(10, 2, 4, seed=2).sample_seed(keys[0]) != seeds[0]
 
 
+def test_ranks_share_every_epoch_and_nothing_else():
+    """10 problems, 3 ranks: 4 + 3 + 3, each problem once an epoch; seeds differ; states do not mix."""
+    ranks = [Scheduler(10, 4 if r == 0 else 3, 2, rank=r, world=3, rate=1.0, seed=7) for r in range(3)]
+    for epoch in range(2):
+        batches = [play(sched, lambda t, i: 1, lambda t, i: float(i))[0] for sched in ranks]
+        assert sorted(g.task.prompt for groups in batches for g in groups) == list(range(10))
+        assert all(sched.cursor == (epoch, len(groups)) for sched, groups in zip(ranks, batches, strict=True))
+    firsts = [sched.launch()[0] for sched in ranks]
+    assert len({sched.sample_seed(t.key(0)) for sched, t in zip(ranks, firsts, strict=True)}) == 3
+    with pytest.raises(ValueError, match="rank = 1, but the checkpoint has 0"):
+        Scheduler(10, 3, 2, rank=1, world=3).load_state_dict(Scheduler(10, 3, 2, world=3).state_dict())
+
+
 # ---- first in, first out -----------------------------------------------------------------------------------
 
 
@@ -318,10 +333,10 @@ def test_stop_waits_for_the_older_and_aborts_the_younger():
 def test_continuous_launch_by_hand():
     """batch 4, last rate p0 = 0.5, weight w = 4 // 4 = 1, reward_lag 0.
 
-    Start: 0 + 0.5 r < 4 launches until r = 8. Launch 0 comes back invalid: p = (0 + 0.5) / (1 + 1) = 0.25,
-    and 7 are running: 0 + 0.25 r < 4 until r = 16, so 9 more. Launch 1 comes back valid: p = (1 + 0.5) / (2
-    + 1), 15 are running: 1 + 7.5 >= 4, none. Launch 3 before launch 2, valid: the prefix ends at 2, p
-    stays, none."""
+    Start: 0 + 0.5 r < 4 launches until r = 8. Launch 1 comes back invalid; launch 0 is out, so the prefix is
+    empty, p stays 0.5, 0 + 0.5 * 7 < 4: one more. Launch 0 comes back valid: the prefix is 2 long, p = (1 +
+    0.5) / (2 + 1) = 0.5, 1 + 0.5 * 7 >= 4: none. Launch 2 invalid: p = 1.5 / 4 = 0.375, 1 + 0.375 * 6 < 4 until
+    r = 8: two more. Launch 3 invalid: p = 1.5 / 5 = 0.3, until r = 10: three more."""
     sched = Scheduler(100, 4, 2, rate=0.5, reward_lag=0)
     assert len(sched.launch()) == 8
     def end(index, rewards):
@@ -329,15 +344,66 @@ def test_continuous_launch_by_hand():
         sched.advance([(key(i), Answer(key(i), range(1), "stop", 0)) for i in range(2)], 16)
         sched.observe([(key(i), rewards[i], None) for i in range(2)])
         return [t.index for t in sched.launch()]
-    assert end(0, (0, 0)) == list(range(8, 17))
-    assert end(1, (0, 1)) == []
-    assert end(3, (1, 0)) == [] and sched.head == 2 and sched.n_valid == 2
+    assert end(1, (0, 0)) == [8]
+    assert end(0, (0, 1)) == []
+    assert end(2, (1, 1)) == [9, 10]
+    assert end(3, (1, 1)) == [11, 12, 13]
+
+
+def test_rewards_wait_for_the_lag_but_not_when_nothing_is_left_to_decode():
+    """batch 1, one launch of 5 steps, reward_lag 100: over after 5 steps. Two launches of 5 and 50 steps,
+    the first invalid, the second valid: its reward ends the step at 50, though the first one's would be due
+    at 105."""
+    sched = Scheduler(9, 1, 2, rate=1.0, reward_lag=100)
+    assert play(sched, lambda t, i: 5, lambda t, i: float(i))[1]["engine_steps"] == 5
+    sched.rate = 0.5
+    _, metrics = play(sched, lambda t, i: (5, 50)[t.index], lambda t, i: float(i * t.index))
+    assert metrics["engine_steps"] == 50
+    # lag 10: launch 0's failure is known at 15: p = 1/4, launches 2, 3, 4 begin. That of launch 1 is known at
+    # 60: p = 1/6, three more. Launch 2 ends at 115, is known to be valid at 125, and some are still running
+    sched = Scheduler(9, 1, 2, rate=0.5, reward_lag=10, alpha=None)
+    length = lambda t, i: (5, 50)[t.index] if t.index < 2 else 100
+    _, metrics = play(sched, length, lambda t, i: 0.0 if t.index < 2 else float(i))
+    assert metrics["groups_launched"] == 8 and metrics["engine_steps"] == 125
+
+
+def test_groups_that_end_together_are_applied_in_launch_order():
+    """first-finished, three valid groups end at the same step, listed youngest first: the oldest is taken."""
+    sched = Scheduler(9, 1, 2, rate=0.3, reward_lag=0, stop="first")
+    sched.launch()
+    keys = [(0, k, i) for k in (2, 1, 0) for i in (0, 1)]
+    sched.advance([(k, Answer(k, range(1), "stop", 0)) for k in keys], 8)
+    sched.observe([(k, float(k[2]), None) for k in keys])
+    sched.launch()
+    assert [g.task.index for g in sched.batch()[0]] == [0]
 
 
 def test_free_slots_limit_launches_to_groups_that_can_start():
     sched = Scheduler(100, 8, 4, rate=0.5)
     assert [len(sched.launch(free)) for free in (9, 0, -2)] == [3, 0, 0]
     assert len(sched.launch()) == 13  # 16 in all
+
+
+def test_the_thread_launches_only_what_can_start():
+    """18 slots, groups of 4: at most 3 samples of the last group wait for a slot."""
+    engine = FakeEngine(18, lengths)
+    train(ShuffledJudge(0), steps=3, engine=engine, batch=20)
+    assert 0 < engine.longest_queue <= 3
+
+
+def test_aborted_samples_may_also_come_out_of_step():
+    """An engine whose abort() returns nothing and whose next step() hands out the stumps."""
+    class Late(FakeEngine):
+        stumps = ()
+        def abort(self, key):
+            self.stumps = (*self.stumps, s) if (s := super().abort(key)) else self.stumps
+        def step(self):
+            stumps, self.stumps = self.stumps, ()
+            return [*super().step(), *stumps]
+    late, _ = train(ShuffledJudge(0), engine=Late(20, lengths))
+    want, _ = train(ShuffledJudge(0), engine=FakeEngine(20, lengths))
+    keep = lambda out: [(groups, state) for groups, _, state, _, _ in out]
+    assert keep(late) == keep(want)
 
 
 def test_waves_by_hand():
