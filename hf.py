@@ -22,6 +22,7 @@ too):
 """
 import argparse
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -39,15 +40,14 @@ HERE = Path(__file__).resolve().parent
 # what belongs to a tokenizer; copied as it is, so that an import can be exported with the very same files
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json",
                    "special_tokens_map.json", "chat_template.jinja")
-CONFIG, GENERATION = "hf_config.json", "generation_config.json"   # an import keeps the originals under these names
+CONFIG, GENERATION = "hf_config.json", "generation_config.json"   # an import keeps the originals so
 AUTO_MAP = {"AutoConfig": "configuration_mimo.MiMoConfig", "AutoModel": "modeling_mimo.MiMoModel",
             "AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM"}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}      # safetensors' names
 MARK = "export.json"          # says that a folder was made by this script and may be replaced by it
 
 
-# ---- names and shapes
-# ------------------------------------------------------------------------------------------
+# ---- names and shapes --------------------------------------------------------------------------------------
 
 def hub_name(name):
     """layers.0.mlp.up_proj.weight -> model.layers.0.mlp.up_proj.weight; only the head is not inside
@@ -90,7 +90,8 @@ def tensors_in(folder):
 
 def check_tensors(have, want, where):
     """
-    have: hub name -> (file, name in the file); want: hub name -> shape. Each once and in its shape, or the run ends.
+    have: hub name -> (file, name in the file); want: hub name -> shape. Each once and in its shape, or the
+    run ends.
     """
     missing, left_over = sorted(set(want) - set(have)), sorted(set(have) - set(want))
     if missing:
@@ -104,11 +105,10 @@ def check_tensors(have, want, where):
                 if list(piece.get_shape()) != want[name]:
                     die(f"{path}: tensor {stored} has shape {piece.get_shape()}, should be {want[name]}")
                 if piece.get_dtype() not in DTYPES:
-                    die(f"{path}: tensor {stored} is {piece.get_dtype()}, should be one of {', '.join(DTYPES)}")
+                    die(f"{path}: tensor {stored} is {piece.get_dtype()}, should be {' or '.join(DTYPES)}")
 
 
-# ---- streaming
-# -------------------------------------------------------------------------------------------------
+# ---- streaming ---------------------------------------------------------------------------------------------
 
 def write_shards(folder, sources, limit, dtype=None, change=lambda name, t: t):
     """
@@ -131,13 +131,13 @@ def write_shards(folder, sources, limit, dtype=None, change=lambda name, t: t):
     weight_map = {}
     for k, names in enumerate(shards, 1):
         file = f"model-{k:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        data = {}
+        data = {}                                                     # this shard; the one before is gone
         for path in sorted({sources[new][0] for new in names}):
             with opened(path) as f:
                 for new in (n for n in names if sources[n][0] == path):
                     t = f.get_tensor(sources[new][1])
-                    data[new] = change(new, t).to(dtype or t.dtype).contiguous()
-        save_file(data, folder / file, metadata={"format": "pt"})     # transformers refuses a file without the mark
+                    data[new] = change(new, t).to(dtype or t.dtype)
+        save_file(data, folder / file, metadata={"format": "pt"})     # transformers wants the mark
         del data
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -154,8 +154,7 @@ def need_space(folder, n_bytes):
         die(f"{folder}: {n_bytes / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
 
 
-# ---- import
-# ----------------------------------------------------------------------------------------------------
+# ---- import ------------------------------------------------------------------------------------------------
 
 def model_config(hf, path):
     """
@@ -174,7 +173,8 @@ def model_config(hf, path):
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         die(f"{path}: RoPE scaling {rope} is not part of MiMo-7B; should be absent")
     hf = {"rope_theta": rope.get("rope_theta")} | hf
-    for key, right in {"hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": False}.items():
+    fixed = {"hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": False}
+    for key, right in fixed.items():
         if hf.get(key, right) != right:
             die(f"{path}: {key} = {hf[key]!r} should be {right!r}: this is not MiMo-7B's architecture")
     heads, width = get("num_attention_heads", int), get("hidden_size", int)
@@ -196,8 +196,10 @@ def extra_layers(folder, files, cfg):
     double = sorted(set(extra) & set(files))
     if double:
         die(f"{folder}: tensor {double[0]} is in the main model already")
-    layers = {int(n.split(".")[2]) for n in extra if n.startswith("model.mtp_layers.") and n.split(".")[2].isdigit()}
-    return files | extra, ModelConfig(**{**vars(cfg), "n_mtp": max(layers, default=0) + 1})
+    layers = [int(n.split(".")[2]) for n in extra if re.match(r"model\.mtp_layers\.\d+\.", n)]
+    if not layers:
+        die(f"{folder}: no tensor of an MTP layer (model.mtp_layers.1.* ...)")
+    return files | extra, ModelConfig(**{**vars(cfg), "n_mtp": max(layers) + 1})
 
 
 def import_folder(source, run, mtps=None, dtype=None, shard_bytes=5e9, chat="auto"):
@@ -228,7 +230,8 @@ def import_folder(source, run, mtps=None, dtype=None, shard_bytes=5e9, chat="aut
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        n_bytes = write_shards(temporary, {n.removeprefix("model."): have[n] for n in want}, shard_bytes, dtype)
+        ours = {name.removeprefix("model."): have[name] for name in want}
+        n_bytes = write_shards(temporary, ours, shard_bytes, dtype)
         write_json(temporary / "model.json", vars(cfg))
         write_json(temporary / CONFIG, hf)
         write_json(temporary / "config.json", {"imported": str(source), "mtps": str(mtps) if mtps else None})
@@ -245,8 +248,7 @@ def import_folder(source, run, mtps=None, dtype=None, shard_bytes=5e9, chat="aut
     return cfg, len(want), n_bytes
 
 
-# ---- export
-# ----------------------------------------------------------------------------------------------------
+# ---- export ------------------------------------------------------------------------------------------------
 
 def hub_config(cfg, tokenizer, flavour, chat, dtype, original):
     """
@@ -278,8 +280,8 @@ def hub_config(cfg, tokenizer, flavour, chat, dtype, original):
 def generation_config(tokenizer, chat):
     """Sampling of the report's evaluation (T 0.6, top-p 0.95); chat models stop at both end tokens."""
     ends = [tokenizer.im_end_id, tokenizer.eos_id] if chat else tokenizer.eos_id
-    return {"bos_token_id": tokenizer.eos_id, "do_sample": True, "eos_token_id": ends,
-            "pad_token_id": tokenizer.eos_id, "temperature": 0.6, "top_p": 0.95, "transformers_version": "4.40.1"}
+    return {"bos_token_id": tokenizer.eos_id, "eos_token_id": ends, "pad_token_id": tokenizer.eos_id,
+            "do_sample": True, "temperature": 0.6, "top_p": 0.95, "transformers_version": "4.40.1"}
 
 
 def folding(path, name):
@@ -288,15 +290,15 @@ def folding(path, name):
     with opened(path) as f:
         gamma = f.get_tensor(name).float()                                   # [D]
     if not (gamma.isfinite() & (gamma.abs() > 1e-6)).all():
-        die(f"{path}: {name} has a gain of {gamma.abs().min():g}, the MTP norm cannot be divided by it; --fold=no")
+        die(f"{path}: {name} has a gain of {gamma.abs().min():g}, nothing can be divided by it; --fold=no")
 
     def change(name, t):
         if name == "lm_head.weight":                                         # lm_head[:, j] *= gamma_j
-            return (t.float() * gamma).to(t.dtype)                           # [V,D]
+            return t.float() * gamma                                         # [V,D] * [D]
         if name == "model.norm.weight":                                      # model.norm = 1
             return torch.ones_like(t)
         if name.endswith(".final_layernorm.weight"):                         # final_layernorm /= gamma
-            return (t.float() / gamma).to(t.dtype)
+            return t.float() / gamma
         return t
     return change
 
@@ -343,27 +345,24 @@ def export_folder(source, target, flavour, mtps=None, dtype=None, fold="auto", s
     layer = lambda name: int(name.split(".")[2]) if name.startswith("model.mtp_layers.") else -1
     main = {n: have[n] for n in want if layer(n) < (1 if flavour == "mimo" else 0)}
     rest = {n: have[n] for n in want if layer(n) >= 1}
+    if mtps and not rest:
+        die(f"{ckpt} has {cfg.n_mtp} MTP layer(s), there is no second one to write to {mtps}")
     config = hub_config(cfg, tokenizer, flavour, chat, dtype or stored, original)
     need_space(target.parent, sum(p.stat().st_size for p in {p for p, _ in have.values()}))
     temporary = open_target(target)
     try:
         n_bytes = write_shards(temporary, main, shard_bytes, dtype, change)
         write_json(temporary / "config.json", config)
-        for file in (*TOKENIZER_FILES, GENERATION):
-            if (ckpt / file).is_file():
-                shutil.copyfile(ckpt / file, temporary / file)
-        if not (temporary / GENERATION).is_file():
-            write_json(temporary / GENERATION, generation_config(tokenizer, chat))
-        if flavour == "mimo":
-            for file in sorted((HERE / "hf_export").glob("*.py")):
-                shutil.copyfile(file, temporary / file.name)
+        write_json(temporary / GENERATION, generation_config(tokenizer, chat))
+        ours = sorted((HERE / "hf_export").glob("*.py")) if flavour == "mimo" else []
+        # an import's own generation_config.json wins over ours
+        for path in (*ours, *(ckpt / f for f in (*TOKENIZER_FILES, GENERATION) if (ckpt / f).is_file())):
+            shutil.copyfile(path, temporary / path.name)
         close_target(temporary, target, note)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if mtps:
-        if not rest:
-            die(f"{ckpt} has {cfg.n_mtp} MTP layer(s), there is no second one to write to {mtps}")
+    if mtps:                                  # the layout of MiMo-7B-MTPs: these tensors and a configuration
         temporary = open_target(mtps)
         write_shards(temporary, rest, shard_bytes, dtype, change)
         more = {"architectures": ["MiMoMTPModel"], "num_nextn_predict_layers": cfg.n_mtp}
@@ -374,8 +373,7 @@ def export_folder(source, target, flavour, mtps=None, dtype=None, fold="auto", s
     return ckpt, len(main), n_bytes, folded
 
 
-# ---- command line
-# ----------------------------------------------------------------------------------------------
+# ---- command line ------------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="hf.py", description="Hugging Face folders <-> our checkpoints")
@@ -388,7 +386,8 @@ def main(argv=None):
         p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: as stored")
         p.add_argument("--shard_gb", type=float, default=5.0, help="GB per file, and the peak of memory")
         if verb == "import":
-            p.add_argument("--chat", choices=["auto", "yes", "no"], default="auto", help="auto: eos is <|im_end|>")
+            p.add_argument("--chat", choices=["auto", "yes", "no"], default="auto",
+                           help="is it a chat model? auto: if its eos token is <|im_end|>")
         else:
             p.add_argument("--flavour", choices=["mimo", "qwen2"], required=True)
             p.add_argument("--fold", choices=["auto", "yes", "no"], default="auto",
@@ -400,7 +399,8 @@ def main(argv=None):
         print(f"{a.source} -> {a.target}: {n} tensors, {cfg.n_params():,} parameters, {size / 1e9:.2f} GB, "
               f"{cfg.n_mtp} MTP layer(s), RoPE base {cfg.rope_base:,.0f}, context {cfg.max_seq_len:,}")
     else:
-        ckpt, n, size, folded = export_folder(a.source, a.target, a.flavour, a.mtps, dtype, a.fold, a.shard_gb * 1e9)
+        ckpt, n, size, folded = export_folder(a.source, a.target, a.flavour, a.mtps, dtype, a.fold,
+                                              a.shard_gb * 1e9)
         print(f"{ckpt} -> {a.target}: {n} tensors, {size / 1e9:.2f} GB, flavour {a.flavour}, "
               f"final norm {'folded into the head' if folded else 'as it was'}")
 

@@ -27,7 +27,7 @@ class MiMoMTPLayer(Qwen2DecoderLayer):
     The draft's logits are lm_head(final_layernorm(z)); the trunk's final norm is not applied anywhere here.
     """
     def __init__(self, config):
-        super().__init__(config, layer_idx=0)        # never given a KV cache, so it shares no slot with the trunk
+        super().__init__(config, layer_idx=0)        # never given a KV cache: no slot shared with the trunk
         D, eps = config.hidden_size, config.rms_norm_eps
         self.token_layernorm = Qwen2RMSNorm(D, eps=eps)
         self.hidden_layernorm = Qwen2RMSNorm(D, eps=eps)
@@ -77,8 +77,8 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
         token_embeds = self.model.embed_tokens(input_ids[:, k + 1:])
         position_ids = torch.arange(n, device=input_ids.device)[None]
         mask = None
-        if self.config._attn_implementation != "flash_attention_2":        # flash attention is causal by itself
-            mask = torch.full((n, n), torch.finfo(h.dtype).min, dtype=h.dtype, device=h.device).triu(1)[None, None]
+        if self.config._attn_implementation != "flash_attention_2":          # that one is causal by itself
+            mask = torch.full((1, 1, n, n), torch.finfo(h.dtype).min, dtype=h.dtype, device=h.device).triu(1)
         z = layer(h, token_embeds, attention_mask=mask, position_ids=position_ids,
                   position_embeddings=self.model.rotary_emb(h, position_ids))
         return self.lm_head(layer.final_layernorm(z))
@@ -89,7 +89,7 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
         Mean of [argmax of layer 0 at i == argmax of the trunk at i + 1] over the places where token i + 1 is
         the trunk's own choice; elsewhere an engine would never draft. Use text that this model wrote.
         """
-        trunk = self(input_ids=input_ids, use_cache=False).logits.argmax(-1)      # [B,T], predicts token i + 1
-        draft = self.mtp_logits(input_ids).argmax(-1)                             # [B,T-1], predicts token i + 2
+        trunk = self(input_ids=input_ids, use_cache=False).logits.argmax(-1)     # [B,T], of token i + 1
+        draft = self.mtp_logits(input_ids).argmax(-1)                            # [B,T-1], of token i + 2
         own = trunk[:, :-1] == input_ids[:, 1:]
         return (draft == trunk[:, 1:])[own].float().mean().item()

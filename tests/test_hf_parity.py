@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import mtp  # noqa: E402
 from checkpoint import find, load_model, read_weights, save_checkpoint  # noqa: E402
+from engine import Engine, Request, generate  # noqa: E402
 from hf import export_folder, import_folder  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -21,7 +22,8 @@ CFG = ModelConfig(vocab_size=1024, n_layer=3, d_model=64, n_head=4, n_kv_head=2,
 
 
 def rough_model(cfg=CFG, seed=0, gain=0.3):
-    """Large random weights and uneven gains: every part of the model matters, and greedy text does not repeat itself."""
+    """Large random weights and uneven gains: every part of the model matters, and greedy text does not repeat
+    itself."""
     model, g = mtp.build(cfg), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -60,8 +62,9 @@ def max_diff(a, b):
 
 @torch.no_grad()
 def test_trunk_logits_equal_qwen2(run, exports):
-    """fp32 on CPU, the same weights (flavour qwen2 is not folded): all 81,920 logits are equal to the last bit when
-    transformers uses the same attention (sdpa); its eager attention sums in another order, measured 2.3e-6."""
+    """fp32 on CPU, the same weights (flavour qwen2 is not folded): all 81,920 logits are equal to the last
+    bit when transformers uses the same attention (sdpa); its eager attention sums in another order, measured
+    2.3e-6."""
     model, (folder, hf) = run[1], exports["qwen2"]
     assert type(hf).__name__ == "Qwen2ForCausalLM"
     x = ids()
@@ -76,7 +79,8 @@ def test_trunk_logits_equal_qwen2(run, exports):
 def test_folded_mimo_has_the_same_logits(run, exports):
     """Folding the final norm changes rounding only."""
     model, (folder, hf) = run[1], exports["mimo"]
-    assert type(hf).__name__ == "MiMoForCausalLM" and json.loads((folder / "export.json").read_text())["folded"]
+    assert type(hf).__name__ == "MiMoForCausalLM"
+    assert json.loads((folder / "export.json").read_text())["folded"]
     assert torch.equal(hf.model.norm.weight, torch.ones(64)) and (model.norm.weight - 1).abs().max() > 0.3
     x = ids()
     assert max_diff(model.logits(model(x)), hf(x).logits) < 5e-5
@@ -92,13 +96,14 @@ def our_mtp_logits(model, x):
 
 @torch.no_grad()
 def test_mtp_layer_in_transformers(run, exports):
-    """The exported MTP layer, called through our modelling file, drafts what ours drafts; with controls that must not."""
+    """The exported MTP layer, called through our modelling file, drafts what ours drafts; with controls that
+    must not."""
     model, hf = run[1], exports["mimo"][1]
     x = ids()
     ours, theirs = our_mtp_logits(model, x), hf.mtp_logits(x)
     assert theirs.shape == (2, 39, 1024) and max_diff(ours, theirs) < 5e-5
     layer = hf.model.mtp_layers[0]
-    layer.input_proj.weight.copy_(layer.input_proj.weight.roll(64, 1))      # halves swapped: [embedding ; hidden]
+    layer.input_proj.weight.copy_(layer.input_proj.weight.roll(64, 1))   # swapped: [embedding ; hidden]
     assert max_diff(ours, hf.mtp_logits(x)) > 0.1
     layer.input_proj.weight.copy_(layer.input_proj.weight.roll(64, 1))
     # acceptance by hand, on text the model wrote itself (elsewhere there is no draft to look at)
@@ -112,8 +117,8 @@ def test_mtp_layer_in_transformers(run, exports):
 
 @torch.no_grad()
 def test_folding_makes_pre_and_post_norm_agree(run, exports):
-    """The reason for folding: an engine that feeds the state AFTER the final norm (SGLang) drafts the same from a folded
-    export, and something else from the original weights."""
+    """The reason for folding: an engine that feeds the state AFTER the final norm (SGLang) drafts the same
+    from a folded export, and something else from the original weights."""
     model, hf = run[1], exports["mimo"][1]
     x = ids()
     right = our_mtp_logits(model, x)
@@ -136,18 +141,19 @@ def test_folding_makes_pre_and_post_norm_agree(run, exports):
 @torch.no_grad()
 @pytest.mark.parametrize("flavour", ["mimo", "qwen2"])
 def test_greedy_text_is_the_same(run, exports, flavour):
-    """60 tokens after a chat prompt: transformers.generate with its KV cache, against our full forward every token."""
-    model, (folder, hf) = run[1], exports[flavour]
-    tok = Tokenizer.load("tiny")
-    prompt, _ = tok.chat([{"role": "user", "content": "What is 17 + 25?"}], add_generation_prompt=True)
-    ours = list(prompt)
-    for _ in range(60):
-        ours.append(int(model.logits(model(torch.tensor([ours])))[0, -1].argmax()))
-        if ours[-1] in (tok.im_end_id, tok.eos_id):
-            break
-    theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[0].tolist()
-    assert theirs == ours and len(set(ours[len(prompt):])) > 5
-    assert hf.generation_config.eos_token_id == [tok.im_end_id, tok.eos_id]
+    """60 tokens after each of three chat prompts: transformers.generate, and our engine as sample.py runs it,
+    without and with the MTP layer drafting."""
+    model, hf, tok = run[1], exports[flavour][1], Tokenizer.load("tiny")
+    ends = (tok.im_end_id, tok.eos_id)
+    asked = ("What is 17 + 25?", "Given a list xs: drop zeros; return the sum.", "x")
+    prompts = [tok.chat([{"role": "user", "content": q}], add_generation_prompt=True)[0] for q in asked]
+    requests = [Request(k, p, max_tokens=60, temperature=0.0, stop=ends) for k, p in enumerate(prompts)]
+    plain = generate(Engine(model, slots=3, max_len=128), requests)
+    drafted = generate(Engine(model, slots=3, max_len=128, n_draft=1), requests)
+    for prompt, a, b in zip(prompts, plain, drafted, strict=True):
+        theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[0].tolist()
+        assert theirs[len(prompt):] == a.tokens == b.tokens and len(set(a.tokens)) > 5
+    assert hf.generation_config.eos_token_id == list(ends)
 
 
 @pytest.mark.parametrize("flavour", ["mimo", "qwen2"])
@@ -155,7 +161,8 @@ def test_tokenizer_in_transformers(exports, flavour):
     """AutoTokenizer reads the exported tiny tokenizer: same ids, same chat, same stop token."""
     theirs = transformers.AutoTokenizer.from_pretrained(exports[flavour][0], trust_remote_code=True)
     ours = Tokenizer.load("tiny")
-    for text in ("Problem: 17 + 25 = ?", "```python\ndef f(xs):\n    return xs[::-1]\n```", "naïve cafe\u0301 中文 😀",
+    for text in ("Problem: 17 + 25 = ?", "```python\ndef f(xs):\n    return xs[::-1]\n```",
+                 "naïve cafe\u0301 中文 😀",
                  "<|im_start|>user\nhi<|im_end|>\n", "don't  \n\n x"):
         assert theirs(text)["input_ids"] == ours.encode(text, control=True), repr(text)
         assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text))
@@ -182,9 +189,11 @@ def test_a_folder_saved_by_transformers_comes_back(exports, run, tmp_path):
 
 @torch.no_grad()
 def test_bf16(run, tmp_path):
-    """--dtype=bfloat16: both read the same bf16 weights, and ours is no further from fp32 than transformers is."""
+    """--dtype=bfloat16: both read the same bf16 weights, and ours is no further from fp32 than transformers
+    is."""
     export_folder(run[0], tmp_path / "hf", "qwen2", dtype=torch.bfloat16)
-    load = lambda dtype: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=dtype).eval()
+    load = lambda dtype: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf",
+                                                                           torch_dtype=dtype).eval()
     import_folder(tmp_path / "hf", tmp_path / "run")
     model = mtp.build(ModelConfig(**{**vars(CFG), "n_mtp": 0})).to(torch.bfloat16).eval()
     read_weights(find(tmp_path / "run"), model)
