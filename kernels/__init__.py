@@ -15,6 +15,7 @@ import torch
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 triton, tl = None, types.SimpleNamespace(constexpr=lambda value: value)  # enough for the kernels' signatures
 if torch.version.cuda or INTERPRET or os.environ.get("NANOMIMO_TRITON") == "1":
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.10 stops fusing a*b+c unless told
     try:
         import triton
         import triton.language as tl
@@ -44,9 +45,8 @@ def sm_count(device):
 
 
 def arch(device):
-    """80, 90 or 100: the family whose configuration list applies."""
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    return 100 if major >= 10 else 90 if major == 9 else 80
+    """The target whose configuration list applies: 90 Hopper, 100 datacentre Blackwell, 80 everything else."""
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 _best = {}

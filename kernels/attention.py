@@ -14,7 +14,7 @@ LOG2E = 1.4426950408889634
 
 @jit
 def attend(q, k_desc, v_desc, j0, col, rows, first, acc, m, l, SCALE2: tl.constexpr, MASK: tl.constexpr,
-           DOCS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+           DOCS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     k = k_desc.load([j0, col])  # [BN, D]
     s = tl.dot(q, k.T, out_dtype=ACC, input_precision="ieee")  # [BM, BN]
     if MASK:
@@ -51,7 +51,7 @@ def block_ranges(bounds, b, m0, T, DOCS: tl.constexpr, BM: tl.constexpr, BN: tl.
 @jit
 def forward_kernel(q, k, v, bounds, o, lse, T, H, sqb, sqt, skb, skt, svb, svt, G: tl.constexpr,
                    SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                   ACC: tl.constexpr):
+                   ACC: tl.constexpr, WS: tl.constexpr):
     bh = tl.program_id(0)
     m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     b, h = bh // H, bh % H
@@ -70,16 +70,18 @@ def forward_kernel(q, k, v, bounds, o, lse, T, H, sqb, sqt, skb, skt, svb, svt, 
     l = tl.zeros([BM], ACC)
     acc = tl.zeros([BM, D], ACC)
     lo, full_lo, full_hi, hi = block_ranges(bounds, b, m0, T, DOCS, BM, BN)
-    for j in tl.range(full_lo, full_hi):
-        acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, False, DOCS, D, BN, ACC)
-    if DOCS:
+    if WS:
+        # one loop, always masked: the only form that the compiler splits into a loading and two computing groups
+        for j in tl.range(lo, hi, warp_specialize=True):
+            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS, BN, ACC)
+    else:
+        for j in tl.range(full_lo, full_hi):
+            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, False, DOCS, BN, ACC)
+        # the blocks that a document's start cuts, then those on the diagonal
         head = full_lo - lo
         for i in tl.range(0, head + hi - full_hi):
             j = tl.where(i < head, lo + i, full_hi + i - head)
-            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS, D, BN, ACC)
-    else:
-        for j in tl.range(full_hi, hi):
-            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS, D, BN, ACC)
+            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS, BN, ACC)
     o_desc = tl.make_tensor_descriptor(o + b64 * T * H * D, [T, H * D], [H * D, 1], [BM, D])
     o_desc.store([m0, h * D], (acc / l[:, None]).to(o.dtype.element_ty))
     tl.store(lse + bh.to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
@@ -233,29 +235,48 @@ def attention_reference(q, k, v, bounds=None, scale=None):
 
 # ---- launching ------------------------------------------------------------------------------------------------
 
-# (BM rows, BN keys, warps, stages), all without a register spill on their target: `python -m kernels.report`.
-# The first is the default, NANOMIMO_AUTOTUNE=1 times the others too.
+# (BM rows, BN keys, warps, stages) by kernel, target and head_dim; none spills a register (`python -m kernels.report`).
+# The first is the default, NANOMIMO_AUTOTUNE=1 times the others too. Negative warps: warp specialised, which the
+# compiler takes only without document bounds.
 CONFIGS = {
+    ("forward", 80, 64): [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
     ("forward", 80, 128): [(128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)],
-    ("forward", 90, 128): [(128, 128, 8, 2), (128, 64, 8, 3)],
-    ("forward", 100, 128): [(128, 64, 8, 2)],
+    ("forward", 80, 256): [(64, 32, 8, 2)],
+    ("forward", 90, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
+    ("forward", 90, 128): [(128, 128, 8, 2), (128, 64, 8, 3), (128, 128, -4, 2), (128, 64, -4, 3)],
+    ("forward", 90, 256): [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
+    ("forward", 100, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
+    ("forward", 100, 128): [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)],
+    ("forward", 100, 256): [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
+    ("dq", 80, 64): [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)],
     ("dq", 80, 128): [(128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
+    ("dq", 80, 256): [(64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)],
+    ("dq", 90, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
     ("dq", 90, 128): [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)],
-    ("dq", 100, 128): [(128, 64, 8, 2)],
+    ("dq", 90, 256): [(128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
+    ("dq", 100, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
+    ("dq", 100, 128): [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)],
+    ("dq", 100, 256): [(128, 32, 8, 2), (64, 32, 4, 2)],
+    ("dkv", 80, 64): [(64, 128, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2)],
     ("dkv", 80, 128): [(64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 4, 2)],
+    ("dkv", 80, 256): [(32, 64, 8, 2)],
+    ("dkv", 90, 64): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)],
     ("dkv", 90, 128): [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 2)],
-    ("dkv", 100, 128): [(64, 128, 8, 2)],
+    ("dkv", 90, 256): [(16, 64, 8, 2)],
+    ("dkv", 100, 64): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)],
+    ("dkv", 100, 128): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 3)],
+    ("dkv", 100, 256): [(32, 64, 8, 2)],
 }
 CPU_TILES = (32, 32, 4, 1)  # interpreter; tests change it
 FP32_TILES = (32, 32, 4, 1)  # fp32 on CUDA: exact, small tiles, not a fast path
 
 
-def configs(kernel, device, dtype, d):
+def configs(kernel, device, dtype, d, docs):
     if device.type == "cpu":
         return [CPU_TILES]
     if dtype == torch.float32:
         return [FP32_TILES]
-    return CONFIGS[kernel, arch(device), 64 if d <= 64 else d]
+    return [c for c in CONFIGS[kernel, arch(device), max(d, 64)] if c[2] > 0 or not docs]
 
 
 def rowwise(t):
@@ -299,9 +320,9 @@ def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torc
         forward_kernel[(B * H, -(-T // BM))](
             q, k, v, bounds, o, lse, T, H, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
             v.stride(1), G=H // k.shape[2], SCALE2=scale * LOG2E, DOCS=bounds is not None, D=d, BM=BM, BN=BN,
-            ACC=acc_type(q.dtype), num_warps=warps, num_stages=stages)
+            ACC=acc_type(q.dtype), WS=warps < 0, num_warps=abs(warps), num_stages=stages)
 
-    options = configs("forward", q.device, q.dtype, d)
+    options = configs("forward", q.device, q.dtype, d, bounds is not None)
     launch(tune(("forward", q.dtype, d, next_pow2(T), bounds is not None), options, launch))
     return o, lse
 
@@ -340,7 +361,7 @@ def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
                                          num_warps=warps, num_stages=stages, **shared)
 
     for name, launch in (("dq", launch_dq), ("dkv", launch_dkv)):
-        options = configs(name, q.device, q.dtype, d)
+        options = configs(name, q.device, q.dtype, d, bounds is not None)
         launch(tune((name, q.dtype, d, next_pow2(T), bounds is not None), options, launch))
     return dq, dk, dv
 

@@ -34,8 +34,12 @@ def split_kernel(q, k_cache, v_cache, table, lengths, part_o, part_lse, Q, n_tab
     for j in tl.range(lo, hi):
         keys = j * BN + tl.arange(0, BN)
         live = keys < length
-        block = tl.load(table + b64 * n_table + keys // S, mask=live, other=0).to(tl.int64)
-        slot = (keys % S).to(tl.int64)
+        if S % BN == 0:  # the tile lies in one block: one look-up, and the slots follow each other
+            block = tl.load(table + b64 * n_table + j * BN // S).to(tl.int64)
+            slot = (j * BN % S + tl.arange(0, BN)).to(tl.int64)
+        else:
+            block = tl.load(table + b64 * n_table + keys // S, mask=live, other=0).to(tl.int64)
+            slot = (keys % S).to(tl.int64)
         k = tl.load(k_cache + (block * skb + slot * sks + kh * skh)[:, None] + dims[None, :],
                     mask=live[:, None], other=0.0)
         s = tl.dot(qt, k.T, out_dtype=ACC, input_precision="ieee")
@@ -74,7 +78,7 @@ def merge_kernel(part_o, part_lse, o, Q, n_split, K: tl.constexpr, G: tl.constex
 
 
 # (BN keys, warps, stages)
-CONFIGS = [(64, 4, 3), (64, 4, 2), (128, 4, 2), (32, 4, 3)]
+CONFIGS = [(64, 4, 3), (128, 8, 3), (32, 4, 3)]
 CPU_TILE = (32, 4, 1)
 
 

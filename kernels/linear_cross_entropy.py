@@ -92,7 +92,7 @@ def logprob_grad_kernel(z, g, targets, lse, dlogp, V, stride_z, stride_g, SCALE:
 
 
 # (columns per step, warps): 4 fp32 values a lane for 16-byte loads
-CONFIGS = [(4096, 8), (8192, 16), (2048, 4), (4096, 16), (16384, 16)]
+CONFIGS = [(4096, 8), (8192, 16), (2048, 4)]
 
 
 def _launch_args(z):

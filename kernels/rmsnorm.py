@@ -47,7 +47,7 @@ def norm_backward_kernel(s, w, r, dy, ds, dx, dw_part, N, D, stride_s, stride_dy
     tl.store(dw_part + pid.to(tl.int64) * D + col, dw, mask=live)
 
 
-def _warps(D):
+def warps_for(D):
     return 4 if D <= 1024 else 8 if D <= 8192 else 16
 
 
@@ -75,7 +75,7 @@ def norm_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
     s = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
     r = torch.empty(N, dtype=_wide(x), device=x.device)
     norm_kernel[(N,)](xf, rf, weight.contiguous(), y, s, r, N, D, xf.stride(0), rf.stride(0) if rf is not None else 0,
-                      EPS=eps, RES=rf is not None, BD=next_pow2(D), num_warps=_warps(D),
+                      EPS=eps, RES=rf is not None, BD=next_pow2(D), num_warps=warps_for(D),
                       ACC=tl.float64 if x.dtype == torch.float64 else tl.float32)
     return y, s, r
 
@@ -101,7 +101,7 @@ def norm_backward_op(s: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, dy:
     part = torch.empty((programs, D), dtype=_wide(s), device=s.device)
     norm_backward_kernel[(programs,)](sf, weight.contiguous(), r, gf, df, dx, part, N, D, sf.stride(0), gf.stride(0),
                                       df.stride(0) if df is not None else 0, per, RES=df is not None,
-                                      BD=next_pow2(D), num_warps=_warps(D),
+                                      BD=next_pow2(D), num_warps=warps_for(D),
                                       ACC=tl.float64 if s.dtype == torch.float64 else tl.float32)
     return dx, part.sum(0).to(weight.dtype)
 
