@@ -20,11 +20,11 @@ import lxml.html
 OPEN, CLOSE, PARA, LINE, FENCE, BR = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
 PARSER = lxml.html.HTMLParser(encoding="utf-8", remove_comments=True)
 LANGUAGES = set("python c cpp java javascript js rust go bash sql html json text".split())
-DROP_TAGS = set("script style nav footer aside form button noscript iframe svg select head".split())
+DROP_TAGS = set("script style nav footer aside form button noscript iframe svg select head title".split())
 BOILER = re.compile(
-    r"(?:^|[\s_-])(?:nav|navbar|menu|sidebar|footer|cookies?|banner|share|social|breadcrumbs?|related|ads?|"
-    r"advert|promo|sponsor|newsletter|signature|vote|votes|tags|user-?info|profile|subscribe|popup|pager|toc|"
-    r"edit-?link|post-?menu|reputation|timestamp)(?:$|[\s_-])",
+    r"(?:^|[\s_-])(?:nav|navbar|navigation|skip-?nav|menu|sidebar|footer|cookies?|banner|share|social|"
+    r"breadcrumbs?|related|ads?|advert|promo|sponsor|newsletter|signature|votes?|tags|user-?info|profile|"
+    r"subscribe|popup|pager|toc|edit-?link|post-?menu|reputation|timestamp)(?:$|[\s_-])",
     re.I,
 )
 POST = re.compile(r"(?:^|\s)(?:postbody|post-text|post-content|comment-body|s-prose|message-body)(?:$|\s)")
@@ -165,10 +165,16 @@ def replace(node, text: str) -> None:
     parent.remove(node)
 
 
-def remove(nodes) -> None:
-    for node in nodes:
-        if node.getparent() is not None:
-            replace(node, "")
+def twins(root) -> list:
+    """Step 1: drawn forms of formulas. MathJax 3 keeps up to three forms; the TeX for copying is best."""
+    drawn = []
+    for node in root.iter():
+        if node.tag == "mjx-container":
+            copy = any("mjx-copytext" in el.get("class", "") for el in node.iter("span"))
+            drawn += [el for el in node if el.tag == "mjx-math" or (copy and el.tag == "mjx-assistive-mml")]
+        elif isinstance(node.tag, str) and TWIN.search(node.get("class", "")):
+            drawn.append(node)
+    return drawn
 
 
 def hold(root, kept: list[str]) -> None:
@@ -212,36 +218,30 @@ def hold(root, kept: list[str]) -> None:
             put(node, ("^" if node.tag == "sup" else "_") + (text if len(text) == 1 else f"{{{text}}}"))
 
 
-def link_farm(node) -> bool:
-    """More than 70% of the text is links and there are three or more: a menu, whatever its class says."""
+def link_share(node) -> float:
+    """Share of the text that is links, 0 for fewer than three links. Over .7: a menu, whatever its class."""
     links = node.findall(".//a")
     if len(links) < 3:
-        return False
-    total = len("".join("".join(node.itertext()).split()))
-    return sum(len("".join("".join(a.itertext()).split())) for a in links) > 0.7 * total
+        return 0.0
+    size = lambda el: len("".join("".join(el.itertext()).split()))
+    return sum(map(size, links)) / max(1, size(node))
 
 
 def drop_boilerplate(root) -> None:
-    """Step 3. Elements that hold protected text stay, whatever they are called; so does a header inside an
-    article."""
-    for node in list(
-        root.iter(
-            "div", "ul", "ol", "table", "section", "header", "span", "p", "h2", "h3", "a", "td", *DROP_TAGS
-        )
-    ):
+    """Step 3. Elements that hold protected text stay, whatever they are called, unless half of their text is
+    links (a menu may name a formula); so does a header inside an article."""
+    blocks = ("div", "ul", "ol", "table", "section")
+    for node in list(root.iter(*blocks, "header", "span", "p", "h2", "h3", "a", "td", *DROP_TAGS)):
         if node.getparent() is None:
             continue
         named = BOILER.search(f"{node.get('class', '')} {node.get('id', '')} {node.get('role', '')}")
         header = node.tag == "header" and not any(a.tag in ("article", "main") for a in node.iterancestors())
-        if (
-            node.tag in DROP_TAGS
-            or named
-            or header
-            or "hidden" in node.attrib
-            or (node.tag in ("div", "ul", "ol", "table", "section") and link_farm(node))
-        ):
-            if node.tag in ("script", "style", "head") or OPEN not in "".join(node.itertext()):
-                replace(node, " ")
+        named = named or header or node.tag in DROP_TAGS or "hidden" in node.attrib
+        if not named and not (node.tag in blocks and link_share(node) > 0.7):
+            continue
+        protected = OPEN in "".join(node.itertext()) and node.tag not in ("script", "style", "head")
+        if not protected or (named and link_share(node) > 0.5):
+            replace(node, " ")
 
 
 def choose(root) -> list:
@@ -303,13 +303,9 @@ def extract(html: str | bytes) -> str:
         return ""
     root = lxml.html.document_fromstring(html.encode("utf-8", "replace"), parser=PARSER)
     root = root.find("body") if root.find("body") is not None else root
-    remove(
-        [
-            n
-            for n in root.iter()
-            if n.tag == "mjx-math" or (n.tag != "mjx-container" and TWIN.search(n.get("class") or ""))
-        ]
-    )
+    for node in twins(root):
+        if node.getparent() is not None:
+            replace(node, "")
     kept: list[str] = []
     hold(root, kept)
     drop_boilerplate(root)

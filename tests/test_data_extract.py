@@ -134,6 +134,27 @@ def test_worked_example():
     assert extract(html) == "a $b$\nc\n```\nd\n```\n\ne"
 
 
+def test_three_forms_of_one_formula():
+    """MathJax 3 as a judge site serves it: glyphs, assistive MathML and the TeX for copying. One of them is
+    left."""
+    html = (
+        "<p>An integer <mjx-container class='MathJax' jax='CHTML'><mjx-math class='MJX-TEX'>glyph</mjx-math>"
+        "<mjx-assistive-mml display='inline'><math><mn>100</mn><mtext> "
+        "</mtext><mn>000</mn></math></mjx-assistive-mml>"
+        "<span aria-hidden='true' class='no-mathjax mjx-copytext'>$100\\ 000$</span></mjx-container>.</p>"
+    )
+    assert extract(html) == "An integer $100\\ 000$."
+
+
+def test_menu_that_names_a_formula_goes():
+    """A table of contents full of links goes although a formula stands in it; a page in a page leaves no
+    title."""
+    menu = "<div class='toc'><h4><math><mi>n</mi></math>-groups</h4>"
+    menu += "<a href=/x>homotopy theory</a> " * 5 + "</div>"
+    inner = "<html><head><title>Contents</title></head><body><p>Text.</p></body></html>"
+    assert extract(f"<body><h1>Name</h1>{menu}<div>{inner}</div></body>") == "# Name\n\nText."
+
+
 def test_boilerplate_with_protected_text_stays():
     """A block called 'related' goes, unless it holds a formula: losing maths is worse than keeping a menu
     line."""
