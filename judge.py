@@ -113,7 +113,7 @@ def _same_number(x, y, tolerance):
         return False
 
 
-def tests_from_asserts(source: str, entry: str) -> list[Test]:
+def from_asserts(source: str, entry: str) -> list[Test]:
     """HumanEval and MBPP style tests as call tests: each statement must read `assert entry(literals) ==
     literal`.
 
@@ -274,10 +274,9 @@ class Judge:
             verdicts, counts, error = {}, collections.Counter(), ""    # verdicts by test, kept over a retry
             for _ in range(2):    # a judge error is tried once more, in a new box, then told as JE
                 try:
-                    if self._boxes[worker] is None:
-                        self._boxes[worker] = Box(self.level, self.way, self.memory)
+                    box = self._boxes[worker] or self._open_box(worker)
                     judge = self._judge_calls if job.tests[0].kind == "call" else self._judge_stdio
-                    judge(self._boxes[worker], job, verdicts, counts)
+                    judge(box, job, verdicts, counts)
                     break
                 except Exception as trouble:
                     error = f"{type(trouble).__name__}: {trouble}"
@@ -294,6 +293,14 @@ class Judge:
             self._running += len(rest)
         for job in rest:
             self._finish(job, {}, collections.Counter(), "the judge was closed", 0.0)
+
+    def _open_box(self, worker):
+        box = Box(self.level, self.way, self.memory)
+        with self._change:
+            self._boxes[worker] = box
+            if self._closing:    # close() has not seen this one
+                raise JudgeError("the judge was closed")
+        return box
 
     def _drop_box(self, worker):
         with self._change:

@@ -278,9 +278,11 @@ def read_line(raw, index):
 
 
 # ---------------------------------------------------------------- levels: found by trying
-# Tries what no program may do, and returns the list of what worked.
+# Tries what no program may do, and returns the list of what worked. The first imports must work: one of the
+# library's Python files and one of its machine code.
 PROBE = """
-import os
+import colorsys, os
+import mmap
 def f(secret, project, uid):
     holes = []
     def attempt(name, act):
