@@ -7,7 +7,7 @@ The tiny world's crawl and a real one (data/hub.py) go through the same `clean`.
 of pre-training mix: web, maths, code, books. Left out against the report: PDF parsing, language models as
 taggers.
 
-    python -m data.corpus --pages=6000          # prints the funnel; about 10 s on one slow core
+    python -m data.corpus --pages=6000          # prints the funnel; 6 to 10 s on one slow core
 """
 
 import argparse

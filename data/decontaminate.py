@@ -13,7 +13,7 @@ say what it did with long pages."""
 
 import numpy as np
 
-from data.dedup import windows, word_hashes
+from data.dedup import mix, roll, windows, word_hashes
 
 N = 16
 
@@ -38,8 +38,12 @@ def contaminated(texts: list[str], heldout: list[str] | dict[int, np.ndarray], n
     hit = np.zeros(len(texts), bool)
     flat = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
     owner = np.repeat(np.arange(len(texts)), [len(h) for h in hashes])
-    for length, keys in index.items():
-        w = windows(flat, length)
+    total = np.zeros(len(flat), np.uint64)
+    for length in range(1, max(index, default=0) + 1):
+        total = roll(total, flat, length)  # all lengths in one pass, each from the one before
+        if length not in index or not len(total):
+            continue
+        keys, w = index[length], mix(total)
         inside = owner[: len(w)] == owner[length - 1 :]  # windows over a document border do not count
         at = np.minimum(np.searchsorted(keys, w), len(keys) - 1)
         hit[owner[: len(w)][inside & (keys[at] == w)]] = True

@@ -56,14 +56,19 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def roll(total: np.ndarray, h: np.ndarray, n: int) -> np.ndarray:
+    """Unmixed hashes of the runs of n words from those of n - 1: total[t] * P + h[t + n - 1] -> [len(h) - n
+    + 1]."""
+    end = max(0, len(h) - n + 1)
+    return total[:end] * np.uint64(0x9E3779B97F4A7C15) + h[n - 1 : n - 1 + end]
+
+
 def windows(h: np.ndarray, n: int) -> np.ndarray:
-    """Hash of each run of n words: mix(sum_i h[t+i] * P^(n-1-i) mod 2^64) -> uint64 [len - n + 1], empty
-    when too short."""
-    if len(h) < n:
-        return np.empty(0, np.uint64)
-    total = np.zeros(len(h) - n + 1, np.uint64)
-    for i in range(n):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + h[i : len(h) - n + 1 + i]
+    """Hash of each run of n words: mix(sum_i h[t+i] * P^(n-1-i) mod 2^64) -> uint64 [len - n + 1], empty when
+    too short."""
+    total = np.zeros(len(h), np.uint64)
+    for i in range(1, n + 1):
+        total = roll(total, h, i)
     return mix(total)
 
 

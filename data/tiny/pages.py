@@ -338,7 +338,7 @@ def shallow(w: World, r: random.Random):
     ], (0, 0, r.randrange(3))
 
 
-def near_copy(r: random.Random, blocks: list, world: World) -> list:
+def near_copy(r: random.Random, blocks: list) -> list:
     """What a mirror does: a line (or post) of its own on top or below, sometimes one sentence of the prose
     lost; problems untouched."""
     out = list(blocks)

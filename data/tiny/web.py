@@ -260,6 +260,28 @@ def variant(url: str, r: random.Random) -> str:
     )
 
 
+def with_copies(r: random.Random, made: list[tuple[Page, list]]) -> list[Page]:
+    """The pages, then second fetches under other addresses, then mirrors; copy_of is the index in `made`."""
+    out = [p for p, _ in made]
+    for _ in range(round(URL_VARIANTS * len(made))):  # the same page fetched again under another address
+        i = r.randrange(len(made))
+        out.append(replace(made[i][0], url=variant(made[i][0].url, r), copy_of=i))
+    for n in range(round(MIRRORS * len(made))):  # another host, another layout, almost the same words
+        i = r.randrange(len(made))
+        page, blocks = made[i]
+        blocks = near_copy(r, blocks)
+        out.append(
+            replace(
+                page,
+                url=f"http://mirror{n % 7}.frn/{n}",
+                html=render(blocks, r),
+                text=plain(blocks),
+                copy_of=i,
+            )
+        )
+    return out
+
+
 def crawl(
     seed: int,
     pages: int,
@@ -289,7 +311,7 @@ def crawl(
         rest = given[len(on_threads) :]
         plan += [domain] * (math.ceil(len(rest) / per_page) - plan.count(domain) if per_page else 0)
         hands[domain] = (deal(r, rest, max(1, plan.count(domain))), [[p] for p in on_threads])
-    made, pages = [], len(plan)
+    made = []
     for i, kind in enumerate(plan):
         domain, leak = kind, False
         if kind in ("maths", "code"):
@@ -308,23 +330,7 @@ def crawl(
         made.append(
             (Page(url, render(blocks, r), plain(blocks), domain, *map(int, scores), leak=leak), blocks)
         )
-    out = [p for p, _ in made]
-    for _ in range(round(URL_VARIANTS * pages)):  # the same page fetched again under another address
-        i = r.randrange(pages)
-        out.append(replace(made[i][0], url=variant(made[i][0].url, r), copy_of=i))
-    for n in range(round(MIRRORS * pages)):  # another host, another layout, almost the same words
-        i = r.randrange(pages)
-        page, blocks = made[i]
-        blocks = near_copy(r, blocks, w)
-        out.append(
-            replace(
-                page,
-                url=f"http://mirror{n % 7}.frn/{n}",
-                html=render(blocks, r),
-                text=plain(blocks),
-                copy_of=i,
-            )
-        )
+    out = with_copies(r, made)
     order = r.sample(range(len(out)), len(out))
     where = {old: new for new, old in enumerate(order)}
     return [replace(out[i], copy_of=where[out[i].copy_of] if out[i].copy_of >= 0 else -1) for i in order]
