@@ -77,15 +77,14 @@ def bpe_pieces(token, ranks, max_rank):
     hand, with ranks a=0 b=1 c=2 ab=3 abc=4: bpe_pieces(b"abc", ranks, 4) = [b"ab", b"c"], and (ab, c) is the
     merge that makes abc."""
     parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        best, at = max_rank, -1
-        for i in range(len(parts) - 1):
-            r = ranks.get(parts[i] + parts[i + 1], max_rank)
-            if r < best:
-                best, at = r, i
-        if at < 0:
-            break
-        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+    pairs = [ranks.get(a + b, max_rank) for a, b in zip(parts, parts[1:], strict=False)]   # rank of each joint
+    while pairs and (best := min(pairs)) < max_rank:
+        i = pairs.index(best)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        del pairs[i]
+        for j in (i - 1, i):                  # only the two joints of the new piece change
+            if 0 <= j < len(pairs):
+                pairs[j] = ranks.get(parts[j] + parts[j + 1], max_rank)
     return parts
 
 
@@ -119,6 +118,7 @@ class Tokenizer:
 
     def __init__(self, ranks, added, vocab_size=None, chat_template=CHAT_TEMPLATE):
         self.ranks, self.added, self.chat_template = ranks, added, chat_template
+        self.merges = merges_of(ranks)     # the self-check: some seconds for Qwen2
         ids = [*ranks.values(), *(i for i, _ in added.values())]
         if len(set(ids)) != len(ids):
             raise ValueError("tokenizer: two tokens share an id")
@@ -243,7 +243,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         u = lambda token: "".join(B2U[b] for b in token)
         vocab = {u(t): r for t, r in sorted(self.ranks.items(), key=lambda item: item[1])}
-        merges = [f"{u(a)} {u(b)}" for a, b in merges_of(self.ranks)]
+        merges = [f"{u(a)} {u(b)}" for a, b in self.merges]
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         added = [{"id": i, "content": t, **plain, "special": control}
                  for t, (i, control) in sorted(self.added.items(), key=lambda item: item[1][0])]
@@ -285,7 +285,6 @@ def _load_tiny():
     for line in TINY.read_text(encoding="ascii").splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
-    merges_of(ranks)
     # the three control tokens follow the ordinary ones
     return Tokenizer(ranks, {name: (len(ranks) + k, True) for k, name in enumerate((EOS, IM_START, IM_END))},
                      vocab_size=len(ranks) + 3)
@@ -323,11 +322,12 @@ def _load_folder(folder):
         added[e["content"]] = (e["id"], bool(e.get("special")))
     # Qwen2 lists its control tokens outside vocab.json; a vocab.json that holds them too is fine
     ranks = {bytes(map(U2B.__getitem__, t)): i for t, i in vocab.items() if t not in added}
-    _check_merges(folder, ranks, merges)
     template = config.get("chat_template", CHAT_TEMPLATE)
     if has("chat_template.jinja"):       # where newer versions of transformers put it
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return Tokenizer(ranks, added, _padded_size(folder, config), template)
+    tok = Tokenizer(ranks, added, _padded_size(folder, config), template)
+    _check_merges(folder, tok.merges, merges)
+    return tok
 
 
 def _read_fast(path):
@@ -347,10 +347,9 @@ def _read_fast(path):
     return model["vocab"], merges, fast.get("added_tokens", [])
 
 
-def _check_merges(folder, ranks, merges):
+def _check_merges(folder, implied, merges):
     """The file's merges must be the ones the ids imply, in id order; else tiktoken's ids would differ from
     HF's."""
-    implied = merges_of(ranks)
     for k, (pair, both) in enumerate(zip(merges, implied, strict=False)):
         if tuple(bytes(map(U2B.__getitem__, part)) for part in pair) != both:
             raise ValueError(f"{folder}: merge {k} is {pair}, the ids imply {both}: order them by id")
