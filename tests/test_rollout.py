@@ -335,8 +335,8 @@ def test_continuous_launch_by_hand():
 
     Start: 0 + 0.5 r < 4 launches until r = 8. Launch 1 comes back invalid; launch 0 is out, so the prefix is
     empty, p stays 0.5, 0 + 0.5 * 7 < 4: one more. Launch 0 comes back valid: the prefix is 2 long, p = (1 +
-    0.5) / (2 + 1) = 0.5, 1 + 0.5 * 7 >= 4: none. Launch 2 invalid: p = 1.5 / 4 = 0.375, 1 + 0.375 * 6 < 4 until
-    r = 8: two more. Launch 3 invalid: p = 1.5 / 5 = 0.3, until r = 10: three more."""
+    0.5) / (2 + 1) = 0.5, 1 + 0.5 * 7 >= 4: none. Launch 2 invalid: p = 1.5 / 4 = 0.375, 1 + 0.375 * 6 < 4
+    until r = 8: two more. Launch 3 invalid: p = 1.5 / 5 = 0.3, until r = 10: three more."""
     sched = Scheduler(100, 4, 2, rate=0.5, reward_lag=0)
     assert len(sched.launch()) == 8
     def end(index, rewards):
