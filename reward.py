@@ -248,20 +248,41 @@ _free, _running, _turn = [], [], threading.Condition()
 
 
 def ask_math_verify(answer: str, box: str) -> bool:
-    """Ask a free worker; start one if fewer than MATH_WORKERS run, else wait for one."""
+    """True if equal. A worker that dies is asked again in a new one, once: it may have been dead before."""
+    reply = _ask(answer, box)
+    if reply == {}:
+        reply = _ask(answer, box)
+    with _turn:
+        math_counts["worker"] += 1
+        math_counts["timeouts"] += not reply
+        for what in ("errors", "unreadable"):
+            math_counts[what] += what in (reply or ())
+    if math_counts["errors"] > 0.1 * math_counts["worker"] and math_counts["worker"] >= 50:
+        raise RuntimeError(f"Math-Verify failed too often: {math_counts}, {reply}")
+    return bool(reply and reply.get("equal"))
+
+
+def _ask(answer, box):
+    """The reply of a free worker; starts one if fewer than MATH_WORKERS run, else waits for one.
+
+    None: no reply in time. {}: the worker died. It is replaced in both cases.
+    """
     with _turn:
         while not _free and len(_running) >= MATH_WORKERS:
             _turn.wait()
+        for dead in [w for w in _free if w.poll() is not None]:
+            _free.remove(dead)
+            _running.remove(dead)
         worker = _free.pop() if _free else None
         if worker is None:
             worker = _start_worker()
             _running.append(worker)
-    reply = None
+    reply = {}
     try:
         if not hasattr(worker, "ready"):
             worker.ready = _read_reply(worker, 120.0, 120.0)    # importing sympy takes 0.7 s
             if worker.ready != {"ready": True}:
-                why = (worker.ready or {}).get("error", "no answer")
+                why = (worker.ready or {}).get("errors", "no answer")
                 raise RuntimeError(f"Math-Verify does not start: {why} (pip install -r requirements.txt)")
         os.write(worker.stdin.fileno(), (json.dumps([answer, box, 2 * MATH_SECONDS]) + "\n").encode())
         reply = _read_reply(worker, MATH_SECONDS, 3 * MATH_SECONDS)
@@ -269,19 +290,13 @@ def ask_math_verify(answer: str, box: str) -> bool:
         pass    # it had died, of its memory limit for example
     finally:
         with _turn:
-            if reply is None:    # too slow, or dead
+            if reply:
+                _free.append(worker)
+            else:
                 _end_worker(worker)
                 _running.remove(worker)
-            else:
-                _free.append(worker)
-            math_counts["worker"] += 1
-            math_counts["timeouts"] += reply is None
-            math_counts["errors"] += bool(reply and "error" in reply)
-            math_counts["unreadable"] += bool(reply and "unreadable" in reply)
             _turn.notify()
-    if math_counts["errors"] > 0.1 * math_counts["worker"] and math_counts["worker"] >= 50:
-        raise RuntimeError(f"Math-Verify failed too often: {math_counts}, {reply}")
-    return bool(reply and reply.get("equal"))
+    return reply
 
 
 def _start_worker():
@@ -292,7 +307,7 @@ def _start_worker():
 
 
 def _read_reply(worker, seconds, longest):
-    """A line of JSON, or None at the deadline or the worker's end. Waits by poll: no signal, any thread.
+    """A line of JSON; None at the deadline, {} at the worker's end. Waits by poll: no signal, any thread.
 
     The deadline is `seconds` of the worker's processor time, so that a busy machine changes no verdict; at
     most `longest` seconds by the clock (`seconds` by the clock where processor time cannot be read).
@@ -309,7 +324,7 @@ def _read_reply(worker, seconds, longest):
             continue
         block = os.read(worker.stdout.fileno(), 1 << 16)
         if not block:
-            return None
+            return {}
         data += block
     return json.loads(data)
 
@@ -343,7 +358,7 @@ def worker_loop():
     try:
         import math_verify
     except ImportError as error:
-        print(json.dumps({"error": str(error)}), file=replies, flush=True)
+        print(json.dumps({"errors": str(error)}), file=replies, flush=True)
         return
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MATH_MEMORY, MATH_MEMORY))
@@ -371,7 +386,7 @@ def worker_loop():
         except (MemoryError, RecursionError):
             say = {"equal": False}    # the answer's own doing
         except Exception as error:
-            say = {"error": f"{type(error).__name__}: {error}"[:200]}
+            say = {"errors": f"{type(error).__name__}: {error}"[:200]}
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(say), file=replies, flush=True)
 

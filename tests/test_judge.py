@@ -191,7 +191,7 @@ def test_many_timeouts_end_the_program(best):
 
 
 def test_stop_at_failed_level():
-    """Levels 0 0 1 1 2, given out of order: a failure at level 1 leaves out level 2, not the rest of level 1."""
+    """Levels 0 0 1 1 2, out of order: a failure at level 1 leaves out level 2, not the rest of level 1."""
     tests = [call([5], 0, 2), call([1], 1, 0), call([3], 0, 1), call([2], 4, 0), call([4], 16, 1)]
     with Judge(workers=1, stop_at_failed_level=True, allow_unsafe=True, quiet=True) as judge:
         assert statuses(judge.run(GOOD, tests)) == "NR AC WA AC AC"
@@ -202,7 +202,7 @@ def test_stop_at_failed_level():
         )
 
 
-# ---------------------------------------------------------------- reward hacks: wrong programs, not to be paid
+# ---------------------------------------------------------------- reward hacks: wrong programs, never paid
 ALWAYS_EQUAL = """
 class Always({base}):
     __eq__ = lambda *_: True
@@ -382,8 +382,7 @@ for path in ("/etc/passwd", "/etc/shadow", "/etc/hostname", "/root", "/home", "/
              "/proc/self/mem", "/proc/self/maps", "/proc/1/cmdline", "/sys/kernel", "/dev/mem", "/dev/kmsg",
              "/boot", "/var/log", "/run", "/proc", "/tmp", "/etc"):
     attempt("open " + path, lambda: open(path, "rb").read(1))
-    if not os.__file__.startswith(path) and path != "/etc":    # the way to the interpreter, and to
-    ld.so.cache
+    if not os.__file__.startswith(path) and path != "/etc":    # on the way to visible files
         attempt("list " + path, lambda: os.listdir(path)[0])
 attempt("environment", lambda: 1 / len(set(os.environ) - {"PYTHONHASHSEED", "LC_CTYPE", "PWD"}))
 """,
@@ -600,7 +599,7 @@ def test_exhaustion_is_contained(best, name):
 
 
 def test_the_32_bit_entry_is_closed(tight):
-    """int 0x80 from made machine code reaches the 32-bit table, with other numbers: the filter kills on sight."""
+    """int 0x80 from made machine code reaches the 32-bit table, with other numbers: the filter kills."""
     if os.uname().machine != "x86_64":
         pytest.skip("x86_64 only")
     program = """
@@ -726,7 +725,7 @@ def test_a_killed_judge_takes_its_boxes_along():
     import subprocess
 
     code = (
-        "from judge import Judge, Test\njudge = Judge(workers=1, time_limit=60, allow_unsafe=True, quiet=True)\n"
+        "from judge import Judge, Test\njudge = Judge(workers=1, time_limit=60, allow_unsafe=True)\n"
         "judge.submit(0, 'while True: pass', [Test('stdio', '', '')])\n"
         "while not judge.counters()['running']: pass\nimport time\ntime.sleep(0.5)\nprint('up', flush=True)\n"
         "time.sleep(60)"
@@ -736,7 +735,8 @@ def test_a_killed_judge_takes_its_boxes_along():
         stdout=subprocess.PIPE,
         cwd=os.path.dirname(os.path.abspath(sandbox.__file__)),
     )
-    assert process.stdout.readline() == b"up\n"
+    while (said := process.stdout.readline()) != b"up\n":
+        assert said.startswith(b"judge:")
     boxes = descendants(process.pid)
     assert len(boxes) >= 2
     process.kill()
@@ -753,7 +753,8 @@ def test_level_c_ends_what_a_program_forked():
     with open_judge("C") as judge:
         program = (
             "import os, time\ndef f(n):\n    if os.fork() == 0:\n        os.setsid()\n"
-            "        if os.fork() == 0:\n            while True: time.sleep(1)\n        os._exit(0)\n    os.wait()\n    return n * n"
+            "        if os.fork() == 0:\n            while True: time.sleep(1)\n"
+            "        os._exit(0)\n    os.wait()\n    return n * n"
         )
         assert statuses(judge.run(program, SQUARES)) == "AC AC AC AC"
         assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC"
@@ -840,7 +841,7 @@ def test_levels_are_printed_once_and_c_is_refused(capfd, monkeypatch):
 
 @pytest.mark.parametrize("level", ["A", "B"])
 def test_a_level_that_leaks_does_not_count(level, monkeypatch):
-    """The start-up attack is what grants a level: if walls are missing (here the filter), it is refused by name."""
+    """The start-up attack is what grants a level: without a wall (here the filter) it is refused by name."""
     open_judge(level).close()
     source = open(sandbox.server.__file__).read().replace('if cfg["level"] in "AB":', "if False:")
     with tempfile.NamedTemporaryFile("w", suffix=".py") as weak:
@@ -900,7 +901,7 @@ def test_same_value():
 
 
 def test_same_text():
-    """By hand: trailing blanks do not count, lines and tokens do; at tolerance 0.01, 1.001 = 1 and 100.5 = 100."""
+    """By hand: trailing blanks do not count, lines and tokens do; within 0.01, 1.001 is 1, 100.5 is 100."""
     assert same_text("1\n2\n", "1 \n2\n\n") and same_text("", "\n") and same_text("a  b", "a  b")
     for got in ("1", "1\n2\n3", "1 2", "1\n\n2", " 1\n2", "", "01\n2", "1\n2.0"):
         assert not same_text("1\n2", got), got
