@@ -24,6 +24,7 @@ import runtime
 from data.loader import make_batch
 from data.problems import read_problems
 from data.tiny import probes
+from data.tiny.world import make_world
 from engine import Engine, Request, generate
 from grade import prompt_ids, save_answers, solve, stop_ids, summary
 from judge import Judge
@@ -133,19 +134,31 @@ def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> di
 
 @torch.no_grad()
 def measure_probes(model: MiMo, tokenizer, cfg: Config) -> dict[str, dict[int, float]]:
-    """Share of RULER-like probes answered exactly (greedy), per kind and context length. [report Fig. 4]"""
+    """Mean score of RULER-like probes (greedy), per kind and context length in tokens [report Fig. 4]."""
     found: dict[str, dict[int, float]] = {}
+    world = make_world(cfg.seed)
     for length in cfg.probe_lengths:
         if length > model.cfg.max_seq_len:
             runtime.die(f"probe_lengths: {length} tokens exceed the context of {cfg.ckpt}, {model.cfg.max_seq_len}")
-        asked = probes.make(cfg.seed, length - 24, cfg.probe_count, lambda text: len(tokenizer.encode(text)))
         engine = Engine(model, slots=8, max_len=length)
-        requests = [Request(i, tokenizer.encode(p.prompt), 20, temperature=0.0, stop=stop_ids(tokenizer))
-                    for i, p in enumerate(asked)]
-        for p, s in zip(asked, generate(engine, requests), strict=True):
-            hits = found.setdefault(p.kind, {}).setdefault(length, [])
-            hits.append(p.answer in tokenizer.decode(s.tokens, skip_control=True))
-    return {kind: {n: sum(hits) / len(hits) for n, hits in by.items()} for kind, by in found.items()}
+        for kind in probes.KINDS:
+            asked = [fitting_probe(kind, cfg.seed * 1000 + i, length - 24, tokenizer, world) for i in range(cfg.probe_count)]
+            replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), 24, temperature=0.0, stop=stop_ids(tokenizer))
+                                        for i, p in enumerate(asked)])
+            scores = [probes.score(p, tokenizer.decode(s.tokens, skip_control=True))
+                      for p, s in zip(asked, replies, strict=True)]
+            found.setdefault(kind, {})[length] = sum(scores) / len(scores)
+    return found
+
+
+def fitting_probe(kind: str, seed: int, tokens: int, tokenizer, world) -> probes.Probe:
+    """The longest probe of this kind and seed whose prompt is at most `tokens` long."""
+    words = tokens
+    while len(tokenizer.encode((p := probes.probe(kind, seed, words, world=world)).prompt)) > tokens:
+        words = int(words * 0.9)
+        if words < 8:
+            raise ValueError(f"a {kind} probe does not fit {tokens} tokens")
+    return p
 
 
 if __name__ == "__main__":

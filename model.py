@@ -173,17 +173,20 @@ class MiMo(nn.Module):
 
     def initial_weights(self, seed: int = 0):
         """
-        (name, full tensor), one parameter at a time: N(0, 0.02), the two projections that write to the residual stream
-        scaled by 1/sqrt(2 n_layer) as GPT-2 [ours: the report is silent], biases 0, gains 1. Drawn in name order from
-        one CPU generator, so that any device, any sharding and any number of ranks starts from the same numbers.
+        (name, full tensor), one parameter at a time: N(0, 1/D), which is 0.0156 at 7B and keeps a toy's layers from
+        starting near zero (docs/lab_log.md: a fixed 0.02 costs the toy a third of its tokens); the two projections that
+        write to the residual stream scaled by 1/sqrt(2 n_layer) as GPT-2, biases 0, gains 1 [ours: the report is silent].
+        Drawn in name order from one CPU generator, so that any device, any sharding and any number of ranks starts from
+        the same numbers.
         """
         gen = torch.Generator().manual_seed(seed)
+        std = 1 / math.sqrt(self.cfg.d_model)
         for name, p in sorted(self.named_parameters()):
             if p.ndim == 1:
                 yield name, torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0)
                 continue
-            std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-            yield name, torch.randn(p.shape, generator=gen) * std
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            yield name, torch.randn(p.shape, generator=gen) * (std / math.sqrt(2 * self.cfg.n_layer) if writes else std)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

@@ -1,0 +1,151 @@
+"""MTP: targets worked by hand, losses, replication, and the acceptance rules against enumeration."""
+import torch
+import torch.nn.functional as F
+
+import mtp
+from data.loader import make_batch
+from kernels.attention import doc_bounds
+from model import ModelConfig
+
+CFG = ModelConfig(vocab_size=32, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=48, max_seq_len=64, n_mtp=3)
+
+
+def model(seed=0):
+    m = mtp.build(CFG)
+    m.init_weights(seed)
+    return m
+
+
+def batch(T=12, n=3, seed=0):
+    """Two rows, documents of 5, 4 and the rest."""
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 32, (2, T + 1 + n), generator=gen)
+    docs = torch.tensor([[0] * 5 + [1] * 4 + [2] * (T + 1 + n - 9)] * 2)
+    return make_batch(ids.numpy(), docs.numpy(), T)
+
+
+def test_targets_by_hand():
+    """[A0 A1 A2 B0 B1] with a neighbour C: no target crosses a document."""
+    ids = torch.tensor([[10, 11, 12, 20, 21, 30, 31, 32]])
+    docs = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
+    assert mtp.mtp_targets(ids, docs, 5, 1).tolist() == [[11, 12, -100, 21, -100]]
+    assert mtp.mtp_targets(ids, docs, 5, 2).tolist() == [[12, -100, -100, -100, -100]]
+    assert mtp.mtp_targets(ids, docs, 5, 3).tolist() == [[-100] * 5]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    assert mtp.target_counts(ids, docs, 5, 1, mask).tolist() == [2, 1]
+
+
+def test_losses_equal_cross_entropy_of_the_full_logits():
+    m, b = model(), batch()
+    bounds = doc_bounds(b.cu_seqlens, 2, 12)
+    main, extra = mtp.losses(m, b.ids, b.docs, b.positions, bounds)
+    h = m(b.ids[:, :12], b.positions, bounds)
+    cos, sin = m.rope_at(b.ids[:, :12], b.positions)
+    want = [F.cross_entropy(m.logits(h).flatten(0, 1), mtp.mtp_targets(b.ids, b.docs, 12, 1).flatten(), reduction="sum")]
+    for k, layer in enumerate(m.mtp_layers):
+        z = layer(h, m.embed_tokens(b.ids[:, k + 1:13 + k]), cos, sin, bounds)
+        logits = layer.final_layernorm(z) @ m.lm_head.weight.T
+        want.append(F.cross_entropy(logits.flatten(0, 1), mtp.mtp_targets(b.ids, b.docs, 12, k + 2).flatten(), reduction="sum"))
+    for got, ref in zip([main, *extra], want, strict=True):
+        torch.testing.assert_close(got, ref, atol=1e-3, rtol=1e-5)
+    assert mtp.target_counts(b.ids, b.docs, 12, 3).tolist() == [2 * (4 + 3 + 3), 2 * (3 + 2 + 3), 2 * (2 + 1 + 3), 2 * (1 + 0 + 3)]
+
+
+def test_micro_batches_add_up_to_the_whole_gradient():
+    m, b = model(), batch()
+    def grad(parts):
+        m.zero_grad()
+        for p in parts:
+            B = p.positions.shape[0]
+            main, extra = mtp.losses(m, p.ids, p.docs, p.positions, doc_bounds(p.cu_seqlens, B, 12))
+            (main + sum(extra)).backward()
+        return torch.cat([q.grad.flatten() for q in m.parameters()])
+    torch.testing.assert_close(grad([b]), grad([b.rows(0, 1), b.rows(1, 2)]), atol=1e-4, rtol=1e-4)
+
+
+def test_mtp_layer_reads_the_state_before_the_final_norm_hidden_first():
+    m, b = model(), batch()
+    layer, h = m.mtp_layers[0], torch.randn(1, 4, 32)
+    emb = torch.randn(1, 4, 32)
+    cos, sin = m.rope_at(torch.zeros(1, 4), None)
+    rms = lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    W = layer.input_proj.weight
+    z = rms(h) @ W[:, :32].T + rms(emb) @ W[:, 32:].T
+    from model import Block
+    torch.testing.assert_close(layer(h, emb, cos, sin), Block.forward(layer, z, cos, sin), atol=1e-5, rtol=1e-4)
+    # a gain on the final norm must not reach the MTP input
+    before = mtp.losses(m, b.ids, b.docs, b.positions, doc_bounds(b.cu_seqlens, 2, 12))[1][0]
+    with torch.no_grad():
+        m.norm.weight.mul_(3.0)
+    after = mtp.losses(m, b.ids, b.docs, b.positions, doc_bounds(b.cu_seqlens, 2, 12))[1][0]
+    assert torch.equal(before, after)
+
+
+def test_replication_copies_the_trained_layer_and_freezing_trains_only_the_new():
+    one = mtp.build(ModelConfig(**{**vars(CFG), "n_mtp": 1}))
+    one.init_weights(5)
+    three = mtp.replicate(one, 3)
+    assert three.cfg.n_mtp == 3
+    for k in (1, 2):
+        for (n0, a), (nk, c) in zip(three.mtp_layers[0].named_parameters(), three.mtp_layers[k].named_parameters(), strict=True):
+            assert n0 == nk and torch.equal(a, c) and a.data_ptr() != c.data_ptr()
+    mtp.freeze_all_but_new(three, 1)
+    trained = {n for n, p in three.named_parameters() if p.requires_grad}
+    assert trained == {n for n in dict(three.named_parameters()) if n.startswith(("mtp_layers.1.", "mtp_layers.2."))}
+
+
+def test_greedy_acceptance_by_hand():
+    drafts = torch.tensor([[5, 7, 9], [5, 8, 9], [1, 8, 9]])
+    argmax = torch.tensor([[5, 8, 9, 4]] * 3)
+    assert mtp.accept_greedy(drafts, argmax).tolist() == [1, 3, 0]
+
+
+def test_sampled_acceptance_keeps_the_distribution():
+    """
+    One draft, V = 4, exact: P(x) = q(x) min(1, p(x)/q(x)) + P(rejected) r(x) must be p(x). The rejection probability and
+    the residual are taken from accept_sampled itself, at u just below and above each threshold.
+    """
+    p1, q1 = torch.tensor([.4, .3, .2, .1]), torch.tensor([.1, .2, .3, .4])
+    total = torch.zeros(4)
+    n = 4000
+    for x in range(4):
+        u = (torch.arange(n) + 0.5) / n
+        p = torch.stack([p1, p1]).expand(n, 2, 4)
+        kept, residual = mtp.accept_sampled(p, q1.expand(n, 1, 4), torch.full((n, 1), x), u[:, None])
+        share = kept.float().mean()
+        total[x] += q1[x] * share
+        if share < 1:
+            total += q1[x] * (1 - share) * residual[kept == 0][0]
+    torch.testing.assert_close(total, p1, atol=1e-3, rtol=0)
+
+
+def test_sampled_acceptance_with_one_hot_drafts_and_all_kept():
+    p = torch.tensor([[[.25, .75], [.5, .5]]])
+    one_hot = torch.tensor([[[0., 1.]]])
+    kept, nxt = mtp.accept_sampled(p, one_hot, torch.tensor([[1]]), torch.tensor([[0.7]]))
+    assert kept.item() == 1 and nxt.tolist() == [[.5, .5]]           # p itself after the last draft
+    kept, nxt = mtp.accept_sampled(p, one_hot, torch.tensor([[1]]), torch.tensor([[0.8]]))
+    assert kept.item() == 0 and nxt.tolist() == [[1.0, 0.0]]         # residual: p without the rejected token
+
+
+def test_agreement_counts_by_brute_force():
+    m, b = model(), batch(T=16)
+    bounds = doc_bounds(b.cu_seqlens, 2, 16)
+    got = mtp.agreement(m, b.ids, b.docs, b.positions, bounds)
+    h = m(b.ids[:, :16], b.positions, bounds)
+    trunk, ids, docs = m.logits(h).argmax(-1), b.ids, b.docs
+    cos, sin = m.rope_at(ids[:, :16], b.positions)
+    drafts = [(lay.final_layernorm(lay(h, m.embed_tokens(ids[:, k + 1:17 + k]), cos, sin, bounds)) @ m.lm_head.weight.T).argmax(-1)
+              for k, lay in enumerate(m.mtp_layers)]
+    want = [[0, 0] for _ in range(3)]
+    for r in range(2):
+        for i in range(16):
+            for k in range(3):
+                inside = i + k + 1 < 16 and docs[r, i] == docs[r, i + k + 2] and trunk[r, i + k] == ids[r, i + k + 1]
+                if not inside:
+                    break
+                want[k][1] += 1
+                if drafts[k][r, i] != trunk[r, i + k + 1]:
+                    break
+                want[k][0] += 1
+    assert got == [tuple(w) for w in want]
