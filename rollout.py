@@ -188,7 +188,7 @@ class Scheduler:
             wave_open = len(self.groups) % self.batch_size != 0  # `free` may cut a wave into several calls
             return wave_open or (running == 0 and self.n_valid < self.batch_size)
         # p from the launch-ordered prefix alone: of all completed groups, the short come first, and short is
-        # easy is not valid, so that estimate is too low and over-launches (waste 0.8 of a batch, not 0.2).
+        # easy is not valid, so that estimate is too low and over-launches (waste 0.75 of a batch, not 0.16).
         # p = (valid + w p0) / (completed + w): last step's rate p0 counts as w groups
         w = max(1, self.batch_size // 4)
         p = (self.head_valid + w * self.rate) / (self.head + w)

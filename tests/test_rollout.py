@@ -697,3 +697,38 @@ def test_virtual_clock_speedups_and_bias():
     assert rows["bit-equal: reward_lag 64"]["rollout"] > 0.95 * full["rollout"]
     assert full["length_vs_true"] == naive["length_vs_true"]
     assert rows["first finished (biased)"]["length_vs_true"] < full["length_vs_true"] - 0.03
+
+
+# ---- the real engine ---------------------------------------------------------------------------------------
+
+
+def test_with_the_real_engine_too():
+    """Tokens and log-probs of two RL steps, new weights between: equal for a prompt and a slow judge."""
+    import torch
+
+    import mtp
+    from engine import Engine, Request
+    from model import ModelConfig
+
+    cfg = ModelConfig(vocab_size=64, n_layer=1, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=64)
+    torch.manual_seed(0)
+    weights = [mtp.build(cfg).state_dict() for _ in range(2)]
+
+    def run(judge):
+        model = mtp.build(cfg)
+        model.load_state_dict(weights[0])
+        engine = Engine(model, slots=10, max_len=48)
+        judge.submit = lambda key, task, s: judge.inbox.append((key, float(sum(s.tokens) % 3 == 0), None))
+        ask = lambda task, i, seed: Request(task.key(i), [1 + task.prompt, 2], 24, stop=(0, 1, 2), seed=seed)
+        rollout, out = RolloutThread(Scheduler(40, 4, 4, seed=1), engine, judge, ask), []
+        for version in (1, 0):
+            batch = rollout.take()
+            groups = [(g.task, g.rewards, [(s.tokens, s.logprobs) for s in g.samples]) for g in batch.groups]
+            out.append((groups, batch.metrics, batch.state))
+            rollout.publish(weights[version])
+        rollout.close()
+        return out
+
+    fast = run(ShuffledJudge(0, patience=0.0))
+    assert fast == run(ShuffledJudge(4, workers=2, patience=0.9))
+    assert fast[0][1]["groups_used"] == 4 and 0 < fast[0][1]["slot_idle"] < 1
