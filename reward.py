@@ -273,6 +273,7 @@ def _ask(answer, box):
         for dead in [w for w in _free if w.poll() is not None]:
             _free.remove(dead)
             _running.remove(dead)
+            _end_worker(dead)
         worker = _free.pop() if _free else None
         if worker is None:
             worker = _start_worker()

@@ -98,6 +98,36 @@ def memory_file(data: bytes):
     return file
 
 
+class Streams:
+    """Three pipes of a hostile process, read without waiting; bytes beyond `cap` of each are thrown away."""
+
+    def __init__(self, fds, cap):
+        self.cap, self.poll, self.live = cap, select.poll(), {*fds}
+        self.data = {fd: bytearray() for fd in fds}
+        for fd in fds:
+            self.poll.register(fd, select.POLLIN)
+
+    def pump(self, fd) -> bool:
+        """Read one block; False if no more is to be had now."""
+        try:
+            block = os.read(fd, 1 << 16) if fd in self.live else b""
+        except BlockingIOError:
+            return False
+        if not block and fd in self.live:
+            self.live.discard(fd)
+            self.poll.unregister(fd)
+        if len(self.data[fd]) <= self.cap:
+            self.data[fd] += block
+        return bool(block) and len(self.data[fd]) <= self.cap
+
+    def drain(self):
+        while any([self.pump(fd) for fd in self.data]):
+            pass
+
+    def overflowed(self) -> bool:
+        return max(map(len, self.data.values())) > self.cap
+
+
 class Box:
     """One sandboxed server. A JudgeError from any method means: throw the box away."""
 
@@ -179,38 +209,24 @@ class Box:
                 opened.remove(fd)
             for fd in ours:
                 os.set_blocking(fd, False)
-            return self._collect(ours, limit, wall, cap, on_line)
+            return self._collect(Streams(ours, cap), limit, wall, on_line)
         finally:
             for fd in opened:
                 os.close(fd)
 
-    def _collect(self, streams, limit, wall, cap, on_line):
-        run, data, at, reported, count = Run(), {fd: bytearray() for fd in streams}, 0, 0.0, -3
-        line_out, live, poll = self.sock.fileno(), {*streams}, select.poll()
-        for fd in (*streams, line_out):
-            poll.register(fd, select.POLLIN)
+    def _collect(self, streams, limit, wall, on_line):
+        run, at, reported, count = Run(), 0, 0.0, -3    # count: -2 the walls stand, -1 loaded, 0.. the tests
+        out, err, results = streams.data.values()
+        streams.poll.register(self.sock.fileno(), select.POLLIN)
         last = now = time.monotonic()
+        # at `soft` the server is asked for the processor time, at `hard` the process is ended in any case
         soft, hard, killed = last + limit, last + limit * wall, 0.0
         asked = over = False
-
-        def pump(fd):
-            """Read one block; False if no more is to be had now. Beyond the cap, bytes are thrown away."""
-            try:
-                block = os.read(fd, 1 << 16) if fd in live else b""
-            except BlockingIOError:
-                return False
-            if not block and fd in live:
-                live.discard(fd)
-                poll.unregister(fd)
-            if len(data[fd]) <= cap:
-                data[fd] += block
-            return bool(block) and len(data[fd]) <= cap
-
         while not over:
             until = killed + 10 if killed else hard if asked else min(soft, hard)
-            for fd, _ in poll.poll(max(0, until - now) * 1000 + 1):
-                if fd != line_out:
-                    pump(fd)
+            for fd, _ in streams.poll.poll(max(0, until - now) * 1000 + 1):
+                if fd != self.sock.fileno():
+                    streams.pump(fd)
                     continue
                 kind, number, seconds = self._receive()
                 if kind == b"E":
@@ -222,11 +238,11 @@ class Box:
                     used, asked = max(0.0, seconds - reported) if seconds >= 0 else limit, False
                     soft, hard = now + max(0.01, limit - used), 0.0 if used >= 0.97 * limit else hard
             now = time.monotonic()
-            while over and any([pump(fd) for fd in streams]):
-                pass    # nothing can write any more: take what is left
+            if over:
+                streams.drain()    # nothing can write any more: take what is left
             stop = False
-            while (newline := data[streams[2]].find(b"\n", at)) >= 0 and not (stop or killed):
-                raw, at, count = bytes(data[streams[2]][at:newline]), newline + 1, count + 1
+            while (newline := results.find(b"\n", at)) >= 0 and not (stop or killed):
+                raw, at, count = bytes(results[at:newline]), newline + 1, count + 1
                 run.begun, run.loaded = True, count >= -1
                 if count >= -1:
                     line, claim = read_line(raw, count)
@@ -237,7 +253,7 @@ class Box:
                 if now > killed + 10 and not over:
                     raise JudgeError("a killed program did not end")
                 continue
-            run.end = ("enough" if stop else "output" if max(map(len, data.values())) > cap else
+            run.end = ("enough" if stop else "output" if streams.overflowed() else
                        "time" if now >= hard else "exit")
             if run.end != "exit" and not over:
                 killed = now
@@ -245,7 +261,7 @@ class Box:
             elif now >= soft and not asked and not over:
                 asked = True
                 self._send(b"C")
-        run.out, run.err, run.wall = bytes(data[streams[0]]), bytes(data[streams[1]]), now - last
+        run.out, run.err, run.wall = bytes(out), bytes(err), now - last
         if not run.begun:
             raise JudgeError(run.err[:300].decode("utf-8", "replace") or "no sign of life")
         return run
