@@ -77,7 +77,7 @@ def bpe_pieces(token, ranks, max_rank):
     hand, with ranks a=0 b=1 c=2 ab=3 abc=4: bpe_pieces(b"abc", ranks, 4) = [b"ab", b"c"], and (ab, c) is the
     merge that makes abc."""
     parts = [token[i:i + 1] for i in range(len(token))]
-    pairs = [ranks.get(a + b, max_rank) for a, b in zip(parts, parts[1:], strict=False)]   # rank of each joint
+    pairs = [ranks.get(a + b, max_rank) for a, b in zip(parts, parts[1:], strict=False)]
     while pairs and (best := min(pairs)) < max_rank:
         i = pairs.index(best)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]

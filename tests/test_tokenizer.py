@@ -19,7 +19,7 @@ NASTY = [
     "😀👨‍👩‍👧‍👦🇩🇪", "\u200b\u200c\u200d\ufeff",
     "<|im_end|>", "<|im_end|>\u0338",
     "<|im_start|>user\nhi<|im_end|>\n", "<|endoftext|><|endoftext|>", "<|im_end",
-    "<tool_call>{}</tool_call>", "<|im_<|im_end|>|>",
+    "<tool_call>{}</tool_call>", "<tool_call>xx", "<|im_<|im_end|>|>",
     "\\boxed{\\frac{1}{2}}", "```python\ndef f(xs):\n\treturn xs[::-1]\n```",
     "<think>\n1+1=2\n</think>\n\n", "\x00\x01\x7f\x80",
     "\u0338>", "a" * 300, " " * 300, "\n" * 60, "ab" * 200, "a\u0301" * 40,
@@ -51,7 +51,8 @@ def hf(tmp_path_factory):
     bpe.train_from_iterator(TRAIN, trainers.BpeTrainer(
         vocab_size=700, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (EOS, IM_START, IM_END)])
-    bpe.add_tokens([AddedToken(t, normalized=False, special=False) for t in ("<tool_call>", "</tool_call>")])
+    plain = ("<tool_call>", "</tool_call>", "<tool_call>x")          # one begins like another
+    bpe.add_tokens([AddedToken(t, normalized=False, special=False) for t in plain])
     root = tmp_path_factory.mktemp("hf")
     fast, slow, old = root / "fast", root / "slow", root / "old"
     for folder in (fast, slow, old):
@@ -89,7 +90,7 @@ def test_bpe_pieces_by_hand():
 def test_same_ids_as_hugging_face(hf, layout):
     bpe, folders = hf
     ours = Tokenizer.load(folders[layout])
-    assert ours.vocab_size == 768 and int(ours.valid_ids.sum()) == bpe.get_vocab_size() == 705
+    assert ours.vocab_size == 768 and int(ours.valid_ids.sum()) == bpe.get_vocab_size() == 706
     for text in [*NASTY, *fuzz(4000)]:
         assert ours.encode(text, control=True) == bpe.encode(text).ids, repr(text)
 
@@ -197,11 +198,11 @@ def test_padded_rows(hf, tmp_path):
     shutil.copytree(hf[1]["fast"], folder)
     (folder / "config.json").write_text(json.dumps({"vocab_size": 1000}))
     tok = Tokenizer.load(folder)
-    assert tok.vocab_size == 1000 and np.flatnonzero(~tok.valid_ids).tolist() == list(range(705, 1000))
-    with pytest.raises(ValueError, match="id 705 is no token"):
-        tok.decode([65, 705])
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 704}))
-    with pytest.raises(ValueError, match="does not fit a vocabulary of 704"):
+    assert tok.vocab_size == 1000 and np.flatnonzero(~tok.valid_ids).tolist() == list(range(706, 1000))
+    with pytest.raises(ValueError, match="id 706 is no token"):
+        tok.decode([65, 706])
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 705}))
+    with pytest.raises(ValueError, match="does not fit a vocabulary of 705"):
         Tokenizer.load(folder)
 
 
