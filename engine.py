@@ -1,33 +1,32 @@
 """
-The inference engine: continuous batching, KV cache, per-request sampling, MTP speculative decoding (report 2.2, 3.4).
+The inference engine: continuous batching, per-request sampling, MTP speculative decoding (report 2.2, 3.4).
 
     engine = Engine(model, slots=128, max_len=256, n_draft=3)
     engine.add(Request(id=0, prompt=ids, max_tokens=64, temperature=0.6, top_p=0.95, stop=(eos,), seed=1))
     while engine.active or engine.waiting:
         for sample in engine.step(): print(sample.tokens, sample.logprobs, sample.finish)
 
-Rows of the KV cache, [slots + 4] sequences of max_len tokens each; nothing is ever gathered on the way to attention:
+One step = admit, read one chunk of the new prompts, decode every active sequence once, retire what ended.
+Sequences are rows of the cache (cache.py), packed so that a batch is always one view:
 
-    0 ...... A-1 | A ........ | S-P ....... S-1          A sequences decode, always packed to the front, so that their
-      decoding   |    free    |    prefilling            cache is one view; P prompts are read in chunks at the back and
-                                                         copied to the front when done (once per sample of a group).
+    0 ...... A-1 | A ........ | S-P ....... S-1       A sequences decode at the front; P prompts are read in
+    chunks at
+      decoding   |    free    |    reading            the back and copied to the front when done, once per
+      sample.
 
-One step = admit, read one chunk of the waiting prompts, decode every active sequence once, retire what ended.
+THE SAME REQUEST GIVES THE SAME TOKENS whatever runs beside it, with or without speculation: in fp32 on a CPU
+bit for bit, log-probs too. cache.py says which products are safe; and each token owns its random number, a
+hash of the request's seed and the token's index, so no generator has a state.
 
-THE SAME REQUEST GIVES THE SAME TOKENS whatever runs beside it, with or without speculation, bit for bit in fp32 on a
-CPU. Measured on torch 2.13 (MKL), asserted by tests/test_engine.py: a row of a matrix product does not depend on the
-other rows once there are at least 4 of them (1, 2 and 3 take other code), nor on masked keys when their number is a
-multiple of 64 and probabilities meet values in blocks of 128. So every product here has 4 rows or more, and each token
-owns its random number: u = hash(seed, index of the token), no generator has a state.
+SPECULATION IS EXACT in the strongest sense. Drafts are greedy, so their q is one-hot, and the rule of
+Leviathan et al. "keep x with probability p(x), else draw from p without x" is the same law as: draw the token
+from p with the number it would have used anyway, and keep the draft if it is that token. One rule then serves
+greedy and sampled requests, and not only the distribution but the text itself is what it would have been
+without MTP.
 
-Speculation is exact in the strongest sense. Drafts are one-hot (greedy), so "accept x with probability p(x), else draw
-from p without x" (Leviathan et al.) is the same law as: draw the token from p, with the number it would have used
-anyway, and accept if the draft is that token. Hence one rule for greedy and sampled requests, and the text, not only
-its distribution, is the same as without MTP.
-
-Differs from the report, which patches vLLM: the three MTP layers are all run, in parallel form, each with its own cache.
+Differs from the report, which patches vLLM: all MTP layers run, in parallel form, each with a cache of its
+own. Expected: docs/engine.md. Tests: tests/test_engine.py.
 """
-import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -35,13 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache import ROWS, Blocks, Plan, Rows
+from fast import Weights, block_forward, mtp_input, rotations
 from kernels.rope import rope_tables
 from model import MiMo
 from mtp import accept_greedy
 
-KEYS = 64          # cached keys are read in multiples of this: see the header
-BLOCK = 128        # probabilities x values are summed in blocks of this many keys
-ROWS = 4           # fewest rows of a matrix product
+STOPS = 8          # most stop ids of a request
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Request:
     top_p: float = 1.0              # keep the smallest set of most likely tokens with at least this mass
     top_k: int = 0                  # keep the k most likely tokens, 0 = all
     stop: tuple[int, ...] = ()      # ids that end the sample; the id itself is kept
-    seed: int = 0                   # with the token's index decides its random number
+    seed: int = 0                   # with the token's index decides its random number; any 64-bit integer
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,11 @@ class Sample:
     id: object
     prompt: list[int]
     tokens: list[int]               # generated, the stop token included
-    logprobs: list[float]           # natural log of the probability each token was drawn with (greedy: temperature 1)
-    finish: str                     # "stop" | "length" (max_tokens or max_len) | "abort"
-    drafted: tuple[int, ...] = ()   # per MTP layer: drafts looked at, that is, with all drafts before them accepted
-    accepted: tuple[int, ...] = ()  # per MTP layer: of those, how many equalled the token drawn
+    logprobs: list[float]         # ln of the probability each token was drawn with (greedy: at temperature 1)
+    finish: str                     # "stop" | "length" (max_tokens, or the engine's max_len) | "abort"
+    # per MTP layer: drafts looked at, that is, with all drafts before them kept
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()  # per MTP layer: of those, how many were the token drawn
 
 
 # ---- drawing tokens --------------------------------------------------------------------------------------------------
@@ -78,152 +78,113 @@ GOLDEN, MIX1, MIX2 = (signed64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5
 
 
 def splitmix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64 tensors; int64 products wrap, and >> is made logical by the masks."""
+    """splitmix64's finaliser (Steele et al. 2014) on int64: products wrap, the masks make >> a logical shift."""
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * MIX1
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * MIX2
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def uniform(seed: Tensor, index: Tensor) -> Tensor:
-    """u in [0, 1 - 2^-24], fp32, a pure function of (seed, index); both int64 of one shape."""
+    """u in [0, 1 - 2^-24], fp32, a pure function of (seed, index), int64 tensors that broadcast."""
     bits = splitmix(splitmix(seed) + (index + 1) * GOLDEN)
     return (bits >> 40 & (1 << 24) - 1).float() * 2.0 ** -24
 
 
 def keep_top(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """p [N,V] with everything outside top-k and top-p set to 0, renormalised. top_p fp32 [N], top_k int64 [N], 0 = all.
-    By hand: p = (.5, .3, .2), top_p = .6 keeps .5 (mass before it 0) and .3 (mass before it .5 < .6) -> (.625, .375, 0)."""
-    sorted_p, order = p.sort(-1, descending=True, stable=True)
+    """
+    p [N,V] with everything outside top-k and top-p set to 0, renormalised. top_p fp32 [N], top_k int64 [N], 0
+    = all. By hand: p = (.5, .3, .2) and top_p = .6 keep .5 (mass before it 0) and .3 (mass before it .5) ->
+    (.625, .375, 0).
+    """
+    sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
     before = sorted_p.cumsum(-1) - sorted_p                         # mass of the more likely tokens
     rank = torch.arange(p.shape[-1], device=p.device)
-    k = torch.where(top_k > 0, top_k, p.shape[-1])
-    keep = (before < top_p[:, None]) & (rank < k[:, None])
+    keep = (before < top_p[:, None]) & (rank < torch.where(top_k > 0, top_k, p.shape[-1])[:, None])
     keep[:, 0] = True
     kept = torch.zeros_like(p).scatter_(1, order, sorted_p * keep)
     return kept / kept.sum(-1, keepdim=True)
 
 
-def draw(logits: Tensor, u: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, plain: bool,
-         ) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, u: Tensor, temperature: Tensor | None = None, top_p: Tensor | None = None,
+         top_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
-    One token a row by inversion: the first id whose cumulated probability exceeds u. logits fp32 [N,V], the rest [N];
-    plain: every row has temperature 1 and keeps all tokens. -> (ids int64 [N], log-probs fp32 [N]).
+    One token a row by inversion: the first id whose cumulated probability exceeds u. logits fp32 [N,V], the
+    rest [N]. temperature None: 1 everywhere, nothing cut. -> (ids int64 [N], log-probs fp32 [N]).
     """
-    if plain:
-        logp = logits.log_softmax(-1)
-        cdf = logp.exp().cumsum(-1)
+    if temperature is None:
+        p = logits.softmax(-1)
     else:
         greedy = temperature == 0
-        logp = (logits / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
-        cut = (top_p < 1) | (top_k > 0)
-        if cut.any():
-            kept = keep_top(logp[cut].exp(), top_p[cut], top_k[cut])
-            logp = logp.index_put((cut,), kept.log())
-        cdf = logp.exp().cumsum(-1)
+        p = (logits / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
+        if logits.is_cuda:                                          # in a graph: no look at the values
+            p = keep_top(p, top_p, top_k)
+        elif (cut := (top_p < 1) | (top_k > 0)).any():
+            p[cut] = keep_top(p[cut], top_p[cut], top_k[cut])
+    cdf = p.cumsum(-1)
     # u <= 1 - 2^-24 keeps u * total below total in fp32, so a token of probability 0 is never drawn
-    ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
-    if not plain:
+    ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(p.shape[-1] - 1)
+    if temperature is not None:
         ids = torch.where(greedy, logits.argmax(-1), ids)
-    return ids, logp.gather(1, ids[:, None])[:, 0]
+    return ids, p.gather(1, ids[:, None])[:, 0].log()
 
 
-# ---- cache and attention ---------------------------------------------------------------------------------------------
-
-class Plan:
-    """Where the Q new tokens of B sequences go and what they see; made once a step, read by every layer."""
-    def __init__(self, engine: "Engine", first: int, positions: Tensor, write: Tensor | None = None):
-        """positions int64 [B,Q]: also the last cache column each token sees; write: the column it fills (default same)."""
-        (B, Q), K, C = positions.shape, engine.K, engine.columns
-        self.first, self.B = first, B
-        heads = torch.arange(first * K, (first + B) * K, device=positions.device).view(B, 1, K) * C
-        write = positions if write is None else write
-        self.where = (heads + write[:, :, None]).flatten()          # rows of the cache seen as [S*K*C, d]
-        self.L = min(-(-(int(positions.max()) + 1) // KEYS) * KEYS, C)
-        seen = engine.column[:self.L] <= positions[:, :, None]      # [B,Q,L]
-        bias = torch.zeros(seen.shape, dtype=engine.dtype, device=seen.device).masked_fill_(~seen, -math.inf)
-        self.bias = bias.repeat_interleave(engine.G, 1)[:, None]    # [B,1,Q*G,L]
-        self.cos, self.sin = engine.cos[positions], engine.sin[positions]   # [B,Q,d]
-
-
-class LayerCache:
-    """One layer's keys and values, [S,K,C,d] each; what Block.forward knows as `cache`."""
-    def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v, self.plan = k, v, None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Appends k, v [B,Q,K,d], then attends q [B,Q,H,d] -> [B,Q,H,d]."""
-        plan, d = self.plan, q.shape[-1]
-        self.k.view(-1, d).index_copy_(0, plan.where, k.reshape(-1, d))
-        self.v.view(-1, d).index_copy_(0, plan.where, v.reshape(-1, d))
-        rows = slice(plan.first, plan.first + plan.B)
-        return attend(q, self.k[rows], self.v[rows], plan.bias)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """
-    softmax(q k^T / sqrt(d) + bias) v for few queries over a head-major cache: each row's bits depend on nothing else.
-    q [B,Q,H,d]; k, v [B,K,C,d] of which the first L columns are read; bias [B,1,Q*G,L]. -> [B,Q,H,d]. Plain matrix
-    products instead of SDPA: 2x faster at these sizes, and SDPA sums keys in an order that depends on L.
-    """
-    B, Q, H, d = q.shape
-    K, L = k.shape[1], bias.shape[-1]
-    R = Q * H // K                                                  # the G heads of a KV head are rows of one matrix
-    q = (q * d ** -0.5).view(B, Q, K, H // K, d).transpose(1, 2).reshape(B * K, R, d)
-    k, v = k.flatten(0, 1)[:, :L], v.flatten(0, 1)[:, :L]           # [B*K,L,d], views
-    if R < ROWS:
-        q = F.pad(q, (0, 0, 0, ROWS - R))
-    s = torch.bmm(q, k.mT)[:, :R].view(B, K, R, L) + bias           # [B,K,R,L]
-    p = s.softmax(-1).view(B * K, R, L)
-    if R < ROWS:
-        p = F.pad(p, (0, 0, 0, ROWS - R))
-    o = torch.bmm(p[:, :, :BLOCK], v[:, :BLOCK])                    # [B*K,R,d]
-    for c in range(BLOCK, L, BLOCK):
-        o.baddbmm_(p[:, :, c:c + BLOCK], v[:, c:c + BLOCK])
-    return o[:, :R].view(B, K, Q, H // K, d).transpose(1, 2).reshape(B, Q, H, d)
+def needs_more_than_softmax(r: Request) -> bool:
+    return r.temperature != 1 or r.top_p < 1 or r.top_k > 0
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------------
 
 class Engine:
     """
-    model: a MiMo, shared with its owner and never written to except by load(); slots: most sequences decoded at once;
-    max_len: longest prompt + answer, tokens; n_draft: MTP layers used for speculation (0 = plain), at most those the
-    model has; chunk: prompt tokens read per sequence and step; budget: prompt tokens read per step over all sequences.
+    model: a MiMo, shared with its owner and written to by load() alone. slots: most sequences decoded at
+    once; max_len: longest prompt + answer, tokens; n_draft: MTP layers used for speculation, 0 = plain.
+    chunk: prompt tokens read per sequence and step; budget: prompt tokens read per step over all sequences.
+    layout: "rows" (CPU) or "blocks" (GPU) of cache.py, with `memory` tokens in all (default slots * max_len)
+    in blocks of `block`. fast: use fast.py, default where it applies. Raises ValueError for what cannot work.
     """
-    def __init__(self, model: MiMo, slots: int, max_len: int, n_draft: int = 0, chunk: int = 256, budget: int = 4096):
-        cfg = model.cfg
+    def __init__(self, model: MiMo, slots: int, max_len: int, n_draft: int = 0, chunk: int = 256, budget: int = 4096,
+                 layout: str | None = None, memory: int | None = None, block: int = 64, fast: bool | None = None):
+        cfg, w = model.cfg, model.lm_head.weight
         if not 0 <= n_draft <= len(model.mtp_layers):
-            raise ValueError(f"n_draft = {n_draft} should be between 0 and the {len(model.mtp_layers)} MTP layers of the model")
+            raise ValueError(f"n_draft = {n_draft} should be 0 to {len(model.mtp_layers)}, the model's MTP layers")
         if slots < 1 or max_len < 2:
             raise ValueError(f"slots = {slots} and max_len = {max_len} should be at least 1 and 2")
-        w = model.lm_head.weight
+        layout = layout or ("blocks" if w.is_cuda else "rows")
         self.model, self.slots, self.max_len, self.n_draft = model, slots, max_len, n_draft
-        self.chunk, self.budget = max(chunk, ROWS), max(budget, chunk, ROWS)
-        self.K, self.G, self.dtype, self.device = cfg.n_kv_head, cfg.n_head // cfg.n_kv_head, w.dtype, w.device
-        self.S = S = slots + ROWS                                   # ROWS spare rows, so that a batch of 1 has 4
-        # the last column is scrap: padding writes there, nobody reads it
-        self.columns = C = -(-(max_len + n_draft + 2) // KEYS) * KEYS
-        n_layer = cfg.n_layer + n_draft
-        self.cache = torch.zeros(n_layer, 2, S, self.K, C, cfg.head_dim, dtype=self.dtype, device=self.device)
-        self.layers = [LayerCache(kv[0], kv[1]) for kv in self.cache]
-        self.column = torch.arange(C, device=self.device)
-        self.ring = 4 * (n_draft + 1)                               # trunk states kept for re-running the MTP layers
-        long = dict(dtype=torch.int64, device=self.device)
-        real = dict(dtype=torch.float32, device=self.device)
-        # one row a sequence; n counts its tokens that are certain, the trunk cache holds the first n - 1 of them
-        self.state = {
-            "tokens": torch.zeros(S, C, **long), "logp": torch.zeros(S, C, **real), "n": torch.ones(S, **long),
-            "start": torch.ones(S, **long), "limit": torch.ones(S, **long), "seed": torch.zeros(S, **long),
-            "temperature": torch.ones(S, **real), "top_p": torch.ones(S, **real), "top_k": torch.zeros(S, **long),
-            "stop": torch.full((S, 1), -1, **long), "h": torch.zeros(S, self.ring, cfg.d_model, dtype=self.dtype, device=self.device),
-            "drafted": torch.zeros(S, n_draft, **long), "accepted": torch.zeros(S, n_draft, **long)}
-        self.waiting_requests: deque[Request] = deque()
-        self.decoding: list[Request] = []                           # row i of the cache belongs to decoding[i]
-        self.reading: list[list[Request]] = []                      # requests with one prompt; row S-1-j is reading[j]'s
-        self.fancy = 0                                              # active requests that need more than a softmax
+        self.chunk, self.budget, self.device = max(chunk, ROWS), max(budget, chunk, ROWS), w.device
+        # ROWS spare rows, so that a batch of 1 has 4; n_draft + 2 spare columns, the last one scrap: padding writes
+        # there and nobody reads it
+        self.S, columns = slots + ROWS, max_len + n_draft + 2
+        shape = (cfg.n_layer + n_draft, self.S, cfg.n_kv_head, cfg.n_head // cfg.n_kv_head, columns, cfg.head_dim)
+        if layout == "rows":
+            self.cache, self.memory = Rows(*shape, w.dtype, w.device), slots * max_len
+        else:
+            if n_draft > 4:
+                raise ValueError(f"n_draft = {n_draft} should be at most 4: kernels.decode takes 8 rows a sequence")
+            self.memory = memory or slots * (max_len + n_draft + block)
+            self.cache = Blocks(*shape, w.dtype, w.device, block, self.memory // block)
+        self.column, self.columns = self.cache.column, self.cache.columns
+        self.fast = layout == "rows" and w.dtype == torch.float32 if fast is None else fast
+        self.weights = Weights(model, n_draft) if self.fast else None
+        self.ring = 4 * (n_draft + 1)                     # trunk states kept for the MTP layers, per sequence
+        self.state = self.new_state(cfg)
+        self.queue: deque[Request] = deque()
+        self.decoding: list[Request] = []                           # row i belongs to decoding[i]
+        self.reading: list[list[Request]] = []           # requests with one prompt; row S-1-j is reading[j]'s
         self.ids: set = set()
-        self.rope_base = None
-        self.steps = self.rows = 0                                  # decode forwards, and sequences in them
+        self.fancy = 0                                       # decoding requests that need more than a softmax
+        self.rope_base, self.graphs = None, {}
+        self.steps = self.rows = 0                             # decode forwards so far, and sequences in them
+
+    def new_state(self, cfg) -> dict[str, Tensor]:
+        """One row a sequence. n counts its certain tokens; the trunk's cache holds the first n - 1 of them."""
+        S, C, m = self.S, self.columns, self.n_draft
+        long, real = (dict(dtype=t, device=self.device) for t in (torch.int64, torch.float32))
+        return {"tokens": torch.zeros(S, C, **long), "logp": torch.zeros(S, C, **real), "u": torch.zeros(S, C, **real),
+                "n": torch.ones(S, **long), "limit": torch.ones(S, **long), "stop": torch.full((S, STOPS), -1, **long),
+                "temperature": torch.ones(S, **real), "top_p": torch.ones(S, **real), "top_k": torch.zeros(S, **long),
+                "h": torch.zeros(S, self.ring, cfg.d_model, dtype=self.model.lm_head.weight.dtype, device=self.device),
+                "drafted": torch.zeros(S, m, **long), "accepted": torch.zeros(S, m, **long)}
 
     @property
     def active(self) -> int:
@@ -231,22 +192,30 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return len(self.waiting_requests)
+        return len(self.queue)
 
     def add(self, request: Request) -> None:
         """Queues a request; it enters the batch at a later step. Raises ValueError with what would be right."""
-        n, V = len(request.prompt), self.model.cfg.vocab_size
+        n, V, name = len(request.prompt), self.model.cfg.vocab_size, f"request {request.id!r}"
         if request.id in self.ids:
-            raise ValueError(f"request {request.id!r}: a request with this id is in flight")
+            raise ValueError(f"{name}: a request with this id is in flight")
         if not 1 <= n < self.max_len:
-            raise ValueError(f"request {request.id!r}: a prompt of {n} tokens should have 1 to {self.max_len - 1} (max_len - 1)")
+            raise ValueError(f"{name}: its prompt of {n} tokens should have 1 to {self.max_len - 1} (max_len - 1)")
         if request.max_tokens < 1 or request.temperature < 0 or not 0 < request.top_p <= 1 or request.top_k < 0:
-            raise ValueError(f"request {request.id!r}: max_tokens = {request.max_tokens} should be >= 1, temperature = "
+            raise ValueError(f"{name}: max_tokens = {request.max_tokens} should be >= 1, temperature = "
                              f"{request.temperature} >= 0, top_p = {request.top_p} in (0, 1], top_k = {request.top_k} >= 0")
-        if not (0 <= min(request.prompt) and max(request.prompt) < V):
-            raise ValueError(f"request {request.id!r}: prompt ids should be in 0..{V - 1}")
+        if len(request.stop) > STOPS:
+            raise ValueError(f"{name}: {len(request.stop)} stop ids should be at most {STOPS}")
+        if min(request.prompt) < 0 or max(request.prompt) >= V:
+            raise ValueError(f"{name}: its prompt ids should be in 0..{V - 1}")
+        if self.size(request) > self.memory:
+            raise ValueError(f"{name}: {self.size(request)} tokens should fit the cache of {self.memory}")
         self.ids.add(request.id)
-        self.waiting_requests.append(request)
+        self.queue.append(request)
+
+    def size(self, request: Request) -> int:
+        """Most cache columns it can ever fill: prompt, answer, and the drafts after its last token."""
+        return min(len(request.prompt) + request.max_tokens, self.max_len) + self.n_draft
 
     @torch.no_grad()
     def step(self) -> list[Sample]:
@@ -259,28 +228,44 @@ class Engine:
             self.read_prompts()
         if not self.decoding:
             return []
-        ended = self.retire(self.decode())
+        A, cuda = len(self.decoding), self.device.type == "cuda"
+        R = min(1 << (A - 1).bit_length(), self.S) if cuda else max(A, ROWS)
+        self.state["n"][A:R] = 1                                    # rows that only make up the number
+        self.steps, self.rows = self.steps + 1, self.rows + A
+        if cuda:
+            return self.retire(self.replay(R)[:A])
+        ended, E = self.decode(R)
+        samples = self.retire(ended[:A])
         if self.n_draft and self.decoding:
-            self.draft(0, max(len(self.decoding), ROWS), self.n_draft + 1)
-        return ended
+            self.draft(0, len(self.decoding), E)
+        return samples
 
     @torch.no_grad()
     def abort(self, id) -> Sample | None:
-        """Takes a request out wherever it is. -> what it had generated (finish "abort"), or None if it is not here."""
-        if id not in self.ids:
-            return None
+        """Takes a request out wherever it is. -> what it had generated (finish "abort"); None if it is not here."""
         for i, request in enumerate(self.decoding):
             if request.id == id:
                 sample = self.result(i, "abort")
                 self.remove([i])
                 return sample
-        for group in [self.waiting_requests, *self.reading]:
+        for group in [self.queue, *self.reading]:
             for request in group:
                 if request.id == id:
-                    group.remove(request)                           # an emptied reading group is dropped when read
-                    self.ids.discard(id)
+                    self.drop(group, request)
                     return Sample(id, request.prompt, [], [], "abort", (0,) * self.n_draft, (0,) * self.n_draft)
         return None
+
+    def drop(self, group, request: Request) -> None:
+        """Before its first token. An emptied reading group keeps its row until read_prompts closes the gap."""
+        group.remove(request)
+        self.ids.discard(request.id)
+        if group is self.queue:
+            return
+        owned = getattr(self.cache, "owned", {})
+        if group and owned and len(owned[request.id]) >= len(owned[group[0].id]):
+            # its blocks may be the ones being read into: they go to the next of the group, whose own are given back
+            owned[request.id], owned[group[0].id] = owned[group[0].id], owned[request.id]
+        self.cache.give(request.id)
 
     @torch.no_grad()
     def load(self, state_dict: dict[str, Tensor]) -> None:
@@ -288,176 +273,221 @@ class Engine:
         self.model.load_state_dict(state_dict)
 
     def tables(self) -> None:
-        """cos and sin of every position [C,d], again when stage 3 has raised the RoPE base."""
+        """cos and sin of every position [C,d], again when stage 3 has raised the RoPE base; fast.py's weights."""
         if self.rope_base != self.model.cfg.rope_base:
-            self.rope_base = self.model.cfg.rope_base
+            self.rope_base, self.graphs = self.model.cfg.rope_base, {}
             self.cos, self.sin = rope_tables(self.column, self.model.cfg.head_dim, self.rope_base)
+            self.turn = rotations(self.cos, self.sin, self.model.cfg) if self.fast else None
+        if self.fast:
+            self.weights.refresh()
 
     # -- prompts
 
     def admit(self) -> None:
-        """Fill free slots in order of arrival; waiting requests with one prompt, as an RL group has, are read once."""
+        """Fill free slots in order of arrival; requests with one prompt, as an RL group has, are read once."""
         free, new = self.slots - self.active, {}
-        while free and self.waiting_requests:
-            request = self.waiting_requests.popleft()
+        while free and self.queue and self.cache.room_for(self.size(self.queue[0])):
+            request = self.queue.popleft()
+            self.cache.take(request.id, self.size(request))
             new.setdefault(tuple(request.prompt), []).append(request)
             free -= 1
         for prompt, group in new.items():
+            # the longest first: whoever inherits its blocks (abort) finds enough of them
+            group.sort(key=self.size, reverse=True)
             row = self.S - 1 - len(self.reading)
             self.reading.append(group)
+            self.cache.assign(row, group[0].id)
             self.state["tokens"][row, :len(prompt)] = torch.tensor(prompt)
-            self.state["n"][row] = 1                                # while reading: n - 1 tokens are in the cache
+            self.state["n"][row] = 1                            # while reading: n - 1 tokens are in the cache
 
     def read_prompts(self) -> None:
         """
-        One chunk of the oldest prompts through the trunk and the MTP layers, all but each prompt's last token, which the
-        first decode step takes. Sequences are padded to the longest chunk; what padding writes is overwritten later.
+        One chunk of the oldest prompts through the trunk and the MTP layers: all but each prompt's last
+        token, which its first decode step takes. Chunks are padded to the longest; what padding writes is
+        overwritten before it can be seen.
         """
-        self.reading, empty = [g for g in self.reading if g], [j for j, g in enumerate(self.reading) if not g]
-        if empty:                                                   # aborted: close the gaps
-            keep = [j for j in range(len(self.reading) + len(empty)) if j not in empty]
-            self.copy([self.S - 1 - j for j in keep], [self.S - 1 - j for j in range(len(keep))])
-        want = [len(g[0].prompt) - 1 for g in self.reading]
-        done = (self.state["n"][self.S - len(want):].flip(0) - 1).tolist() if want else []
-        T, B = 0, 0
-        for w, r in zip(want, done, strict=True):                   # as many prompts as the budget allows, oldest first
+        self.keep_reading([j for j, group in enumerate(self.reading) if group])
+        want = [len(group[0].prompt) - 1 for group in self.reading]
+        done = (self.state["n"][self.S - len(want):].flip(0) - 1).tolist()
+        T = B = 0
+        for w, r in zip(want, done, strict=True):                 # as many as the budget allows, oldest first
             longest = max(T, min(w - r, self.chunk), ROWS)
             if B and longest * (B + 1) > self.budget:
                 break
             T, B = longest, B + 1
         if B == 0:
             return
-        if any(w > r for w, r in zip(want[:B], done[:B], strict=True)):
-            self.read_chunk(B, T)
         new = [min(r + T, w) for w, r in zip(want[:B], done[:B], strict=True)]
-        self.state["n"][self.S - B:] = torch.tensor(new[::-1], device=self.device) + 1
+        if new != done[:B]:
+            self.read_chunk(done[:B], new, T)
+            self.state["n"][self.S - B:] = torch.tensor(new[::-1], device=self.device) + 1
         self.start_decoding([j for j in range(B) if new[j] == want[j]])
 
-    def read_chunk(self, B: int, T: int) -> None:
+    def read_chunk(self, done: list[int], new: list[int], T: int) -> None:
+        """Tokens done[j] .. new[j] - 1 of reading[j]'s prompt, as T columns."""
+        B, tokens, C = len(done), self.state["tokens"], self.columns
         first = self.S - B
-        start = self.state["n"][first:, None] - 1
-        columns = start + torch.arange(T, device=self.device)       # [B,T]
-        positions = columns.clamp_max(self.columns - 1)
-        ids = self.state["tokens"][first:].gather(1, positions)
-        h = self.trunk(ids, Plan(self, first, positions))           # [B,T,D]
+        start = torch.tensor(done[::-1], device=self.device)[:, None]
+        positions = (start + self.column[:T]).clamp_max(C - 1)      # [B,T]
+        h = self.trunk(tokens[first:].gather(1, positions), self.plan(first, positions))
         if self.n_draft == 0:
             return
+        plan = self.plan(first, positions)
         for k in range(self.n_draft):
-            # slot p of layer k takes x_{p+k+1}: from the prompt, where known; the last k slots are re-run by draft()
-            ahead = self.state["tokens"][first:].gather(1, (positions + k + 1).clamp_max(self.columns - 1))
-            self.mtp(k, h, ahead, Plan(self, first, positions))
-        tail = slice(max(T - self.ring, 0), T)
-        for j in range(B):                                          # only a sequence's own rows, not its padding
-            real = len(self.reading[B - 1 - j][0].prompt) - 1
-            n = min(T, real - int(start[j, 0]))
-            tail = slice(max(n - self.ring, 0), n)
-            self.state["h"][first + j, positions[j, tail] % self.ring] = h[j, tail]
+            # slot p of layer k takes x_{p+k+1}, from the prompt where it is known; draft() re-runs the last k slots
+            self.mtp(k, h, tokens[first:].gather(1, (positions + k + 1).clamp_max(C - 1)), plan)
+        for j in range(B):                                       # the last states of each, not of its padding
+            last = range(max(new[j] - self.ring, done[j]), new[j])
+            if last:
+                slots = torch.tensor([p % self.ring for p in last], device=self.device)
+                self.state["h"][self.S - 1 - j, slots] = h[B - 1 - j, last[0] - done[j]:last[-1] + 1 - done[j]]
 
     def start_decoding(self, finished: list[int]) -> None:
-        """Prompts reading[j], j in finished, are in the cache: one row of the front part for each of their requests."""
+        """The prompts of reading[j], j in finished, are read: a row of the front part for each of their requests."""
         if not finished:
             return
-        A, source, state = len(self.decoding), [], self.state
+        A, s, sources = len(self.decoding), self.state, []
         for j in finished:
             self.decoding += self.reading[j]
-            source += [self.S - 1 - j] * len(self.reading[j])
-        new = self.decoding[A:]
-        rows = slice(A, A + len(new))
-        self.copy(source, list(range(A, A + len(new))))
-        def column(values, like):
-            return torch.tensor(values, dtype=like.dtype, device=self.device)
-        starts = [len(r.prompt) for r in new]
-        state["n"][rows] = state["start"][rows] = column(starts, state["n"])
-        state["limit"][rows] = column([min(len(r.prompt) + r.max_tokens, self.max_len) for r in new], state["limit"])
-        state["seed"][rows] = column([signed64(r.seed) for r in new], state["seed"])
+            sources += [self.S - 1 - j] * len(self.reading[j])
+        new, rows = self.decoding[A:], slice(A, len(self.decoding))
+        for i, request in enumerate(new, A):
+            self.cache.assign(i, request.id)
+        self.copy(sources, list(range(A, A + len(new))))
+
+        def column(values, name: str) -> Tensor:
+            return torch.tensor(values, dtype=s[name].dtype, device=self.device)
+        s["n"][rows] = column([len(r.prompt) for r in new], "n")
+        s["limit"][rows] = column([min(len(r.prompt) + r.max_tokens, self.max_len) for r in new], "limit")
         for name in ("temperature", "top_p", "top_k"):
-            state[name][rows] = column([getattr(r, name) for r in new], state[name])
-        width = max(len(r.stop) for r in new)
-        if width > state["stop"].shape[1]:
-            state["stop"] = F.pad(state["stop"], (0, width - state["stop"].shape[1]), value=-1)
-        width = state["stop"].shape[1]
-        state["stop"][rows] = column([list(r.stop) + [-1] * (width - len(r.stop)) for r in new], state["stop"])
-        state["drafted"][rows] = state["accepted"][rows] = 0
+            s[name][rows] = column([getattr(r, name) for r in new], name)
+        s["stop"][rows] = column([[*r.stop, *[-1] * (STOPS - len(r.stop))] for r in new], "stop")
+        s["u"][rows] = uniform(column([signed64(r.seed) for r in new], "n")[:, None], self.column - s["n"][rows, None])
+        s["drafted"][rows] = s["accepted"][rows] = 0
         self.fancy += sum(map(needs_more_than_softmax, new))
-        keep = [j for j in range(len(self.reading)) if j not in set(finished)]
-        self.copy([self.S - 1 - j for j in keep], [self.S - 1 - i for i in range(len(keep))])
-        self.reading = [self.reading[j] for j in keep]
+        self.keep_reading([j for j in range(len(self.reading)) if j not in set(finished)])
         if self.n_draft:
             self.draft(A, len(new), 1)
 
+    def keep_reading(self, keep: list[int]) -> None:
+        """Only these reading groups stay, closed up towards the end of the cache."""
+        if len(keep) == len(self.reading):
+            return
+        sources, before = [self.S - 1 - j for j in keep], len(self.reading)
+        self.reading = [self.reading[j] for j in keep]
+        self.move(sources, [self.S - 1 - i for i in range(len(keep))], [group[0].id for group in self.reading])
+        for j in range(len(keep), before):
+            self.cache.assign(self.S - 1 - j, None)
+
     # -- decoding
+
+    def plan(self, first: int, positions: Tensor, write: Tensor | None = None) -> Plan:
+        plan = self.cache.plan(first, positions, write)
+        if self.fast:
+            plan.turn = self.turn[positions.flatten()]              # [B*Q, H + 2K, d/2] complex
+        else:
+            plan.cos, plan.sin = self.cos[positions], self.sin[positions]       # [B,Q,d]
+        return plan
 
     def trunk(self, ids: Tensor, plan: Plan) -> Tensor:
         """ids [B,Q] through the blocks over the cache -> h [B,Q,D] before the final norm."""
-        x = self.model.embed_tokens(ids)
-        for block, cache in zip(self.model.layers, self.layers, strict=False):
+        cfg, x = self.model.cfg, self.model.embed_tokens(ids)
+        for i, (block, cache) in enumerate(zip(self.model.layers, self.cache.layers, strict=False)):
             cache.plan = plan
-            x = block(x, plan.cos, plan.sin, None, cache)
-        return x
+            if self.fast:
+                x = block_forward(x.view(-1, cfg.d_model), block, self.weights.merged[i], cache, cfg)
+            else:
+                x = block(x, plan.cos, plan.sin, None, cache)
+        return x.view(*ids.shape, -1)
 
     def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan) -> Tensor:
-        """MTP layer k over its own cache; ahead [B,Q] is the token k+1 places after h's. -> z [B,Q,D]."""
-        cache = self.layers[self.model.cfg.n_layer + k]
-        cache.plan = plan
-        return self.model.mtp_layers[k](h, self.model.embed_tokens(ahead), plan.cos, plan.sin, None, cache)
+        """MTP layer k over its own cache; h [B,Q,D], ahead [B,Q] the tokens k+1 places after h's. -> z [B,Q,D]."""
+        cfg, layer, emb = self.model.cfg, self.model.mtp_layers[k], self.model.embed_tokens(ahead)
+        i = cfg.n_layer + k
+        self.cache.layers[i].plan = plan
+        if not self.fast:
+            return layer(h, emb, plan.cos, plan.sin, None, self.cache.layers[i])
+        z = mtp_input(layer, h.flatten(0, 1), emb.flatten(0, 1), cfg.rms_eps)
+        return block_forward(z, layer, self.weights.merged[i], self.cache.layers[i], cfg).view(h.shape)
 
-    def decode(self) -> Tensor:
+    def decode(self, R: int) -> tuple[Tensor, int]:
         """
-        Every active sequence: its last certain token and its drafts through the trunk, a token drawn at each of these
-        Q = n_draft + 1 places, and as many of them kept as the drafts before them were right. -> bool [A], has ended.
+        Each of the first R rows: its last certain token and its drafts through the trunk, a token drawn at
+        each of these Q = n_draft + 1 places, and as many kept as the drafts before them were right. -> (has
+        ended, bool [R]; most tokens a row has gained).
         """
-        A, Q, s = len(self.decoding), self.n_draft + 1, self.state
-        R = max(A, ROWS)
-        s["n"][A:R] = 1                                             # rows that only make up the number
-        n = s["n"][:R]
+        s, Q = {name: t[:R] for name, t in self.state.items()}, self.n_draft + 1
+        n = s["n"]
         positions = n[:, None] - 1 + self.column[:Q]                # [R,Q]
-        ids = s["tokens"][:R].gather(1, positions)
-        h = self.trunk(ids, Plan(self, 0, positions))
-        logits = self.model.logits(h.flatten(0, 1))                 # [R*Q,V]
-        def each(name):
-            return s[name][:R].repeat_interleave(Q)
-        u = uniform(each("seed"), (positions + 1 - s["start"][:R, None]).flatten())
-        drawn, logp = (t.view(R, Q) for t in draw(logits, u, each("temperature"), each("top_p"), each("top_k"), self.fancy == 0))
-        s["tokens"][:R].scatter_(1, positions + 1, drawn)
-        s["logp"][:R].scatter_(1, positions + 1, logp)
-        self.steps, self.rows = self.steps + 1, self.rows + A
-        is_stop = (drawn[:, :, None] == s["stop"][:R, None, :]).any(-1)         # [R,Q]
-        if self.n_draft == 0:
+        ids = s["tokens"].gather(1, positions)
+        h = self.trunk(ids, self.plan(0, positions))                # [R,Q,D]
+        settings = [s[name].repeat_interleave(Q) for name in ("temperature", "top_p", "top_k") if self.fancy]
+        u = s["u"].gather(1, positions + 1).flatten()
+        drawn, logp = (t.view(R, Q) for t in draw(self.model.logits(h.flatten(0, 1)), u, *settings))
+        s["tokens"].scatter_(1, positions + 1, drawn)
+        s["logp"].scatter_(1, positions + 1, logp)
+        is_stop = (drawn[:, :, None] == s["stop"][:, None, :]).any(-1)          # [R,Q]
+        if Q == 1:
             n += 1
-            return ((n >= s["limit"][:R]) | is_stop[:, 0])[:A]
-        # kept tokens: the accepted drafts and one more, but nothing after a stop token or past the limit
-        kept = accept_greedy(ids[:, 1:], drawn)                     # [R] drafts right in a row
-        to_stop = (is_stop.long().cumsum(1) == 0).sum(1)            # [R] tokens before the first stop token, Q if none
-        room = s["limit"][:R] - n
-        emit = torch.minimum(torch.minimum(kept, to_stop) + 1, room).clamp_max(Q)
-        # draft k was looked at if the token before it was kept, and a draft existed (a prompt of one token has none)
+            return (n >= s["limit"]) | is_stop[:, 0], 1
+        # kept: the accepted drafts and one token more, but nothing after a stop token or past the limit
+        right = accept_greedy(ids[:, 1:], drawn)                    # [R] drafts that were right, in a row
+        to_stop = (is_stop.cumsum(1) == 0).sum(1)                   # [R] tokens before the first stop token
+        gain = torch.minimum(torch.minimum(right, to_stop) + 1, s["limit"] - n).clamp(1, Q)
+        # draft k was looked at if the token at its place was kept and it was a draft (a 1-token prompt has none yet)
         k = self.column[:self.n_draft]
-        looked = (k < emit[:, None]) & (k <= kept[:, None]) & (n > 1)[:, None]
-        s["drafted"][:R] += looked
-        s["accepted"][:R] += looked & (k < kept[:, None])
-        s["h"][:R].scatter_(1, (positions % self.ring)[..., None].expand_as(h), h)
-        n += emit
-        return ((n >= s["limit"][:R]) | (emit == to_stop + 1))[:A]
+        looked = (k < gain[:, None]) & (n > 1)[:, None]
+        s["drafted"] += looked
+        s["accepted"] += looked & (k < right[:, None])
+        s["h"].scatter_(1, (positions % self.ring)[..., None].expand_as(h), h)
+        n += gain
+        return (n >= s["limit"]) | (gain == to_stop + 1), Q if self.cache.static else int(gain.max())
 
     def draft(self, first: int, B: int, E: int) -> None:
         """
-        New drafts after the last certain token x_{n-1}: layer k reads (h_{n-2}, x_{n-1+k}) and writes draft x_{n+k}.
-        Each layer is also re-run on the slots that became certain (at most E) or still held a draft (k), with the true
-        hidden state from the ring, so its cache never keeps what a rejected draft left. Fixed windows: static shapes.
+        New drafts after the last certain token x_{n-1}: layer k reads (h_{n-2}, x_{n-1+k}) and writes draft
+        x_{n+k}. Each layer is also re-run, with the true hidden states from the ring, on the slots that
+        became certain (E at most) or still held a draft, so that its cache keeps nothing of a rejected draft.
+        One window for all layers:
 
-            slots of layer k:   n-1-E-k ............ n-3  n-2          tokens needed: slot p takes x_{p+k+1}
+            slots   n-E-n_draft ............ n-3  n-2             slot p of layer k takes the token x_{p+k+1}
         """
-        rows, s, m = slice(first, first + B), self.state, self.model
-        n = s["n"][rows, None]
-        tokens = s["tokens"][rows]
-        for k in range(self.n_draft):
-            slots = n - 1 + self.column[:E + k] - (E + k)           # [B,E+k], the last one is n-2
-            real = slots.clamp_min(0)
-            plan = Plan(self, first, real, torch.where(slots < 0, self.columns - 1, real))
-            h = s["h"][rows].gather(1, (real % self.ring)[..., None].expand(-1, -1, m.cfg.d_model))
-            z = self.mtp(k, h, tokens.gather(1, real + k + 1), plan)[:, -1]     # [B,D]
-            z = m.mtp_layers[k].final_layernorm(z)
-            tokens.scatter_(1, n + k, F.linear(z, m.lm_head.weight).argmax(-1, keepdim=True))
+        rows, s, m, W = slice(first, first + B), self.state, self.model, E + self.n_draft - 1
+        n, tokens = s["n"][rows, None], s["tokens"][rows]
+        slots = n - 1 + self.column[:W] - W                         # [B,W], the last one is n-2
+        real = slots.clamp_min(0)
+        plan = self.plan(first, real, torch.where(slots < 0, self.columns - 1, real))
+        h = s["h"][rows].gather(1, (real % self.ring)[..., None].expand(-1, -1, m.cfg.d_model))     # [B,W,D]
+        for k, layer in enumerate(m.mtp_layers[:self.n_draft]):
+            z = self.mtp(k, h, tokens.gather(1, real + k + 1), plan)[:, -1]     # [B,W,D] -> [B,D]
+            logits = F.linear(layer.final_layernorm(z), m.lm_head.weight)       # [B,V]
+            tokens.scatter_(1, n + k, logits.argmax(-1, keepdim=True))
+
+    def replay(self, R: int) -> Tensor:
+        """decode() and draft() as one CUDA graph per number of rows (a power of two) and kind of sampling."""
+        key = R, self.fancy > 0
+        if key not in self.graphs:
+            def work():
+                ended, _ = self.decode(R)
+                if self.n_draft:
+                    self.draft(0, R, self.n_draft + 1)
+                return ended
+            saved = {name: t.clone() for name, t in self.state.items()}       # trial runs must leave no trace
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    work()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                ended = work()
+            for name, t in saved.items():
+                self.state[name].copy_(t)
+            self.graphs[key] = graph, ended
+        graph, ended = self.graphs[key]
+        graph.replay()
+        return ended
 
     # -- the end of a sequence
 
@@ -469,43 +499,47 @@ class Engine:
 
     def retire(self, ended: Tensor) -> list[Sample]:
         rows = ended.nonzero()[:, 0].tolist()
-        samples = []
-        for i in rows:
-            sample = self.result(i, "stop")
-            stopped = sample.tokens[-1] in self.decoding[i].stop
-            samples.append(sample if stopped else self.result(i, "length"))
+        last = self.state["tokens"][rows, self.state["n"][rows] - 1].tolist() if rows else []
+        samples = [self.result(i, "stop" if token in self.decoding[i].stop else "length")
+                   for i, token in zip(rows, last, strict=True)]
         self.remove(rows)
         return samples
 
     def remove(self, rows: list[int]) -> None:
-        """Take rows out of the decoding part: the last rows that stay move into the holes."""
+        """Rows leave the decoding part; the last of those that stay move into the holes."""
         if not rows:
             return
         gone, A = set(rows), len(self.decoding)
         for i in rows:
             self.ids.discard(self.decoding[i].id)
+            self.cache.give(self.decoding[i].id)
             self.fancy -= needs_more_than_softmax(self.decoding[i])
         holes = [i for i in rows if i < A - len(rows)]
         movers = [i for i in range(A - len(rows), A) if i not in gone]
-        self.copy(movers, holes)
         for i, j in zip(movers, holes, strict=True):
             self.decoding[j] = self.decoding[i]
         del self.decoding[A - len(rows):]
+        self.move(movers, holes, [self.decoding[j].id for j in holes])
+        for i in range(A - len(rows), A):
+            self.cache.assign(i, None)
 
-    def copy(self, sources: list[int], targets: list[int]) -> None:
-        """Rows of the cache and of all per-sequence state, all read before any is written."""
+    def move(self, sources: list[int], targets: list[int], keys: list) -> None:
+        """Sequences change rows: with blocks only the table changes, with rows the contents go along."""
+        if self.cache.static:
+            for j, key in zip(targets, keys, strict=True):
+                self.cache.assign(j, key)
+        self.copy(sources, targets, contents=not self.cache.static)
+
+    def copy(self, sources: list[int], targets: list[int], contents: bool = True) -> None:
+        """All per-sequence state, and the cache's contents; everything is read before anything is written."""
         pairs = [(i, j) for i, j in zip(sources, targets, strict=True) if i != j]
         if not pairs:
             return
         i, j = torch.tensor(pairs, device=self.device).T
-        used = min(-(-(int(self.state["n"][i].max()) + self.n_draft) // KEYS) * KEYS, self.columns)
-        self.cache[:, :, j, :, :used] = self.cache[:, :, i, :, :used]
+        if contents:
+            self.cache.copy(i, j, min(int(self.state["n"][i].max()) + self.n_draft, self.columns))
         for t in self.state.values():
             t[j] = t[i]
-
-
-def needs_more_than_softmax(r: Request) -> bool:
-    return r.temperature != 1 or r.top_p < 1 or r.top_k > 0
 
 
 def generate(engine: Engine, requests: list[Request]) -> list[Sample]:
