@@ -29,6 +29,8 @@ import configurator
 import mtp
 import runtime
 from data.loader import Batch, MixtureLoader
+from data.shards import sources
+from data.shards import sources as shard_sources
 from kernels.attention import doc_bounds
 from model import MiMo, ModelConfig
 from schedule import Stage, batch_size_at, lr_at, mtp_weight_at, stage_at, total_tokens
@@ -104,12 +106,12 @@ def main(cfg: Config) -> None:
     if tokenizer.vocab_size > cfg.model.vocab_size:
         runtime.die(f"tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size:,} ids, model.vocab_size = "
                     f"{cfg.model.vocab_size:,}: the model must have at least as many rows")
-    sources = sorted({name for s in stages for name, w in s.mix.items() if w > 0})
+    names = sorted({name for s in stages for name, w in s.mix.items() if w > 0})
     ahead = cfg.n_mtp_final if cfg.mtp_stage else cfg.model.n_mtp      # tokens of look-ahead that the last stage needs
     if not Path(cfg.data).is_dir():
         runtime.die(f"no shards in {cfg.data!r}: `python -m data.prepare` makes those of the tiny world, "
                     "docs/data.md says how to make your own")
-    loader = MixtureLoader(cfg.data, sources, cfg.model.vocab_size, n_mtp=ahead, seed=cfg.seed,
+    loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=ahead, seed=cfg.seed,
                            max_seq_len=cfg.model.max_seq_len)
 
     # ---- start or resume ---------------------------------------------------------------------------------------
@@ -246,7 +248,7 @@ def validate(model: MiMo, cfg: Config, stage: Stage, rt) -> dict[str, dict[str, 
     """Loss and MTP losses per source on held-out documents, nats per token, at the stage's context."""
     folder = Path(cfg.data) / "valid"
     n_mtp, found = len(model.mtp_layers), {}
-    for name in sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ():
+    for name in shard_sources(folder):
         loader = MixtureLoader(str(folder), [name], cfg.model.vocab_size, n_mtp=n_mtp, seed=0)
         rows = max(rt.world, int(cfg.valid_tokens) // stage.seq_len)
         batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, rows, rt.rank, rt.world).to(rt.device)

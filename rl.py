@@ -179,9 +179,10 @@ def main(cfg: Config) -> None:
     saved = runtime.read_state(ckpt) if ckpt else None
     start = ckpt or runtime.find(cfg.init)
     shape, tokenizer, meta = ModelConfig(**runtime.read_shape(start)), Tokenizer.load(start), runtime.read_meta(start)
-    model = runtime.materialise(mtp.build(shape, "meta"), rt, seed=cfg.seed, ckpt=start)
+    model = mtp.build(shape, "meta")
     model.mtp_layers.requires_grad_(False)                          # frozen in RL [paper 2.2]
     model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks)
+    model = runtime.materialise(model, rt, ckpt=start)              # each rank reads its own rows
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     chat = meta["chat"]
@@ -197,13 +198,17 @@ def main(cfg: Config) -> None:
     # ---- the two threads: rollout there, updates here ---------------------------------------------------------------
     judge = Judge(workers=cfg.judge_workers)
     grader = Grader(problems, tokenizer, judge, cfg.scheme)
-    scheduler = Scheduler(len(problems), cfg.batch_size, cfg.group_size, seed=cfg.seed, alpha=cfg.easy_alpha,
-                          dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups, reward_lag=cfg.reward_lag)
+    # several ranks: each rolls out its share of the batch from its share of the problems; the update is one for all
+    scheduler = Scheduler(len(problems), cfg.batch_size // rt.world, cfg.group_size, seed=cfg.seed, alpha=cfg.easy_alpha,
+                          dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups // rt.world, reward_lag=cfg.reward_lag,
+                          rank=rt.rank, world=rt.world)
     if saved:
-        scheduler.load_state_dict(saved["scheduler"])
+        if len(saved["schedulers"]) != rt.world:
+            runtime.die(f"{ckpt} was written by {len(saved['schedulers'])} process(es), this run has {rt.world}: the prompt "
+                        "queues of RL are per process")
+        scheduler.load_state_dict(saved["schedulers"][rt.rank])
         runtime.load_optimizer(ckpt, model, optimizer)
-    replica = mtp.build(shape, rt.device).to(rt.dtype)              # a plain copy decodes, the trained one may be sharded
-    replica.load_state_dict(runtime.full_state(model))
+    replica = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))   # a plain copy decodes
     engine = Engine(replica, slots=cfg.slots, max_len=longest, n_draft=cfg.n_draft)
 
     def make_request(task, i: int, seed: int) -> Request:
@@ -217,7 +222,7 @@ def main(cfg: Config) -> None:
     metrics = runtime.Metrics(run, resume_at=scheduler.step, enabled=rt.is_main)
     bar = tqdm(total=cfg.steps, initial=scheduler.step, unit="it", desc="rl", disable=None if rt.is_main else True)
     if held and not saved:
-        metrics.log(step=0, valid=evaluate(model, tokenizer, held, chat, cfg))
+        metrics.log(step=0, valid=evaluate(replica, tokenizer, held, chat, cfg))
     rollout = RolloutThread(scheduler, engine, grader, make_request, max_staleness=cfg.max_staleness)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -234,8 +239,11 @@ def main(cfg: Config) -> None:
             t2 = time.perf_counter()
             valid = {}
             if held and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
-                valid = {"valid": evaluate(model, tokenizer, held, chat, cfg)}
-            rollout.publish(runtime.full_state(model))
+                twin = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
+                valid = {"valid": evaluate(twin, tokenizer, held, chat, cfg)} if rt.is_main else {}
+            if step + 1 < cfg.steps:
+                # a copy when the thread may still be reading while the next update writes
+                rollout.publish({name: w.clone() if cfg.max_staleness else w for name, w in runtime.replica_state(model)})
             verdicts = Counter(v for g in batch.groups for info in g.infos for v in info["verdicts"])
             lengths = sorted(len(s.tokens) for g in batch.groups for s in g.samples)
             row = dict(step=step + 1, **batch.metrics, **batch.timing, **stats, verdicts=dict(verdicts),
@@ -255,7 +263,8 @@ def main(cfg: Config) -> None:
             if stop or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
                 runtime.save_checkpoint(run, step + 1, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
                                         meta={"stage": "rl", "chat": chat, "init": cfg.init}, optimizer=optimizer,
-                                        keep=cfg.keep, shape=vars(model.cfg), rt=rt, state={"scheduler": batch.state})
+                                        keep=cfg.keep, shape=vars(model.cfg), rt=rt,
+                                        state={"schedulers": runtime.shared(batch.state)})
             if stop:
                 break
     finally:
@@ -267,50 +276,69 @@ def main(cfg: Config) -> None:
 
 
 def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
-    """All updates of one batch (Eq. 1). -> numbers for the log, averaged over tokens."""
+    """
+    All updates of one batch (Eq. 1). -> numbers for the log, averaged over the tokens of all ranks. A rank may have fewer
+    groups or micro-batches than another; where it has none left it runs NOTHING, a row that adds 0, because each forward
+    is a collective under FSDP.
+    """
     groups = sorted(batch.groups, key=lambda g: hash64(cfg.seed, "order", step, g.task.index))   # shuffled once, whole groups
-    if not groups:
-        return {"updates": 0}
     rows = {g.task.index: rows_of(g) for g in groups}
-    several = len(groups) > cfg.mini_batch
-    if several or cfg.max_staleness:                                # pi_old: the policy before the first update
+    n_mini = cfg.batch_size // cfg.mini_batch
+    pieces = [[r for g in groups[len(groups) * i // n_mini:len(groups) * (i + 1) // n_mini] for r in rows[g.task.index]]
+              for i in range(n_mini)]
+    if n_mini > 1 or cfg.max_staleness:                             # pi_old: the policy before the first update
         with torch.no_grad():
-            for micro in micro_batches([r for g in groups for r in rows[g.task.index]], cfg.micro_tokens):
+            for micro in same_number(micro_batches([r for piece in pieces for r in piece], cfg.micro_tokens), rt):
                 logp, _ = token_logprobs(model, micro, rt.device)
                 for r, old in zip(micro, logp.split([len(r.tokens) for r in micro]), strict=True):
                     r.old = old
-    sums, n_tokens, norms, worst_ratio, mismatch = Counter(), 0, [], 0.0, 0.0
-    for lo in range(0, len(groups), cfg.mini_batch):
-        mine = [r for g in groups[lo:lo + cfg.mini_batch] for r in rows[g.task.index]]
-        count = runtime.all_reduce_sum(torch.tensor(float(sum(len(r.tokens) for r in mine)), device=rt.device), rt)   # sum_i |o_i|
-        parts = micro_batches(mine, cfg.micro_tokens)
+    sums, worst, norms = torch.zeros(8, device=rt.device), torch.zeros(2, device=rt.device), []
+    for i, piece in enumerate(pieces):
+        count = runtime.all_reduce_sum(torch.tensor(float(sum(len(r.tokens) for r in piece)), device=rt.device), rt)   # sum_i |o_i|
+        if count == 0:
+            continue
+        parts = same_number(micro_batches(piece, cfg.micro_tokens), rt)
         for m, micro in enumerate(parts):
             logp, entropy = token_logprobs(model, micro, rt.device)
-            n = [len(r.tokens) for r in micro]
-            A = torch.tensor([r.A for r in micro], device=rt.device).repeat_interleave(torch.tensor(n, device=rt.device))   # [N]
+            n = torch.tensor([len(r.tokens) for r in micro], device=rt.device)
+            A = torch.tensor([r.A for r in micro], device=rt.device).repeat_interleave(n)   # [N]
             behaviour = torch.tensor([x for r in micro for x in r.behaviour], device=rt.device)
             # one update per batch: pi_old is this very forward, rho = 1 exactly, and its gradient is the policy gradient
-            old = torch.cat([r.old for r in micro]) if micro[0].old is not None else logp.detach()
+            old = logp.detach() if micro[0].old is None else torch.cat([r.old for r in micro])
             summand, rho, clipped = surrogate(logp, old, A, cfg.eps_low, cfg.eps_high)
             if cfg.max_staleness:                                   # truncated importance weights for the older sampler [ours]
                 summand = summand * (old - behaviour).exp().clamp_max(cfg.is_cap)
             runtime.sync_gradients(model, m == len(parts) - 1, rt)
             (-(summand.sum() / count) * rt.world).backward()
-            with torch.no_grad():
-                gap = logp - behaviour if lo == 0 and not cfg.max_staleness else old - behaviour   # before the first update
-                mismatch = max(mismatch, float(gap.abs().max()))
-                worst_ratio = max(worst_ratio, float(rho.max()))
-                sums.update(entropy=float(entropy.sum()), ratio=float(rho.sum()), objective=float(summand.sum()),
-                            clip_low=float((clipped & (A < 0)).sum()), clip_high=float((clipped & (A > 0)).sum()),
-                            engine_gap=float(gap.abs().sum()), engine_kl=float((gap.exp() - 1 - gap).sum()))
-                n_tokens += len(logp)
+            if micro is not NOTHING:
+                with torch.no_grad():
+                    gap = old - behaviour                           # engine and trainer at the same weights: rounding only
+                    sums += torch.stack([torch.tensor(float(len(logp)), device=rt.device), entropy.sum(), rho.sum(), summand.sum(),
+                                         (clipped & (A < 0)).sum(), (clipped & (A > 0)).sum(), gap.abs().sum(),
+                                         (gap.exp() - 1 - gap).sum()])
+                    worst = torch.maximum(worst, torch.stack([rho.max(), gap.abs().max()]))
         norm = runtime.clip_grad_norm(model, cfg.grad_clip)
         runtime.check_finite({"gradient norm": norm}, model, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        norms.append(float(norm))
-    return {"updates": len(norms), "grad_norm": sum(norms) / len(norms), "ratio_max": worst_ratio, "engine_gap_max": mismatch,
-            **{k: v / n_tokens for k, v in sums.items()}}
+        norms.append(norm)
+    if not norms:
+        return {"updates": 0}
+    tokens, *means = runtime.all_reduce_sum(sums, rt).tolist()
+    worst = runtime.all_reduce_max(worst, rt)
+    names = ("entropy", "ratio", "objective", "clip_low", "clip_high", "engine_gap", "engine_kl")
+    return {"updates": len(norms), "grad_norm": sum(norms) / len(norms), "ratio_max": float(worst[0]),
+            "engine_gap_max": float(worst[1]), "trained_tokens": int(tokens),
+            **{name: v / tokens for name, v in zip(names, means, strict=True)}}
+
+
+NOTHING = [Row([0], [0], [0.0], 0.0)]       # advantage 0: a forward and backward that add nothing
+
+
+def same_number(parts: list[list[Row]], rt) -> list[list[Row]]:
+    """parts, padded with NOTHING to the largest number on any rank."""
+    most = int(runtime.all_reduce_max(torch.tensor(len(parts), device=rt.device), rt))
+    return parts + [NOTHING] * (most - len(parts))
 
 
 def evaluate(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> dict[str, dict]:

@@ -48,6 +48,7 @@ from checkpoint import (  # noqa: F401  (the scripts say runtime.latest, runtime
     read_weights,
     same_shape,
     save_checkpoint,
+    shared,
 )
 from memory import flops_per_token
 from parallel import (  # noqa: F401
@@ -179,26 +180,25 @@ def all_reduce_max(t: Tensor, rt: Runtime) -> Tensor:
     return t
 
 
-def micro_ranges(rows: int, per_micro: int, rt: Runtime, most: int | None = None,
-                 ) -> list[tuple[int, int, bool]]:
+def micro_ranges(rows: int, per_micro: int, rt: Runtime) -> list[tuple[int, int, bool]]:
     """
-    [(lo, hi, last)]: this rank's rows in pieces of per_micro. Every rank gets the same number of pieces,
-    because each forward is a collective under FSDP: a rank with fewer rows gets pieces lo == hi at the end,
-    for which it must still run a forward and backward that add nothing (its row 0 with every target masked).
-    most: the largest number of rows on any rank, asked for over the ranks when None.
+    [(lo, hi, last)]: this rank's rows in pieces of per_micro. Every rank gets the same number of pieces, because
+    each forward is a collective under FSDP: a rank with fewer rows gets pieces lo == hi at the end, for which it
+    must still run a forward and a backward that add nothing. Ends the run, on all ranks, when one has no row.
 
-    By hand: 5 rows in pieces of 2 are (0,2) (2,4) (4,5); with 7 rows elsewhere a fourth piece (5,5).
+    By hand: 5 rows in pieces of 2 are (0,2) (2,4) (4,5); if another rank has 7 rows, a fourth piece (5,5) follows.
     """
-    if most is None:
-        most = int(all_reduce_max(torch.tensor(rows, device=rt.device), rt))
-    n = max(1, -(-most // per_micro))
+    most, least = all_reduce_max(torch.tensor([rows, -rows], device=rt.device), rt).tolist()
+    if least == 0:
+        die(f"a rank has no row: the batch must have at least {rt.world} rows, one per process")
+    n = -(-most // per_micro)
     return [(min(i * per_micro, rows), min((i + 1) * per_micro, rows), i == n - 1) for i in range(n)]
 
 
 def micro_batches(batch, per_micro: int, rt: Runtime):
     """
-    (micro-batch, is it the last) over a data.loader.Batch, the same number on every rank (micro_ranges).
-    Where this rank has no rows left it gets its row 0 with nothing to learn: mask all zero.
+    (micro-batch, is it the last) over a data.loader.Batch, the same number on every rank (micro_ranges). Where this
+    rank has no rows left it gets its row 0 with nothing to learn: mask all zero.
     """
     for lo, hi, last in micro_ranges(batch.positions.shape[0], per_micro, rt):
         if hi > lo:

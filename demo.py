@@ -1,0 +1,283 @@
+"""
+The whole recipe on a laptop CPU, from raw HTML to reinforcement learning (report sections 2 and 3).
+
+    make demo            # or: python demo.py, in an environment with requirements.txt
+
+    prepare -> pretrain (3 stages, then MTP) -+-> RL-Zero ------------> evaluate base, rl_zero
+                                              +-> SFT ------> RL -----> evaluate sft, rl
+
+Every step is the script that also trains 7B, run as a process of its own with one thread; after pre-training the two
+branches run side by side. What a step prints goes to out/tiny/logs, its numbers to metrics.jsonl in its folder. The end:
+one table (the report's Table 5, small), MTP acceptance, the time of each phase, figures, and out/tiny/summary.json.
+
+A step that is done is not done again: after Ctrl-C, `make demo` goes on where it was (out/tiny/base etc. resume from
+their last checkpoint; --fresh starts over). Expect about eleven minutes on two idle cores and one GB of memory.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import configurator
+
+ROOT = Path(__file__).resolve().parent
+MODELS = {"base": "Base", "rl_zero": "RL-Zero", "sft": "SFT", "rl": "RL"}
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "out/tiny"       # where everything goes; the configurations under config/tiny*.py write there too
+    fresh: bool = False         # delete `out` first
+    samples: int = 8            # answers per held-out problem in the table, avg@samples
+    base_samples: int = 16      # the same for the base model, whose pass@16 is its potential
+
+
+def main(cfg: Config) -> None:
+    os.chdir(ROOT)
+    out = Path(cfg.out)
+    if cfg.fresh and out.exists():
+        shutil.rmtree(out)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    clock, memory = Clock(out), Memory()
+    evaluate = lambda name, n, tasks: ["eval.py", f"--ckpt={out}/{name}", f"--samples={n}", f"--tasks={tasks}"]
+
+    print("1/4  the tiny world: problems, HTML pages, extraction, dedup, tags, shards")
+    run(clock, "prepare", ["-m", "data.prepare"], out / "data/valid/synth", show=True)
+    print("2/4  pre-training in three stages, then two more MTP layers")
+    run(clock, "pretrain", ["pretrain.py", "config/tiny.py"], None, show=True)
+    print("3/4  two branches side by side: RL-Zero | SFT, then RL; each evaluated on held-out problems")
+    branches = [
+        [("rl_zero", ["rl.py", "config/tiny_rl_zero.py"], None),
+         ("eval_rl_zero", evaluate("rl_zero", cfg.samples, ["problems"]), out / "rl_zero/eval.json"),
+         ("eval_base", evaluate("base", cfg.base_samples, ["problems", "mtp", "probes"]), out / "base/eval.json")],
+        [("sft", ["sft.py", "config/tiny_sft.py"], None),
+         ("rl", ["rl.py", "config/tiny_rl.py"], None),
+         ("eval_sft", evaluate("sft", cfg.samples, ["problems", "mtp"]), out / "sft/eval.json"),
+         ("eval_rl", evaluate("rl", cfg.samples, ["problems"]), out / "rl/eval.json")],
+    ]
+    side_by_side(clock, branches, out)
+    print("4/4  figures and summary")
+    run(clock, "figures", ["paper/figures.py", f"--run={out}"], None, show=False)
+    summary = summarise(out, clock, memory.stop())
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(screen(summary, out))
+
+
+# ---- running the steps ---------------------------------------------------------------------------------------------
+
+class Clock:
+    """Seconds per phase, kept in <out>/seconds.json so that a resumed demo adds up."""
+    def __init__(self, out: Path):
+        self.path = out / "seconds.json"
+        self.seconds = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.lock = threading.Lock()
+
+    def add(self, name: str, seconds: float) -> None:
+        with self.lock:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            self.path.write_text(json.dumps(self.seconds, indent=1))
+
+
+class Memory:
+    """Peak of the resident memory of this process and all its children together, MB; polled twice a second (Linux)."""
+    def __init__(self):
+        self.peak, self.done = 0.0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.5):
+            self.peak = max(self.peak, sum(map(resident_mb, tree(os.getpid()))))
+
+    def stop(self) -> float | None:
+        self.done.set()
+        return round(self.peak) or None
+
+
+def tree(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [pid] + [p for child in children for p in tree(int(child))]
+    except OSError:
+        return [pid]
+
+
+def resident_mb(pid: int) -> float:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+    except (OSError, IndexError):
+        return 0.0
+
+
+def start(words: list[str], log: Path | None) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    target = open(log, "ab") if log else None
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=target,
+                            stderr=subprocess.STDOUT if log else None)
+
+
+def run(clock: Clock, name: str, words: list[str], product: Path | None, show: bool) -> None:
+    """One step, its output on the screen (show) or in logs/<name>.log; skipped when its product is already there."""
+    if product is not None and product.exists():
+        return
+    log = clock.path.parent / f"logs/{name}.log"
+    t0 = time.perf_counter()
+    process = start(words, None if show else log)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise SystemExit("\ninterrupted; `make demo` goes on from the last checkpoint") from None
+    clock.add(name, time.perf_counter() - t0)
+    if code:
+        raise SystemExit(f"demo: step {name!r} ({' '.join(words)}) ended with status {code}" + ("" if show else f", see {log}"))
+
+
+def side_by_side(clock: Clock, branches: list[list[tuple]], out: Path) -> None:
+    """Each branch in order, the branches at the same time; a bar per branch that follows the steps' metrics."""
+    running: list[subprocess.Popen | None] = [None] * len(branches)
+    failed: list[str] = []
+    bars = [tqdm(total=100, desc=branch[0][0], position=i, bar_format="{desc:14}{percentage:3.0f}%|{bar:40}| {elapsed} <{remaining} {postfix}",
+                 disable=None) for i, branch in enumerate(branches)]
+
+    def walk(i: int) -> None:
+        for k, (name, words, product) in enumerate(branches[i]):
+            if failed or (product is not None and product.exists()):
+                continue
+            t0 = time.perf_counter()
+            running[i] = process = start(words, out / f"logs/{name}.log")
+            while process.poll() is None:
+                time.sleep(0.3)
+                if not bars[i].disable:
+                    done, note = progress(out / name, words)
+                    bars[i].set_description_str(name, refresh=False)
+                    bars[i].n = max(bars[i].n, round(100 * (k + done) / len(branches[i]), 1))
+                    bars[i].set_postfix_str(note)
+            clock.add(name, time.perf_counter() - t0)
+            if process.returncode:
+                failed.append(f"step {name!r} ({' '.join(words)}) ended with status {process.returncode}, see {out}/logs/{name}.log")
+            elif bars[i].disable:
+                print(f"     {name} done after {clock.seconds[name]:.0f} s", flush=True)
+        bars[i].n = 100
+        bars[i].refresh()
+
+    threads = [threading.Thread(target=walk, args=(i,), daemon=True) for i in range(len(branches))]
+    try:
+        for t in threads:
+            t.start()
+        for t in threads:
+            while t.is_alive():
+                t.join(0.2)
+    except KeyboardInterrupt:
+        failed.append("interrupted")
+        for process in filter(None, running):
+            process.terminate()
+        for t in threads:
+            t.join(20)
+        raise SystemExit("\ninterrupted; `make demo` goes on from the last checkpoints") from None
+    finally:
+        for bar in bars:
+            bar.close()
+    if failed:
+        raise SystemExit("demo: " + "; ".join(failed))
+
+
+def progress(run: Path, words: list[str]) -> tuple[float, str]:
+    """(share done, note) of a training step from the last line of its metrics."""
+    rows = last_rows(run / "metrics.jsonl", 1)
+    if not rows or len(words) < 2 or not words[1].endswith(".py"):
+        return 0.0, ""
+    steps = {"sft.py": 60, "rl.py": 60}.get(words[0], 60)
+    row = rows[0]
+    note = f"reward {row['reward_launched']:.2f}" if "reward_launched" in row else f"loss {row['loss']:.2f}" if "loss" in row else ""
+    return min(1.0, row["step"] / steps), f"{run.name} step {row['step']} {note}"
+
+
+def last_rows(path: Path, n: int) -> list[dict]:
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines()[-n:]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            pass
+    return rows
+
+
+# ---- the closing screen ----------------------------------------------------------------------------------------------
+
+def summarise(out: Path, clock: Clock, peak_mb: float | None) -> dict:
+    """The numbers of the closing screen, as a machine reads them."""
+    found = {name: json.loads((out / name / "eval.json").read_text()) for name in MODELS}
+    pick = lambda row: {k: row[k] for k in ("avg", "low", "high", "n", "samples", "tokens", "truncated")} | \
+        {k: v for k, v in row.items() if k.startswith("pass@")}
+    m = found["sft"]["mtp"]
+    return {"models": {name: {kind: pick(row) for kind, row in f["problems"].items()} for name, f in found.items()},
+            "mtp": {"acceptance": m["online"], "teacher_forced": m["teacher_forced"], "speedup": m["speedup"],
+                    "tokens_per_forward": m["tokens_per_forward"], "equal_text": m["equal_text"],
+                    "acceptance_base": found["base"]["mtp"]["online"], "checkpoint": "sft"},
+            "seconds": {k: round(v, 1) for k, v in clock.seconds.items()}, "wall_seconds": wall(clock.seconds),
+            "peak_mb": peak_mb, "heldout_overlap": overlap(out), "commit": found["rl"]["commit"], "threads_per_process": 1}
+
+
+def wall(seconds: dict[str, float]) -> float:
+    """Wall-clock of the phases: the two branches count once, by the longer one."""
+    at = lambda *names: sum(seconds.get(n, 0.0) for n in names)
+    branches = max(at("rl_zero", "eval_rl_zero", "eval_base"), at("sft", "rl", "eval_sft", "eval_rl"))
+    return round(at("prepare", "pretrain", "figures") + branches, 1)
+
+
+def overlap(out: Path) -> int:
+    """
+    Held-out problems that occur in any training set: by identity in the RL and SFT sets, by the question's text in the
+    pre-training shards. Must be 0.
+    """
+    from data.problems import read_problems
+    from data.shards import Shards, sources
+    from tokenizer import Tokenizer
+    test = read_problems(out / "problems/test.jsonl")
+    trained = {p.id for p in read_problems(out / "problems/rl.jsonl")}
+    with open(out / "sft.jsonl", encoding="utf-8") as f:
+        trained |= {json.loads(line)["id"] for line in f}
+    tokenizer = Tokenizer.load("tiny")
+    pages = set()
+    for name in sources(out / "data"):
+        text = "\n".join(tokenizer.decode(ids) for ids in Shards(str(out / "data"), name).documents())
+        pages |= {line.removeprefix("Problem: ") for line in text.split("\n") if line.startswith("Problem: ")}
+    return sum(p.id in trained or p.question in pages for p in test)
+
+
+def screen(s: dict, out: Path) -> str:
+    """The closing screen."""
+    cell = lambda row: f"{row['avg']:6.1%} [{row['low']:.1%}, {row['high']:.1%}]"
+    lines = ["", "held-out problems, avg@n at temperature 0.6, top-p 0.95, with 95% intervals (report: Table 5)", "",
+             f"{'':10}{'maths':>24}{'code':>24}"]
+    lines += [f"{MODELS[name]:10}{cell(row['maths']):>24}{cell(row['code']):>24}" for name, row in s["models"].items()]
+    base = s["models"]["base"]
+    lines.append(f"{'':10}n = {base['maths']['n']} + {base['code']['n']} problems; Base pass@16: maths {base['maths']['pass@16']:.1%}, "
+                 f"code {base['code']['pass@16']:.1%}")
+    m, layers = s["mtp"], lambda xs: ", ".join(f"{x:.1%}" for x in xs)
+    lines += ["", f"MTP on held-out reasoning text (SFT model): acceptance per layer {layers(m['acceptance'])} "
+                  f"(teacher-forced {layers(m['teacher_forced'])})",
+              f"    {m['tokens_per_forward']:.2f} tokens per forward, {m['speedup']:.2f}x plain decoding at batch 1, "
+              f"greedy text {'equal' if m['equal_text'] else 'DIFFERENT'}", "",
+              "time: " + ", ".join(f"{k} {v:.0f} s" for k, v in s["seconds"].items()),
+              f"      {s['wall_seconds'] / 60:.1f} minutes in all, at most {s['peak_mb']} MB of memory, "
+              f"{s['heldout_overlap']} held-out problems seen in training", "",
+              f"figures      {out}/figures/*.png", f"checkpoints  {out}/{{base,sft,rl,rl_zero}}",
+              f"logs         {out}/logs, {out}/*/metrics.jsonl", f"numbers      {out}/summary.json",
+              "try          .venv/bin/python sample.py --mtp"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(configurator.load(Config))

@@ -1,0 +1,189 @@
+"""RL: Eq. 1 and Eq. 2 by hand, the clip on every side, batching that never changes the update, a bandit that learns."""
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import mtp
+import rl
+import runtime
+from configurator import ConfigError, load
+from model import ModelConfig
+from rl import Row, advantages, micro_batches, surrogate, token_logprobs
+from rollout import Group, Task
+
+CFG = ModelConfig(vocab_size=32, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=48, max_seq_len=64, n_mtp=1)
+RT = runtime.Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, True, False)
+
+
+def model(seed=0):
+    m = mtp.build(CFG)
+    m.init_weights(seed)
+    return m
+
+
+def test_advantages_by_hand():
+    assert advantages([1, 0, 0, 0]) == pytest.approx([math.sqrt(3), *[-1 / math.sqrt(3)] * 3])
+    assert sum(advantages([0.2, 0.9, 0.4])) == pytest.approx(0, abs=1e-12)
+    assert advantages([0.3, 0.3, 0.3]) == [0.0, 0.0, 0.0]
+    assert advantages([0.3, 0.3 + 1e-9]) == [0.0, 0.0], "rounding is no signal"
+
+
+@pytest.mark.parametrize("A, rho, value, clipped, gradient", [
+    (1.0, 1.5, 1.28, True, 0.0),        # good token, already far up: clip-higher stops it at 1.28
+    (1.0, 1.25, 1.25, False, 1.25),     # above 1 + eps_low, below 1 + eps_high: still allowed to grow
+    (1.0, 0.5, 0.5, False, 0.5),        # good token that fell: eps_low must not stop it
+    (-1.0, 0.5, -0.8, True, 0.0),       # bad token, already far down
+    (-1.0, 1.5, -1.5, False, -1.5),     # bad token that rose: eps_high must not stop it
+    (-1.0, 0.9, -0.9, False, -0.9),
+])
+def test_surrogate_on_every_side(A, rho, value, clipped, gradient):
+    logp = torch.tensor([math.log(rho)], requires_grad=True)
+    summand, ratio, cut = surrogate(logp, torch.zeros(1), torch.tensor([A]), 0.2, 0.28)
+    summand.sum().backward()
+    assert summand.item() == pytest.approx(value, rel=1e-5) and ratio.item() == pytest.approx(rho, rel=1e-5)
+    assert bool(cut) == clipped and logp.grad.item() == pytest.approx(gradient, rel=1e-5)
+
+
+def rows(lengths, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(1, 32, (n,), generator=gen).tolist()
+    return [Row(draw(p), draw(n), [0.0] * n, (-1.0) ** i) for i, (p, n) in enumerate(lengths)]
+
+
+def test_token_logprobs_equal_the_full_softmax_and_see_no_padding():
+    m, some = model(), rows([(3, 5), (7, 2), (1, 1)])
+    logp, entropy = token_logprobs(m, some, "cpu")
+    want, ent = [], []
+    for r in some:
+        full = m.logits(m(torch.tensor([r.prompt + r.tokens])))[0].log_softmax(-1)
+        for j, t in enumerate(r.tokens):
+            p = full[len(r.prompt) + j - 1]
+            want.append(p[t])
+            ent.append(-(p.exp() * p).sum())
+    torch.testing.assert_close(logp, torch.stack(want), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, torch.stack(ent), atol=1e-5, rtol=1e-5)
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    some = rows([(3, n) for n in (5, 1, 40, 2, 17, 9)])
+    parts = micro_batches(some, 60)
+    assert sorted(id(r) for p in parts for r in p) == sorted(map(id, some))
+    assert all(len(p) == 1 or len(p) * max(len(r.prompt) + len(r.tokens) for r in p) <= 60 for p in parts)
+
+
+@dataclass
+class Answer:
+    prompt: list
+    tokens: list
+    logprobs: list
+    finish: str = "stop"
+
+
+def groups(m, n=4, G=4, seed=0):
+    """Groups with rewards 1 0 0 .. and log-probs from the model itself."""
+    found = []
+    for g in range(n):
+        some = rows([(3, 2 + (g + i) % 4) for i in range(G)], seed=seed + g)
+        for r in some:
+            with torch.no_grad():
+                r.behaviour = token_logprobs(m, [r], "cpu")[0].tolist()
+        answers = [Answer(r.prompt, r.tokens, r.behaviour) for r in some]
+        found.append(Group(Task(0, g, g, False), (0, 0), answers, [1.0] + [0.0] * (G - 1), [{}] * G, 0))
+    return found
+
+
+@dataclass
+class Batch:
+    groups: list
+
+
+def config(**changes):
+    return replace(rl.Config(), **{"batch_size": 4, "mini_batch": 4, "group_size": 4, "lr": 1e-2, **changes})
+
+
+def updated(cfg, steps=1):
+    m = model()
+    opt = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0)
+    stats = [rl.update(m, opt, Batch(groups(m)), cfg, RT, 0) for _ in range(steps)]
+    return torch.cat([p.detach().flatten() for p in m.parameters()]), stats[0]
+
+
+def test_first_update_has_ratio_one_and_a_gradient():
+    _, stats = updated(config())
+    assert stats["ratio"] == 1.0 and stats["ratio_max"] == 1.0 and stats["clip_low"] == stats["clip_high"] == 0.0
+    assert stats["grad_norm"] > 0 and stats["updates"] == 1
+    assert stats["engine_gap_max"] < 1e-5
+
+
+def test_micro_batch_size_never_changes_the_update():
+    a, b = updated(config(micro_tokens=10_000))[0], updated(config(micro_tokens=8))[0]
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_loss_is_normalised_by_all_tokens_of_the_update():
+    """Eq. 1: 1 / sum |o_i|. Gradients of the update equal those of the objective written out in one expression."""
+    m, cfg = model(), config(grad_clip=1e9)
+    some = groups(m)
+    total, count = 0.0, sum(len(s.tokens) for g in some for s in g.samples)
+    for g in some:
+        for s, a in zip(g.samples, advantages(g.rewards), strict=True):
+            logp, _ = token_logprobs(m, [Row(s.prompt, s.tokens, s.logprobs, a)], "cpu")
+            total = total - ((logp - logp.detach()).exp() * a).sum() / count
+    total.backward()
+    want = [p.grad.clone() for p in m.parameters() if p.grad is not None]
+
+    class Keep:
+        param_groups = [{}]
+        def step(self): self.grads = [p.grad.clone() for p in m.parameters() if p.grad is not None]
+        def zero_grad(self, set_to_none): pass
+    m.zero_grad()
+    keep = Keep()
+    rl.update(m, keep, Batch(some), cfg, RT, 0)
+    for a, b in zip(keep.grads, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_several_updates_move_the_ratio_from_the_second_on():
+    _, stats = updated(config(mini_batch=2))
+    assert stats["updates"] == 2 and stats["ratio_max"] > 1.0
+
+
+def test_no_groups_means_no_update():
+    m = model()
+    assert rl.update(m, None, Batch([]), config(), RT, 0) == {"updates": 0}
+
+
+def test_a_bandit_learns_the_rewarded_token():
+    """One prompt, one token answers, reward for token 7: its probability grows from about 1/32 to over 0.9."""
+    m = model()
+    opt = torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.0)
+    gen = torch.Generator().manual_seed(0)
+    p7 = []
+    for step in range(60):
+        with torch.no_grad():
+            probs = m.logits(m(torch.tensor([[1, 2, 3]])))[0, -1].softmax(-1)
+        p7.append(float(probs[7]))
+        drawn = torch.multinomial(probs, 32, replacement=True, generator=gen).tolist()
+        rewards = [float(t == 7) for t in drawn]
+        if 0 < sum(rewards) < 32:
+            answers = [Answer([1, 2, 3], [t], [math.log(probs[t])]) for t in drawn]
+            rl.update(m, opt, Batch([Group(Task(step, 0, 0, False), (0, 0), answers, rewards, [{}] * 32, 0)]),
+                      replace(config(), batch_size=1, mini_batch=1), RT, step)
+    assert p7[0] < 0.2 and p7[-1] > 0.9
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--temperature=0.8", "temperature"), ("--eps_high=0.1", "eps_low"), ("--mini_batch=3", "multiple of mini_batch"),
+    ("--budget=[(5,10)]", "budget"), ("--scheme=hard", "scheme"),
+])
+def test_bad_configs_are_refused(flag, message):
+    with pytest.raises(ConfigError) as e:
+        load(rl.Config, [flag])
+    assert message in str(e.value.code)
+
+
+def test_budget_grows_by_iteration():
+    cfg = load(rl.Config, ["--budget=[(0,32),(10,48)]"])
+    assert [cfg.budget_at(s) for s in (0, 9, 10, 99)] == [32, 32, 48, 48]
