@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import uuid
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -293,7 +294,9 @@ def load_optimizer(ckpt, model: nn.Module, optimizer) -> None:
                        "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     if (Path(ckpt) / "optimizer").is_dir():
         import torch.distributed.checkpoint as dcp
-        dcp.load(state, checkpoint_id=str(Path(ckpt) / "optimizer"), no_dist=ranks()[1] == 1)
+        with warnings.catch_warnings():                # that a single process loads is no accident
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(state, checkpoint_id=str(Path(ckpt) / "optimizer"), no_dist=ranks()[1] == 1)
     else:
         for name, parts in state.items():
             for key, value in parts.items():

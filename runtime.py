@@ -182,11 +182,13 @@ def all_reduce_max(t: Tensor, rt: Runtime) -> Tensor:
 
 def micro_ranges(rows: int, per_micro: int, rt: Runtime) -> list[tuple[int, int, bool]]:
     """
-    [(lo, hi, last)]: this rank's rows in pieces of per_micro. Every rank gets the same number of pieces, because
-    each forward is a collective under FSDP: a rank with fewer rows gets pieces lo == hi at the end, for which it
-    must still run a forward and a backward that add nothing. Ends the run, on all ranks, when one has no row.
+    [(lo, hi, last)]: this rank's rows in pieces of per_micro. Every rank gets the same number of pieces,
+    because each forward is a collective under FSDP: a rank with fewer rows gets pieces lo == hi at the end,
+    for which it must still run a forward and a backward that add nothing. Ends the run, on all ranks, when
+    one has no row.
 
-    By hand: 5 rows in pieces of 2 are (0,2) (2,4) (4,5); if another rank has 7 rows, a fourth piece (5,5) follows.
+    By hand: 5 rows in pieces of 2 are (0,2) (2,4) (4,5); if another rank has 7 rows, a fourth piece (5,5)
+    follows.
     """
     most, least = all_reduce_max(torch.tensor([rows, -rows], device=rt.device), rt).tolist()
     if least == 0:
@@ -197,8 +199,8 @@ def micro_ranges(rows: int, per_micro: int, rt: Runtime) -> list[tuple[int, int,
 
 def micro_batches(batch, per_micro: int, rt: Runtime):
     """
-    (micro-batch, is it the last) over a data.loader.Batch, the same number on every rank (micro_ranges). Where this
-    rank has no rows left it gets its row 0 with nothing to learn: mask all zero.
+    (micro-batch, is it the last) over a data.loader.Batch, the same number on every rank (micro_ranges).
+    Where this rank has no rows left it gets its row 0 with nothing to learn: mask all zero.
     """
     for lo, hi, last in micro_ranges(batch.positions.shape[0], per_micro, rt):
         if hi > lo:

@@ -73,8 +73,9 @@ def main(cfg: Config) -> None:
     shape, tokenizer = runtime.read_shape(start), Tokenizer.load(start)
     if cfg.seq_len > shape["max_seq_len"]:
         runtime.die(f"seq_len = {cfg.seq_len} is longer than the context of {start}, max_seq_len = {shape['max_seq_len']}")
-    model = runtime.materialise(mtp.build(ModelConfig(**shape), "meta"), rt, seed=cfg.seed, ckpt=start)
+    model = mtp.build(ModelConfig(**shape), "meta")
     model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
+    model = runtime.materialise(model, rt, ckpt=start)       # each rank reads its own rows
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": cfg.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
@@ -103,16 +104,13 @@ def main(cfg: Config) -> None:
         batch = loader.next_batch(cfg.batch_size, rt.rank, rt.world).to(rt.device)
         counts = runtime.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, cfg.seq_len, n_mtp, batch.mask), rt)
         total = torch.zeros(1 + n_mtp, device=rt.device)
-        B = batch.positions.shape[0]
-        for lo in range(0, B, cfg.micro_batch):
-            micro = batch.rows(lo, min(B, lo + cfg.micro_batch))
-            b = micro.positions.shape[0]
-            bounds = doc_bounds(micro.cu_seqlens, b, cfg.seq_len)
+        for micro, last in runtime.micro_batches(batch, cfg.micro_batch, rt):
+            bounds = doc_bounds(micro.cu_seqlens, micro.positions.shape[0], cfg.seq_len)
             main_sum, extra = mtp.losses(model, micro.ids, micro.docs, micro.positions, bounds, micro.mask)
             sums = torch.stack([main_sum, *extra])           # [1 + n_mtp] summed nats
             # a mean over all trained tokens of the global batch: per-row means would overweigh short rows
             loss = sums[0] / counts[0] + (cfg.mtp_weight * (sums[1:] / counts[1:].clamp_min(1)).mean() if n_mtp else 0.0)
-            runtime.sync_gradients(model, lo + cfg.micro_batch >= B, rt)
+            runtime.sync_gradients(model, last, rt)
             (loss * rt.world).backward()
             total += sums.detach()
         total = runtime.all_reduce_sum(total, rt) / counts.clamp_min(1)

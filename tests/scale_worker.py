@@ -1,0 +1,147 @@
+"""
+What one rank of tests/test_scale.py does: train a small model on invented batches and write down what it saw,
+or run the real scripts on a few documents. Not a test itself.
+
+    torchrun --nproc_per_node=2 tests/scale_worker.py OUT key=value ...
+"""
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mtp  # noqa: E402
+import runtime  # noqa: E402
+from data.loader import make_batch  # noqa: E402
+from kernels.attention import doc_bounds  # noqa: E402
+from model import ModelConfig  # noqa: E402
+
+SHAPE = ModelConfig(vocab_size=128, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64, n_mtp=2)
+T, ROWS = 24, 8
+
+
+def batch_at(step: int, rank: int, world: int, uneven: int):
+    """8 rows of packed documents; every row has its own share of masked targets. uneven: the first rank has
+    so many rows more."""
+    g = np.random.default_rng(step)
+    width = T + 1 + SHAPE.n_mtp
+    ids, docs = g.integers(0, SHAPE.vocab_size, (ROWS, width)), np.cumsum(g.random((ROWS, width)) < 0.1, 1)
+    mask = g.random((ROWS, width)) < np.linspace(0.1, 1.0, ROWS)[:, None]
+    cuts = np.linspace(0, ROWS, world + 1).round().astype(int)
+    if uneven:
+        cuts = np.array([0, *np.minimum(cuts[1:-1] + uneven, ROWS), ROWS])
+    lo, hi = cuts[rank], cuts[rank + 1]
+    return make_batch(ids[lo:hi], docs[lo:hi], T, mask[lo:hi])
+
+
+def main(out, steps=20, per_micro=1, checkpointing="none", shard_ranks=0, uneven=0, frozen=0, run="", resume=0,
+         save_at=-1, background=0, validate=0, reduce_each=0, compile=0, starve=0):
+    rt = runtime.setup(seed=1, device="cpu")
+    model = mtp.build(SHAPE, "meta")
+    if frozen:
+        mtp.freeze_all_but_new(model, 1)
+    model = runtime.shard(model, rt, checkpointing=checkpointing, shard_ranks=shard_ranks, compile=bool(compile))
+    runtime.materialise(model, rt, seed=3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), fused=True)
+    start = 0
+    if resume:
+        state, _ = runtime.load_checkpoint(run, model, optimizer)
+        start = state["step"]
+    seen = []
+
+    def forward(batch, rows):
+        bounds = doc_bounds(batch.cu_seqlens, rows, T)
+        trunk, extra = mtp.losses(model, batch.ids, batch.docs, batch.positions, bounds, batch.mask)
+        return torch.stack([trunk, *extra])
+
+    for step in range(start, steps):
+        batch = batch_at(step, rt.rank, rt.world, 4 if starve else uneven)
+        counts = runtime.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, T, SHAPE.n_mtp, batch.mask), rt)
+        total = torch.zeros(1 + SHAPE.n_mtp)
+        for micro, last in runtime.micro_batches(batch, per_micro, rt):
+            sums = forward(micro, micro.positions.shape[0])
+            runtime.sync_gradients(model, last or bool(reduce_each), rt)
+            ((sums[0] / counts[0] + 0.3 * (sums[1:] / counts[1:]).mean()) * rt.world).backward()
+            total += sums.detach()
+        total = runtime.all_reduce_sum(total, rt) / counts
+        norm = runtime.clip_grad_norm(model, 0.5)
+        runtime.check_finite({"loss": total}, model, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen.append([*total.tolist(), norm])
+        if validate:                                   # a forward without backward leaves the root gathered
+            with torch.no_grad():
+                forward(batch_at(999, 0, 1, 0), ROWS)
+        if step == save_at:
+            runtime.save_checkpoint(run, step + 1, model, optimizer=optimizer, config={}, meta={"stage": "base"},
+                                    state={"step": step + 1}, shape=vars(SHAPE), rt=rt, background=bool(background))
+    weights = {name: float(w.double().norm()) for name, w in runtime.replica_state(model)}
+    copy = runtime.fill(runtime.replica(model, "cpu", torch.float32), runtime.replica_state(model))
+    with torch.no_grad():                              # the replica decodes alone: no collective
+        logits = copy.logits(copy(torch.arange(16)[None])) if rt.rank == 0 else torch.zeros(1)
+    if rt.is_main:
+        Path(out).write_text(json.dumps({"seen": seen, "weights": weights, "logits": float(logits.norm())}))
+    runtime.teardown(rt)
+
+
+# ---- the real scripts --------------------------------------------------------------------------------------
+
+def write_data(folder: Path) -> None:
+    """Two sources of invented documents as shards, the same numbers for every caller."""
+    from data.shards import write_source
+    for where, seed in ((folder, 0), (folder / "valid", 1)):
+        where.mkdir(parents=True, exist_ok=True)
+        for k, name in enumerate(("web", "maths")):
+            g = np.random.default_rng([seed, k])
+            documents = [g.integers(0, 256, n).tolist() + [1021] for n in g.integers(5, 60, 300)]
+            write_source(str(where), name, documents, 1024)
+
+
+def train_pretrain(folder, *flags):
+    """pretrain.py: two stages with batch warm-up and longer rows, then MTP fine-tuning; 24 steps."""
+    import configurator
+    import pretrain
+    folder = Path(folder)
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_data(folder / "data.new")
+        (folder / "data.new").rename(folder / "data")
+    while not (folder / "data").is_dir():
+        time.sleep(0.05)
+    mix = {"web": 0.5, "maths": 0.5}
+    config = (f"from model import ModelConfig\nfrom schedule import Stage\n"
+              f"out, data, tokenizer = {str(folder / 'base')!r}, {str(folder / 'data')!r}, 'tiny'\n"
+              "model = ModelConfig(vocab_size=1024, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64,\n"
+              "                    max_seq_len=64, n_mtp=1)\n"
+              "stages = [Stage('one', 12 * 7 * 32, 32, 8, batch_size_start=4, batch_warmup_tokens=1600, lr=1e-3,\n"
+              f"                warmup_tokens=600, mtp_weight=0.3, mtp_weight_end=0.1, mtp_switch_tokens=1300, mix={mix}),\n"
+              f"          Stage('two', 6 * 5 * 64, 64, 5, lr=1e-3, lr_end=1e-4, decay_tokens=800, rope_base=1e5, mix={mix})]\n"
+              f"mtp_stage = Stage('mtp', 4 * 5 * 64, 64, 5, lr=1e-3, mtp_weight=1.0, rope_base=1e5, mix={mix})\n"
+              "micro_batch, valid_tokens, sample_every, save_every, device = 2, 256, 0, 1000, 'cpu'\n")
+    path = folder / f"config{os.environ.get('RANK', 0)}.py"
+    path.write_text(config)
+    pretrain.main(configurator.load(pretrain.Config, [str(path), *flags]))
+
+
+def train_sft(folder, init):
+    """sft.py: 6 steps of 5 packed rows."""
+    import configurator
+    import sft
+    folder = Path(folder)
+    rows = [{"messages": [{"role": "user", "content": f"what is {i} + {i % 7}?"},
+                          {"role": "assistant", "content": f"<think>\n{i} and {i % 7}\n</think>\n\n{i + i % 7}"}]}
+            for i in range(120)]
+    path = folder / f"sft{os.environ.get('RANK', 0)}.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    sft.main(configurator.load(sft.Config, [f"--init={init}", f"--out={folder / 'sft'}", f"--data={path}", "--heldout=",
+                                            "--seq_len=64", "--batch_size=5", "--micro_batch=2", "--steps=6",
+                                            "--device=cpu"]))
+
+
+if __name__ == "__main__":
+    words = dict(word.split("=", 1) for word in sys.argv[2:])
+    main(sys.argv[1], **{k: int(v) if v.lstrip("-").isdigit() else v for k, v in words.items()})

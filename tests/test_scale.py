@@ -1,0 +1,151 @@
+"""
+FSDP2 on gloo and CPU: the number of processes, the way parameters are cut and how often gradients are reduced
+never change the result (issue of every trainer: accumulation and clipping that depend on the number of
+ranks).
+
+All runs train the same 2-layer model with two MTP layers on the same 8 rows of packed documents with uneven
+masks.
+"""
+import json
+import re
+
+import pytest
+import torch
+from ranks import run_ranks
+from scale_worker import main as train
+from scale_worker import train_pretrain, train_sft
+
+import runtime
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def same(a: dict, b: dict, tolerance: float = 1e-5) -> None:
+    """Losses of trunk and MTP layers and the gradient norm, step by step; b may start later."""
+    tail = a["seen"][-len(b["seen"]):]
+    assert b["seen"] and len(tail) == len(b["seen"])
+    for step, (x, y) in enumerate(zip(tail, b["seen"], strict=True)):
+        assert y == pytest.approx(x, rel=tolerance, abs=tolerance), f"step {step}"
+    assert b["logits"] == pytest.approx(a["logits"], rel=1e-5)          # of a plain replica, decoded without collectives
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """1 process x 8 micro-batches, 20 steps: what the others must equal."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(folder / "out.json", steps=20)
+    return read(folder / "out.json")
+
+
+def test_two_ranks_with_uneven_shares(alone, tmp_path):
+    """2 x 4 micro-batches, but one rank has 5 rows and the other 3; a validation forward after every step."""
+    run_ranks(2, tmp_path, train, str(tmp_path / "out.json"), uneven=1, validate=1)
+    same(alone, read(tmp_path / "out.json"))
+
+
+def test_four_ranks_hybrid_then_saved_and_loaded_on_two_and_one(alone, tmp_path):
+    """
+    4 x 2 on a 2 x 2 mesh with selective recomputation, written in the background at step 10, resumed on 2 and
+    1.
+    """
+    run = str(tmp_path / "run")
+    run_ranks(4, tmp_path, train, str(tmp_path / "four.json"), shard_ranks=2, checkpointing="selective", run=run,
+              save_at=9, background=1)
+    same(alone, read(tmp_path / "four.json"))
+    assert (tmp_path / "run/step_00000010/optimizer/.metadata").is_file()          # DCP
+    assert len(list((tmp_path / "run/step_00000010").glob("model-*.safetensors"))) == 4
+    run_ranks(2, tmp_path, train, str(tmp_path / "two.json"), run=run, resume=1, reduce_each=1)
+    same(alone, read(tmp_path / "two.json"))
+    train(tmp_path / "one.json", run=run, resume=1)
+    same(alone, read(tmp_path / "one.json"))
+
+
+def test_saved_on_one_loads_on_two(alone, tmp_path):
+    run = str(tmp_path / "run")
+    train(tmp_path / "one.json", steps=10, run=run, save_at=9)
+    run_ranks(2, tmp_path, train, str(tmp_path / "two.json"), run=run, resume=1, checkpointing="full")
+    same(alone, read(tmp_path / "two.json"))
+
+
+def test_frozen_trunk(tmp_path):
+    """
+    MTP fine-tuning: only the second MTP layer trains; its clipped norm and the frozen weights agree over
+    ranks.
+    """
+    train(tmp_path / "one.json", steps=6, frozen=1)
+    run_ranks(2, tmp_path, train, str(tmp_path / "two.json"), steps=6, frozen=1)
+    one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
+    same(one, two)
+    for name, norm in one["weights"].items():
+        assert two["weights"][name] == pytest.approx(norm, rel=1e-3, abs=1e-7)
+        if name.startswith("mtp_layers.0") or name.startswith("layers."):
+            assert two["weights"][name] == pytest.approx(norm, rel=1e-9)
+
+
+def test_one_bad_rank_ends_all(tmp_path):
+    """A rank without rows ends every rank with one line, no rank hangs in a collective."""
+    codes = run_ranks(2, tmp_path, train, str(tmp_path / "out.json"), starve=1)
+    assert codes == [1, 1]
+    assert re.search(r"error: a rank has no row", (tmp_path / "rank1.log").read_text())
+
+
+# ---- the scripts themselves --------------------------------------------------------------------------------
+
+def losses_of(folder):
+    rows = [r for _, r in runtime.read_rows(folder / "metrics.jsonl") if "loss" in r]
+    return [[r["loss"], *r["mtp_loss"], r["grad_norm"]] for r in rows]
+
+
+def test_pretrain_and_sft_do_not_depend_on_the_number_of_ranks(tmp_path):
+    """
+    pretrain.py through two stages (batch warm-up: 5, 7, 8 rows) and the MTP stage, then sft.py from its
+    result.
+    """
+    for world in (1, 2, 4):
+        folder = tmp_path / f"world{world}"
+        folder.mkdir()
+        codes = run_ranks(world, folder, train_pretrain, str(folder)) if world > 1 else [train_pretrain(str(folder))]
+        assert set(codes) <= {0, None, -6}, (folder / "rank0.log").read_text()
+    one = losses_of(tmp_path / "world1/base")
+    assert len(one) >= 20 and len(one[-1]) == 1 + 3 + 1              # three MTP layers at the end
+    for world in (2, 4):
+        many = losses_of(tmp_path / f"world{world}/base")
+        assert len(many) == len(one)
+        for x, y in zip(one, many, strict=True):
+            assert y == pytest.approx(x, rel=1e-5, abs=1e-5)
+    for world in (1, 2):
+        folder = tmp_path / f"world{world}"
+        codes = run_ranks(world, folder, train_sft, str(folder), str(tmp_path / "world1/base"))
+        assert set(codes) <= {0, -6}, (folder / "rank0.log").read_text()
+    for x, y in zip(losses_of(tmp_path / "world1/sft"), losses_of(tmp_path / "world2/sft"), strict=True):
+        assert y == pytest.approx(x, rel=1e-5, abs=1e-5)
+
+
+# ---- parts -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_recomputation_changes_nothing(kind):
+    """Same loss and bit-equal gradients with activation checkpointing, on one process."""
+    from scale_worker import SHAPE, T, batch_at
+
+    import mtp
+    rt, grads = runtime.setup(seed=1, device="cpu"), []
+    for checkpointing in ("none", kind):
+        model = runtime.shard(mtp.build(SHAPE, "meta"), rt, checkpointing=checkpointing)
+        runtime.materialise(model, rt, seed=3)
+        b = batch_at(0, 0, 1, False)
+        from kernels.attention import doc_bounds
+        trunk, extra = mtp.losses(model, b.ids, b.docs, b.positions, doc_bounds(b.cu_seqlens, 8, T), b.mask)
+        (trunk + sum(extra)).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(alone, tmp_path):
+    train(tmp_path / "out.json", steps=3, compile=1)
+    got = read(tmp_path / "out.json")["seen"]
+    for x, y in zip(alone["seen"][:3], got, strict=True):
+        assert y == pytest.approx(x, rel=1e-4)
