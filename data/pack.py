@@ -62,8 +62,8 @@ class PackedLoader:
         for k, (ids, mask) in enumerate(samples):
             if len(ids) != len(mask):
                 raise ValueError(f"sample {k}: {len(ids)} ids but {len(mask)} mask values")
-            if len(ids) and vocab_size is not None and not 0 <= min(ids) <= max(ids) < vocab_size:
-                raise ValueError(f"sample {k}: token id {max(ids)} does not fit a vocabulary of {vocab_size}")
+            if len(ids) and vocab_size is not None and not 0 <= np.min(ids) <= np.max(ids) < vocab_size:
+                raise ValueError(f"sample {k}: token id {np.max(ids)} does not fit {vocab_size} rows")
         self.samples, self.T, self.ahead, self.pad_id, self.seed = samples, seq_len, 1 + n_mtp, pad_id, seed
         lengths = [len(ids) for ids, _ in samples]
         self.rows, dropped = best_fit(lengths, seq_len)

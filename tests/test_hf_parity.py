@@ -4,10 +4,14 @@ Parity with transformers on exported folders: logits, greedy text, MTP drafts, t
 Skipped without transformers (requirements-dev.txt). Everything is made here; nothing is downloaded.
 """
 import json
+import os
+import tempfile
 
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                                # nothing is looked up anywhere
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))   # copies of our .py files
 transformers = pytest.importorskip("transformers")
 
 import mtp  # noqa: E402

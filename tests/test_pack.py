@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import sft_data
 from data.pack import PackedLoader, best_fit
 from data.sft_data import (
     REASONS,
@@ -15,6 +16,7 @@ from data.sft_data import (
     read_samples,
     write_samples,
 )
+from data.shards import write_source
 from tokenizer import Tokenizer
 
 
@@ -181,7 +183,7 @@ def test_load_samples(tmp_path):
     write_samples(tmp_path / "a.jsonl", rows)
     tok = Tokenizer.load("tiny")
     got, report = load_samples(tmp_path / "a.jsonl", tok, held)
-    assert got == [tok.chat(rows[1]["messages"])]
+    assert [(ids.tolist(), mask.tolist()) for ids, mask in got] == [tok.chat(rows[1]["messages"])]
     assert report.startswith("1 of 2 kept; dropped: contaminated 1,")
     assert len(load_samples(tmp_path / "a.jsonl", tok)[0]) == 2
     write_samples(tmp_path / "a.jsonl", rows[:1])
@@ -190,6 +192,26 @@ def test_load_samples(tmp_path):
     held.write_text("{}\n")
     with pytest.raises(ValueError, match='test.jsonl, line 1: should be JSON with "question"'):
         load_samples(tmp_path / "a.jsonl", tok, held)
+
+
+def test_tokenised_shards_are_the_same_samples(tmp_path, capsys):
+    """The command's folder of shards packs to the same batches as the JSONL file itself."""
+    rows = [sample(f"question {k}", f"answer {k} " * (k % 7 + 1)) for k in range(100)]
+    write_samples(tmp_path / "a.jsonl", rows)
+    sft_data.main([str(tmp_path / "a.jsonl"), str(tmp_path / "shards"), "--workers=2"])
+    assert "100 of 100 kept" in capsys.readouterr().out
+    tok = Tokenizer.load("tiny")
+    one, two = (PackedLoader(load_samples(tmp_path / p, tok)[0], 128, tok.eos_id, vocab_size=1024)
+                for p in ("a.jsonl", "shards"))
+    a, b = one.next_batch(30), two.next_batch(30)
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.mask, b.mask) and a.mask.any()
+    sft_data.main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--cap=8"])
+    assert read_samples(tmp_path / "b.jsonl") == rows
+    with pytest.raises(SystemExit, match="sft_data error: .*nowhere"):
+        sft_data.main([str(tmp_path / "nowhere"), str(tmp_path / "b.jsonl")])
+    write_source(tmp_path / "shards", "sft_mask", [[1, 0]], 2)
+    with pytest.raises(ValueError, match="sft and sft_mask do not belong together"):
+        load_samples(tmp_path / "shards", tok)
 
 
 def test_files(tmp_path):
