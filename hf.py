@@ -1,24 +1,22 @@
 """
-Weights in and out: Hugging Face folders <-> our checkpoints (report section 2.2; MiMo-7B Base, SFT, RL,
-RL-0530 ...).
+Weights in and out: Hugging Face folders <-> our checkpoints (report 2.2; MiMo-7B Base, SFT, RL, RL-0530).
 
     python hf.py import MiMo-7B-RL out/mimo_7b                       # 451 tensors, 7,833,409,536 parameters
     python hf.py import MiMo-7B-Base out/base --mtps=MiMo-7B-MTPs    # with MTP layers 2 and 3: 483 tensors
-    python hf.py export out/tiny/rl out/hf --flavour=mimo            # MiMoForCausalLM, one MTP layer, our .py
-    files python hf.py export out/tiny/rl out/hf --flavour=qwen2           # Qwen2ForCausalLM without MTP,
-    loads anywhere
+    python hf.py export out/tiny/rl out/hf --flavour=mimo            # MiMoForCausalLM, one MTP layer
+    python hf.py export out/tiny/rl out/hf --flavour=qwen2           # Qwen2ForCausalLM, loads anywhere
 
 Both directions stream: one output shard in memory at a time. Every tensor of the source is used exactly once,
 or the run ends naming the first that is missing, left over, double or of another shape. Stored dtypes are
-kept (bf16 in the official files) unless --dtype says otherwise; import -> export -> import gives the same
-bits.
+kept (the official ones: bf16) unless --dtype says otherwise; import -> export -> import keeps every bit.
 
 The trap: MiMo's MTP layer reads the trunk state BEFORE the final norm (vLLM does so), SGLang hands it the
 state AFTER. The two agree only if the final norm has no gain, so exporting our own models folds the gain
-gamma away, which changes no logit (an import nobody trained on is exported as it came; --fold=yes folds it
-too):
+gamma away, which changes no logit:
 
     lm_head[:, j] *= gamma_j       model.norm = 1       mtp_layers.k.final_layernorm /= gamma
+
+An import nobody trained on is exported as it came (--fold=yes folds it too). More in docs/weights.md.
 """
 import argparse
 import os
@@ -50,14 +48,16 @@ MARK = "export.json"          # says that a folder was made by this script and m
 # ---- names and shapes --------------------------------------------------------------------------------------
 
 def hub_name(name):
-    """layers.0.mlp.up_proj.weight -> model.layers.0.mlp.up_proj.weight; only the head is not inside
-    "model."."""
+    """
+    layers.0.mlp.up_proj.weight -> model.layers.0.mlp.up_proj.weight; only the head is not inside "model.".
+    """
     return name if name.startswith("lm_head.") else "model." + name
 
 
 def expected(cfg):
-    """Hub name -> shape of every tensor, nothing allocated. MiMo-7B with one MTP layer: 435 + 16 = 451
-    entries."""
+    """
+    Hub name -> shape of every tensor, nothing allocated. MiMo-7B with one MTP layer: 435 + 16 = 451 entries.
+    """
     return {hub_name(name): list(t.shape) for name, t in mtp.build(cfg, "meta").state_dict().items()}
 
 
@@ -285,8 +285,9 @@ def generation_config(tokenizer, chat):
 
 
 def folding(path, name):
-    """-> change(name, tensor) that moves the final norm's gain into head and MTP norms, exact up to
-    rounding."""
+    """
+    -> change(name, tensor) that moves the final norm's gain into head and MTP norms, exact up to rounding.
+    """
     with opened(path) as f:
         gamma = f.get_tensor(name).float()                                   # [D]
     if not (gamma.isfinite() & (gamma.abs() > 1e-6)).all():

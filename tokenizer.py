@@ -1,4 +1,5 @@
-"""Tokenizer: text <-> ids through tiktoken, from our own ranks (nothing is ever downloaded).
+"""
+Tokenizer: text <-> ids through tiktoken, from our own ranks (nothing is ever downloaded).
 
 Report, section 2.2: MiMo-7B uses the Qwen2 tokenizer (vocabulary padded to 151,680). Two sources, one class:
   Tokenizer.load("tiny")   the embedded byte-level BPE, data/tiny/bpe.tiktoken: 1,024 ids, made by
@@ -11,10 +12,8 @@ Both split text with Qwen2's regular expression, in which every digit is its own
 Control tokens inside a text are never special here: encode("<|im_end|>") gives ordinary pieces, so that no
 web page and no user can forge the end of a turn. Only chat() and the document writers insert control ids.
 
-    python tokenizer.py "Problem: 17 + 25 = ?"      # shows the pieces; the tiny BPE makes about 2.5
-    characters a token
+    python tokenizer.py "Problem: 17 + 25 = ?"      # shows the pieces; 2.0 to 3.2 characters a token
 """
-
 import base64
 import json
 import os
@@ -56,8 +55,10 @@ def _normal(text):
 
 
 def byte_to_unicode():
-    """GPT-2's printable stand-in for each byte, as used in vocab.json: 188 bytes stand for themselves, the
-    others become code points from 256 on. -> list of 256 one-character strings."""
+    """
+    GPT-2's printable stand-in for each byte, as used in vocab.json: 188 bytes stand for themselves, the
+    others become code points from 256 on. -> list of 256 one-character strings.
+    """
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     table, spare = [], 256
     for b in range(256):
@@ -166,8 +167,9 @@ class Tokenizer:
         return self._bpe.encode_ordinary(text if text.isascii() else _normal(text))
 
     def encode_documents(self, texts, threads=1):
-        """Many documents -> list of id lists, each ended by eos_id (a document is never split by its own
-        text)."""
+        """
+        Many documents -> list of id lists, each ended by eos_id (a document is never split by its own text).
+        """
         if self._split_plain is None:
             normal = [t if t.isascii() else _normal(t) for t in texts]
             lists = self._bpe.encode_ordinary_batch(normal, num_threads=threads)
@@ -176,8 +178,10 @@ class Tokenizer:
         return [ids + [self.eos_id] for ids in lists]
 
     def decode(self, ids, skip_control=False, errors="replace"):
-        """ids -> text; bytes that are no UTF-8 become U+FFFD. ValueError for an id that is no token (padding
-        row)."""
+        """
+        ids -> text; bytes that are no UTF-8 become U+FFFD. ValueError for an id that is no token (padding
+        row).
+        """
         ids = [int(i) for i in ids]
         for i in ids:
             if not (0 <= i < self.vocab_size and self.valid_ids[i]):
@@ -232,13 +236,17 @@ class Tokenizer:
 
     @staticmethod
     def load(name):
-        """ "tiny" or a folder -> Tokenizer. Raises ValueError that names the file, FileNotFoundError if there
-        is none."""
+        """
+        "tiny" or a folder -> Tokenizer. Raises ValueError that names the file, FileNotFoundError if there is
+        none.
+        """
         return _load_tiny() if str(name) == "tiny" else _load_folder(os.fspath(name))
 
     def save(self, folder):
-        """Write tokenizer.json, vocab.json, merges.txt, added_tokens.json and tokenizer_config.json: what
-        transformers, vLLM and SGLang read, and what load(folder) reads back to the same tokenizer."""
+        """
+        Write tokenizer.json, vocab.json, merges.txt, added_tokens.json and tokenizer_config.json: what
+        transformers, vLLM and SGLang read, and what load(folder) reads back to the same tokenizer.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         u = lambda token: "".join(B2U[b] for b in token)
@@ -331,8 +339,9 @@ def _load_folder(folder):
 
 
 def _read_fast(path):
-    """tokenizer.json -> vocab, merges (pairs), added tokens. ValueError if it is not Qwen2's kind of
-    tokenizer."""
+    """
+    tokenizer.json -> vocab, merges (pairs), added tokens. ValueError if it is not Qwen2's kind of tokenizer.
+    """
     fast = _read_json(path)
     model, pre = fast.get("model", {}), json.dumps(fast.get("pre_tokenizer"))
     if model.get("type") != "BPE" or json.dumps(PATTERN) not in pre:
@@ -348,8 +357,9 @@ def _read_fast(path):
 
 
 def _check_merges(folder, implied, merges):
-    """The file's merges must be the ones the ids imply, in id order; else tiktoken's ids would differ from
-    HF's."""
+    """
+    The file's merges must be the ones the ids imply, in id order; else tiktoken's ids would differ from HF's.
+    """
     for k, (pair, both) in enumerate(zip(merges, implied, strict=False)):
         if tuple(bytes(map(U2B.__getitem__, part)) for part in pair) != both:
             raise ValueError(f"{folder}: merge {k} is {pair}, the ids imply {both}: order them by id")
@@ -358,8 +368,9 @@ def _check_merges(folder, implied, merges):
 
 
 def _padded_size(folder, config):
-    """Rows of the embedding: our own note, else the model's config beside it, else None = next multiple of
-    128."""
+    """
+    Rows of the embedding: our own note, else the model's config beside it, else None = next multiple of 128.
+    """
     if isinstance(config.get("padded_vocab_size"), int):
         return config["padded_vocab_size"]
     for file in ("config.json", "model.json"):

@@ -1,21 +1,18 @@
 """
-Mixture loader: rows of T tokens from several sources in exact proportions (report sections 2.1 and 2.3).
+Mixture loader: rows of T tokens from several sources in exact proportions (report 2.1 and 2.3).
 
 Stage 2 raises maths and code to ~70% of the tokens, stage 3 adds ~10% synthetic answers and goes from 8,192
 to 32,768 tokens a row. The weights inside a stage are not in the report.
 
 Everything is a pure function of (seed, the data, how much was taken), there is no random generator to save:
-  - epoch e of a source is its shards, and the documents inside each shard, in a permutation drawn from (seed,
-  name, e),
-    joined to one stream; a cursor per source counts tokens taken;
-  - each row goes to the source that is furthest behind its share (as Megatron's blending), then the cursor
-  moves by T; - so the state is five small numbers, a batch is the same for any number of ranks, and T may
-  change between stages.
-Rows carry n_mtp + 1 tokens of look-ahead for the targets; these are the first tokens of the source's next
-row.
+  - epoch e of a source is its shards, and the documents inside each shard, in permutations drawn from
+    (seed, name, e), joined to one stream; a cursor per source counts the tokens taken;
+  - each row goes to the source that is furthest behind its share (as in Megatron); its cursor moves by T;
+  - so the state is a few small numbers, a batch is the same for any number of ranks, and T may change between
+    stages.
+Rows carry n_mtp + 1 tokens of look-ahead for the targets: the first tokens of the source's next row.
 
-    python -m data.loader out/tiny/data web=0.7 math=0.3      # a table of what a stage takes, and tokens per
-    second
+    python -m data.loader out/tiny/data web=0.7 maths=0.3     # shares, epochs, and some 10 M tokens a second
 """
 import sys
 import time
@@ -30,8 +27,10 @@ from data.shards import Shards
 
 @dataclass
 class Batch:
-    """B rows of T tokens with A = 1 + n_mtp tokens of look-ahead. Positions and cu_seqlens cover the T inputs
-    only."""
+    """
+    B rows of T tokens with A = 1 + n_mtp tokens of look-ahead. Positions and cu_seqlens cover the T inputs
+    only.
+    """
     ids: torch.Tensor           # int64 [B,T+A]
     docs: torch.Tensor          # int64 [B,T+A], number of each token's document; changes at every boundary
     positions: torch.Tensor     # int64 [B,T], from its document's start, or the row's if that came later
@@ -73,8 +72,7 @@ def make_batch(ids, docs, T, mask=None, sources=(), mask_documents=True):
 
 
 class Stream:
-    """One source as an endless stream of tokens, every epoch in a new order. Only one shard's order is in
-    memory."""
+    """One source as an endless stream of tokens, every epoch in a new order; a few shards' orders are kept."""
     def __init__(self, shards, seed):
         self.shards, self.key = shards, (seed, zlib.crc32(shards.name.encode()))
         self.n_tokens, self.n_documents = shards.n_tokens, shards.n_documents
@@ -91,8 +89,9 @@ class Stream:
         return self.cached[epoch]
 
     def document_order(self, epoch, s):
-        """-> documents of shard s in this epoch's order, and where each ends in tokens. [n_documents]
-        each."""
+        """
+        -> documents of shard s in this epoch's order, and where each ends in tokens. [n_documents] each.
+        """
         if (epoch, s) not in self.cached:
             ends = self.shards.shards[s].ends
             order = np.random.Generator(np.random.PCG64([*self.key, epoch, s + 1])).permutation(len(ends))
@@ -106,8 +105,10 @@ class Stream:
         self.cached[key] = value
 
     def take(self, start, n):
-        """Tokens start..start+n-1 of the stream -> (ids [n], docs [n]); docs is a running number over all
-        epochs."""
+        """
+        Tokens start..start+n-1 of the stream -> (ids [n], docs [n]); docs is a running number over all
+        epochs.
+        """
         ids, docs, filled = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), 0
         while filled < n:
             epoch, at = divmod(start + filled, self.n_tokens)
@@ -144,8 +145,10 @@ class MixtureLoader:
         self.here = dict.fromkeys(names, 0)                # rows taken from each source in the current stage
 
     def plan(self, stage, mix, seq_len, n_rows):
-        """Advance by n_rows rows of one stage -> [(source, first token)]. mix: source -> weight, normalised
-        here."""
+        """
+        Advance by n_rows rows of one stage -> [(source, first token)]. mix: source -> weight, normalised
+        here.
+        """
         unknown = sorted(name for name, w in mix.items() if w > 0 and name not in self.streams)
         if unknown:
             raise ValueError(f"mix names source {unknown[0]!r}, the loader was opened with "
@@ -184,8 +187,9 @@ class MixtureLoader:
         return make_batch(ids, docs, seq_len, None, (name for name, _ in mine), mask_documents)
 
     def epochs(self):
-        """How often each source has been gone through, 1.0 = once. Small sources repeat silently: log
-        this."""
+        """
+        How often each source has been gone through, 1.0 = once. Small sources repeat silently: log this.
+        """
         return {name: self.taken[name] / s.n_tokens for name, s in self.streams.items()}
 
     def state_dict(self):
@@ -194,8 +198,10 @@ class MixtureLoader:
                 "seed": self.seed, "data": {name: s.shards.fingerprint for name, s in self.streams.items()}}
 
     def load_state_dict(self, state):
-        """Continue exactly. ValueError if the seed, the sources or their contents are not those of the saved
-        run."""
+        """
+        Continue exactly. ValueError if the seed, the sources or their contents are not those of the saved
+        run.
+        """
         now = self.state_dict()
         if state["seed"] != now["seed"]:
             raise ValueError(f"loader: the saved run used seed {state['seed']}, this one {now['seed']}")

@@ -93,8 +93,10 @@ class PackedLoader:
         return ids, docs, mask
 
     def next_batch(self, batch_size, rank=0, world=1):
-        """The next batch_size rows, of which this rank gets B*rank//world .. B*(rank+1)//world. ->
-        data.loader.Batch."""
+        """
+        The next batch_size rows, of which this rank gets B*rank//world .. B*(rank+1)//world. ->
+        data.loader.Batch.
+        """
         lo, hi = (self.taken + batch_size * r // world for r in (rank, rank + 1))
         rows, orders = [], {}
         for k in range(lo, hi):

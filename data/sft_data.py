@@ -203,8 +203,10 @@ class ShardSamples:
 
 
 def write_tokenised(folder, rows, tokenizer="tiny", workers=1):
-    """Tokenise once, in parallel, instead of in every rank at every start: 500K samples take an hour on one
-    core."""
+    """
+    Tokenise once, in parallel, instead of in every rank at every start: 500K samples take an hour on one
+    core.
+    """
     masks, vocab_size = [], Tokenizer.load(tokenizer).vocab_size
 
     def ids_of(samples):

@@ -143,8 +143,10 @@ class Shard:
 
 
 class Shards:
-    """One source: its shards in order. ValueError if it is missing, unfinished, empty or does not fit the
-    vocabulary."""
+    """
+    One source: its shards in order. ValueError if it is missing, unfinished, empty or does not fit the
+    vocabulary.
+    """
     def __init__(self, folder, name, vocab_size=None, verify=None):
         folder = Path(folder)
         manifest = folder / f"{name}.json"

@@ -70,8 +70,9 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
         return seen[0]
 
     def mtp_logits(self, input_ids, k=0):
-        """MTP layer k on whole sequences. input_ids [B,T] -> [B,T-1-k,V]; entry i predicts token i + k +
-        2."""
+        """
+        MTP layer k on whole sequences. input_ids [B,T] -> [B,T-1-k,V]; entry i predicts token i + k + 2.
+        """
         layer, n = self.model.mtp_layers[k], input_ids.shape[1] - 1 - k
         h = self.trunk_state(input_ids)[:, :n]
         token_embeds = self.model.embed_tokens(input_ids[:, k + 1:])

@@ -1,5 +1,6 @@
-"""hf.py without transformers: the 7B's names, round trips to the bit, streaming, folding, and what ends the
-run."""
+"""
+hf.py without transformers: the 7B's names, round trips to the bit, streaming, folding, and what ends the run.
+"""
 import json
 import math
 from pathlib import Path
@@ -31,8 +32,10 @@ def rough_model(cfg, seed=0):
 
 
 def official(folder, cfg=SMALL, shards=3, dtype=torch.bfloat16, **changes):
-    """A folder as Xiaomi publishes them: sharded bf16 weights with an index, config.json in the old keys,
-    tokenizer."""
+    """
+    A folder as Xiaomi publishes them: sharded bf16 weights with an index, config.json in the old keys,
+    tokenizer.
+    """
     folder.mkdir(parents=True)
     state = {hf.hub_name(n): t.to(dtype) for n, t in rough_model(cfg).state_dict().items()}
     names = sorted(state)
@@ -103,8 +106,10 @@ def test_the_names_and_shapes_of_mimo_7b():
 
 
 def test_451_tensors_there_and_back_and_there(tmp_path):
-    """All 36 layers at width 16: import -> export -> import keeps every bit, the config and the tokenizer's
-    files."""
+    """
+    All 36 layers at width 16: import -> export -> import keeps every bit, the config and the tokenizer's
+    files.
+    """
     state = official(tmp_path / "hub", ModelConfig(n_layer=36, n_mtp=1, **TINY), shards=4)
     cfg, n, n_bytes = hf.import_folder(tmp_path / "hub", tmp_path / "run", shard_bytes=60_000)
     assert n == len(state) == 451 and n_bytes == sum(t.nbytes for t in state.values())
@@ -124,8 +129,10 @@ def test_451_tensors_there_and_back_and_there(tmp_path):
 
 
 def test_an_import_is_a_checkpoint(tmp_path):
-    """The training scripts read it as one of their own: newest of the run, whole, right weights, tokenizer
-    inside."""
+    """
+    The training scripts read it as one of their own: newest of the run, whole, right weights, tokenizer
+    inside.
+    """
     from checkpoint import read_weights
     state = official(tmp_path / "hub")
     hf.import_folder(tmp_path / "hub", tmp_path / "run")
@@ -150,8 +157,10 @@ def test_base_and_chat_models_are_told_apart_by_their_end_token(tmp_path, eos, c
 # ---- streaming ---------------------------------------------------------------------------------------------
 
 def test_memory_holds_one_shard(tmp_path, monkeypatch):
-    """What is handed to save_file at once never exceeds the limit, or is one single larger tensor (embedding,
-    head)."""
+    """
+    What is handed to save_file at once never exceeds the limit, or is one single larger tensor (embedding,
+    head).
+    """
     official(tmp_path / "hub")
     seen, real = [], hf.save_file
 
@@ -333,8 +342,10 @@ def load_into(folder, cfg=SMALL):
 
 
 def test_folding_by_hand():
-    """D = 2, gamma = (2, 4). Head row (1, 1) becomes (2, 4); norm becomes (1, 1); the MTP's final gain (6, 6)
-    becomes (3, 1.5), so head x gain is (1*6, 1*6) before and (2*3, 4*1.5) after."""
+    """
+    D = 2, gamma = (2, 4). Head row (1, 1) becomes (2, 4); norm becomes (1, 1); the MTP's final gain (6, 6)
+    becomes (3, 1.5), so head x gain is (1*6, 1*6) before and (2*3, 4*1.5) after.
+    """
     import tempfile
     with tempfile.TemporaryDirectory() as d:
         save_file({"norm.weight": torch.tensor([2., 4.])}, f"{d}/x.safetensors")
@@ -377,8 +388,9 @@ def test_when_the_norm_is_folded(run, tmp_path):
 
 
 def test_what_an_export_holds(run, tmp_path):
-    """Every key that transformers, vLLM or SGLang reads is spelled out: Qwen2Config's defaults are not
-    ours."""
+    """
+    Every key that transformers, vLLM or SGLang reads is spelled out: Qwen2Config's defaults are not ours.
+    """
     hf.export_folder(run[0], tmp_path / "m", "mimo")
     hf.export_folder(run[0], tmp_path / "q", "qwen2")
     m, q = (json.loads((tmp_path / f / "config.json").read_text()) for f in "mq")

@@ -26,8 +26,10 @@ CFG = ModelConfig(vocab_size=1024, n_layer=3, d_model=64, n_head=4, n_kv_head=2,
 
 
 def rough_model(cfg=CFG, seed=0, gain=0.3):
-    """Large random weights and uneven gains: every part of the model matters, and greedy text does not repeat
-    itself."""
+    """
+    Large random weights and uneven gains: every part of the model matters, and greedy text does not repeat
+    itself.
+    """
     model, g = mtp.build(cfg), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -100,8 +102,10 @@ def our_mtp_logits(model, x):
 
 @torch.no_grad()
 def test_mtp_layer_in_transformers(run, exports):
-    """The exported MTP layer, called through our modelling file, drafts what ours drafts; with controls that
-    must not."""
+    """
+    The exported MTP layer, called through our modelling file, drafts what ours drafts; with controls that
+    must not.
+    """
     model, hf = run[1], exports["mimo"][1]
     x = ids()
     ours, theirs = our_mtp_logits(model, x), hf.mtp_logits(x)
@@ -121,8 +125,10 @@ def test_mtp_layer_in_transformers(run, exports):
 
 @torch.no_grad()
 def test_folding_makes_pre_and_post_norm_agree(run, exports):
-    """The reason for folding: an engine that feeds the state AFTER the final norm (SGLang) drafts the same
-    from a folded export, and something else from the original weights."""
+    """
+    The reason for folding: an engine that feeds the state AFTER the final norm (SGLang) drafts the same from
+    a folded export, and something else from the original weights.
+    """
     model, hf = run[1], exports["mimo"][1]
     x = ids()
     right = our_mtp_logits(model, x)
@@ -145,8 +151,10 @@ def test_folding_makes_pre_and_post_norm_agree(run, exports):
 @torch.no_grad()
 @pytest.mark.parametrize("flavour", ["mimo", "qwen2"])
 def test_greedy_text_is_the_same(run, exports, flavour):
-    """60 tokens after each of three chat prompts: transformers.generate, and our engine as sample.py runs it,
-    without and with the MTP layer drafting."""
+    """
+    60 tokens after each of three chat prompts: transformers.generate, and our engine as sample.py runs it,
+    without and with the MTP layer drafting.
+    """
     model, hf, tok = run[1], exports[flavour][1], Tokenizer.load("tiny")
     ends = (tok.im_end_id, tok.eos_id)
     asked = ("What is 17 + 25?", "Given a list xs: drop zeros; return the sum.", "x")
@@ -193,8 +201,9 @@ def test_a_folder_saved_by_transformers_comes_back(exports, run, tmp_path):
 
 @torch.no_grad()
 def test_bf16(run, tmp_path):
-    """--dtype=bfloat16: both read the same bf16 weights, and ours is no further from fp32 than transformers
-    is."""
+    """
+    --dtype=bfloat16: both read the same bf16 weights, and ours is no further from fp32 than transformers is.
+    """
     export_folder(run[0], tmp_path / "hf", "qwen2", dtype=torch.bfloat16)
     load = lambda dtype: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf",
                                                                            torch_dtype=dtype).eval()

@@ -1,5 +1,6 @@
-"""Shards and mixture loader: exact proportions, exact resume, any number of ranks, boundaries, damaged
-files."""
+"""
+Shards and mixture loader: exact proportions, exact resume, any number of ranks, boundaries, damaged files.
+"""
 import json
 import os
 
@@ -14,8 +15,9 @@ EOS = 1000
 
 
 def make(folder, name, n_documents, low=0, longest=40, seed=0, shard_tokens=1 << 28):
-    """A source of random documents that end with EOS; token values say nothing, lengths vary. -> the
-    documents."""
+    """
+    A source of random documents that end with EOS; token values say nothing, lengths vary. -> the documents.
+    """
     r = np.random.default_rng(seed)
     documents = [[*r.integers(low, 1000, r.integers(1, longest)).tolist(), EOS] for _ in range(n_documents)]
     write_source(folder, name, documents, 1001, shard_tokens)
@@ -101,8 +103,10 @@ def flip(path, at):
 # ---- one batch ---------------------------------------------------------------------------------------------
 
 def test_make_batch_by_hand():
-    """T = 4, one token of look-ahead. Row 0 holds documents 7 7 | 8 8 (8 goes on), row 1 is one document 9
-    throughout: positions 0 1 0 1 and 0 1 2 3; boundaries at 0 2 4 | 8 of the flattened 8 inputs."""
+    """
+    T = 4, one token of look-ahead. Row 0 holds documents 7 7 | 8 8 (8 goes on), row 1 is one document 9
+    throughout: positions 0 1 0 1 and 0 1 2 3; boundaries at 0 2 4 | 8 of the flattened 8 inputs.
+    """
     ids, docs = np.arange(10).reshape(2, 5), np.array([[7, 7, 8, 8, 8], [9, 9, 9, 9, 3]])
     b = make_batch(ids, docs, 4)
     assert b.positions.tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]
@@ -202,8 +206,10 @@ def test_weights_need_not_add_up_and_zero_is_never_taken(folder):
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 13])
 def test_resume_is_exact(folder, cut):
-    """Stop after `cut` batches, through JSON, go on in a new process' loader: the same batches, over a stage
-    change."""
+    """
+    Stop after `cut` batches, through JSON, go on in a new process' loader: the same batches, over a stage
+    change.
+    """
     stages = [(0, MIX, 32, 5)] * 8 + [(1, {"maths": .9, "web": .1}, 64, 3)] * 8
 
     def run(loader, todo):
@@ -219,8 +225,10 @@ def test_resume_is_exact(folder, cut):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_any_number_of_ranks_reads_the_same_batch(folder, world):
-    """Also when the batch does not divide: 10 rows over 3, 4 or 8 ranks, over several steps and a resume by
-    rank 0's state."""
+    """
+    Also when the batch does not divide: 10 rows over 3, 4 or 8 ranks, over several steps and a resume by rank
+    0's state.
+    """
     one, ranks = open_loader(folder), [open_loader(folder) for _ in range(world)]
     for step in range(4):
         whole = one.next_batch(step // 2, MIX, 32, 10)

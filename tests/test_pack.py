@@ -28,8 +28,10 @@ def samples(n=60, seed=0, longest=30):
 
 
 def test_best_fit_by_hand():
-    """T = 10, lengths 6 5 4 3 2 12: 12 is dropped; 6 opens row 0, 5 row 1, 4 fits row 0 (gap 4 is tighter
-    than 5), 3 goes to row 1, 2 fills it: 10 + 10 tokens in two rows, nothing wasted."""
+    """
+    T = 10, lengths 6 5 4 3 2 12: 12 is dropped; 6 opens row 0, 5 row 1, 4 fits row 0 (gap 4 is tighter than
+    5), 3 goes to row 1, 2 fills it: 10 + 10 tokens in two rows, nothing wasted.
+    """
     assert best_fit([6, 5, 4, 3, 2, 12], 10) == ([[0, 2], [1, 3, 4]], [5])
     assert best_fit([], 10) == ([], [])
     assert best_fit([10, 10], 10) == ([[0], [1]], [])
@@ -153,8 +155,9 @@ def test_incomplete_by_its_own_account_or_without_an_answer():
     ("naïve café Müller", False), ("한국어 문장 입니다 그리고 here are many English words too", True),
 ])
 def test_mixed_language(text, bad):
-    """By hand, the first: words Let, the, case and characters 考, 虑: 2 of 5 foreign. (Let's is Let + a lone
-    s.)"""
+    """
+    By hand, the first: words Let, the, case and characters 考, 虑: 2 of 5 foreign. (Let's is Let + a lone s.)
+    """
     assert is_mixed(text) is bad
 
 

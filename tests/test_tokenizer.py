@@ -77,8 +77,10 @@ def fuzz(n, seed=0):
 
 
 def test_bpe_pieces_by_hand():
-    """ranks a=0 b=1 c=2 ab=3 abc=4. Below rank 4, "abc" is (ab, c): two pieces, the merge that makes abc.
-    Below 3 nothing merges. With bc=3 and abc=4 but text "abbc": only bc merges: a b bc."""
+    """
+    ranks a=0 b=1 c=2 ab=3 abc=4. Below rank 4, "abc" is (ab, c): two pieces, the merge that makes abc. Below
+    3 nothing merges. With bc=3 and abc=4 but text "abbc": only bc merges: a b bc.
+    """
     ranks = {b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"abc": 4}
     assert bpe_pieces(b"abc", ranks, 4) == [b"ab", b"c"]
     assert bpe_pieces(b"abc", ranks, 3) == [b"a", b"b", b"c"]
