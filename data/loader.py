@@ -72,7 +72,7 @@ def make_batch(ids, docs, T, mask=None, sources=(), mask_documents=True):
 
 
 class Stream:
-    """One source as an endless stream of tokens, every epoch in a new order; a few shards' orders are kept."""
+    """One source as an endless stream of tokens, every epoch in a new order; a few orders are kept."""
     def __init__(self, shards, seed):
         self.shards, self.key = shards, (seed, zlib.crc32(shards.name.encode()))
         self.n_tokens, self.n_documents = shards.n_tokens, shards.n_documents
