@@ -28,7 +28,7 @@ ROWS, KEYS, PIECE = 4, 16, 128
 
 
 class Plan:
-    """Where the Q new tokens of B sequences go and what they see; made once a forward, read by every layer."""
+    """Where the Q new tokens of B sequences go and what they see; made once a forward for all layers."""
     first: int                          # the B sequences are rows first .. first + B - 1
     shape: tuple[int, int]              # B, Q
     positions: Tensor                   # int64 [B,Q]; a token sees the columns up to its position
@@ -54,7 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return o[:, :n].view(B, K, Q, G, d).transpose(1, 2).reshape(B, Q, H, d)
 
 
-# ---- a row a sequence ------------------------------------------------------------------------------------------------
+# ---- a row a sequence --------------------------------------------------------------------------------------
 
 class Rows:
     """kv [n_layer, S, K, C, 2d]: keys and values side by side, head-major, so that a batch of heads is one
@@ -82,9 +82,12 @@ view."""
         plan.bias = bias[:, None]                                   # [B,1,1 or R,L]
         return plan
 
-    def copy(self, sources: Tensor, targets: Tensor, used: int) -> None:
-        """The first `used` columns of rows sources over rows targets; everything is read before it is written."""
-        self.kv[:, targets, :, :used] = self.kv[:, sources, :, :used]
+    def hold(self, rows: Tensor) -> Tensor:
+        return rows                                                 # what copy() needs to find the rows' contents
+
+    def copy(self, held: Tensor, targets: Tensor, used: int) -> None:
+        """The first `used` columns of the held rows over rows targets; all is read before it is written."""
+        self.kv[:, targets, :, :used] = self.kv[:, held, :, :used]
 
     def room_for(self, n: int) -> bool:
         return True                                                 # a free row always holds max_len tokens
@@ -120,7 +123,7 @@ class RowLayer:
         return attend(q, *kv.split(self.d, -1), plan.bias)
 
 
-# ---- blocks and a table ----------------------------------------------------------------------------------------------
+# ---- blocks and a table ------------------------------------------------------------------------------------
 
 class Blocks:
     """
@@ -131,7 +134,8 @@ class Blocks:
     """
     static = True                       # shapes depend on the batch alone: fit for CUDA graphs
 
-    def __init__(self, n_layer: int, S: int, K: int, G: int, columns: int, d: int, dtype, device, block: int, n: int):
+    def __init__(self, n_layer: int, S: int, K: int, G: int, columns: int, d: int, dtype, device,
+                 block: int, n: int):
         self.block, self.columns = block, -(-columns // block) * block
         self.kv = torch.zeros(2, n_layer, n + 1, block, K, d, dtype=dtype, device=device)
         self.layers = [BlockLayer(self, k, v) for k, v in zip(*self.kv, strict=True)]
@@ -149,12 +153,15 @@ class Blocks:
         plan.lengths = (positions[:, -1] + 1).int()
         return plan
 
-    def copy(self, sources: Tensor, targets: Tensor, used: int) -> None:
-        """Contents of the rows' blocks; blocks that the target does not own are scrap, and stay so."""
+    def hold(self, rows: Tensor) -> Tensor:
+        return self.table[rows].long()                              # before assign() changes the table
+
+    def copy(self, held: Tensor, targets: Tensor, used: int) -> None:
+        """Contents of the held blocks into those the targets now have; a sequence that only moved keeps its own."""
         n = -(-used // self.block)
-        i, j = self.table[sources, :n].long().flatten(), self.table[targets, :n].long().flatten()
-        i = torch.where(j == 0, 0, i)
-        self.kv[:, :, j] = self.kv[:, :, i]
+        i, j = held[:, :n].flatten(), self.table[targets, :n].long().flatten()
+        differ = i != j
+        self.kv[:, :, j[differ]] = self.kv[:, :, i[differ]]
 
     def need(self, n: int) -> int:
         return -(-n // self.block)
@@ -190,4 +197,5 @@ class BlockLayer:
         # [B,K,L,d]
         k, v = (t[plan.table[:, :n].long()].flatten(1, 2).transpose(1, 2) for t in (self.k, self.v))
         mask = torch.arange(k.shape[2], device=q.device) <= plan.positions[:, :, None]               # [B,Q,L]
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask[:, None], enable_gqa=True).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask[:, None], enable_gqa=True)
+        return o.transpose(1, 2)

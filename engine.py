@@ -67,7 +67,7 @@ class Sample:
     accepted: tuple[int, ...] = ()  # per MTP layer: of those, how many were the token drawn
 
 
-# ---- drawing tokens --------------------------------------------------------------------------------------------------
+# ---- drawing tokens ----------------------------------------------------------------------------------------
 
 def signed64(x: int) -> int:
     x &= (1 << 64) - 1
@@ -78,7 +78,7 @@ GOLDEN, MIX1, MIX2 = (signed64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5
 
 
 def splitmix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser (Steele et al. 2014) on int64: products wrap, the masks make >> a logical shift."""
+    """splitmix64's finaliser (Steele et al. 2014) on int64: products wrap, the masks make >> logical."""
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * MIX1
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * MIX2
     return x ^ (x >> 31 & (1 << 33) - 1)
@@ -132,7 +132,7 @@ def needs_more_than_softmax(r: Request) -> bool:
     return r.temperature != 1 or r.top_p < 1 or r.top_k > 0
 
 
-# ---- the engine ------------------------------------------------------------------------------------------------------
+# ---- the engine --------------------------------------------------------------------------------------------
 
 class Engine:
     """
@@ -142,25 +142,27 @@ class Engine:
     layout: "rows" (CPU) or "blocks" (GPU) of cache.py, with `memory` tokens in all (default slots * max_len)
     in blocks of `block`. fast: use fast.py, default where it applies. Raises ValueError for what cannot work.
     """
-    def __init__(self, model: MiMo, slots: int, max_len: int, n_draft: int = 0, chunk: int = 256, budget: int = 4096,
-                 layout: str | None = None, memory: int | None = None, block: int = 64, fast: bool | None = None):
+    def __init__(self, model: MiMo, slots: int, max_len: int, n_draft: int = 0, chunk: int = 256,
+                 budget: int = 4096, layout: str | None = None, memory: int | None = None, block: int = 64,
+                 fast: bool | None = None):
         cfg, w = model.cfg, model.lm_head.weight
         if not 0 <= n_draft <= len(model.mtp_layers):
-            raise ValueError(f"n_draft = {n_draft} should be 0 to {len(model.mtp_layers)}, the model's MTP layers")
+            raise ValueError(f"n_draft = {n_draft} should be 0 to {len(model.mtp_layers)}, the MTP layers there are")
         if slots < 1 or max_len < 2:
             raise ValueError(f"slots = {slots} and max_len = {max_len} should be at least 1 and 2")
         layout = layout or ("blocks" if w.is_cuda else "rows")
         self.model, self.slots, self.max_len, self.n_draft = model, slots, max_len, n_draft
         self.chunk, self.budget, self.device = max(chunk, ROWS), max(budget, chunk, ROWS), w.device
-        # ROWS spare rows, so that a batch of 1 has 4; n_draft + 2 spare columns, the last one scrap: padding writes
-        # there and nobody reads it
+        # ROWS spare rows, so that a batch of 1 has 4; n_draft + 2 spare columns, the last one scrap: padding
+        # writes there and nobody reads it
         self.S, columns = slots + ROWS, max_len + n_draft + 2
-        shape = (cfg.n_layer + n_draft, self.S, cfg.n_kv_head, cfg.n_head // cfg.n_kv_head, columns, cfg.head_dim)
+        K, d = cfg.n_kv_head, cfg.head_dim
+        shape = (cfg.n_layer + n_draft, self.S, K, cfg.n_head // K, columns, d)
         if layout == "rows":
             self.cache, self.memory = Rows(*shape, w.dtype, w.device), slots * max_len
         else:
             if n_draft > 4:
-                raise ValueError(f"n_draft = {n_draft} should be at most 4: kernels.decode takes 8 rows a sequence")
+                raise ValueError(f"n_draft = {n_draft} should be at most 4: kernels.decode takes 8 tokens")
             self.memory = memory or slots * (max_len + n_draft + block)
             self.cache = Blocks(*shape, w.dtype, w.device, block, self.memory // block)
         self.column, self.columns = self.cache.column, self.cache.columns
@@ -177,13 +179,15 @@ class Engine:
         self.steps = self.rows = 0                             # decode forwards so far, and sequences in them
 
     def new_state(self, cfg) -> dict[str, Tensor]:
-        """One row a sequence. n counts its certain tokens; the trunk's cache holds the first n - 1 of them."""
+        """One row a sequence. n counts its certain tokens; the trunk's cache holds the first n - 1."""
         S, C, m = self.S, self.columns, self.n_draft
         long, real = (dict(dtype=t, device=self.device) for t in (torch.int64, torch.float32))
-        return {"tokens": torch.zeros(S, C, **long), "logp": torch.zeros(S, C, **real), "u": torch.zeros(S, C, **real),
-                "n": torch.ones(S, **long), "limit": torch.ones(S, **long), "stop": torch.full((S, STOPS), -1, **long),
-                "temperature": torch.ones(S, **real), "top_p": torch.ones(S, **real), "top_k": torch.zeros(S, **long),
-                "h": torch.zeros(S, self.ring, cfg.d_model, dtype=self.model.lm_head.weight.dtype, device=self.device),
+        w = self.model.lm_head.weight
+        return {"tokens": torch.zeros(S, C, **long), "logp": torch.zeros(S, C, **real),
+                "u": torch.zeros(S, C, **real), "n": torch.ones(S, **long), "limit": torch.ones(S, **long),
+                "stop": torch.full((S, STOPS), -1, **long), "temperature": torch.ones(S, **real),
+                "top_p": torch.ones(S, **real), "top_k": torch.zeros(S, **long),
+                "h": torch.zeros(S, self.ring, cfg.d_model, dtype=w.dtype, device=self.device),
                 "drafted": torch.zeros(S, m, **long), "accepted": torch.zeros(S, m, **long)}
 
     @property
@@ -195,15 +199,16 @@ class Engine:
         return len(self.queue)
 
     def add(self, request: Request) -> None:
-        """Queues a request; it enters the batch at a later step. Raises ValueError with what would be right."""
+        """Queues a request; it enters the batch at a later step. ValueError says what would be right."""
         n, V, name = len(request.prompt), self.model.cfg.vocab_size, f"request {request.id!r}"
         if request.id in self.ids:
             raise ValueError(f"{name}: a request with this id is in flight")
         if not 1 <= n < self.max_len:
-            raise ValueError(f"{name}: its prompt of {n} tokens should have 1 to {self.max_len - 1} (max_len - 1)")
-        if request.max_tokens < 1 or request.temperature < 0 or not 0 < request.top_p <= 1 or request.top_k < 0:
-            raise ValueError(f"{name}: max_tokens = {request.max_tokens} should be >= 1, temperature = "
-                             f"{request.temperature} >= 0, top_p = {request.top_p} in (0, 1], top_k = {request.top_k} >= 0")
+            raise ValueError(f"{name}: its prompt of {n} tokens should have 1 to max_len - 1 = {self.max_len - 1}")
+        r = request
+        if r.max_tokens < 1 or not r.temperature >= 0 or not 0 < r.top_p <= 1 or r.top_k < 0:
+            raise ValueError(f"{name}: max_tokens = {r.max_tokens} should be >= 1, temperature = {r.temperature} "
+                             f">= 0, top_p = {r.top_p} in (0, 1], top_k = {r.top_k} >= 0")
         if len(request.stop) > STOPS:
             raise ValueError(f"{name}: {len(request.stop)} stop ids should be at most {STOPS}")
         if min(request.prompt) < 0 or max(request.prompt) >= V:
@@ -219,7 +224,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Sample]:
-        """One round for everybody: admit, read a chunk of prompts, decode, retire. -> the samples that ended."""
+        """One round for everybody: admit, read a chunk of prompts, decode, retire. -> samples that ended."""
         if not self.ids:
             return []
         self.tables()
@@ -242,7 +247,7 @@ class Engine:
 
     @torch.no_grad()
     def abort(self, id) -> Sample | None:
-        """Takes a request out wherever it is. -> what it had generated (finish "abort"); None if it is not here."""
+        """Takes a request out wherever it is. -> what it had generated (finish "abort"), None if not here."""
         for i, request in enumerate(self.decoding):
             if request.id == id:
                 sample = self.result(i, "abort")
@@ -252,28 +257,30 @@ class Engine:
             for request in group:
                 if request.id == id:
                     self.drop(group, request)
-                    return Sample(id, request.prompt, [], [], "abort", (0,) * self.n_draft, (0,) * self.n_draft)
+                    none = (0,) * self.n_draft
+                    return Sample(id, request.prompt, [], [], "abort", none, none)
         return None
 
     def drop(self, group, request: Request) -> None:
-        """Before its first token. An emptied reading group keeps its row until read_prompts closes the gap."""
+        """Before its first token. An emptied group keeps its row until read_prompts closes the gap."""
+        leader = group[0] is request
         group.remove(request)
         self.ids.discard(request.id)
         if group is self.queue:
             return
         owned = getattr(self.cache, "owned", {})
-        if group and owned and len(owned[request.id]) >= len(owned[group[0].id]):
-            # its blocks may be the ones being read into: they go to the next of the group, whose own are given back
+        if leader and group and owned:
+            # its blocks are the ones being read into: they go to the next of the group, whose own are given back
             owned[request.id], owned[group[0].id] = owned[group[0].id], owned[request.id]
         self.cache.give(request.id)
 
     @torch.no_grad()
     def load(self, state_dict: dict[str, Tensor]) -> None:
-        """New weights, copied into the model in place. Sequences in flight go on, with the cache they have."""
+        """New weights, copied into the model in place. Sequences in flight go on, on the cache they have."""
         self.model.load_state_dict(state_dict)
 
     def tables(self) -> None:
-        """cos and sin of every position [C,d], again when stage 3 has raised the RoPE base; fast.py's weights."""
+        """cos and sin of every position [C,d], again after a change of the RoPE base; fast.py's weights."""
         if self.rope_base != self.model.cfg.rope_base:
             self.rope_base, self.graphs = self.model.cfg.rope_base, {}
             self.cos, self.sin = rope_tables(self.column, self.model.cfg.head_dim, self.rope_base)
@@ -284,7 +291,7 @@ class Engine:
     # -- prompts
 
     def admit(self) -> None:
-        """Fill free slots in order of arrival; requests with one prompt, as an RL group has, are read once."""
+        """Fill free slots in order of arrival; requests with one prompt, an RL group, are read once."""
         free, new = self.slots - self.active, {}
         while free and self.queue and self.cache.room_for(self.size(self.queue[0])):
             request = self.queue.popleft()
@@ -334,16 +341,15 @@ class Engine:
             return
         plan = self.plan(first, positions)
         for k in range(self.n_draft):
-            # slot p of layer k takes x_{p+k+1}, from the prompt where it is known; draft() re-runs the last k slots
+            # slot p of layer k takes x_{p+k+1}, from the prompt where known; draft() re-runs the last k slots
             self.mtp(k, h, tokens[first:].gather(1, (positions + k + 1).clamp_max(C - 1)), plan)
         for j in range(B):                                       # the last states of each, not of its padding
-            last = range(max(new[j] - self.ring, done[j]), new[j])
-            if last:
-                slots = torch.tensor([p % self.ring for p in last], device=self.device)
-                self.state["h"][self.S - 1 - j, slots] = h[B - 1 - j, last[0] - done[j]:last[-1] + 1 - done[j]]
+            first, end, row = max(new[j] - self.ring, done[j]), new[j], B - 1 - j
+            slots = self.column[first:end] % self.ring
+            self.state["h"][self.S - B + row, slots] = h[row, first - done[j]:end - done[j]]
 
     def start_decoding(self, finished: list[int]) -> None:
-        """The prompts of reading[j], j in finished, are read: a row of the front part for each of their requests."""
+        """The prompts of reading[j], j in finished, are read: a row in front for each of their requests."""
         if not finished:
             return
         A, s, sources = len(self.decoding), self.state, []
@@ -351,9 +357,7 @@ class Engine:
             self.decoding += self.reading[j]
             sources += [self.S - 1 - j] * len(self.reading[j])
         new, rows = self.decoding[A:], slice(A, len(self.decoding))
-        for i, request in enumerate(new, A):
-            self.cache.assign(i, request.id)
-        self.copy(sources, list(range(A, A + len(new))))
+        self.keep_reading([j for j in range(len(self.reading)) if j not in set(finished)], sources, new)
 
         def column(values, name: str) -> Tensor:
             return torch.tensor(values, dtype=s[name].dtype, device=self.device)
@@ -362,22 +366,26 @@ class Engine:
         for name in ("temperature", "top_p", "top_k"):
             s[name][rows] = column([getattr(r, name) for r in new], name)
         s["stop"][rows] = column([[*r.stop, *[-1] * (STOPS - len(r.stop))] for r in new], "stop")
-        s["u"][rows] = uniform(column([signed64(r.seed) for r in new], "n")[:, None], self.column - s["n"][rows, None])
+        seeds = column([signed64(r.seed) for r in new], "n")
+        s["u"][rows] = uniform(seeds[:, None], self.column - s["n"][rows, None])
         s["drafted"][rows] = s["accepted"][rows] = 0
         self.fancy += sum(map(needs_more_than_softmax, new))
-        self.keep_reading([j for j in range(len(self.reading)) if j not in set(finished)])
         if self.n_draft:
             self.draft(A, len(new), 1)
 
-    def keep_reading(self, keep: list[int]) -> None:
-        """Only these reading groups stay, closed up towards the end of the cache."""
-        if len(keep) == len(self.reading):
+    def keep_reading(self, keep: list[int], sources=(), new=()) -> None:
+        """
+        Only the groups `keep` go on reading, closed up towards the end of the cache; requests `new`, read in rows
+        sources, take the front rows up to A. One rearrangement, for the old and the new places overlap.
+        """
+        before, end = len(self.reading), self.S - 1
+        if len(keep) == before:
             return
-        sources, before = [self.S - 1 - j for j in keep], len(self.reading)
-        self.reading = [self.reading[j] for j in keep]
-        self.move(sources, [self.S - 1 - i for i in range(len(keep))], [group[0].id for group in self.reading])
-        for j in range(len(keep), before):
-            self.cache.assign(self.S - 1 - j, None)
+        self.reading, A = [self.reading[j] for j in keep], len(self.decoding)
+        self.arrange([*sources, *(end - j for j in keep)], [*range(A - len(new), A), *(end - i for i in range(len(keep)))],
+                     [r.id for r in new] + [group[0].id for group in self.reading])
+        for row in range(max(A, end - before + 1), end - len(keep) + 1):
+            self.cache.assign(row, None)
 
     # -- decoding
 
@@ -401,7 +409,7 @@ class Engine:
         return x.view(*ids.shape, -1)
 
     def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan) -> Tensor:
-        """MTP layer k over its own cache; h [B,Q,D], ahead [B,Q] the tokens k+1 places after h's. -> z [B,Q,D]."""
+        """MTP layer k over its own cache; h [B,Q,D], ahead [B,Q] the tokens k+1 after h's. -> z [B,Q,D]."""
         cfg, layer, emb = self.model.cfg, self.model.mtp_layers[k], self.model.embed_tokens(ahead)
         i = cfg.n_layer + k
         self.cache.layers[i].plan = plan
@@ -434,7 +442,7 @@ class Engine:
         right = accept_greedy(ids[:, 1:], drawn)                    # [R] drafts that were right, in a row
         to_stop = (is_stop.cumsum(1) == 0).sum(1)                   # [R] tokens before the first stop token
         gain = torch.minimum(torch.minimum(right, to_stop) + 1, s["limit"] - n).clamp(1, Q)
-        # draft k was looked at if the token at its place was kept and it was a draft (a 1-token prompt has none yet)
+        # draft k was looked at if the token at its place was kept, and it existed (not after a 1-token prompt)
         k = self.column[:self.n_draft]
         looked = (k < gain[:, None]) & (n > 1)[:, None]
         s["drafted"] += looked
@@ -492,9 +500,9 @@ class Engine:
     # -- the end of a sequence
 
     def result(self, i: int, finish: str) -> Sample:
-        s, request = self.state, self.decoding[i]
-        a, b = len(request.prompt), int(s["n"][i])
-        return Sample(request.id, request.prompt, s["tokens"][i, a:b].tolist(), s["logp"][i, a:b].tolist(), finish,
+        s, r = self.state, self.decoding[i]
+        new = slice(len(r.prompt), int(s["n"][i]))
+        return Sample(r.id, r.prompt, s["tokens"][i, new].tolist(), s["logp"][i, new].tolist(), finish,
                       tuple(s["drafted"][i].tolist()), tuple(s["accepted"][i].tolist()))
 
     def retire(self, ended: Tensor) -> list[Sample]:
@@ -519,25 +527,22 @@ class Engine:
         for i, j in zip(movers, holes, strict=True):
             self.decoding[j] = self.decoding[i]
         del self.decoding[A - len(rows):]
-        self.move(movers, holes, [self.decoding[j].id for j in holes])
+        self.arrange(movers, holes, [self.decoding[j].id for j in holes])
         for i in range(A - len(rows), A):
             self.cache.assign(i, None)
 
-    def move(self, sources: list[int], targets: list[int], keys: list) -> None:
-        """Sequences change rows: with blocks only the table changes, with rows the contents go along."""
-        if self.cache.static:
-            for j, key in zip(targets, keys, strict=True):
-                self.cache.assign(j, key)
-        self.copy(sources, targets, contents=not self.cache.static)
-
-    def copy(self, sources: list[int], targets: list[int], contents: bool = True) -> None:
-        """All per-sequence state, and the cache's contents; everything is read before anything is written."""
-        pairs = [(i, j) for i, j in zip(sources, targets, strict=True) if i != j]
-        if not pairs:
+    def arrange(self, sources: list[int], targets: list[int], keys: list) -> None:
+        """
+        Row targets[x] becomes that of request keys[x] and takes over the state and the cached tokens of row sources[x];
+        everything is read before anything is written.
+        """
+        if not sources:
             return
-        i, j = torch.tensor(pairs, device=self.device).T
-        if contents:
-            self.cache.copy(i, j, min(int(self.state["n"][i].max()) + self.n_draft, self.columns))
+        i, j = (torch.tensor(x, device=self.device) for x in (sources, targets))
+        held = self.cache.hold(i)
+        for row, key in zip(targets, keys, strict=True):
+            self.cache.assign(row, key)
+        self.cache.copy(held, j, min(int(self.state["n"][i].max()) + self.n_draft, self.columns))
         for t in self.state.values():
             t[j] = t[i]
 

@@ -64,7 +64,8 @@ def rotations(cos: Tensor, sin: Tensor, cfg: ModelConfig) -> Tensor:
     half = cfg.head_dim // 2
     turn = torch.complex(cos[:, :half], sin[:, :half])[:, None]     # [C,1,d/2]
     one = torch.ones_like(turn)
-    return torch.cat([turn.expand(-1, cfg.n_head, -1), torch.cat([turn, one], 1).repeat(1, cfg.n_kv_head, 1)], 1)
+    kv = torch.cat([turn, one], 1).repeat(1, cfg.n_kv_head, 1)      # k0 v0 k1 v1 ...
+    return torch.cat([turn.expand(-1, cfg.n_head, -1), kv], 1)
 
 
 def block_forward(x: Tensor, block: Block, merged: tuple[Tensor, ...], cache, cfg: ModelConfig) -> Tensor:
