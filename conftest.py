@@ -1,7 +1,8 @@
-"""Test settings that must come first: one thread, and Triton's CPU interpreter where there is no GPU.
+"""
+Test settings that must come first: one thread, and Triton's CPU interpreter where there is no GPU.
 
-TRITON_INTERPRET must be set before triton is first imported in a process: tl.sum and friends are @jit objects made at
-that import. The second half teaches the interpreter bfloat16, which it otherwise gets silently wrong.
+TRITON_INTERPRET must be set before triton is first imported in a process: tl.sum and friends are @jit objects
+made at that import. The second half teaches the interpreter bfloat16, which it otherwise gets silently wrong.
 """
 import os
 import sys
@@ -15,9 +16,11 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 
 
 def teach_bfloat16():
-    """The interpreter stores bf16 as uint16 and then computes on the bit patterns: a dot multiplies integers, a cast
-    truncates. Widen operands of tl.dot to fp32, round casts to nearest even, and refuse bf16 arithmetic outright, so
-    that kernels cast to fp32 right after the load."""
+    """
+    The interpreter stores bf16 as uint16 and then computes on the bit patterns: a dot multiplies integers, a
+    cast truncates. Widen the operands of tl.dot to fp32, round casts to nearest even, and refuse bf16
+    arithmetic outright, so that kernels cast to fp32 right after the load.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -33,7 +36,8 @@ def teach_bfloat16():
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     if getattr(builder, "knows_bfloat16", False):
         return
-    dot, cast, fp_to_fp, binary = builder.create_dot, builder.cast_impl, builder.create_fp_to_fp, builder.binary_op
+    dot, cast = builder.create_dot, builder.cast_impl
+    fp_to_fp, binary = builder.create_fp_to_fp, builder.binary_op
 
     def up(h):
         return handle(widen(h.data), tl.float32) if h.dtype.scalar == tl.bfloat16 else h

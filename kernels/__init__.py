@@ -1,10 +1,14 @@
-"""Kernels: one file each, with the torch reference, the Triton kernel and the custom op side by side.
+"""
+Kernels: one file each, with the torch reference, the Triton kernel and the custom op side by side.
 
-CPU tensors take the reference, plain torch. CUDA tensors take the Triton kernel. Triton is imported only where a
-kernel can run: with a CUDA build of torch, or when the environment asks for it before the first import
-    TRITON_INTERPRET=1                     define the kernels for Triton's CPU interpreter (tests)
-    TRITON_INTERPRET=1 NANOMIMO_TRITON=1   ... and let CPU tensors take them (slow: 3 to 5 ms per program and step)
-    NANOMIMO_AUTOTUNE=1                    on CUDA, time each kernel's few configurations once per shape, keep the best
+CPU tensors take the reference, plain torch. CUDA tensors take the Triton kernel. Triton is imported only
+where a kernel can run: with a CUDA build of torch, or when the environment asks for it before the first
+import.
+
+    TRITON_INTERPRET=1                      define the kernels for Triton's CPU interpreter (tests)
+    TRITON_INTERPRET=1 NANOMIMO_TRITON=1    ... and let CPU tensors take them (slow: milliseconds per program)
+    NANOMIMO_AUTOTUNE=1                     on CUDA, time a kernel's few configurations once per shape
+
 Without the last one the first configuration of a list is used, so two runs on one machine agree bit for bit.
 """
 import os
@@ -18,7 +22,7 @@ if torch.version.cuda or INTERPRET or os.environ.get("NANOMIMO_TRITON") == "1":
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.10 stops fusing a*b+c unless told
     try:
         import triton
-        import triton.language as tl
+        import triton.language as tl  # noqa: F401  (re-exported)
     except ImportError:  # a CUDA build without triton (Windows): the references serve
         pass
 
@@ -39,13 +43,23 @@ def next_pow2(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
+def wide(x):
+    """The dtype that sums over x are kept in: fp32, or fp64 for fp64 input (the interpreter tests)."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def acc_type(x):
+    """The same for a kernel's accumulators."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
 def sm_count(device):
-    """Number of processors that a grid should fill; a small number under the interpreter, where programs are costly."""
+    """Processors that a grid should fill; few under the interpreter, where programs are costly."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def arch(device):
-    """The target whose configuration list applies: 90 Hopper, 100 datacentre Blackwell, 80 everything else."""
+    """The target whose configurations apply: 90 Hopper, 100 datacentre Blackwell, 80 everything else."""
     return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
@@ -53,7 +67,7 @@ _best = {}
 
 
 def tune(key, configs, launch):
-    """The configuration to use: the first, or under NANOMIMO_AUTOTUNE=1 the fastest, measured once per key."""
+    """The configuration to use: the first; under NANOMIMO_AUTOTUNE=1 the fastest, measured once per key."""
     if len(configs) == 1 or os.environ.get("NANOMIMO_AUTOTUNE") != "1" or INTERPRET:
         return configs[0]
     if key not in _best:

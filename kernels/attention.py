@@ -1,20 +1,43 @@
-"""Causal grouped-query flash attention with document boundaries, forward and backward.
-
-(docstring below)
 """
-import math
+Causal grouped-query flash attention with document boundaries, forward and backward (report section 2.2).
 
+    o_i = sum_{j visible to i} softmax_j(scale q_i . k_j) v_j        visible: same document and j <= i
+
+The reference computes it with torch's scaled_dot_product_attention. The Triton kernels never write the [T, T]
+scores to memory. They go over the keys block by block and keep, for each query row, a running maximum m, a
+running sum l and a running output acc, each relative to m:
+
+    m' = max(m, max_j s_j)      a = 2^(m - m')      p_j = 2^(s_j - m')
+    l' = a l + sum_j p_j        acc' = a acc + sum_j p_j v_j                    at the end  o = acc / l
+
+with s in base 2 (scale * log2 e folded into one factor), since the hardware's exponential is 2^x. One number
+a row is kept for the backward pass, lse = m + log2 l, from which p is recomputed:
+
+    p = 2^(s - lse)    dv = p^T do    dp = do v^T    delta = rowsum(o * do)    ds = p (dp - delta)
+    dq = scale ds k    dk = scale ds^T q
+
+dq runs over keys, dk and dv run over queries, in two kernels: 7 matrix products where one kernel with atomic
+adds needs 5, but no atomics: the same input gives the same bits every time. docs/kernels.md derives all this.
+
+The report does not describe its kernels; this file is ours. One form serves every target: the tile loads are
+tensor descriptors, which become TMA on sm_90 and sm_100 and pointer arithmetic with cp.async on sm_80.
+See the registers and shared memory of each build:
+
+    python -m kernels.report      # forward sm_90 128x128: 211 registers, none spilled, 32 wgmma, 9 bulk loads
+"""
 import torch
 import torch.nn.functional as F
 
-from kernels import arch, jit, next_pow2, scratch, tl, tune, use_triton
+from kernels import acc_type, arch, jit, next_pow2, scratch, tl, tune, use_triton, wide
 
 LOG2E = 1.4426950408889634
+HEAD_DIMS = (16, 32, 64, 128, 256)
 
 
 @jit
 def attend(q, k_desc, v_desc, j0, col, rows, first, acc, m, l, SCALE2: tl.constexpr, MASK: tl.constexpr,
            DOCS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    """One block of keys for one block of rows: the update of (acc, m, l) in the header."""
     k = k_desc.load([j0, col])  # [BN, D]
     s = tl.dot(q, k.T, out_dtype=ACC, input_precision="ieee")  # [BM, BN]
     if MASK:
@@ -22,6 +45,8 @@ def attend(q, k_desc, v_desc, j0, col, rows, first, acc, m, l, SCALE2: tl.conste
         see = keys[None, :] <= rows[:, None]
         if DOCS:
             see = see & (keys[None, :] >= first[:, None])
+        # finite, so a row that sees nothing of this block yields numbers (wiped out by a = 0 later), not NaN;
+        # its own diagonal is in the last block, so every row sees something in the end
         s = tl.where(see, s, -1e30)
     m_new = tl.maximum(m, tl.max(s, 1) * SCALE2)
     p = tl.exp2(s * SCALE2 - m_new[:, None])
@@ -35,6 +60,12 @@ def attend(q, k_desc, v_desc, j0, col, rows, first, acc, m, l, SCALE2: tl.conste
 
 @jit
 def block_ranges(bounds, b, m0, T, DOCS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """
+    Key blocks that rows m0 .. m0+BM-1 need: [lo, hi). Those in [full_lo, full_hi) are visible to every row.
+
+    first[i] never falls with i: the first row says where to start, the last row from where no start cuts a
+    block.
+    """
     full_hi = m0 // BN
     hi = tl.cdiv(tl.minimum(m0 + BM, T), BN)
     lo = 0
@@ -50,13 +81,16 @@ def block_ranges(bounds, b, m0, T, DOCS: tl.constexpr, BM: tl.constexpr, BN: tl.
 
 @jit
 def forward_kernel(q, k, v, bounds, o, lse, T, H, sqb, sqt, skb, skt, svb, svt, G: tl.constexpr,
-                   SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                   ACC: tl.constexpr, WS: tl.constexpr):
+                   SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+                   BN: tl.constexpr, ACC: tl.constexpr, WS: tl.constexpr):
+    """One program: BM query rows of one head. Strides s?b, s?t: to the next batch row, to the next time."""
+    # heads vary fastest, and the last rows, which see most keys, come first: long programs start before short
     bh = tl.program_id(0)
     m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     b, h = bh // H, bh % H
-    b64 = b.to(tl.int64)
+    b64 = b.to(tl.int64)  # 64 bits before any stride: B * T * H * D passes 2^31 at T = 524,288
     K = H // G
+    # a row of time holds all heads side by side, so head h is the columns from h D; rows past T read as zero
     q_desc = tl.make_tensor_descriptor(q + b64 * sqb, [T, H * D], [sqt, 1], [BM, D])
     k_desc = tl.make_tensor_descriptor(k + b64 * skb, [T, K * D], [skt, 1], [BN, D])
     v_desc = tl.make_tensor_descriptor(v + b64 * svb, [T, K * D], [svt, 1], [BN, D])
@@ -71,17 +105,20 @@ def forward_kernel(q, k, v, bounds, o, lse, T, H, sqb, sqt, skb, skt, svb, svt, 
     acc = tl.zeros([BM, D], ACC)
     lo, full_lo, full_hi, hi = block_ranges(bounds, b, m0, T, DOCS, BM, BN)
     if WS:
-        # one loop, always masked: the only form that the compiler splits into a loading and two computing groups
+        # one loop, always masked: the only form that the compiler splits into loading and computing warps
         for j in tl.range(lo, hi, warp_specialize=True):
-            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS, BN, ACC)
+            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS,
+                               BN, ACC)
     else:
         for j in tl.range(full_lo, full_hi):
-            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, False, DOCS, BN, ACC)
+            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, False, DOCS,
+                               BN, ACC)
         # the blocks that a document's start cuts, then those on the diagonal
         head = full_lo - lo
         for i in tl.range(0, head + hi - full_hi):
             j = tl.where(i < head, lo + i, full_hi + i - head)
-            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS, BN, ACC)
+            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS,
+                               BN, ACC)
     o_desc = tl.make_tensor_descriptor(o + b64 * T * H * D, [T, H * D], [H * D, 1], [BM, D])
     o_desc.store([m0, h * D], (acc / l[:, None]).to(o.dtype.element_ty))
     tl.store(lse + bh.to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
@@ -89,6 +126,7 @@ def forward_kernel(q, k, v, bounds, o, lse, T, H, sqb, sqt, skb, skt, svb, svt, 
 
 @jit
 def delta_kernel(o, do, delta, T, H, sdb, sdt, D: tl.constexpr, BM: tl.constexpr, ACC: tl.constexpr):
+    """delta_i = o_i . do_i = sum_j p_ij dp_ij: the softmax's backward needs no second pass over the keys."""
     bh = tl.program_id(0)
     b, h = (bh // H).to(tl.int64), bh % H
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -100,27 +138,10 @@ def delta_kernel(o, do, delta, T, H, sdb, sdt, D: tl.constexpr, BM: tl.constexpr
 
 
 @jit
-def dq_block(qt, dot, k_desc, v_desc, j0, col, rows, first, lse, delta, dq, SCALE2: tl.constexpr,
-             MASK: tl.constexpr, DOCS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
-    k = k_desc.load([j0, col])
-    v = v_desc.load([j0, col])
-    s = tl.dot(qt, k.T, out_dtype=ACC, input_precision="ieee")
-    p = tl.exp2(s * SCALE2 - lse[:, None])
-    if MASK:
-        keys = j0 + tl.arange(0, BN)
-        see = keys[None, :] <= rows[:, None]
-        if DOCS:
-            see = see & (keys[None, :] >= first[:, None])
-        p = tl.where(see, p, 0.0)
-    dp = tl.dot(dot, v.T, out_dtype=ACC, input_precision="ieee")
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, out_dtype=ACC, input_precision="ieee")
-
-
-@jit
-def dq_kernel(q, k, v, bounds, do, lse, delta, dq, T, H, sqb, sqt, skb, skt, svb, svt, sdb, sdt, G: tl.constexpr,
-              SCALE: tl.constexpr, SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-              BN: tl.constexpr, ACC: tl.constexpr):
+def dq_kernel(q, k, v, bounds, do, lse, delta, dq, T, H, sqb, sqt, skb, skt, svb, svt, sdb, sdt,
+              G: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    """One program: dq of BM query rows of one head; the loop is the forward's, all blocks masked."""
     bh = tl.program_id(0)
     m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     b, h = bh // H, bh % H
@@ -135,24 +156,36 @@ def dq_kernel(q, k, v, bounds, do, lse, delta, dq, T, H, sqb, sqt, skb, skt, svb
     first = rows
     if DOCS:
         first = tl.load(bounds + b64 * T + rows, mask=rows < T, other=0)
-    stat = bh.to(tl.int64) * T + rows
-    lse_r = tl.load(lse + stat, mask=rows < T, other=float("inf"))
-    delta_r = tl.load(delta + stat, mask=rows < T, other=0.0)
+    stat = bh.to(tl.int64) * T
+    # lse = inf beyond T makes p = 0 there
+    lse_r = tl.load(lse + stat + rows, mask=rows < T, other=float("inf"))
+    delta_r = tl.load(delta + stat + rows, mask=rows < T, other=0.0)
     qt = q_desc.load([m0, h * D])
     dot = do_desc.load([m0, h * D])
     acc = tl.zeros([BM, D], ACC)
     lo, full_lo, full_hi, hi = block_ranges(bounds, b, m0, T, DOCS, BM, BN)
     for j in tl.range(lo, hi):
-        acc = dq_block(qt, dot, k_desc, v_desc, j * BN, col, rows, first, lse_r, delta_r, acc, SCALE2, True,
-                       DOCS, BN, ACC)
+        kt = k_desc.load([j * BN, col])
+        vt = v_desc.load([j * BN, col])
+        s = tl.dot(qt, kt.T, out_dtype=ACC, input_precision="ieee")  # [BM, BN]
+        keys = j * BN + tl.arange(0, BN)
+        see = keys[None, :] <= rows[:, None]
+        if DOCS:
+            see = see & (keys[None, :] >= first[:, None])
+        # p = 2^(s - lse) ;  ds = p (dp - delta)
+        p = tl.where(see, tl.exp2(s * SCALE2 - lse_r[:, None]), 0.0)
+        dp = tl.dot(dot, vt.T, out_dtype=ACC, input_precision="ieee")
+        ds = p * (dp - delta_r[:, None])
+        acc = tl.dot(ds.to(kt.dtype), kt, acc, out_dtype=ACC, input_precision="ieee")
     out = tl.make_tensor_descriptor(dq + b64 * T * H * D, [T, H * D], [H * D, 1], [BM, D])
     out.store([m0, h * D], (acc * SCALE).to(dq.dtype.element_ty))
 
 
 @jit
 def dkv_kernel(q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, sqb, sqt, skb, skt, svb, svt, sdb, sdt,
-               G: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+               G: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, DOCS: tl.constexpr,
+               D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    """One program: dk, dv of BN keys of one KV head, over its G query heads and the rows that see them."""
     K = H // G
     bk = tl.program_id(0)
     n0 = tl.program_id(1) * BN
@@ -175,21 +208,22 @@ def dkv_kernel(q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, sqb, sqt, skb, 
     n_rows = tl.cdiv(end, BM) - lo
     acc_k = tl.zeros([BN, D], ACC)
     acc_v = tl.zeros([BN, D], ACC)
+    # one flat loop over (query head, row block): unrolling heads or splitting off the diagonal spills
     for i in tl.range(0, n_rows * G):
         h = kh * G + i // n_rows
         i0 = (lo + i % n_rows) * BM
         qt = q_desc.load([i0, h * D])
         dot = do_desc.load([i0, h * D])
         rows = i0 + tl.arange(0, BM)
-        stat = (b64 * H + h) * T + rows
-        lse_r = tl.load(lse + stat, mask=rows < T, other=float("inf"))
-        delta_r = tl.load(delta + stat, mask=rows < T, other=0.0)
+        stat = (b64 * H + h) * T
+        lse_r = tl.load(lse + stat + rows, mask=rows < T, other=float("inf"))
+        delta_r = tl.load(delta + stat + rows, mask=rows < T, other=0.0)
+        # scores transposed, so that p and ds enter the two products below as they lie in registers
         s = tl.dot(kt, qt.T, out_dtype=ACC, input_precision="ieee")  # [BN, BM]
-        p = tl.exp2(s * SCALE2 - lse_r[None, :])
         see = keys[:, None] <= rows[None, :]
         if DOCS:
             see = see & (rows[None, :] < last[:, None])
-        p = tl.where(see, p, 0.0)
+        p = tl.where(see, tl.exp2(s * SCALE2 - lse_r[None, :]), 0.0)
         acc_v = tl.dot(p.to(dot.dtype), dot, acc_v, out_dtype=ACC, input_precision="ieee")
         dp = tl.dot(vt, dot.T, out_dtype=ACC, input_precision="ieee")
         ds = p * (dp - delta_r[None, :])
@@ -199,8 +233,13 @@ def dkv_kernel(q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, sqb, sqt, skb, 
     dk_desc.store([n0, kh * D], (acc_k * SCALE).to(dk.dtype.element_ty))
     dv_desc.store([n0, kh * D], acc_v.to(dv.dtype.element_ty))
 def doc_bounds(cu_seqlens, B, T):
-    """cu_seqlens int32 [n+1] over the flattened B*T tokens -> int32 [2, B, T]: first and one-past-last index,
-    within the row, of each token's document. Row ends are boundaries too."""
+    """
+    Document starts cu_seqlens int32 [n+1] over the flattened B*T tokens -> int32 [2, B, T]: the first and the
+    one-past-last index, within its row, of each token's document. Row ends are boundaries too. Call it once a
+    batch: all layers share the result.
+
+    By hand: B = 1, T = 4, cu_seqlens = (0, 1, 4): first = (0, 1, 1, 1), end = (1, 4, 4, 4).
+    """
     device = cu_seqlens.device
     rows = torch.arange(0, B * T + 1, T, device=device, dtype=torch.int64)
     cuts = torch.cat((cu_seqlens.long(), rows)).unique()  # sorted
@@ -227,17 +266,19 @@ def attention_reference(q, k, v, bounds=None, scale=None):
         # few documents: each alone, so the work is sum(T_i^2) and packed equals unpacked bit for bit
         lengths = (bounds[1] - bounds[0])[bounds[0] == at].tolist()
         parts = zip(*(t.flatten(0, 1).split(lengths) for t in (q, k, v)), strict=True)
-        return torch.cat([sdpa(a[None], b[None], c[None], causal=True, scale=scale)[0] for a, b, c in parts]).view(q.shape)
+        outs = [sdpa(*(t[None] for t in part), causal=True, scale=scale)[0] for part in parts]
+        return torch.cat(outs).view(q.shape)
     # key j is visible to query i  <=>  first[i] <= j <= i
-    mask = (at[None, None, :] >= bounds[0][:, :, None]) & (at[None, None, :] <= at[None, :, None])  # [B, T, T]
+    mask = (at >= bounds[0][:, :, None]) & (at <= at[:, None])  # [B, T, T]
     return sdpa(q, k, v, mask=mask[:, None], scale=scale)
 
 
-# ---- launching ------------------------------------------------------------------------------------------------
+# ---- launching ------------------------------------------------------------------------------------------
 
-# (BM rows, BN keys, warps, stages) by kernel, target and head_dim; none spills a register (`python -m kernels.report`).
-# The first is the default, NANOMIMO_AUTOTUNE=1 times the others too. Negative warps: warp specialised, which the
-# compiler takes only without document bounds.
+# (BM rows, BN keys, warps, stages) by kernel, target and head_dim; none spills under triton 3.6 or 3.9
+# (`python -m kernels.report`; dkv 64x128 would suit sm_90 best, but spills 8 bytes under 3.6).
+# The first is the default, NANOMIMO_AUTOTUNE=1 times the others too. Negative warps: warp specialised, which
+# the compiler takes only without document bounds.
 CONFIGS = {
     ("forward", 80, 64): [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
     ("forward", 80, 128): [(128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)],
@@ -257,11 +298,11 @@ CONFIGS = {
     ("dq", 100, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
     ("dq", 100, 128): [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)],
     ("dq", 100, 256): [(128, 32, 8, 2), (64, 32, 4, 2)],
-    ("dkv", 80, 64): [(64, 128, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2)],
+    ("dkv", 80, 64): [(64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2)],
     ("dkv", 80, 128): [(64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 4, 2)],
     ("dkv", 80, 256): [(32, 64, 8, 2)],
     ("dkv", 90, 64): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)],
-    ("dkv", 90, 128): [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 2)],
+    ("dkv", 90, 128): [(64, 64, 4, 2), (32, 128, 8, 3), (32, 128, 8, 2)],
     ("dkv", 90, 256): [(16, 64, 8, 2)],
     ("dkv", 100, 64): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)],
     ("dkv", 100, 128): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 3)],
@@ -294,33 +335,27 @@ def check(q, k, v, bounds):
     if k.shape != (B, T, K, d) or v.shape != k.shape or H % K:
         raise ValueError(f"attention: q {tuple(q.shape)} needs k and v [B, T, K, d] with K dividing H, "
                          f"got {tuple(k.shape)} and {tuple(v.shape)}")
-    if d not in (16, 32, 64, 128, 256):
-        raise ValueError(f"attention: head_dim {d} must be a power of two from 16 to 256")
     if bounds is not None and (bounds.shape != (2, B, T) or bounds.dtype != torch.int32):
-        raise ValueError(f"attention: bounds must be int32 [2, {B}, {T}], got {bounds.dtype} {tuple(bounds.shape)}")
-
-
-def acc_type(dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
+        raise ValueError(f"attention: bounds must be int32 [2, {B}, {T}] (doc_bounds), "
+                         f"got {bounds.dtype} {list(bounds.shape)}")
 
 
 @torch.library.custom_op("nanomimo::attention", mutates_args=())
 def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None,
                  scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    check(q, k, v, bounds)
     scratch()
     q, k, v = rowwise(q), rowwise(k), rowwise(v)
     bounds = bounds if bounds is None else bounds.contiguous()
     B, T, H, d = q.shape
     o = torch.empty((B, T, H, d), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, T), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
+    lse = torch.empty((B, H, T), dtype=wide(q), device=q.device)
 
     def launch(config):
         BM, BN, warps, stages = config
         forward_kernel[(B * H, -(-T // BM))](
             q, k, v, bounds, o, lse, T, H, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
             v.stride(1), G=H // k.shape[2], SCALE2=scale * LOG2E, DOCS=bounds is not None, D=d, BM=BM, BN=BN,
-            ACC=acc_type(q.dtype), WS=warps < 0, num_warps=abs(warps), num_stages=stages)
+            ACC=acc_type(q), WS=warps < 0, num_warps=abs(warps), num_stages=stages)
 
     options = configs("forward", q.device, q.dtype, d, bounds is not None)
     launch(tune(("forward", q.dtype, d, next_pow2(T), bounds is not None), options, launch))
@@ -330,8 +365,7 @@ def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torc
 @attention_op.register_fake
 def _(q, k, v, bounds, scale):
     B, T, H, d = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((B, T, H, d)), q.new_empty((B, H, T), dtype=dtype)
+    return q.new_empty((B, T, H, d)), q.new_empty((B, H, T), dtype=wide(q))
 
 
 @torch.library.custom_op("nanomimo::attention_backward", mutates_args=())
@@ -345,7 +379,7 @@ def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
     K = k.shape[2]
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     delta = torch.empty_like(lse)
-    acc = acc_type(q.dtype)
+    acc = acc_type(q)
     delta_kernel[(B * H, -(-T // 64))](o, do, delta, T, H, do.stride(0), do.stride(1), D=d, BM=64, ACC=acc)
     strides = [s for t in (q, k, v, do) for s in t.stride()[:2]]
     shared = dict(G=H // K, SCALE=scale, SCALE2=scale * LOG2E, DOCS=bounds is not None, D=d, ACC=acc)
@@ -357,8 +391,8 @@ def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
 
     def launch_dkv(config):
         BM, BN, warps, stages = config
-        dkv_kernel[(B * K, -(-T // BN))](q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, *strides, BM=BM, BN=BN,
-                                         num_warps=warps, num_stages=stages, **shared)
+        dkv_kernel[(B * K, -(-T // BN))](q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, *strides, BM=BM,
+                                         BN=BN, num_warps=warps, num_stages=stages, **shared)
 
     for name, launch in (("dq", launch_dq), ("dkv", launch_dkv)):
         options = configs(name, q.device, q.dtype, d, bounds is not None)
@@ -386,7 +420,16 @@ attention_op.register_autograd(_backward, setup_context=_save)
 
 
 def attention(q, k, v, bounds=None, scale=None):
-    """q [B, T, H, d], k and v [B, T, K, d] -> [B, T, H, d], causal, inside documents when bounds are given."""
-    if use_triton(q) and q.shape[-1] in (16, 32, 64, 128, 256):
+    """
+    Causal grouped-query attention. q [B, T, H, d], k and v [B, T, K, d], K divides H -> [B, T, H, d].
+
+    bounds int32 [2, B, T] from doc_bounds keeps each token inside its document; scale defaults to d^-0.5.
+    ValueError on shapes that do not fit. Any head_dim; the Triton kernel serves 16, 32, 64, 128 and 256.
+
+    By hand: T = 2, d = 1, scale 1, q = (1, 1), k = (0, ln 3), v = (4, 8): token 0 sees itself, o = 4; token 1
+    weighs e^0 : e^(ln 3) = 1 : 3, so o = (4 + 3 * 8) / 4 = 7.
+    """
+    check(q, k, v, bounds)
+    if use_triton(q) and q.shape[-1] in HEAD_DIMS:
         return attention_op(q, k, v, bounds, q.shape[-1] ** -0.5 if scale is None else scale)[0]
     return attention_reference(q, k, v, bounds, scale)

@@ -1,16 +1,36 @@
-"""Split-KV decode attention over a paged KV cache, 1..8 query rows per sequence. (docstring below)"""
+""""
+Decode attention over a block-table KV cache: 1..8 new tokens per sequence against all that the sequence
+holds.
+
+One new token needs every cached key once, so the time is that of reading the cache (144 KiB a token at 7B).
+Three things follow. The keys of one sequence are split over many programs, each leaving a partial output and
+its log-sum-exp
+
+    o = sum_s 2^(lse_s - top) o_s / sum_s 2^(lse_s - top)           top = max_s lse_s
+
+so that a single sequence can fill the machine (B = 1 has 8 KV heads for 132 processors). The G query heads of
+a KV head are rows of one tile, so the cache is read once, not G times. And the Q new tokens of an MTP
+verification step (report section 2.2, Fig. 2) are further rows of that tile: the tensor core's smallest tile
+has 16 rows and 4 heads x 4 tokens fill it, so verifying 4 tokens reads, and takes, what generating 1 does.
+
+The report's engine is vLLM with MTP support; this kernel is ours, and so is the rule that numbers do not
+depend on the neighbours: on CPU a sequence gives the same bits whatever else is in the batch. On CUDA that
+holds for a given number of splits, which is chosen from the batch's shape.
+"""
 import torch
 import torch.nn.functional as F
 
-from kernels import jit, next_pow2, sm_count, tl, use_triton
+from kernels import acc_type, jit, next_pow2, sm_count, tl, tune, use_triton, wide
 
 LOG2E = 1.4426950408889634
+HEAD_DIMS = (16, 32, 64, 128, 256)
 
 
 @jit
-def split_kernel(q, k_cache, v_cache, table, lengths, part_o, part_lse, Q, n_table, skb, sks, skh, svb, svs, svh,
-                 S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, SCALE2: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-                 BN: tl.constexpr, ACC: tl.constexpr):
+def split_kernel(q, k_cache, v_cache, table, lengths, part_o, part_lse, Q, n_table, skb, sks, skh, svb, svs,
+                 svh, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, SCALE2: tl.constexpr,
+                 D: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    """One program: one split of one sequence's keys, one KV head. Strides s??: block, slot, KV head."""
     b, kh = tl.program_id(0) // K, tl.program_id(0) % K
     split, n_split = tl.program_id(1), tl.num_programs(1)
     b64 = b.to(tl.int64)
@@ -63,6 +83,7 @@ def split_kernel(q, k_cache, v_cache, table, lengths, part_o, part_lse, Q, n_tab
 @jit
 def merge_kernel(part_o, part_lse, o, Q, n_split, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                  ROWS: tl.constexpr, NS: tl.constexpr):
+    """One program: one query row of one KV head; the weighted mean of the splits, as in the header."""
     bk, r = tl.program_id(0), tl.program_id(1)
     split = tl.arange(0, NS)
     dims = tl.arange(0, D)
@@ -77,7 +98,7 @@ def merge_kernel(part_o, part_lse, o, Q, n_split, K: tl.constexpr, G: tl.constex
     tl.store(o + (((b * Q + r // G) * K + kh) * G + r % G) * D + dims, out.to(o.dtype.element_ty))
 
 
-# (BN keys, warps, stages)
+# (BN keys, warps, stages); spill-free on every target (`python -m kernels.report`)
 CONFIGS = [(64, 4, 3), (128, 8, 3), (32, 4, 3)]
 CPU_TILE = (32, 4, 1)
 
@@ -95,17 +116,21 @@ def decode_op(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, blo
     S, K = k_cache.shape[1:3]
     G = H // K
     ROWS = max(16, next_pow2(Q * G))
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    part_o = torch.empty((B * K, splits, ROWS, d), dtype=wide, device=q.device)
-    part_lse = torch.empty((B * K, splits, ROWS), dtype=wide, device=q.device)
+    part_o = torch.empty((B * K, splits, ROWS, d), dtype=wide(q), device=q.device)
+    part_lse = torch.empty((B * K, splits, ROWS), dtype=wide(q), device=q.device)
     o = torch.empty_like(q)
-    BN, warps, stages = CPU_TILE if q.device.type == "cpu" or q.dtype == torch.float32 else CONFIGS[0]
-    split_kernel[(B * K, splits)](
-        q, k_cache, v_cache, block_table, lengths, part_o, part_lse, Q, block_table.shape[1],
-        *k_cache.stride()[:3], *v_cache.stride()[:3], S=S, K=K, G=G, SCALE2=scale * LOG2E, D=d, ROWS=ROWS, BN=BN,
-        ACC=tl.float64 if wide == torch.float64 else tl.float32, num_warps=warps, num_stages=stages)
-    merge_kernel[(B * K, Q * G)](part_o, part_lse, o, Q, splits, K=K, G=G, D=d, ROWS=ROWS, NS=next_pow2(splits),
-                                 num_warps=4)
+
+    def launch(config):
+        BN, warps, stages = config
+        split_kernel[(B * K, splits)](
+            q, k_cache, v_cache, block_table, lengths, part_o, part_lse, Q, block_table.shape[1],
+            *k_cache.stride()[:3], *v_cache.stride()[:3], S=S, K=K, G=G, SCALE2=scale * LOG2E, D=d, ROWS=ROWS,
+            BN=BN, ACC=acc_type(q), num_warps=warps, num_stages=stages)
+
+    small = q.device.type == "cpu" or q.dtype == torch.float32
+    launch(tune(("decode", q.dtype, d, S, next_pow2(B), Q), [CPU_TILE] if small else CONFIGS, launch))
+    merge_kernel[(B * K, Q * G)](part_o, part_lse, o, Q, splits, K=K, G=G, D=d, ROWS=ROWS,
+                                 NS=next_pow2(splits), num_warps=4)
     return o
 
 
@@ -122,7 +147,7 @@ def decode_reference(q, k_cache, v_cache, block_table, lengths, scale=None):
     n = -(-longest // S)  # blocks in use
     table = block_table[:, :n]
     first = int(table[0, 0])
-    if n == 1 and torch.equal(table[:, 0], torch.arange(first, first + B, device=table.device, dtype=table.dtype)):
+    if n == 1 and table[:, 0].tolist() == list(range(first, first + B)):
         k, v = k_cache[first:first + B], v_cache[first:first + B]  # a view: one block holds one sequence
     else:
         k, v = (c[table.long()].flatten(1, 2) for c in (k_cache, v_cache))  # [B, n*S, K, d]
@@ -134,16 +159,35 @@ def decode_reference(q, k_cache, v_cache, block_table, lengths, scale=None):
     bias = bias.repeat_interleave(G, 1)[:, None]  # [B, 1, Q*G, L]
     # the G query heads of a KV head are rows of one small matrix, so each key is read once
     rows = q.view(B, Q, K, G, d).transpose(1, 2).reshape(B, K, Q * G, d)
-    o = F.scaled_dot_product_attention(rows, k[:, :L].transpose(1, 2), v[:, :L].transpose(1, 2), bias, scale=scale)
+    k, v = (c[:, :L].transpose(1, 2) for c in (k, v))  # [B, K, L, d]
+    o = F.scaled_dot_product_attention(rows, k, v, bias, scale=scale)
     return o.view(B, K, Q, G, d).transpose(1, 2).reshape(B, Q, H, d)
 
 
 def decode_attention(q, k_cache, v_cache, block_table, lengths, scale=None):
-    """q [B, Q, H, d] -> [B, Q, H, d]; row r of sequence b sees cache positions < lengths[b] - Q + 1 + r."""
+    """
+    Attention of Q new tokens, already in the cache, over all that each sequence holds. No gradients.
+
+    q [B, Q, H, d]; k_cache, v_cache [n_blocks, block_size, K, d] with unit stride in d; block_table int32
+    [B, max_blocks]; lengths int32 [B], valid tokens with the new ones. Row r of sequence b sees the cache
+    positions below lengths[b] - Q + 1 + r. -> [B, Q, H, d]; rows that see nothing give 0. ValueError on
+    shapes that do not fit.
+
+    Fastest cache layout on CPU: torch.empty(n_blocks, K, block_size, d).transpose(1, 2), a third of the time;
+    and one block per sequence, in order, which is read in place instead of gathered.
+
+    By hand: as attention, with the tokens in the cache: q = 1, k = (0, ln 3), v = (4, 8), length 2 gives 7.
+    """
     B, Q, H, d = q.shape
     S, K = k_cache.shape[1:3]
+    if H % K or k_cache.shape != v_cache.shape or k_cache.shape[3] != d or k_cache.stride(3) != 1:
+        raise ValueError(f"decode_attention: q {tuple(q.shape)} needs caches [n_blocks, block_size, K, {d}] "
+                         f"of one shape, K dividing {H}, got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}")
+    if block_table.shape[0] != B or lengths.shape != (B,):
+        raise ValueError(f"decode_attention: block_table [{B}, max_blocks] and lengths [{B}] expected, got "
+                         f"{tuple(block_table.shape)} and {tuple(lengths.shape)}")
     scale = d**-0.5 if scale is None else scale
-    if use_triton(q):
+    if use_triton(q) and d in HEAD_DIMS:
         return decode_op(q, k_cache, v_cache, block_table, lengths, scale,
                          n_splits(B, K, block_table.shape[1] * S, q.device))
     return decode_reference(q, k_cache, v_cache, block_table, lengths, scale)

@@ -1,7 +1,28 @@
-"""Head projection and cross entropy in chunks of rows; per-token log-prob and entropy for RL. (docstring below)"""
+"""
+The output head and its loss, in chunks of rows; and per-token log-prob and entropy for RL (report 2.1,
+3.3.1).
+
+    z = x W^T      nll_i = logsumexp(z_i) - z_i[target_i]      loss = sum_i w_i nll_i
+    dz_iv = w_i (softmax(z_i)_v - [v = target_i])      dx = dz W      dW = dz^T x
+
+With V = 151,680 the logits of 8,192 tokens are 4.6 GiB in fp32 and eager cross entropy peaks near 13.9 GiB.
+Here 2,048 rows are in flight: their logits are made, reduced to nll, overwritten by their own gradient and
+multiplied into dx and dW before the next rows start. The backward pass only scales dx and dW. The products
+are cuBLAS's; one Triton program takes one row, reading it twice. Chunks are this large because each re-reads
+and writes dW (2.5 GB).
+
+Logits are fp32 even for bf16 inputs, since the matrix unit has them in fp32 anyway and a rounded logit of 20
+is off by 0.06; the bf16 gradient then takes the first half of its own row's memory.
+
+For RL the weight of a token is known only later, so logprob_entropy keeps the log-sum-exp and makes the
+logits again in backward: four products in all, never a [N, V] tensor.
+    log p = z_t - lse      H = -sum_v p_v log p_v      d log p / dz_v = [v = t] - p_v           z = x W^T /
+    temperature
+The entropy carries no gradient: the report's objective has no entropy term (section 3.3.1).
+"""
 import torch
 
-from kernels import jit, next_pow2, tl, use_triton
+from kernels import acc_type, jit, next_pow2, tl, use_triton, wide
 
 IGNORE = -100  # target value that carries no loss
 
@@ -26,7 +47,7 @@ def row_stats(z, V, SCALE: tl.constexpr, BV: tl.constexpr, ENTROPY: tl.constexpr
     for j in tl.range(0, V, BV):
         x = tl.load(z + j + col, mask=j + col < V, other=float("-inf")).to(ACC) * SCALE
         m, l, e = combine(m, l, e, tl.maximum(m, x), ENTROPY)
-        p = tl.where(j + col < V, tl.exp(x - m), 0.0)
+        p = tl.where(x > float("-inf"), tl.exp(x - m), 0.0)
         l += p
         if ENTROPY:
             e += tl.where(p > 0, p * (x - m), 0.0)
@@ -38,6 +59,7 @@ def row_stats(z, V, SCALE: tl.constexpr, BV: tl.constexpr, ENTROPY: tl.constexpr
 @jit
 def loss_kernel(z, g, targets, weights, nll, V, stride_z, stride_g, GRAD: tl.constexpr, BV: tl.constexpr,
                 ACC: tl.constexpr):
+    """One program: one row of logits z -> its nll and, in g (the same memory), its gradient."""
     row = tl.program_id(0).to(tl.int64)
     z += row * stride_z
     g += row * stride_g
@@ -48,8 +70,9 @@ def loss_kernel(z, g, targets, weights, nll, V, stride_z, stride_g, GRAD: tl.con
     zt = tl.load(z + safe_target).to(ACC)
     tl.store(nll + row, tl.where(target < 0, 0.0, lse - zt))
     if GRAD:
-        # dL/dz_v = w (softmax(z)_v - [v = target]), written over z. In bf16 the gradient's row is half as long as the
-        # logits' row whose memory it takes: block j lands on blocks <= j, which every lane has read by then.
+        # dz_v = w (softmax(z)_v - [v = target]), written over z. In bf16 the gradient's row is half as long
+        # as the row whose memory it takes: block j lands on blocks <= j, which every lane has read at the
+        # barrier
         w = tl.where(target < 0, 0.0, tl.load(weights + row)).to(ACC)
         col = tl.arange(0, BV)
         for j in tl.range(0, V, BV):
@@ -75,8 +98,9 @@ def logprob_kernel(z, targets, logp, entropy, lse_out, V, stride_z, SCALE: tl.co
 
 
 @jit
-def logprob_grad_kernel(z, g, targets, lse, dlogp, V, stride_z, stride_g, SCALE: tl.constexpr, BV: tl.constexpr,
-                        ACC: tl.constexpr):
+def logprob_grad_kernel(z, g, targets, lse, dlogp, V, stride_z, stride_g, SCALE: tl.constexpr,
+                        BV: tl.constexpr, ACC: tl.constexpr):
+    """One program: one row of logits z -> dlogp dlog p/dz (z before temperature) in g, the same memory."""
     row = tl.program_id(0).to(tl.int64)
     z += row * stride_z
     g += row * stride_g
@@ -91,24 +115,21 @@ def logprob_grad_kernel(z, g, targets, lse, dlogp, V, stride_z, stride_g, SCALE:
         tl.store(g + j + col, dz.to(g.dtype.element_ty), mask=j + col < V)
 
 
-# (columns per step, warps): 4 fp32 values a lane for 16-byte loads
-CONFIGS = [(4096, 8), (8192, 16), (2048, 4)]
+CONFIGS = [(4096, 8), (8192, 16), (2048, 4)]  # (columns per step, warps): 16 fp32 values a thread
 
 
-def _launch_args(z):
-    V = z.shape[1]
+def _options(z):
     BV, warps = CONFIGS[0]
-    ACC = tl.float64 if z.dtype == torch.float64 else tl.float32
-    return dict(BV=min(BV, next_pow2(V)), ACC=ACC, num_warps=warps)
+    return dict(BV=min(BV, next_pow2(z.shape[1])), ACC=acc_type(z), num_warps=warps)
 
 
 def _inside(z, dtype):
-    """A [rows, V] tensor of dtype in z's own memory, each row at the start of z's row; strides as cuBLAS takes them."""
+    """[rows, V] of another dtype in z's own memory: each row at the start of z's row, as cuBLAS reads it."""
     return z if z.dtype == dtype else z.view(dtype)[:, :z.shape[1]]
 
 
 def logits(x, weight):
-    """x [n, D], weight [V, D] -> z [n, V], fp32 also from bf16 inputs (the matrix unit accumulates in fp32 anyway)."""
+    """x [n, D], weight [V, D] -> z [n, V], fp32 also from bf16 inputs."""
     if x.dtype in (torch.float32, torch.float64):
         return x @ weight.T
     if x.is_cuda:
@@ -117,12 +138,12 @@ def logits(x, weight):
 
 
 def cross_entropy_(z, targets, w, grad):
-    """z [n, V] logits -> (nll [n], dz [n, V] over z's memory or None), dz = w (softmax(z) - onehot(target))."""
+    """z [n, V] -> (nll [n], dz [n, V] in z's memory). grad: the dtype of dz, None if it is not wanted."""
     dtype = grad or z.dtype
     if use_triton(z):
         nll, dz = torch.empty_like(w), _inside(z, dtype)
         loss_kernel[(z.shape[0],)](z, dz, targets, w, nll, z.shape[1], z.stride(0), dz.stride(0),
-                                   GRAD=grad is not None, **_launch_args(z))
+                                   GRAD=grad is not None, **_options(z))
         return nll, dz
     valid, t = targets != IGNORE, targets.clamp_min(0)[:, None]
     lse = z.logsumexp(-1, keepdim=True)
@@ -139,7 +160,7 @@ def logprob_(z, targets, temperature):
     if use_triton(z):
         out = [torch.empty(z.shape[0], dtype=z.dtype, device=z.device) for _ in range(3)]
         logprob_kernel[(z.shape[0],)](z, targets, *out, z.shape[1], z.stride(0), SCALE=1.0 / temperature,
-                                      **_launch_args(z))
+                                      **_options(z))
         return out
     z = z.mul_(1.0 / temperature)
     lse = z.logsumexp(-1, keepdim=True)
@@ -154,11 +175,11 @@ def logprob_grad_(z, targets, lse, dlogp, temperature, dtype):
     if use_triton(z):
         dz = _inside(z, dtype)
         logprob_grad_kernel[(z.shape[0],)](z, dz, targets, lse, dlogp, z.shape[1], z.stride(0), dz.stride(0),
-                                           SCALE=1.0 / temperature, **_launch_args(z))
+                                           SCALE=1.0 / temperature, **_options(z))
         return dz
     g = torch.where(targets != IGNORE, dlogp, 0.0)[:, None] / temperature
-    z.mul_(1.0 / temperature).sub_(lse[:, None]).exp_().mul_(-g).scatter_add_(1, targets.clamp_min(0)[:, None], g)
-    return z.to(dtype)
+    z.mul_(1.0 / temperature).sub_(lse[:, None]).exp_().mul_(-g)
+    return z.scatter_add_(1, targets.clamp_min(0)[:, None], g).to(dtype)
 
 
 def _loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, w: torch.Tensor, chunk: int,
@@ -212,7 +233,7 @@ class LossOnCPU(torch.autograd.Function):
 
 
 def _rows(chunk, x):
-    return min(chunk, 512) if x.device.type == "cpu" else chunk  # 512 x 1024 fp32 logits stay in a CPU's cache
+    return min(chunk, 512) if x.device.type == "cpu" else chunk  # 512 x 1024 fp32 stay in a CPU's cache
 
 
 def _check(name, x, weight, targets):
@@ -222,22 +243,29 @@ def _check(name, x, weight, targets):
 
 
 def linear_cross_entropy(x, weight, targets, mask_or_weights=None, chunk=2048):
-    """Sum over tokens of w * -log softmax(x weight^T)[target]; fp32 scalar. Targets of -100 are ignored."""
+    """
+    Sum over tokens of w * -log softmax(x weight^T)[target], a scalar in fp32 (fp64 for fp64 input).
+
+    x [N, D], weight [V, D], targets int64 [N] with -100 ignored, mask_or_weights [N] (bool or numbers; they
+    may carry a gradient too). chunk: rows of logits in memory at a time. ValueError on shapes that do not
+    fit.
+
+    By hand: logits (0, ln 3), target 1: p = 3/4, loss = ln 4/3 = 0.2877; with weight 2: 0.5754.
+    """
     _check("linear_cross_entropy", x, weight, targets)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if mask_or_weights is None:
-        w = torch.ones(x.shape[0], dtype=wide, device=x.device)
+        w = torch.ones(x.shape[0], dtype=wide(x), device=x.device)
     else:
-        w = mask_or_weights.to(wide)
+        w = mask_or_weights.to(wide(x))
     grad = torch.is_grad_enabled()
+    dx, dw = grad and x.requires_grad, grad and weight.requires_grad
     op = loss_op if use_triton(x) else LossOnCPU.apply
-    return op(x, weight, targets, w, _rows(chunk, x), grad and x.requires_grad, grad and weight.requires_grad)[0]
+    return op(x, weight, targets, w, _rows(chunk, x), dx, dw)[0]
 
 
 def _logprob(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float,
              chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out = tuple(torch.empty(x.shape[0], dtype=wide, device=x.device) for _ in range(3))
+    out = tuple(torch.empty(x.shape[0], dtype=wide(x), device=x.device) for _ in range(3))
     for i in range(0, x.shape[0], chunk):
         s = slice(i, i + chunk)
         for whole, part in zip(out, logprob_(logits(x[s], weight), targets[s], temperature), strict=True):
@@ -250,8 +278,7 @@ logprob_op = torch.library.custom_op("nanomimo::logprob_entropy", _logprob, muta
 
 @logprob_op.register_fake
 def _(x, weight, targets, temperature, chunk):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return tuple(x.new_empty(x.shape[0], dtype=wide) for _ in range(3))
+    return tuple(x.new_empty(x.shape[0], dtype=wide(x)) for _ in range(3))
 
 
 def _logprob_grad(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor,
@@ -259,10 +286,11 @@ def _logprob_grad(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, 
     dx, dw = torch.empty_like(x), torch.zeros_like(weight)
     for i in range(0, x.shape[0], chunk):
         s = slice(i, i + chunk)
-        dz = logprob_grad_(logits(x[s], weight), targets[s], lse[s], dlogp[s].contiguous(), temperature, x.dtype)
+        z = logits(x[s], weight)
+        dz = logprob_grad_(z, targets[s], lse[s], dlogp[s].contiguous(), temperature, x.dtype)
         torch.mm(dz, weight, out=dx[s])
         dw.addmm_(dz.T, x[s])
-        del dz
+        del z, dz
     return dx, dw
 
 
@@ -295,7 +323,14 @@ class LogprobOnCPU(torch.autograd.Function):
 
 
 def logprob_entropy(x, weight, targets, temperature=1.0, chunk=2048):
-    """(log p(target) [N], entropy [N]) of softmax(x weight^T / temperature), fp32; logp is differentiable."""
+    """
+    (log p(target) [N], entropy in nats [N]) of softmax(x weight^T / temperature), fp32; logp is
+    differentiable.
+
+    Targets of -100 give log p = 0 without gradient. ValueError on shapes that do not fit.
+
+    By hand: logits (0, ln 3), target 0: log p = ln 1/4, H = 1/4 ln 4 + 3/4 ln 4/3 = 0.5623.
+    """
     _check("logprob_entropy", x, weight, targets)
     op = logprob_op if use_triton(x) else LogprobOnCPU.apply
     return op(x, weight, targets, float(temperature), _rows(chunk, x))[:2]

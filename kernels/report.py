@@ -1,14 +1,14 @@
 """Compile every kernel ahead of time, without a GPU, and print what each build costs.
 
-    python -m kernels.report                 all kernels, targets and configurations (about three minutes on one core)
-    python -m kernels.report --quick         the default configuration at head_dim 128 only (what the tests run)
-    python -m kernels.report --write         also store the table as results/kernels/triton-VERSION.csv
+    python -m kernels.report             all kernels, targets and configurations: 130 builds, minutes on one
+    core python -m kernels.report --quick     default configurations at head_dim 128, most of sm_90 (the tests
+    run this) python -m kernels.report --write     also store the table as results/kernels/triton-VERSION.csv
 
 One line per build: registers per thread, stack bytes (register spills), shared memory bytes, warps, matrix
 instructions (wgmma on sm_90, tcgen05 on sm_100, mma.sync elsewhere) and bulk-tensor (TMA) loads.
-Exit status 1 if a build spills, exceeds the target's shared memory, is a tensor-core kernel without wgmma on sm_90,
-or got worse than the stored table of the same triton version (more registers, stack, shared memory, or fewer
-matrix or bulk instructions).
+Exit status 1 if a build spills, exceeds the target's shared memory, is a tensor-core kernel without wgmma on
+sm_90, or got worse than the stored table of the same triton version (more registers, stack, shared memory, or
+fewer matrix or bulk instructions).
 
 Sizes are those of MiMo-7B: 32 query heads on 8 KV heads of 128, D 4096, F 11008, V 151680, bfloat16.
 """
@@ -31,13 +31,13 @@ if kernels.triton is None:  # a CPU build of torch: ask for triton all the same
 
 from kernels import attention, decode, linear_cross_entropy, rmsnorm, rope, swiglu, tl, triton  # noqa: E402
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may take, CUDA C++ programming guide
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may take [CUDA programming guide]
 FIELDS = ["kernel", "target", "config", "regs", "stack", "shared", "warps", "matrix", "bulk"]
 TABLES = Path(__file__).resolve().parent.parent / "results" / "kernels"
 
 # argument types by name, shared by all kernels; what is missing is bf16 memory
-KINDS = {name: "*fp32" for name in ("lse", "delta", "part_o", "part_lse", "z", "weights", "nll", "logp", "entropy",
-                                    "lse_out", "dlogp", "r", "r_out", "dw_part", "cos", "sin")}
+FP32 = "lse delta part_o part_lse z weights nll logp entropy lse_out dlogp r r_out dw_part cos sin"
+KINDS = {name: "*fp32" for name in FP32.split()}
 KINDS |= {name: "*i32" for name in ("bounds", "table", "lengths")} | {"targets": "*i64"}
 KINDS |= {name: "i32" for name in ("B", "T", "H", "N", "D", "V", "F_", "Q", "n_table", "n_split", "per")}
 STRIDE = re.compile(r"s[qkvdcor][btsh]$|sr[bth]$|stride_")
@@ -71,30 +71,32 @@ def other_cases():
                    dict(num_warps=warps, num_stages=stages), False, quick and i == 0)
         yield ("decode merge", decode.merge_kernel, target, "32 splits w4",
                dict(K=8, G=4, D=128, ROWS=16, NS=32), dict(num_warps=4), False, quick)
+        heads = [("loss", linear_cross_entropy.loss_kernel, dict(GRAD=True)),
+                 ("logprob", linear_cross_entropy.logprob_kernel, dict(SCALE=1.25)),
+                 ("logprob grad", linear_cross_entropy.logprob_grad_kernel, dict(SCALE=1.25))]
         for i, (BV, warps) in enumerate(linear_cross_entropy.CONFIGS):
-            for name, kernel, more in (("loss", linear_cross_entropy.loss_kernel, dict(GRAD=True)),
-                                       ("logprob", linear_cross_entropy.logprob_kernel, dict(SCALE=1.25)),
-                                       ("logprob grad", linear_cross_entropy.logprob_grad_kernel, dict(SCALE=1.25))):
-                yield (name, kernel, target, f"{BV} w{warps}", dict(BV=BV, **more, **f32), dict(num_warps=warps), False,
-                       quick and i == 0)
+            for name, kernel, more in heads:
+                yield (name, kernel, target, f"{BV} w{warps}", dict(BV=BV, **more, **f32),
+                       dict(num_warps=warps), False, quick and i == 0)
         warps = rmsnorm.warps_for(4096)
         yield ("rmsnorm residual", rmsnorm.norm_kernel, target, f"D4096 w{warps}",
                dict(EPS=1e-5, RES=True, BD=4096, **f32), dict(num_warps=warps), False, quick)
         yield ("rmsnorm backward", rmsnorm.norm_backward_kernel, target, f"D4096 w{warps}",
                dict(RES=True, BD=4096, **f32), dict(num_warps=warps), False, quick)
-        for name, kernel in (("swiglu", swiglu.swiglu_kernel), ("swiglu backward", swiglu.swiglu_backward_kernel)):
+        pair = [("swiglu", swiglu.swiglu_kernel), ("swiglu backward", swiglu.swiglu_backward_kernel)]
+        for name, kernel in pair:
             yield (name, kernel, target, f"{swiglu.BLOCK} w{swiglu.WARPS}", dict(BF=swiglu.BLOCK, **f32),
                    dict(num_warps=swiglu.WARPS), False, quick)
-        yield ("rope", rope.rope_kernel, target, "H32 K8 d128 w4", dict(H=32, K=8, D=128, HEADS=32, SIGN=1.0, **f32),
-               dict(num_warps=4), False, quick)
+        yield ("rope", rope.rope_kernel, target, "H32 K8 d128 w4",
+               dict(H=32, K=8, D=128, HEADS=32, SIGN=1.0, **f32), dict(num_warps=4), False, quick)
 
 
 def build(kernel, target, consts, options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     consts = {name: value for name, value in consts.items() if name in kernel.arg_names}
-    kind = lambda name: "constexpr" if name in consts else KINDS.get(name, "i64" if STRIDE.match(name) else "*bf16")
-    signature = {name: kind(name) for name in kernel.arg_names}
+    kind = lambda name: KINDS.get(name, "i64" if STRIDE.match(name) else "*bf16")
+    signature = {name: "constexpr" if name in consts else kind(name) for name in kernel.arg_names}
     # without these hints every pointer and stride counts as unaligned and the build is not the one that runs
     hints = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(signature.values()) if k != "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=consts, attrs=hints)
@@ -107,7 +109,7 @@ def resources(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        run = lambda *c: subprocess.run([tools / c[0], *c[1:], f.name], capture_output=True, text=True, check=True).stdout
+        run = lambda *c: subprocess.check_output([tools / c[0], *c[1:], f.name], text=True)
         usage, code = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm", "-c")
     regs, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     count = lambda pattern: len(re.findall(rf"\b(?:{pattern})\b", code))
@@ -127,8 +129,9 @@ def faults(row, target, tensor_core, stored):
     if row["regs"] < 10:
         found.append("an empty kernel: the compiler ran out of tensor memory")
     if stored:
-        found += [f"{f} {stored[f]} -> {row[f]}" for f in ("regs", "stack", "shared") if row[f] > int(stored[f])]
-        found += [f"{f} {stored[f]} -> {row[f]}" for f in ("matrix", "bulk") if row[f] < int(stored[f])]
+        worse = [f for f in ("regs", "stack", "shared") if row[f] > int(stored[f])]
+        worse += [f for f in ("matrix", "bulk") if row[f] < int(stored[f])]
+        found += [f"{f} {stored[f]} -> {row[f]}" for f in worse]
     return found
 
 
@@ -137,25 +140,27 @@ def main(argv):
         raise SystemExit("kernels.report: triton is not installed (pip install triton, Linux x86-64)")
     unknown = set(argv) - {"--quick", "--write"}
     if unknown:
-        raise SystemExit(f"kernels.report: unknown argument {sorted(unknown)[0]}; there are --quick and --write")
+        raise SystemExit(f"kernels.report: unknown argument {min(unknown)}; there are --quick and --write")
     quick, path = "--quick" in argv, TABLES / f"triton-{triton.__version__}.csv"
     stored = {}
     if path.exists() and "--write" not in argv:
         with path.open() as f:
             stored = {(r["kernel"], r["target"], r["config"]): r for r in csv.DictReader(f)}
-    print(f"triton {triton.__version__}, " + (f"compared with {path.name}" if stored else "no stored table to compare"))
-    print(f"{'kernel':18} {'target':6} {'config':22} {'regs':>4} {'stack':>5} {'shared':>7} {'warps':>5} {'matrix':>6} bulk")
+    print(f"triton {triton.__version__}, compared with {path.name if stored else 'no table'}")
+    line = ("{kernel:17} {target:6} {config:21} {regs:>4} {stack:>5} {shared:>6} {warps:>5} {matrix:>6} "
+            "{bulk:>4}")
+    print(line.format(**{f: f for f in FIELDS}))
     rows, bad = [], 0
-    for name, kernel, target, label, consts, options, tensor_core, is_quick in [*attention_cases(), *other_cases()]:
-        if quick and not is_quick:
+    cases = [*attention_cases(), *other_cases()]
+    for name, kernel, target, label, consts, options, tensor_core, in_quick in cases:
+        if quick and not in_quick:
             continue
-        row = dict(kernel=name, target=f"sm_{target}", config=label, **resources(build(kernel, target, consts, options)))
-        wrong = faults(row, target, tensor_core, stored.get((name, f"sm_{target}", label)))
+        key = (name, f"sm_{target}", label)
+        row = dict(zip(FIELDS, key, strict=False)) | resources(build(kernel, target, consts, options))
+        wrong = faults(row, target, tensor_core, stored.get(key))
         bad += bool(wrong)
         rows.append({f: row[f] for f in FIELDS})
-        print(f"{name:18} {row['target']:6} {label:22} {row['regs']:4} {row['stack']:5} {row['shared']:7} "
-              f"{row['warps']:5} {row['matrix']:6} {row['bulk']:4}" + (f"  FAULT: {', '.join(wrong)}" if wrong else ""),
-              flush=True)
+        print(line.format(**row) + (f"  FAULT: {', '.join(wrong)}" if wrong else ""), flush=True)
     if "--write" in argv:
         TABLES.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as f:

@@ -1,12 +1,26 @@
-"""RMSNorm, alone and fused with the residual add. (docstring below)"""
+"""
+RMSNorm, alone and fused with the residual add before it (report section 2.2: pre-norm blocks).
+
+    r = 1 / sqrt(mean_D(x^2) + eps)      h = x r      y = h w                   one row of D numbers at a time
+    dh = dy w      dx = r (dh - h mean_D(dh h))      dw = sum over rows of dy h
+
+Memory decides the speed: a row is read once and held in registers, and with the residual the sum s = x +
+residual is written and normalised in the same pass. Backward walks many rows per program and keeps its share
+of dw in registers; the shares are added by one torch.sum, in a fixed order, so dw has the same bits every
+time.
+
+Rounding is Hugging Face's Qwen2RMSNorm: statistics in fp32, h cast to x's dtype, then the gain. The reference
+is bit-equal to it in fp32 (tests/test_kernels_reference.py).
+"""
 import torch
 
-from kernels import jit, next_pow2, sm_count, tl, use_triton
+from kernels import acc_type, jit, next_pow2, sm_count, tl, use_triton, wide
 
 
 @jit
-def norm_kernel(x, res, w, y, s, r_out, N, D, stride_x, stride_r, EPS: tl.constexpr, RES: tl.constexpr,
+def norm_kernel(x, res, w, y, s, r_out, D, stride_x, stride_r, EPS: tl.constexpr, RES: tl.constexpr,
                 BD: tl.constexpr, ACC: tl.constexpr):
+    """One program: one row. BD is D rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BD)
     live = col < D
@@ -24,8 +38,9 @@ def norm_kernel(x, res, w, y, s, r_out, N, D, stride_x, stride_r, EPS: tl.conste
 
 
 @jit
-def norm_backward_kernel(s, w, r, dy, ds, dx, dw_part, N, D, stride_s, stride_dy, stride_ds, per, RES: tl.constexpr,
-                         BD: tl.constexpr, ACC: tl.constexpr):
+def norm_backward_kernel(s, w, r, dy, ds, dx, dw_part, N, D, stride_s, stride_dy, stride_ds, per,
+                         RES: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
+    """One program: `per` rows one after the other. ds is the gradient that reaches the sum directly."""
     pid = tl.program_id(0)
     col = tl.arange(0, BD)
     live = col < D
@@ -57,10 +72,6 @@ def _flat(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _wide(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("nanomimo::rmsnorm", mutates_args=())
 def norm_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
             eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -73,10 +84,10 @@ def norm_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
     N = xf.shape[0]
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
     s = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
-    r = torch.empty(N, dtype=_wide(x), device=x.device)
-    norm_kernel[(N,)](xf, rf, weight.contiguous(), y, s, r, N, D, xf.stride(0), rf.stride(0) if rf is not None else 0,
-                      EPS=eps, RES=rf is not None, BD=next_pow2(D), num_warps=warps_for(D),
-                      ACC=tl.float64 if x.dtype == torch.float64 else tl.float32)
+    r = torch.empty(N, dtype=wide(x), device=x.device)
+    stride_r = rf.stride(0) if rf is not None else 0
+    norm_kernel[(N,)](xf, rf, weight.contiguous(), y, s, r, D, xf.stride(0), stride_r, EPS=eps,
+                      RES=rf is not None, BD=next_pow2(D), ACC=acc_type(x), num_warps=warps_for(D))
     return y, s, r
 
 
@@ -84,7 +95,7 @@ def norm_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
 def _(x, residual, weight, eps):
     y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
     s = x.new_empty(x.shape if residual is not None else (0,))
-    return y, s, x.new_empty(x.numel() // x.shape[-1], dtype=_wide(x))
+    return y, s, x.new_empty(x.numel() // x.shape[-1], dtype=wide(x))
 
 
 @torch.library.custom_op("nanomimo::rmsnorm_backward", mutates_args=())
@@ -95,14 +106,13 @@ def norm_backward_op(s: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, dy:
     df = _flat(ds) if ds is not None else None
     N = sf.shape[0]
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    # each program walks `per` rows and keeps its part of dw in registers; the parts are added once, in a fixed order
     per = -(-N // (4 * sm_count(s.device)))
     programs = -(-N // per)
-    part = torch.empty((programs, D), dtype=_wide(s), device=s.device)
-    norm_backward_kernel[(programs,)](sf, weight.contiguous(), r, gf, df, dx, part, N, D, sf.stride(0), gf.stride(0),
-                                      df.stride(0) if df is not None else 0, per, RES=df is not None,
-                                      BD=next_pow2(D), num_warps=warps_for(D),
-                                      ACC=tl.float64 if s.dtype == torch.float64 else tl.float32)
+    part = torch.empty((programs, D), dtype=wide(s), device=s.device)
+    stride_ds = df.stride(0) if df is not None else 0
+    norm_backward_kernel[(programs,)](sf, weight.contiguous(), r, gf, df, dx, part, N, D, sf.stride(0),
+                                      gf.stride(0), stride_ds, per, RES=df is not None, BD=next_pow2(D),
+                                      ACC=acc_type(s), num_warps=warps_for(D))
     return dx, part.sum(0).to(weight.dtype)
 
 
@@ -131,21 +141,25 @@ norm_op.register_autograd(_backward, setup_context=_save)
 
 
 def rmsnorm_reference(x, weight, eps):
-    # y = weight * cast(x / sqrt(mean(x^2) + eps)), the mean in fp32, cast back BEFORE the gain (as Hugging Face)
+    # y = w cast(x / sqrt(mean(x^2) + eps)): the mean in fp32, the cast BEFORE the gain, as Hugging Face
     h = x.float() if x.dtype != torch.float64 else x
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     return weight * h.to(x.dtype)
 
 
 def rmsnorm(x, weight, eps=1e-5):
-    """x [..., D], weight [D] -> [..., D]."""
+    """
+    x [..., D], weight [D] -> [..., D]. ValueError (Triton path) if weight is not [D].
+
+    By hand: x = (1, 7), eps 0: mean square 25, so x / 5 = (0.2, 1.4); with weight (10, 1): (2, 1.4).
+    """
     if use_triton(x):
         return norm_op(x, None, weight, eps)[0]
     return rmsnorm_reference(x, weight, eps)
 
 
 def rmsnorm_residual(x, residual, weight, eps=1e-5):
-    """s = x + residual; returns (rmsnorm(s), s)."""
+    """s = x + residual, both [..., D] -> (rmsnorm(s), s): the block's norm and its new residual stream."""
     if use_triton(x):
         return norm_op(x, residual, weight, eps)[:2]
     s = x + residual

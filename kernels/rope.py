@@ -1,27 +1,42 @@
-"""Rotary position embedding of q and k in one pass, half-split (Hugging Face) layout. (docstring below)"""
+"""
+Rotary position embedding of q and k (report section 2.2; base 10,000, and 640,000 from stage 3 on).
+
+    theta_i = base^(-2i/d), i < d/2        (x_i, x_{i+d/2}) is rotated by the angle position * theta_i
+
+The pairs are half a head apart, Hugging Face's layout. Positions are the caller's, so packed documents each
+start at 0. The tables are fp32 and shared by all layers; the rotation runs in fp32 and is rounded once. One
+kernel turns the q and the k heads of a token, which reads each angle once. Its backward pass is itself with
+the angle negated.
+
+rope() returns new tensors, since the gradient needs a pure function; rope_() writes over q and k, for the
+sampler.
+"""
 import torch
 
-from kernels import jit, next_pow2, tl, use_triton
+from kernels import acc_type, jit, next_pow2, tl, use_triton
 
 
 @jit
-def rope_kernel(q, k, cos, sin, q_out, k_out, T, sqb, sqt, sqh, skb, skt, skh, sob, sot, soh, srb, srt, srh, scb, sct,
-                H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIGN: tl.constexpr,
-                ACC: tl.constexpr):
+def rope_kernel(q, k, cos, sin, q_out, k_out, T, sqb, sqt, sqh, skb, skt, skh, sob, sot, soh, srb, srt, srh,
+                scb, sct, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+                SIGN: tl.constexpr, ACC: tl.constexpr):
+    """One program: one token. Strides s?b, s?t, s?h: batch row, time, head, of q, k, outputs, tables."""
     b, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
     i = tl.arange(0, D // 2)
     c = tl.load(cos + b * scb + t * sct + i).to(ACC)[None, :]
     s = tl.load(sin + b * scb + t * sct + i).to(ACC)[None, :] * SIGN
     h = tl.arange(0, HEADS)[:, None]
-    # the token's q heads, then its k heads: one program reads its angles once
-    rotate_heads(q + b * sqb + t * sqt + h * sqh + i[None, :], q_out + b * sob + t * sot + h * soh + i[None, :],
-                 h < H, c, s, D, ACC)
-    rotate_heads(k + b * skb + t * skt + h * skh + i[None, :], k_out + b * srb + t * srt + h * srh + i[None, :],
-                 h < K, c, s, D, ACC)
+    at = h * sqh + i[None, :]
+    to = h * soh + i[None, :]
+    rotate_heads(q + b * sqb + t * sqt + at, q_out + b * sob + t * sot + to, h < H, c, s, D, ACC)
+    at = h * skh + i[None, :]
+    to = h * srh + i[None, :]
+    rotate_heads(k + b * skb + t * skt + at, k_out + b * srb + t * srt + to, h < K, c, s, D, ACC)
 
 
 @jit
 def rotate_heads(source, target, live, c, s, D: tl.constexpr, ACC: tl.constexpr):
+    # both halves are read before either is written, so source and target may be the same memory
     x1 = tl.load(source, mask=live, other=0.0).to(ACC)
     x2 = tl.load(source + D // 2, mask=live, other=0.0).to(ACC)
     tl.store(target, (x1 * c - x2 * s).to(target.dtype.element_ty), mask=live)
@@ -31,15 +46,15 @@ def rotate_heads(source, target, live, c, s, D: tl.constexpr, ACC: tl.constexpr)
 def _launch(q, k, cos, sin, q_out, k_out, sign):
     B, T, H, d = q.shape
     K = k.shape[2]
-    if k.shape != (B, T, K, d) or d % 2 or d & (d - 1) or cos.shape[-2:] != (T, d) or sin.shape != cos.shape:
-        raise ValueError(f"rope: q {tuple(q.shape)}, k {tuple(k.shape)} need one even power-of-two head_dim and "
-                         f"tables [T, d] or [B, T, d], got {tuple(cos.shape)}")
+    if k.shape != (B, T, K, d) or d < 2 or d & (d - 1) or cos.shape[-2:] != (T, d) or sin.shape != cos.shape:
+        raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} need one power-of-two head_dim "
+                         f"and tables [T, d], [1, T, d] or [B, T, d], got {tuple(cos.shape)}")
     cos, sin = (t.expand(B, T, d) if t.dim() == 3 else t[None].expand(B, T, d) for t in (cos, sin))
     if cos.stride() != sin.stride() or cos.stride(2) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
-    rope_kernel[(B * T,)](q, k, cos, sin, q_out, k_out, T, *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3],
-                          *k_out.stride()[:3], *cos.stride()[:2], H=H, K=K, D=d, HEADS=next_pow2(max(H, K)),
-                          SIGN=sign, ACC=tl.float64 if q.dtype == torch.float64 else tl.float32, num_warps=4)
+    strides = [n for t in (q, k, q_out, k_out) for n in t.stride()[:3]]
+    rope_kernel[(B * T,)](q, k, cos, sin, q_out, k_out, T, *strides, *cos.stride()[:2], H=H, K=K, D=d,
+                          HEADS=next_pow2(max(H, K)), SIGN=sign, ACC=acc_type(q), num_warps=4)
 
 
 def _dense(t):
@@ -49,7 +64,7 @@ def _dense(t):
 @torch.library.custom_op("nanomimo::rope", mutates_args=())
 def rope_op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
             sign: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """sign = 1 rotates forward, -1 back: the transpose of a rotation is the rotation by the opposite angle."""
+    """sign 1 rotates forward, -1 back: a rotation's transpose is the rotation by the opposite angle."""
     q, k = _dense(q), _dense(k)
     q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
     _launch(q, k, cos, sin, q_out, k_out, sign)
@@ -79,7 +94,11 @@ def rope_op_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
 
 
 def rope_tables(positions, head_dim, base):
-    """positions [..., T] integers -> cos, sin fp32 [..., T, d]."""
+    """
+    positions [..., T] integers -> cos, sin fp32 [..., T, d], both halves of d alike.
+
+    By hand: d = 4, base 100: theta = (1, 0.1), so position 2 gives the angles (2, 0.2, 2, 0.2).
+    """
     # theta_i = base^(-2i/d), i < d/2 ; the same angle serves elements i and i + d/2
     even = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float()
     inv_freq = 1.0 / (base ** (even / head_dim))  # [d/2]
@@ -97,8 +116,13 @@ def rotate(x, cos, sin):
 
 
 def rope(q, k, cos, sin):
-    """q [B, T, H, d], k [B, T, K, d], cos and sin fp32 [T, d] or [B, T, d] -> rotated q, k."""
-    if use_triton(q):
+    """
+    q [B, T, H, d], k [B, T, K, d], cos and sin fp32 [T, d], [1, T, d] or [B, T, d] -> rotated q, k, new
+    tensors.
+
+    By hand: d = 2 and the angle pi/2 turn (1, 0) into (0, 1).
+    """
+    if use_triton(q) and not q.shape[-1] & (q.shape[-1] - 1):
         return rope_op(q, k, cos, sin, 1.0)
     return rotate(q, cos, sin), rotate(k, cos, sin)
 

@@ -1,8 +1,17 @@
-"""SwiGLU: silu(gate) * up, recomputed in the backward pass. (docstring below)"""
+"""
+SwiGLU: y = silu(gate) up, with silu(g) = g sigma(g) (report section 2.2).
+
+    dgate = dy up sigma (1 + gate (1 - sigma))        dup = dy gate sigma              sigma = sigma(gate)
+
+Eager autograd keeps silu(gate) for the backward pass, F numbers a token and layer: 12.1 GiB at 7B and 8,192
+tokens. Here only gate and up are kept, which the layer before has made anyway, and silu is computed again:
+two flops more on a pass that memory bounds. gate and up may be the two halves of one wide projection (row
+strides differ from F).
+"""
 import torch
 import torch.nn.functional as F
 
-from kernels import jit, tl, use_triton
+from kernels import acc_type, jit, tl, use_triton
 
 
 @jit
@@ -26,11 +35,12 @@ def swiglu_backward_kernel(gate, up, dout, dgate, dup, F_, stride_g, stride_u, s
     d = tl.load(dout + row * stride_d + col, mask=live, other=0.0).to(ACC)
     sig = 1.0 / (1.0 + tl.exp(-g))
     # d silu(g) / dg = sig (1 + g (1 - sig))
-    tl.store(dgate + row * F_ + col, (d * u * sig * (1.0 + g * (1.0 - sig))).to(dgate.dtype.element_ty), mask=live)
+    dg = d * u * sig * (1.0 + g * (1.0 - sig))
+    tl.store(dgate + row * F_ + col, dg.to(dgate.dtype.element_ty), mask=live)
     tl.store(dup + row * F_ + col, (d * g * sig).to(dup.dtype.element_ty), mask=live)
 
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 1024, 4  # 8 numbers a thread: one 16-byte load of bf16
 
 
 def _flat(t):
@@ -41,7 +51,7 @@ def _flat(t):
 def _shape(gate):
     N, F_ = gate.shape
     return (N, -(-F_ // BLOCK)), dict(BF=BLOCK, num_warps=WARPS,
-                                      ACC=tl.float64 if gate.dtype == torch.float64 else tl.float32)
+                                      ACC=acc_type(gate))
 
 
 @torch.library.custom_op("nanomimo::swiglu", mutates_args=())
@@ -61,11 +71,13 @@ def _(gate, up):
 
 
 @torch.library.custom_op("nanomimo::swiglu_backward", mutates_args=())
-def swiglu_backward_op(gate: torch.Tensor, up: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_backward_op(gate: torch.Tensor, up: torch.Tensor,
+                       dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
     g, u, d = _flat(gate), _flat(up), _flat(dout)
     grid, options = _shape(g)
-    swiglu_backward_kernel[grid](g, u, d, dgate, dup, g.shape[1], g.stride(0), u.stride(0), d.stride(0), **options)
+    swiglu_backward_kernel[grid](g, u, d, dgate, dup, g.shape[1], g.stride(0), u.stride(0), d.stride(0),
+                                 **options)
     return dgate, dup
 
 
@@ -79,7 +91,11 @@ swiglu_op.register_autograd(lambda ctx, dout: swiglu_backward_op(*ctx.saved_tens
 
 
 def swiglu(gate, up):
-    """gate, up [..., F] -> [..., F]."""
+    """
+    gate, up [..., F] -> [..., F]. ValueError (Triton path) if the shapes differ.
+
+    By hand: gate = ln 3, up = 4: sigma = 3/4, so y = 3 ln 3 = 3.2958.
+    """
     if use_triton(gate):
         return swiglu_op(gate, up)
     return F.silu(gate) * up
