@@ -25,6 +25,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -123,16 +124,20 @@ def latest(run) -> Path | None:
 
 
 def find(path) -> Path:
-    """A checkpoint folder, or the newest one of a run folder. Ends the run with one line if there is none."""
+    """
+    A checkpoint folder, or the newest one of a run folder; also a folder of imported weights, which has no manifest
+    to be checked against. Ends the run with one line if there is none or it is broken.
+    """
     path = Path(path)
-    if (path / "model.json").is_file():
-        if (path / "manifest.json").is_file():
-            for wrong in filter(None, shared(problem_with(path, *ranks()))):
-                die(f"checkpoint {path} is not whole: {wrong}")
-        return path
     if not path.exists():
         die(f"no checkpoint at {path}: no such folder")
-    return latest(path) or die(f"no checkpoint in {path}")
+    written = re.fullmatch(r"step_\d+", path.name) is not None
+    if not written and not (path / "model.json").is_file():
+        return latest(path) or die(f"no checkpoint in {path}")
+    if written or (path / "manifest.json").is_file():
+        for wrong in filter(None, shared(problem_with(path, *ranks()))):
+            die(f"checkpoint {path} is not whole: {wrong}")
+    return path
 
 
 def newest(root="out") -> Path | None:

@@ -107,7 +107,7 @@ def passing_bytes(shape, tokens: int, checkpointing: str, gpu: bool) -> tuple[fl
     activations).
     """
     V, rows = shape.vocab_size, min(tokens, 2048 if gpu else 512)
-    head = max(rows * V * 4 * (1 if gpu else 2), V * shape.d_model * (2 if gpu else 4))
+    head = max(rows * V * 4, V * shape.d_model * (2 if gpu else 4))
     again = 0 if checkpointing == "none" else tokens * block_bytes(shape, "none", gpu)
     return (head, 0) if head > again else (0, again)
 

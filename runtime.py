@@ -20,6 +20,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,15 @@ def stop_requested(rt: Runtime) -> bool:
     """
     flag = torch.tensor(float(_stop.is_set()), device=rt.device)
     return bool(all_reduce_sum(flag, rt) > 0) if rt.world > 1 else _stop.is_set()
+
+
+@contextmanager
+def reading():
+    """What a person gave is read inside: a ValueError or a missing file ends the run with one line, not a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
+        die(str(e))
 
 
 # ---- over the ranks ----------------------------------------------------------------------------------------

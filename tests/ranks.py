@@ -19,7 +19,8 @@ sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "safetensors.torch",
-                               "einops", "tiktoken", "tqdm"])    # packages only: Python 3.11 forgets sys.path here
+                               # packages only: Python 3.11 forgets sys.path here
+                               "einops", "tiktoken", "tqdm"])
 
 
 def free_port() -> int:

@@ -6,6 +6,7 @@ or run the real scripts on a few documents. Not a test itself.
 """
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -102,14 +103,15 @@ def write_data(folder: Path) -> None:
             write_source(str(where), name, documents, 1024)
 
 
-def train_pretrain(folder, *flags):
+def train_pretrain(folder, term_after=-1):
     """pretrain.py: two stages with batch warm-up and longer rows, then MTP fine-tuning; 24 steps."""
     import configurator
     import pretrain
     folder = Path(folder)
     if int(os.environ.get("RANK", 0)) == 0:
-        write_data(folder / "data.new")
-        (folder / "data.new").rename(folder / "data")
+        if not (folder / "data").is_dir():
+            write_data(folder / "data.new")
+            (folder / "data.new").rename(folder / "data")
     while not (folder / "data").is_dir():
         time.sleep(0.05)
     mix = {"web": 0.5, "maths": 0.5}
@@ -124,7 +126,19 @@ def train_pretrain(folder, *flags):
               "micro_batch, valid_tokens, sample_every, save_every, device = 2, 256, 0, 1000, 'cpu'\n")
     path = folder / f"config{os.environ.get('RANK', 0)}.py"
     path.write_text(config)
-    pretrain.main(configurator.load(pretrain.Config, [str(path), *flags]))
+    asked = runtime.stop_requested
+    calls = iter(range(1, 1000))
+
+    def stop_requested(rt):                            # the signal arrives during step `term_after`
+        if next(calls) == term_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(rt)
+
+    runtime.stop_requested = stop_requested
+    try:
+        pretrain.main(configurator.load(pretrain.Config, [str(path)]))
+    finally:
+        runtime.stop_requested = asked
 
 
 def train_sft(folder, init):

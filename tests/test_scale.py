@@ -28,7 +28,8 @@ def same(a: dict, b: dict, tolerance: float = 1e-5) -> None:
     assert b["seen"] and len(tail) == len(b["seen"])
     for step, (x, y) in enumerate(zip(tail, b["seen"], strict=True)):
         assert y == pytest.approx(x, rel=tolerance, abs=tolerance), f"step {step}"
-    assert b["logits"] == pytest.approx(a["logits"], rel=1e-5)          # of a plain replica, decoded without collectives
+    # of a plain replica, decoded without collectives
+    assert b["logits"] == pytest.approx(a["logits"], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +144,11 @@ def test_recomputation_changes_nothing(kind):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses(alone, tmp_path):
-    train(tmp_path / "out.json", steps=3, compile=1)
-    got = read(tmp_path / "out.json")["seen"]
-    for x, y in zip(alone["seen"][:3], got, strict=True):
-        assert y == pytest.approx(x, rel=1e-4)
+def test_compiled_blocks_give_the_same_losses(alone, tmp_path, monkeypatch):
+    """torch.compile per block, over recomputation; dynamo alone (backend eager), so that no C++ compiler is needed."""
+    compiler, seen = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f: seen.append(f) or compiler(f, backend="eager"))
+    train(tmp_path / "out.json", steps=2, per_micro=4, compile=1, checkpointing="selective")
+    assert len(seen) == 4                                             # two blocks, two MTP layers
+    for x, y in zip(alone["seen"], read(tmp_path / "out.json")["seen"], strict=False):
+        assert y == pytest.approx(x, rel=1e-5)

@@ -1,0 +1,259 @@
+"""
+Checkpoints: whole or not at all, whatever kills the writer; broken ones are named and passed over.
+"""
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import start
+
+import checkpoint
+import mtp
+import runtime
+from model import ModelConfig
+from tokenizer import Tokenizer
+
+SHAPE = ModelConfig(vocab_size=64, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=24, n_mtp=1)
+
+
+def small(seed: int = 0):
+    rt = runtime.setup(seed=seed, device="cpu")
+    model = runtime.materialise(mtp.build(SHAPE, "meta"), rt, seed=seed)
+    return rt, model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+
+def train(model, optimizer, steps: int = 1) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        ids = torch.randint(0, 64, (2, 10))  # from the global generator: resume must restore it
+        trunk, extra = mtp.losses(model, ids, torch.zeros_like(ids), torch.arange(8)[None].expand(2, 8), None)
+        (trunk + extra[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(trunk.item() + random.random() + float(np.random.rand()))
+    return losses
+
+
+def save(run, step, model, optimizer, **more):
+    runtime.save_checkpoint(run, step, model, optimizer=optimizer, config={"lr": 1e-2}, meta={"stage": "base"},
+                            state={"step": step, "cursor": [step, 2.5, "x"]}, **more)
+
+
+def break_file(path: Path, how: str) -> None:
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif how == "corrupt":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1                              # one bit
+        path.write_bytes(data)
+    elif how == "missing":
+        path.unlink()
+
+
+# ---- one checkpoint ----------------------------------------------------------------------------------------
+
+def test_folder_holds_all_that_the_design_names(tmp_path):
+    rt, model, optimizer = small()
+    train(model, optimizer)
+    save(tmp_path, 500, model, optimizer, tokenizer=Tokenizer.load("tiny"))
+    ckpt = tmp_path / "step_00000500"
+    assert (tmp_path / "latest").read_text().strip() == "step_00000500"
+    for name in ("model.safetensors", "model.json", "config.json", "train_state.pt", "manifest.json", "tokenizer.json"):
+        assert (ckpt / name).stat().st_size > 0
+    manifest = runtime.read_manifest(ckpt)
+    assert manifest["step"] == 500 and manifest["commit"] and manifest["meta"] == {"stage": "base"}
+    assert set(manifest["files"]) == {p.name for p in ckpt.iterdir()} - {"manifest.json"}
+    assert ModelConfig(**runtime.read_shape(ckpt)) == SHAPE
+    assert not list(tmp_path.glob(".*"))                       # no temporary left
+    shape, state, meta = runtime.load_model(tmp_path)          # a run folder or the checkpoint itself
+    assert shape == vars(SHAPE) and meta == {"stage": "base"}
+    assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_resume_is_bit_equal(tmp_path, background):
+    """
+    3 steps, save, 3 steps = load, the same 3 steps: weights, moments, Python, numpy and torch generators.
+    """
+    rt, model, optimizer = small(1)
+    train(model, optimizer, 3)
+    save(tmp_path, 3, model, optimizer, background=background)
+    first = train(model, optimizer, 3)  # while the background save may still be writing
+    runtime.finish_saves()
+    rt, other, optimizer2 = small(7)
+    state, ckpt = runtime.load_checkpoint(tmp_path, other, optimizer2)
+    assert state == {"step": 3, "cursor": [3, 2.5, "x"]} and ckpt.name == "step_00000003"
+    assert train(other, optimizer2, 3) == first
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_keep_last_n_and_newest(tmp_path):
+    rt, model, optimizer = small()
+    for step in range(1, 6):
+        save(tmp_path / "run", step, model, optimizer, keep=3)
+    assert [p.name[-1] for p in checkpoint.steps_in(tmp_path / "run")] == ["5", "4", "3"]
+    os.utime(tmp_path / "run/latest", (1, 1))
+    save(tmp_path / "other", 1, model, optimizer)
+    assert runtime.newest(tmp_path) == tmp_path / "other/step_00000001"
+    assert runtime.newest(tmp_path / "nothing") is None
+
+
+# ---- broken ones -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["model.safetensors", "train_state.pt", "manifest.json", "model.json"])
+@pytest.mark.parametrize("how", ["truncated", "corrupt", "missing"])
+def test_broken_newest_is_named_and_the_one_before_is_used(tmp_path, capsys, name, how):
+    if (name, how) == ("manifest.json", "corrupt"):
+        how = "truncated"  # a flipped bit may hit a space; JSON is what is checked
+    rt, model, optimizer = small()
+    save(tmp_path, 1, model, optimizer)
+    save(tmp_path, 2, model, optimizer)
+    break_file(tmp_path / "step_00000002" / name, how)
+    assert runtime.latest(tmp_path) == tmp_path / "step_00000001"
+    warning = capsys.readouterr().err
+    assert "step_00000002" in warning and name in warning and "not whole" in warning
+    with pytest.raises(SystemExit, match=f"step_00000002 is not whole: {name}"):
+        runtime.find(tmp_path / "step_00000002")
+    save(tmp_path, 2, model, optimizer)  # reaching the step again replaces the broken folder
+    assert runtime.latest(tmp_path) == tmp_path / "step_00000002"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: p / "nowhere", "no checkpoint at .*nowhere: no such folder"),
+    (lambda p: p, "no checkpoint in"),
+])
+def test_missing_checkpoint_is_one_line(tmp_path, make, message):
+    with pytest.raises(SystemExit, match=message) as e:
+        runtime.find(make(tmp_path))
+    assert "\n" not in str(e.value)
+
+
+def test_other_shapes_and_vocabularies_are_named(tmp_path):
+    rt, model, optimizer = small()
+    save(tmp_path, 1, model, optimizer)
+    ckpt = runtime.latest(tmp_path)
+    with pytest.raises(SystemExit, match="n_layer = 1 there, 2 here"):
+        runtime.same_shape(runtime.read_shape(ckpt), vars(SHAPE) | {"n_layer": 2}, ckpt)
+    wide = ModelConfig(**{**vars(SHAPE), "vocab_size": 96})
+    with pytest.raises(SystemExit, match=r"shape \[64, 16\], the model \[96, 16\] \(vocabulary mismatch\)"):
+        runtime.read_weights(ckpt, mtp.build(wide))
+    with pytest.raises(SystemExit, match="lacks 'mtp_layers.1"):
+        runtime.read_weights(ckpt, mtp.build(ModelConfig(**{**vars(SHAPE), "n_mtp": 2})))
+    with pytest.raises(SystemExit, match="'mtp_layers.0.* too many"):
+        runtime.read_weights(ckpt, mtp.build(ModelConfig(**{**vars(SHAPE), "n_mtp": 0})))
+    with pytest.raises(TypeError, match=r"state\['cursor'\] = \{1\} is a set"):
+        runtime.save_checkpoint(tmp_path, 2, model, config={}, meta={}, state={"cursor": {1}})
+
+
+# ---- full disks --------------------------------------------------------------------------------------------
+
+def test_no_room_is_told_before_a_byte_is_written(tmp_path, monkeypatch):
+    rt, model, optimizer = small()
+    save(tmp_path, 1, model, optimizer)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(SystemExit, match=r"disk full: a checkpoint in .* needs 0.01 GB, 0.00 GB are free"):
+        save(tmp_path, 2, model, optimizer)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+@pytest.mark.parametrize("where", ["save_file", "torch.save", "fsync", "replace"])
+@pytest.mark.parametrize("background", [False, True])
+def test_disk_full_in_the_middle_loses_nothing(tmp_path, monkeypatch, where, background):
+    rt, model, optimizer = small()
+    save(tmp_path, 1, model, optimizer)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        target = {"save_file": (checkpoint, "save_file"), "torch.save": (torch, "save"), "fsync": (os, "fsync"),
+                  "replace": (os, "replace")}[where]
+        m.setattr(*target, fail)
+        with pytest.raises(SystemExit, match="step 2 in .* could not be written: disk full; earlier checkpoints are"):
+            save(tmp_path, 2, model, optimizer, background=background)
+            runtime.finish_saves()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert runtime.latest(tmp_path) == tmp_path / "step_00000001"
+    save(tmp_path, 2, model, optimizer)                        # with room again, it works
+    assert runtime.latest(tmp_path) == tmp_path / "step_00000002"
+
+
+def test_a_real_write_error_is_one_line(tmp_path):
+    """
+    The kernel refuses to let a file grow (RLIMIT_FSIZE): one line, status 1, no traceback, nothing
+    half-written.
+    """
+    code = ("import resource, signal, sys; sys.path[:0] = {path!r}; import test_checkpoint as t\n"
+            "rt, model, optimizer = t.small()\n"
+            "t.save({run!r}, 1, model, optimizer)\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
+            "t.save({run!r}, 2, model, optimizer)\n")
+    here = Path(__file__).resolve().parent
+    done = subprocess.run([sys.executable, "-c", code.format(path=[str(here), str(here.parent)], run=str(tmp_path))],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "step 2" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+# ---- kills -------------------------------------------------------------------------------------------------
+
+def writer(run: str, background: bool) -> None:
+    """Saves as fast as it can, from where it was; weights and state both say the step."""
+    rt, model, optimizer = small()
+    state, _ = runtime.load_checkpoint(run, model, optimizer)
+    step = state["step"] if state else 0
+    while True:
+        step += 1
+        with torch.no_grad():
+            model.norm.weight.fill_(step)
+        save(run, step, model, optimizer, background=background)
+        Path(run, "done").write_text(str(step))  # the save before a background one is on the disk
+    
+
+@pytest.mark.parametrize("background", [False, True])
+def test_ten_kills_at_random_moments_lose_nothing(tmp_path, background):
+    """SIGKILL while writing, 10 times with foreground and 10 with background saves (20 in all)."""
+    rng, before = random.Random(5), 0
+    for kill in range(10):
+        (process,) = start(1, tmp_path, writer, str(tmp_path), background)
+        deadline, told = time.monotonic() + 60, tmp_path / "done"
+        told.unlink(missing_ok=True)
+        while not told.exists():                               # it must get somewhere before it is killed
+            assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "rank0.log").read_text()
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.join()
+        done = int(told.read_text() or 0) if told.exists() else 0
+        ckpt = runtime.latest(tmp_path)
+        shape, weights, _ = runtime.load_model(ckpt)
+        step = int(weights["norm.weight"][0])
+        assert runtime.read_state(ckpt)["step"] == step == int(ckpt.name[5:])
+        # a foreground save that returned is on the disk; a background one when the next has begun
+        assert step >= max(before, done - background), f"kill {kill}: {done} was reported written, {step} is there"
+        # `latest` names a whole one
+        assert runtime.find(tmp_path / (tmp_path / "latest").read_text().strip())
+        before = step
+    assert before >= 10
+    assert "not whole" not in (tmp_path / "rank0.log").read_text()
+
+
+def test_json_of_the_manifest_is_plain(tmp_path):
+    rt, model, optimizer = small()
+    save(tmp_path, 1, model, optimizer)
+    files = json.loads((tmp_path / "step_00000001/manifest.json").read_text())["files"]
+    assert all(len(checksum) == 64 and size > 0 for size, checksum in files.values())

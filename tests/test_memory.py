@@ -1,0 +1,192 @@
+"""
+The dry run: exact parameters, the report's schedule, and memory that agrees with what a real step allocates.
+"""
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import configurator
+import kernels
+import memory
+import mtp
+import runtime
+from model import Block, ModelConfig
+from schedule import Stage
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- arithmetic --------------------------------------------------------------------------------------------
+
+def test_parameters_are_the_published_ones_and_those_of_the_modules():
+    """
+    7,622,619,136 trunk; 7,833,409,536 with one MTP layer; 8,254,990,336 with three (weight names: Hugging
+    Face).
+    """
+    shape = ModelConfig.mimo_7b(n_mtp=1)
+    assert memory.parameters(shape)["trunk"] == 7_622_619_136
+    assert memory.parameters(shape)["all"] == 7_833_409_536
+    assert memory.parameters(shape, 3)["all"] == 8_254_990_336
+    for n in (0, 1, 3):
+        model = mtp.build(ModelConfig.mimo_7b(n_mtp=n), "meta")
+        assert sum(p.numel() for p in model.parameters()) == memory.parameters(shape, n)["all"]
+    assert sum(p.numel() for p in mtp.build(ModelConfig(), "meta").parameters()) == memory.parameters(ModelConfig())["all"]
+
+
+def test_steps_by_hand():
+    """
+    100 tokens in batches of 10 are 10 steps; growing from 5 to 10 over them 100/5 ln 2 = 13.86; then 10 a
+    step.
+    """
+    assert memory.steps_of(Stage(tokens=200, seq_len=2, batch_size=10)) == pytest.approx(10)
+    grown = Stage(tokens=200, seq_len=2, batch_size=10, batch_size_start=5, batch_warmup_tokens=200)
+    assert memory.steps_of(grown) == pytest.approx(13.863, rel=1e-4)
+    longer = Stage(tokens=400, seq_len=2, batch_size=10, batch_size_start=5, batch_warmup_tokens=200)
+    assert memory.steps_of(longer) == pytest.approx(23.863, rel=1e-4)
+
+
+def test_days_by_hand():
+    """
+    2 GPUs of 100 TFLOP/s at 50% are 1e14 FLOP/s: a stage of tokens x FLOPs/token = 8.64e18 takes one day.
+    """
+    shape = ModelConfig()
+    per_token = memory.flops_per_token(shape, 256)
+    (row,) = memory.plan(shape, [Stage(tokens=8.64e18 / per_token)], 2, mfu=0.5, tflops=100.0)
+    assert row["days"] == pytest.approx(1.0)
+
+
+def test_kv_cache_of_the_7b():
+    """2 x 36 layers x 8 heads x 128 x 2 bytes = 147,456 per token."""
+    assert memory.kv_bytes_per_token(ModelConfig.mimo_7b()) == 147_456
+    (with_kv,) = memory.plan(ModelConfig.mimo_7b(), [Stage(seq_len=8192)], 8, kv_tokens=32_768)
+    assert with_kv["memory"]["KV"] == 32_768 * 147_456 + 2 * 7_622_619_136
+
+
+def test_sharding_divides_state_and_hybrid_sharding_divides_it_less():
+    shape, stage = ModelConfig.mimo_7b(n_mtp=1), [Stage(seq_len=8192)]
+    full, hybrid = (memory.plan(shape, stage, 64, shard_ranks=n)[0]["memory"] for n in (0, 8))
+    assert full["optimizer"] == 8 * 7_833_409_536 / 64 and hybrid["optimizer"] == 8 * 7_833_409_536 / 8
+    each, last = (memory.plan(shape, stage, 8, reduce_each=r)[0]["memory"]["gradients"] for r in (True, False))
+    assert last - each == pytest.approx(4 * 7_833_409_536 - 2 * (2 * 151_680 * 4096 + 4096 + 210_790_400))
+
+
+# ---- against real allocations ------------------------------------------------------------------------------
+
+class Live(TorchDispatchMode):
+    """
+    Bytes of all storages that exist, and their maximum: every operator's outputs are followed until they are
+    freed.
+    """
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = weakref.WeakKeyDictionary()
+
+    def add(self, t):
+        if not isinstance(t, torch.Tensor) or (storage := t.untyped_storage()) in self.seen:
+            return
+        self.seen[storage] = size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.drop, size)
+
+    def drop(self, size):
+        self.live -= size
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            self.add(t)
+        return out
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_memory_is_within_ten_per_cent_of_a_real_step(checkpointing, wide):
+    """
+    Two micro-batches and an AdamW step on CPU, every storage counted; once activations dominate, once logits
+    do.
+    """
+    rt = runtime.setup(seed=1, device="cpu")
+    shape = ModelConfig(vocab_size=8192 if wide else 1024, n_layer=3 if wide else 6, d_model=96, n_head=6, n_kv_head=2,
+                        head_dim=16, d_ff=256, n_mtp=1)
+    B, T = 8, 64
+    model = runtime.shard(mtp.build(shape, "meta"), rt, checkpointing=checkpointing)
+    runtime.materialise(model, rt)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ids = torch.randint(0, 1024, (B, T + 2))
+    docs, positions = torch.zeros_like(ids), torch.arange(T)[None].expand(B, T)
+    with Live() as measured:
+        for p in model.parameters():
+            measured.add(p)
+        for _step in range(2):                                   # the first makes the optimizer's state
+            measured.peak = 0
+            for _ in range(2):  # the second forward stands on accumulated gradients
+                trunk, extra = mtp.losses(model, ids, docs, positions, None)
+                (trunk + extra[0]).backward()
+            peak = measured.peak
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    (row,) = memory.plan(shape, [Stage(tokens=1e6, seq_len=T, batch_size=B)], 1, micro_batch=B,
+                         checkpointing=checkpointing, device="cpu")
+    assert row["total"] == pytest.approx(peak, rel=0.10)
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
+    assert row["memory"]["optimizer"] == state
+
+
+def test_gpu_activations_are_the_kernels_own_save_lists(monkeypatch):
+    """
+    One block of the 7B in bf16 at T = 8,192 on the meta device, through the Triton operators' fake versions.
+    """
+    monkeypatch.setenv("NANOMIMO_TRITON", "1")
+    monkeypatch.setattr(kernels, "INTERPRET", True)
+    monkeypatch.setattr(kernels, "triton", object())            # nothing is launched on the meta device
+    shape, T, kept = ModelConfig.mimo_7b(), 8192, {}
+    with torch.device("meta"):
+        block = Block(shape).to(torch.bfloat16)
+        x = torch.empty(1, T, shape.d_model, dtype=torch.bfloat16, requires_grad=True)
+        cos, sin = torch.empty(1, T, shape.head_dim), torch.empty(1, T, shape.head_dim)
+    known = {t.untyped_storage()._cdata for t in [*block.parameters(), cos, sin]}      # not per layer
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        block(x, cos, sin)
+    assert sum(s.nbytes() for s in kept.values()) == T * memory.block_bytes(shape, "none", gpu=True) == T * 119_432
+
+
+# ---- the command, and every configuration file -------------------------------------------------------------
+
+def test_dry_run_of_the_7b_prints_the_report():
+    done = subprocess.run([sys.executable, "pretrain.py", "config/mimo_7b.py", "--dry_run=True"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    for fact in ("7,622,619,136", "7,833,409,536", "8,254,990,336", "84B", "168B", "10.284T", "17.784T", "21.784T",
+                 "23.284T", "1,360", "2,560", "0.000107", "32,768", "640,000"):
+        assert fact in done.stdout, fact
+    assert not (ROOT / "out/mimo_7b").exists()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.stem)
+def test_every_config_loads_and_plans(path, capsys):
+    """Pre-training files run as a dry run; SFT and RL files load into their script's Config."""
+    import pretrain
+    import rl
+    import sft
+    kind = rl if "_rl" in path.stem else sft if "_sft" in path.stem else pretrain
+    if kind is pretrain:
+        pretrain.main(configurator.load(pretrain.Config, [str(path), "--dry_run=True"]))
+        assert "memory per GPU" in capsys.readouterr().out
+    else:
+        cfg = configurator.load(kind.Config, [str(path)])
+        assert cfg.init != cfg.out and cfg.out.startswith("out/")
