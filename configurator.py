@@ -36,7 +36,7 @@ def load(Config: type, argv: list[str] | None = None):
     if {"-h", "--help"} & set(argv):
         print(help_text(Config))
         raise SystemExit(0)
-    cfg = make(Config, {})
+    cfg = raw(Config, defaults(Config))
     for word in argv:                                  # files first: flags win over files wherever they stand
         if not word.startswith("--"):
             cfg = update(cfg, read_file(word, Config), where=word)
@@ -44,7 +44,7 @@ def load(Config: type, argv: list[str] | None = None):
         if word.startswith("--"):
             key, eq, value = word[2:].partition("=")   # only the first "=" splits: --prompt=a=b is fine
             cfg = set_path(cfg, key.split("."), parse(value) if eq else True, key)
-    return cfg
+    return built(cfg)                                  # rules between fields are checked once, on the whole
 
 
 def read_file(path: str, Config: type) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def update(cfg, values: dict[str, Any], where: str):
         if key not in fields:
             raise unknown(key, key, fields, place)
     new = {key: check(value, hints[key], key, place) for key, value in values.items()}
-    return make(type(cfg), {name: getattr(cfg, name) for name in fields} | new, place)
+    return raw(type(cfg), {name: getattr(cfg, name) for name in fields} | new)
 
 
 def set_path(node, path: list[str], value, full: str):
@@ -98,7 +98,7 @@ def set_path(node, path: list[str], value, full: str):
     hint = typing.get_type_hints(type(node))[head]
     new = set_path(getattr(node, head), rest, value, full) if rest else value
     new = check(new, hint, full if rest == [] else full.rsplit(".", len(rest))[0])
-    return make(type(node), {f: getattr(node, f) for f in fields} | {head: new})
+    return raw(type(node), {f: getattr(node, f) for f in fields} | {head: new})
 
 
 def unknown(full: str, head: str, names, place: str = "") -> ConfigError:
@@ -107,12 +107,33 @@ def unknown(full: str, head: str, names, place: str = "") -> ConfigError:
     return ConfigError(f"unknown key {full}{place}" + (f" -- did you mean {prefix}{near[0]}?" if near else ""))
 
 
-def make(cls: type, values: dict[str, Any], place: str = ""):
+def defaults(cls: type) -> dict[str, Any]:
+    return {f.name: getattr(make(cls, {}), f.name) for f in dataclasses.fields(cls)}
+
+
+def raw(cls: type, values: dict[str, Any]):
+    """A dataclass whose __post_init__ has not run: what it will complain of may be mended by the next flag."""
+    node = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(node, name, value)
+    return node
+
+
+def built(node):
+    """The same values through the real constructors, innermost first."""
+    if isinstance(node, (list, tuple)):
+        return type(node)(built(v) for v in node)
+    if not dataclasses.is_dataclass(node):
+        return node
+    return make(type(node), {f.name: built(getattr(node, f.name)) for f in dataclasses.fields(node)})
+
+
+def make(cls: type, values: dict[str, Any]):
     """Build a dataclass; what its __post_init__ or a missing field complains of becomes a ConfigError."""
     try:
         return cls(**values)
     except (ValueError, TypeError) as e:
-        raise ConfigError(f"{e}{place}") from None
+        raise ConfigError(str(e)) from None
 
 
 def check(value, hint, key: str, place: str = ""):
@@ -152,7 +173,7 @@ def check(value, hint, key: str, place: str = ""):
         if isinstance(value, hint):
             return value
         if isinstance(value, dict):
-            return update(make(hint, {}, place), value, place.removeprefix(" in "))
+            return update(raw(hint, defaults(hint)), value, place.removeprefix(" in "))
         raise wrong(name_of(hint))
     if hint is type(None):
         hint = types.NoneType
@@ -187,7 +208,7 @@ def to_dict(cfg) -> dict:
 
 def from_dict(Config: type, values: dict):
     """The inverse of to_dict; raises ConfigError for keys that Config no longer has."""
-    return update(make(Config, {}), values, where="saved config")
+    return built(update(raw(Config, defaults(Config)), values, where="saved config"))
 
 
 def leaves(node, path: str = "") -> list[tuple[str, Any]]:

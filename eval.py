@@ -63,7 +63,8 @@ def main(cfg: Config) -> dict:
     found = {"ckpt": str(ckpt), "chat": chat, "commit": runtime.git_commit(), "config": configurator.to_dict(cfg)}
     t0 = time.perf_counter()
     if "problems" in cfg.tasks:
-        problems = read_problems(cfg.problems)
+        with runtime.reading():
+            problems = read_problems(cfg.problems)
         found["problems"] = {}
         with Judge(workers=cfg.judge_workers) as judge, open(run / "eval_answers.jsonl", "w") as every:
             for kind in sorted({p.kind for p in problems}):
@@ -111,7 +112,7 @@ def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> di
     t0 = time.perf_counter()
     plain = generate(Engine(model, slots=1, max_len=longest), requests)
     t1 = time.perf_counter()
-    fast = generate(Engine(model, slots=1, max_len=longest, n_draft=n_mtp), requests)
+    fast = generate(Engine(model, slots=1, max_len=longest + n_mtp, n_draft=n_mtp), requests)
     t2 = time.perf_counter()
     drafted = [sum(s.drafted[k] for s in fast) for k in range(n_mtp)]
     accepted = [sum(s.accepted[k] for s in fast) for k in range(n_mtp)]

@@ -55,7 +55,7 @@ class Config:
     save_every: int = 200                 # steps between checkpoints (also at stage ends and on SIGTERM)
     keep: int = 2                         # checkpoints kept
     sample_every: int = 150               # steps between samples printed to the screen, 0 = never
-    sample_prompt: str = "Problem: What is 12 + 7?\nSolution:"   # continued greedily for them
+    sample_prompt: str = "Problem: What is 7 + 4 - 6?\nSolution:"   # continued greedily for them
     seed: int = 1                         # weights and data order
     threads: int = 1                      # torch threads per process on CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
@@ -102,7 +102,8 @@ def main(cfg: Config) -> None:
     # ---- where we run, what we read ----------------------------------------------------------------------------
     rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
     run = Path(cfg.out)
-    tokenizer = Tokenizer.load(cfg.tokenizer)
+    with runtime.reading():
+        tokenizer = Tokenizer.load(cfg.tokenizer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         runtime.die(f"tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size:,} ids, model.vocab_size = "
                     f"{cfg.model.vocab_size:,}: the model must have at least as many rows")
@@ -111,8 +112,9 @@ def main(cfg: Config) -> None:
     if not Path(cfg.data).is_dir():
         runtime.die(f"no shards in {cfg.data!r}: `python -m data.prepare` makes those of the tiny world, "
                     "docs/data.md says how to make your own")
-    loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=ahead, seed=cfg.seed,
-                           max_seq_len=cfg.model.max_seq_len)
+    with runtime.reading():
+        loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=ahead, seed=cfg.seed,
+                               max_seq_len=cfg.model.max_seq_len)
 
     # ---- start or resume ---------------------------------------------------------------------------------------
     seen, step, at = 0, 0, -1                                # tokens, optimizer steps, stage we are set up for

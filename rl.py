@@ -187,13 +187,16 @@ def main(cfg: Config) -> None:
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     chat = meta["chat"]
 
-    problems = read_problems(cfg.problems)
+    with runtime.reading():
+        problems = read_problems(cfg.problems)
+        held = read_problems(cfg.valid) if cfg.valid else []
+    if not problems:
+        runtime.die(f"{cfg.problems}: no problems in it")
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
     longest = max(map(len, prompts)) + cfg.budget[-1][1]
     if longest > shape.max_seq_len:
         runtime.die(f"{cfg.problems}: longest prompt {max(map(len, prompts))} + budget {cfg.budget[-1][1]} tokens exceed "
                     f"the context of {start}, max_seq_len = {shape.max_seq_len}")
-    held = read_problems(cfg.valid) if cfg.valid else []
 
     # ---- the two threads: rollout there, updates here ---------------------------------------------------------------
     judge = Judge(workers=cfg.judge_workers)
@@ -233,6 +236,10 @@ def main(cfg: Config) -> None:
             t1 = time.perf_counter()
             if batch.note:
                 bar.write("  " + batch.note)
+            broken = [g for g in batch.groups if any("JE" in info["verdicts"] for info in g.infos)]
+            if broken:                                              # the judge failed, not the answer: no reward is known
+                bar.write(f"  {len(broken)} of {len(batch.groups)} groups left out: the judge failed on them twice")
+                batch.groups = [g for g in batch.groups if g not in broken]
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else cfg.lr
             stats = update(model, optimizer, batch, cfg, rt, step)

@@ -70,7 +70,8 @@ def main(cfg: Config) -> None:
     ckpt = runtime.latest(run)
     saved = runtime.read_state(ckpt) if ckpt else None
     start = ckpt or runtime.find(cfg.init)                   # a folder of checkpoints or one checkpoint
-    shape, tokenizer = runtime.read_shape(start), Tokenizer.load(start)
+    with runtime.reading():
+        shape, tokenizer = runtime.read_shape(start), Tokenizer.load(start)
     if cfg.seq_len > shape["max_seq_len"]:
         runtime.die(f"seq_len = {cfg.seq_len} is longer than the context of {start}, max_seq_len = {shape['max_seq_len']}")
     model = mtp.build(ModelConfig(**shape), "meta")
@@ -82,9 +83,10 @@ def main(cfg: Config) -> None:
     n_mtp = len(model.mtp_layers)
 
     # ---- samples: filter, then pack ------------------------------------------------------------------------------
-    samples, report = load_samples(cfg.data, tokenizer, cfg.heldout, max_per_query=cfg.max_per_query)
-    loader = PackedLoader(samples, cfg.seq_len, tokenizer.eos_id, n_mtp=n_mtp, seed=cfg.seed,
-                          vocab_size=shape["vocab_size"], max_seq_len=shape["max_seq_len"])
+    with runtime.reading():
+        samples, report = load_samples(cfg.data, tokenizer, cfg.heldout, max_per_query=cfg.max_per_query)
+        loader = PackedLoader(samples, cfg.seq_len, tokenizer.eos_id, n_mtp=n_mtp, seed=cfg.seed,
+                              vocab_size=shape["vocab_size"], max_seq_len=shape["max_seq_len"])
     step = 0
     if saved:
         step = saved["step"]

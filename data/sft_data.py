@@ -130,12 +130,12 @@ def filter_samples(rows, contaminated=lambda query: False, cap=8):
 def read_samples(path):
     """JSONL -> list of rows. ValueError with file, line and what would be right."""
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
                 turns = row["messages"]
                 if not turns or not all(isinstance(m[k], str) for m in turns for k in ("role", "content")):
                     raise ValueError("messages must be a list of {role, content}, both text")

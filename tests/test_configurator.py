@@ -51,6 +51,14 @@ def test_defaults_file_flags_in_that_order(tmp_path):
     assert (cfg.stages[0].tokens, cfg.stages[1].tokens) == (1.0, 1e6)
 
 
+def test_rules_between_fields_are_checked_on_the_whole(tmp_path):
+    """A file or flag may pass through a state that another flag mends."""
+    (tmp_path / "odd.py").write_text("model = dict(n_head=3)\n")
+    assert load(Config, [str(tmp_path / "odd.py"), "--model.n_head=6"]).model.n_head == 6
+    with pytest.raises(ConfigError, match="must be even"):
+        load(Config, [str(tmp_path / "odd.py")])
+
+
 def test_inheritance_by_import(tmp_path, monkeypatch):
     monkeypatch.setattr(configurator, "__file__", str(tmp_path / "configurator.py"))
     (tmp_path / "base_cfg.py").write_text("steps = 20\nout = 'x'\n")

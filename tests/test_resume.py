@@ -1,0 +1,172 @@
+"""
+kill -9 at a random moment of pretrain, sft and rl, then the same command again: the final weights are those of a run that
+nobody disturbed, bit for bit. And what a person sees when something is missing or broken: one line, status 1.
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def script(*words, cwd=ROOT, wait=True, **env):
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, env=ENV | env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny tiny world: shards, problems and SFT samples in a few seconds."""
+    folder = tmp_path_factory.mktemp("world")
+    code, out, err = script("-m", "data.prepare", f"--out={folder}", "--pages=300", "--maths_problems=200", "--code_problems=100",
+                            "--books=8", "--book_words=120", "--synth=60", "--sft=120", "--rl_maths=24", "--rl_code=6", "--test=6",
+                            "--valid=2", "--tables=20", "--valid_share=0.25")
+    assert code == 0, err
+    return folder
+
+
+CONFIG = """
+from schedule import Stage
+_mix = dict(web=.3, maths=.4, code=.3)
+model = dict(vocab_size=1024, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=64, max_seq_len=160, n_mtp=1)
+stages = [Stage("one", 3000, 64, 4, lr=3e-3, mtp_weight=0.3, mix=_mix),
+          Stage("two", 1500, 128, 2, lr=3e-3, rope_base=6.4e5, mix=_mix | dict(synth=.1))]
+mtp_stage = Stage("mtp", 1200, 64, 4, lr=3e-3, rope_base=6.4e5, mix=_mix)
+save_every, sample_every, valid_tokens, device = 3, 0, 256, "cpu"
+"""
+
+
+def pretrain_flags(world, out):
+    (world / "small.py").write_text(CONFIG)
+    return ["pretrain.py", world / "small.py", f"--data={world}/data", f"--out={out}"]
+
+
+def sft_flags(world, out, base):
+    return ["sft.py", f"--init={base}", f"--out={out}", f"--data={world}/sft.jsonl", f"--heldout={world}/problems/test.jsonl",
+            "--seq_len=128", "--batch_size=2", "--steps=12", "--lr=1e-3", "--save_every=3", "--device=cpu"]
+
+
+def rl_flags(world, out, base):
+    return ["rl.py", f"--init={base}", f"--out={out}", f"--problems={world}/problems/rl.jsonl", "--valid=", "--steps=6",
+            "--batch_size=2", "--mini_batch=1", "--group_size=4", "--max_groups=4", "--budget=[(0,12),(3,16)]", "--slots=16",
+            "--lr=1e-3", "--save_every=1", "--judge_workers=1", "--reward_lag=4", "--dynamic_sampling=False", "--device=cpu"]
+
+
+def weights(run):
+    return (run / (run / "latest").read_text().strip() / "model.safetensors").read_bytes()
+
+
+def steps_logged(run):
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines() if '"step"' in line and line.endswith("}")] \
+        if path.is_file() else []
+
+
+def kill_and_resume(command, run, seed):
+    """Kill after a random number of steps, run again to the end."""
+    target = random.Random(seed).randint(2, 5)
+    process = script(*command, wait=False)
+    deadline = time.monotonic() + 200
+    while process.poll() is None and max(steps_logged(run), default=0) < target:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.Random(seed + 1).random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    code, out, err = script(*command)
+    assert code == 0, err
+    return out
+
+
+def test_killed_runs_end_bit_equal(world, tmp_path):
+    """pretrain, then sft from it, then rl from that: each once undisturbed, once killed and resumed."""
+    base = {}
+    for name, flags in (("pretrain", lambda out: pretrain_flags(world, out)),
+                        ("sft", lambda out: sft_flags(world, out, base["pretrain"])),
+                        ("rl", lambda out: rl_flags(world, out, base["sft"]))):
+        whole, broken = tmp_path / name, tmp_path / f"{name}_killed"
+        code, _, err = script(*flags(whole))
+        assert code == 0, err
+        out = kill_and_resume(flags(broken), broken, seed=len(name))
+        assert "resumed" in out or "starting" in out or "parameters" in out
+        assert weights(whole) == weights(broken), f"{name}: resumed weights differ"
+        logged = [s for s in steps_logged(broken)]
+        assert sorted(set(logged)) == sorted(set(steps_logged(whole))), f"{name}: steps missing from or twice in the log"
+        base[name] = whole
+    n_mtp = json.loads((tmp_path / "rl" / (tmp_path / "rl/latest").read_text().strip() / "model.json").read_text())["n_mtp"]
+    assert n_mtp == 3, "RL keeps the three MTP layers of pre-training"
+
+
+def test_sigterm_saves_and_exits_0(world, tmp_path):
+    command = pretrain_flags(world, tmp_path / "run") + ["--save_every=1000"]
+    process = script(*command, wait=False)
+    deadline = time.monotonic() + 100
+    while max(steps_logged(tmp_path / "run"), default=0) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert (tmp_path / "run/latest").is_file()
+
+
+def cases(world, tmp):
+    pre = pretrain_flags(world, tmp / "x")
+    bad = tmp / "bad"
+    bad.mkdir(exist_ok=True)
+    (bad / "no_tests.jsonl").write_text('{"id": "00", "kind": "code", "question": "q", "tests": []}\n')
+    (bad / "latin.jsonl").write_bytes(b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}\n')
+    (bad / "empty.jsonl").write_text("")
+    return {
+        "no shards": (["pretrain.py", "--data=nowhere", f"--out={tmp}/x"], ["nowhere", "data.prepare"]),
+        "no such source": (pre + ["--stages.0.mix={'poems':1.0}"], ["poems"]),
+        "vocabulary": (pre + ["--model.vocab_size=500"], ["1,024", "500"]),
+        "too long for the context": (pre + ["--stages.0.seq_len=4096"], ["seq_len = 4096", "max_seq_len = 160"]),
+        "no checkpoint": (["sft.py", "--init=nowhere", f"--out={tmp}/y"], ["nowhere"]),
+        "no checkpoint to evaluate": (["eval.py", "--ckpt=nowhere"], ["nowhere"]),
+        "unknown key": (["rl.py", "--bach_size=3"], ["bach_size", "batch_size"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["no shards", "no such source", "vocabulary", "too long for the context", "no checkpoint",
+                                  "no checkpoint to evaluate", "unknown key"])
+def test_bad_input_ends_in_one_clear_line(world, tmp_path, name):
+    command, told = cases(world, tmp_path)[name]
+    code, out, err = script(*command)
+    assert code == 1 and "Traceback" not in err, err
+    for word in told:
+        assert word in err, err
+    assert not list(tmp_path.glob("*/step_*")), "nothing is written by a run that cannot start"
+
+
+def test_bad_data_for_sft_and_rl(world, tmp_path):
+    """With a real checkpoint to start from: samples and problems that cannot be used name file and line."""
+    base = tmp_path / "base"
+    code, _, err = script(*pretrain_flags(world, base))
+    assert code == 0, err
+    cases(world, tmp_path)
+    for command, told in (
+        (sft_flags(world, tmp_path / "s", base) + [f"--data={tmp_path}/bad/latin.jsonl"], ["latin.jsonl", "line 1"]),
+        (sft_flags(world, tmp_path / "s", base) + [f"--data={tmp_path}/bad/empty.jsonl"], ["empty.jsonl"]),
+        (sft_flags(world, tmp_path / "s", base) + [f"--data={tmp_path}/bad/none.jsonl"], ["none.jsonl"]),
+        (sft_flags(world, tmp_path / "s", base) + ["--seq_len=999"], ["999", "128"]),
+        (rl_flags(world, tmp_path / "r", base) + [f"--problems={tmp_path}/bad/no_tests.jsonl"], ["no_tests.jsonl", "line 1", "tests"]),
+        (rl_flags(world, tmp_path / "r", base) + ["--budget=[(0,500)]"], ["500", "128"]),
+    ):
+        code, _, err = script(*command)
+        assert code == 1 and "Traceback" not in err, err
+        for word in told:
+            assert word in err, (word, err)
