@@ -43,7 +43,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     B, Q, H, d = q.shape
     K, L = k.shape[0] // B, k.shape[1]
     G, n = H // K, Q * H // K                                       # n rows of q read one KV head
-    q = q.view(B, Q, K, G, d).transpose(1, 2)                       # [B,K,Q,G,d]
+    q = q.unflatten(2, (K, G)).transpose(1, 2)                      # [B,K,Q,G,d]
     if n < ROWS:
         q = q.reshape(B, K, 1, n, d).expand(-1, -1, -(-ROWS // n), -1, -1)
     q = q.reshape(B * K, -1, d)                                     # [B*K,R,d]
@@ -76,14 +76,15 @@ view."""
         columns = positions if write is None else write
         plan.where = (self.heads[first:first + B] + columns[:, :, None]).flatten()     # [B*Q*K]
         plan.L = L = min(-(-(int(positions.max()) + 1) // KEYS) * KEYS, self.columns)
-        bias = torch.where(self.column[:L] <= positions[:, :, None], self.zero, self.never)   # [B,Q,L]
+        bias = torch.where(self.column[:L] <= positions[:, :, None], self.zero, self.never)     # [B,Q,L]
+        plan.last_bias = bias[:, None, -1:]                         # [B,1,1,L], for the last token of each alone
         if Q > 1:                                                   # one row for each row of q in attend()
             bias = bias.repeat_interleave(self.G, 1).repeat(1, -(-ROWS // (Q * self.G)), 1)
         plan.bias = bias[:, None]                                   # [B,1,1 or R,L]
         return plan
 
     def hold(self, rows: Tensor) -> Tensor:
-        return rows                                                 # what copy() needs to find the rows' contents
+        return rows                                                 # what copy() needs to find the contents
 
     def copy(self, held: Tensor, targets: Tensor, used: int) -> None:
         """The first `used` columns of the held rows over rows targets; all is read before it is written."""
@@ -108,19 +109,21 @@ class RowLayer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends k, v [B,Q,K,d], then attends q [B,Q,H,d] -> [B,Q,H,d]."""
         self.flat.index_copy_(0, self.plan.where, torch.cat([k, v], -1).view(-1, 2 * self.d))
-        return self.look(q * self.d ** -0.5)
+        return self.look(q * self.d ** -0.5, self.plan.bias)
 
-    def attend_merged(self, qkv: Tensor) -> Tensor:
-        """The same for fast.py: qkv [B*Q, (H + 2K) d] in its order of heads, q scaled. -> [B*Q, H d]."""
+    def attend_merged(self, qkv: Tensor, last: bool) -> Tensor:
+        """The same for fast.py: qkv [B*Q, (H + 2K) d] in its order, q scaled. -> [B*Q, H d], last: [B, H d]."""
         kv_width = 2 * self.kv.shape[1] * self.d
         q, kv = qkv.split([qkv.shape[1] - kv_width, kv_width], 1)
         self.flat.index_copy_(0, self.plan.where, kv.reshape(-1, 2 * self.d))
-        return self.look(q.view(*self.plan.shape, -1, self.d)).view(q.shape)
+        q = q.view(*self.plan.shape, -1, self.d)                    # [B,Q,H,d]
+        o = self.look(q[:, -1:], self.plan.last_bias) if last else self.look(q, self.plan.bias)
+        return o.flatten(2).flatten(0, 1)
 
-    def look(self, q: Tensor) -> Tensor:
+    def look(self, q: Tensor, bias: Tensor) -> Tensor:
         plan = self.plan
         kv = self.kv[plan.first:plan.first + plan.shape[0]].flatten(0, 1)[:, :plan.L]   # [B*K,L,2d], a view
-        return attend(q, *kv.split(self.d, -1), plan.bias)
+        return attend(q, *kv.split(self.d, -1), bias)
 
 
 # ---- blocks and a table ------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ class Blocks:
         return self.table[rows].long()                              # before assign() changes the table
 
     def copy(self, held: Tensor, targets: Tensor, used: int) -> None:
-        """Contents of the held blocks into those the targets now have; a sequence that only moved keeps its own."""
+        """Contents of the held blocks into those the targets have now; who only moved keeps its own."""
         n = -(-used // self.block)
         i, j = held[:, :n].flatten(), self.table[targets, :n].long().flatten()
         differ = i != j

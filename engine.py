@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import ROWS, Blocks, Plan, Rows
-from fast import Weights, block_forward, mtp_input, rotations
+from fast import Weights, block_forward, mtp_input, normed, rotations
 from kernels.rope import rope_tables
 from model import MiMo
 from mtp import accept_greedy
@@ -147,7 +147,7 @@ class Engine:
                  fast: bool | None = None):
         cfg, w = model.cfg, model.lm_head.weight
         if not 0 <= n_draft <= len(model.mtp_layers):
-            raise ValueError(f"n_draft = {n_draft} should be 0 to {len(model.mtp_layers)}, the MTP layers there are")
+            raise ValueError(f"n_draft = {n_draft} should be 0 to {len(model.mtp_layers)}, the MTP layers")
         if slots < 1 or max_len < 2:
             raise ValueError(f"slots = {slots} and max_len = {max_len} should be at least 1 and 2")
         layout = layout or ("blocks" if w.is_cuda else "rows")
@@ -204,11 +204,12 @@ class Engine:
         if request.id in self.ids:
             raise ValueError(f"{name}: a request with this id is in flight")
         if not 1 <= n < self.max_len:
-            raise ValueError(f"{name}: its prompt of {n} tokens should have 1 to max_len - 1 = {self.max_len - 1}")
+            raise ValueError(f"{name}: its prompt of {n} tokens should have 1 to max_len - 1 = "
+                             f"{self.max_len - 1}")
         r = request
         if r.max_tokens < 1 or not r.temperature >= 0 or not 0 < r.top_p <= 1 or r.top_k < 0:
-            raise ValueError(f"{name}: max_tokens = {r.max_tokens} should be >= 1, temperature = {r.temperature} "
-                             f">= 0, top_p = {r.top_p} in (0, 1], top_k = {r.top_k} >= 0")
+            raise ValueError(f"{name}: max_tokens = {r.max_tokens} should be >= 1, temperature = "
+                             f"{r.temperature} >= 0, top_p = {r.top_p} in (0, 1], top_k = {r.top_k} >= 0")
         if len(request.stop) > STOPS:
             raise ValueError(f"{name}: {len(request.stop)} stop ids should be at most {STOPS}")
         if min(request.prompt) < 0 or max(request.prompt) >= V:
@@ -234,7 +235,8 @@ class Engine:
         if not self.decoding:
             return []
         A, cuda = len(self.decoding), self.device.type == "cuda"
-        R = min(1 << (A - 1).bit_length(), self.S) if cuda else max(A, ROWS)
+        # a product needs ROWS rows (cache.py): so many sequences of n_draft + 1 tokens; graphs want few sizes
+        R = min(1 << (A - 1).bit_length(), self.S) if cuda else max(A, -(-ROWS // (self.n_draft + 1)))
         self.state["n"][A:R] = 1                                    # rows that only make up the number
         self.steps, self.rows = self.steps + 1, self.rows + A
         if cuda:
@@ -270,7 +272,7 @@ class Engine:
             return
         owned = getattr(self.cache, "owned", {})
         if leader and group and owned:
-            # its blocks are the ones being read into: they go to the next of the group, whose own are given back
+            # its blocks are being read into: they go to the next of the group, whose own are given back
             owned[request.id], owned[group[0].id] = owned[group[0].id], owned[request.id]
         self.cache.give(request.id)
 
@@ -339,10 +341,10 @@ class Engine:
         h = self.trunk(tokens[first:].gather(1, positions), self.plan(first, positions))
         if self.n_draft == 0:
             return
-        plan = self.plan(first, positions)
+        plan, hidden = self.plan(first, positions), self.mtp_hidden(h)
         for k in range(self.n_draft):
             # slot p of layer k takes x_{p+k+1}, from the prompt where known; draft() re-runs the last k slots
-            self.mtp(k, h, tokens[first:].gather(1, (positions + k + 1).clamp_max(C - 1)), plan)
+            self.mtp(k, hidden, tokens[first:].gather(1, (positions + k + 1).clamp_max(C - 1)), plan)
         for j in range(B):                                       # the last states of each, not of its padding
             first, end, row = max(new[j] - self.ring, done[j]), new[j], B - 1 - j
             slots = self.column[first:end] % self.ring
@@ -375,14 +377,15 @@ class Engine:
 
     def keep_reading(self, keep: list[int], sources=(), new=()) -> None:
         """
-        Only the groups `keep` go on reading, closed up towards the end of the cache; requests `new`, read in rows
-        sources, take the front rows up to A. One rearrangement, for the old and the new places overlap.
+        Only the groups `keep` go on reading, closed up towards the end of the cache; requests `new`, read in
+        rows sources, take the front rows up to A. One rearrangement, for old and new places overlap.
         """
         before, end = len(self.reading), self.S - 1
         if len(keep) == before:
             return
         self.reading, A = [self.reading[j] for j in keep], len(self.decoding)
-        self.arrange([*sources, *(end - j for j in keep)], [*range(A - len(new), A), *(end - i for i in range(len(keep)))],
+        targets = [*range(A - len(new), A), *(end - i for i in range(len(keep)))]
+        self.arrange([*sources, *(end - j for j in keep)], targets,
                      [r.id for r in new] + [group[0].id for group in self.reading])
         for row in range(max(A, end - before + 1), end - len(keep) + 1):
             self.cache.assign(row, None)
@@ -408,15 +411,28 @@ class Engine:
                 x = block(x, plan.cos, plan.sin, None, cache)
         return x.view(*ids.shape, -1)
 
-    def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan) -> Tensor:
-        """MTP layer k over its own cache; h [B,Q,D], ahead [B,Q] the tokens k+1 after h's. -> z [B,Q,D]."""
-        cfg, layer, emb = self.model.cfg, self.model.mtp_layers[k], self.model.embed_tokens(ahead)
-        i = cfg.n_layer + k
-        self.cache.layers[i].plan = plan
+    def mtp_hidden(self, h: Tensor) -> Tensor:
+        """What all MTP layers share of their input: h [B,Q,D] from BEFORE the final norm."""
+        return normed(h, self.model.cfg.rms_eps) if self.fast else h
+
+    def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan, last: bool = False) -> Tensor:
+        """
+        MTP layer k over its own cache; h from mtp_hidden, ahead [B,Q] the tokens k+1 places after h's. -> z [B,Q,D],
+        or with last [B,D] of each sequence's last token alone.
+        """
+        cfg, layer = self.model.cfg, self.model.mtp_layers[k]
+        cache = self.cache.layers[cfg.n_layer + k]
+        cache.plan = plan
         if not self.fast:
-            return layer(h, emb, plan.cos, plan.sin, None, self.cache.layers[i])
-        z = mtp_input(layer, h.flatten(0, 1), emb.flatten(0, 1), cfg.rms_eps)
-        return block_forward(z, layer, self.weights.merged[i], self.cache.layers[i], cfg).view(h.shape)
+            z = layer(h, self.model.embed_tokens(ahead), plan.cos, plan.sin, None, cache)
+            return z[:, -1] if last else z
+        z = mtp_input(self.weights.entry[k], h.flatten(0, 1), ahead.flatten(), self.model)
+        z = block_forward(z, layer, self.weights.merged[cfg.n_layer + k], cache, cfg, last)
+        return z if last else z.view(h.shape)
+
+    def head(self, x: Tensor, norm) -> Tensor:
+        """The shared head behind the trunk's norm or an MTP layer's. x [N,D] -> fp32 [N,V]."""
+        return F.linear(F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps), self.model.lm_head.weight).float()
 
     def decode(self, R: int) -> tuple[Tensor, int]:
         """
@@ -431,7 +447,7 @@ class Engine:
         h = self.trunk(ids, self.plan(0, positions))                # [R,Q,D]
         settings = [s[name].repeat_interleave(Q) for name in ("temperature", "top_p", "top_k") if self.fancy]
         u = s["u"].gather(1, positions + 1).flatten()
-        drawn, logp = (t.view(R, Q) for t in draw(self.model.logits(h.flatten(0, 1)), u, *settings))
+        drawn, logp = (t.view(R, Q) for t in draw(self.head(h.flatten(0, 1), self.model.norm), u, *settings))
         s["tokens"].scatter_(1, positions + 1, drawn)
         s["logp"].scatter_(1, positions + 1, logp)
         is_stop = (drawn[:, :, None] == s["stop"][:, None, :]).any(-1)          # [R,Q]
@@ -442,7 +458,7 @@ class Engine:
         right = accept_greedy(ids[:, 1:], drawn)                    # [R] drafts that were right, in a row
         to_stop = (is_stop.cumsum(1) == 0).sum(1)                   # [R] tokens before the first stop token
         gain = torch.minimum(torch.minimum(right, to_stop) + 1, s["limit"] - n).clamp(1, Q)
-        # draft k was looked at if the token at its place was kept, and it existed (not after a 1-token prompt)
+        # draft k was looked at if its place's token was kept, and it existed (not after a 1-token prompt)
         k = self.column[:self.n_draft]
         looked = (k < gain[:, None]) & (n > 1)[:, None]
         s["drafted"] += looked
@@ -460,16 +476,16 @@ class Engine:
 
             slots   n-E-n_draft ............ n-3  n-2             slot p of layer k takes the token x_{p+k+1}
         """
-        rows, s, m, W = slice(first, first + B), self.state, self.model, E + self.n_draft - 1
+        rows, s, W = slice(first, first + B), self.state, E + self.n_draft - 1
         n, tokens = s["n"][rows, None], s["tokens"][rows]
         slots = n - 1 + self.column[:W] - W                         # [B,W], the last one is n-2
         real = slots.clamp_min(0)
         plan = self.plan(first, real, torch.where(slots < 0, self.columns - 1, real))
-        h = s["h"][rows].gather(1, (real % self.ring)[..., None].expand(-1, -1, m.cfg.d_model))     # [B,W,D]
-        for k, layer in enumerate(m.mtp_layers[:self.n_draft]):
-            z = self.mtp(k, h, tokens.gather(1, real + k + 1), plan)[:, -1]     # [B,W,D] -> [B,D]
-            logits = F.linear(layer.final_layernorm(z), m.lm_head.weight)       # [B,V]
-            tokens.scatter_(1, n + k, logits.argmax(-1, keepdim=True))
+        ring = (real % self.ring)[..., None].expand(-1, -1, self.model.cfg.d_model)
+        h = self.mtp_hidden(s["h"][rows].gather(1, ring))           # [B,W,D]
+        for k, layer in enumerate(self.model.mtp_layers[:self.n_draft]):
+            z = self.mtp(k, h, tokens.gather(1, real + k + 1), plan, last=True)         # [B,W,D] -> [B,D]
+            tokens.scatter_(1, n + k, self.head(z, layer.final_layernorm).argmax(-1, keepdim=True))
 
     def replay(self, R: int) -> Tensor:
         """decode() and draft() as one CUDA graph per number of rows (a power of two) and kind of sampling."""
@@ -533,8 +549,8 @@ class Engine:
 
     def arrange(self, sources: list[int], targets: list[int], keys: list) -> None:
         """
-        Row targets[x] becomes that of request keys[x] and takes over the state and the cached tokens of row sources[x];
-        everything is read before anything is written.
+        Row targets[x] becomes that of request keys[x] and takes over the state and the cached tokens of row
+        sources[x]; everything is read before anything is written.
         """
         if not sources:
             return
