@@ -77,7 +77,7 @@ view."""
         plan.where = (self.heads[first:first + B] + columns[:, :, None]).flatten()     # [B*Q*K]
         plan.L = L = min(-(-(int(positions.max()) + 1) // KEYS) * KEYS, self.columns)
         bias = torch.where(self.column[:L] <= positions[:, :, None], self.zero, self.never)     # [B,Q,L]
-        plan.last_bias = bias[:, None, -1:]                         # [B,1,1,L], for the last token of each alone
+        plan.last_bias = bias[:, None, -1:]                      # [B,1,1,L], for the last token of each alone
         if Q > 1:                                                   # one row for each row of q in attend()
             bias = bias.repeat_interleave(self.G, 1).repeat(1, -(-ROWS // (Q * self.G)), 1)
         plan.bias = bias[:, None]                                   # [B,1,1 or R,L]
@@ -112,7 +112,7 @@ class RowLayer:
         return self.look(q * self.d ** -0.5, self.plan.bias)
 
     def attend_merged(self, qkv: Tensor, last: bool) -> Tensor:
-        """The same for fast.py: qkv [B*Q, (H + 2K) d] in its order, q scaled. -> [B*Q, H d], last: [B, H d]."""
+        """The same for fast.py: qkv [B*Q, (H + 2K) d], q scaled. -> [B*Q, H d], with last [B, H d]."""
         kv_width = 2 * self.kv.shape[1] * self.d
         q, kv = qkv.split([qkv.shape[1] - kv_width, kv_width], 1)
         self.flat.index_copy_(0, self.plan.where, kv.reshape(-1, 2 * self.d))

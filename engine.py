@@ -159,7 +159,7 @@ class Engine:
         K, d = cfg.n_kv_head, cfg.head_dim
         shape = (cfg.n_layer + n_draft, self.S, K, cfg.n_head // K, columns, d)
         if layout == "rows":
-            self.cache, self.memory = Rows(*shape, w.dtype, w.device), slots * max_len
+            self.cache, self.memory = Rows(*shape, w.dtype, w.device), slots * columns
         else:
             if n_draft > 4:
                 raise ValueError(f"n_draft = {n_draft} should be at most 4: kernels.decode takes 8 tokens")
@@ -417,8 +417,8 @@ class Engine:
 
     def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan, last: bool = False) -> Tensor:
         """
-        MTP layer k over its own cache; h from mtp_hidden, ahead [B,Q] the tokens k+1 places after h's. -> z [B,Q,D],
-        or with last [B,D] of each sequence's last token alone.
+        MTP layer k over its own cache; h from mtp_hidden, ahead [B,Q] the tokens k+1 places after h's. -> z
+        [B,Q,D], or with last [B,D] of each sequence's last token alone.
         """
         cfg, layer = self.model.cfg, self.model.mtp_layers[k]
         cache = self.cache.layers[cfg.n_layer + k]
@@ -432,7 +432,8 @@ class Engine:
 
     def head(self, x: Tensor, norm) -> Tensor:
         """The shared head behind the trunk's norm or an MTP layer's. x [N,D] -> fp32 [N,V]."""
-        return F.linear(F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps), self.model.lm_head.weight).float()
+        x = F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+        return F.linear(x, self.model.lm_head.weight).float()
 
     def decode(self, R: int) -> tuple[Tensor, int]:
         """

@@ -1,21 +1,23 @@
 """
-The forward pass for generation in fp32 on a CPU: model.py's and mtp.py's functions in fewer, larger operations.
+The forward pass for generation in fp32 on a CPU: model.py's and mtp.py's functions in fewer, larger
+operations.
 
-At batch 1 a small model spends its time between operations, not in them: Block.forward needs some 60 kernels a
-layer, this file 24, and a step takes about half as long (docs/engine.md). It computes the same function up to
-rounding; tests/test_engine.py holds it against model.py. On a GPU the engine runs model.py in a CUDA graph.
+At batch 1 a small model spends its time between operations, not in them: Block.forward needs some 60 kernels
+a layer, this file 24, and a step takes about half as long (docs/engine.md). It computes the same function up
+to rounding; tests/test_engine.py holds it against model.py. On a GPU the engine runs model.py in a CUDA
+graph.
 
 What is merged, on a private copy of the weights:
-  q, k and v in one product, 1/sqrt(d) folded into q; gate and up in one product; the gain of each RMSNorm folded
-  into the product behind it; residual adds inside the products;
-  RoPE as one complex product: the pairs (i, i + d/2) that it rotates are made neighbours by permuting the rows
-  of W_q and W_k, which no dot product of a query with a key can notice:
+  q, k and v in one product, 1/sqrt(d) folded into q; gate and up in one product; the gain of each RMSNorm
+  folded into the product behind it; residual adds inside the products; RoPE as one complex product: the pairs
+  (i, i + d/2) that it rotates are made neighbours by permuting the rows of W_q and W_k, which no dot product
+  of a query with a key can notice:
 
       (x1 cos - x2 sin, x2 cos + x1 sin)  =  (x1 + i x2) (cos + i sin)
 
   v heads pass through the same product with factor 1, so q, k, v need no splitting before it;
-  MTP input: W [hidden ; embedding] = W_h hidden + W_e embedding, and the second term is a function of the token
-  alone: a table, where the vocabulary is small.
+  MTP input: W [hidden ; embedding] = W_h hidden + W_e embedding, and the second term is a function of the
+  token alone: a table, where the vocabulary is small.
 """
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,8 @@ TABLE = 1 << 22    # most entries of a table of embedding terms, per MTP layer
 
 
 class Weights:
-    """The merged weights of one model, made again after any parameter was written to (an optimizer step, a load)."""
+    """The merged weights of one model, made again after any parameter was written to (an optimizer step, a
+load)."""
     def __init__(self, model: MiMo, n_mtp: int):
         self.model, self.blocks, self.n_mtp = model, [*model.layers, *model.mtp_layers[:n_mtp]], n_mtp
         self.params, self.version, self.merged, self.entry = list(model.parameters()), None, [], []
@@ -46,7 +49,8 @@ class Weights:
 def merge(block: Block, cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     """qkv weight [(H + 2K) d, D] in the order q heads, k0 v0 k1 v1 ..., its bias, gate|up weight [2F, D]."""
     H, K, d, a, mlp = cfg.n_head, cfg.n_kv_head, cfg.head_dim, block.self_attn, block.mlp
-    pairs = torch.arange(d, device=a.q_proj.weight.device).view(2, d // 2).T.flatten()  # 0, d/2, 1, d/2 + 1 ...
+    # 0, d/2, 1, d/2 + 1 ...
+    pairs = torch.arange(d, device=a.q_proj.weight.device).view(2, d // 2).T.flatten()
 
     def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q.view(H, d, -1)[:, pairs] * d ** -0.5, k.view(K, d, -1)[:, pairs], v.view(K, d, -1)
@@ -57,7 +61,8 @@ def merge(block: Block, cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def merge_entry(layer: MTPLayer, model: MiMo) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W_h with the hidden norm's gain [D,D], W_e likewise [D,D], and W_e embedding for each token [V,D] or None."""
+    """W_h with the hidden norm's gain [D,D], W_e likewise [D,D], and W_e embedding for each token [V,D] or
+None."""
     w_h, w_e = layer.input_proj.weight.chunk(2, 1)
     w_h, w_e = w_h * layer.hidden_layernorm.weight, w_e * layer.token_layernorm.weight
     emb, (V, D) = model.embed_tokens.weight, model.embed_tokens.weight.shape
@@ -78,10 +83,11 @@ def normed(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, eps)
 
 
-def block_forward(x: Tensor, block: Block, merged: tuple[Tensor, ...], cache, cfg: ModelConfig, last=False) -> Tensor:
+def block_forward(x: Tensor, block: Block, merged: tuple[Tensor, ...], cache, cfg: ModelConfig,
+                  last: bool = False) -> Tensor:
     """
-    Block.forward for x [N,D], N = B*Q tokens in the order of cache.plan; may write to x. last: keys and values for
-    all, everything else only for each sequence's last token. -> [N,D], or [B,D].
+    Block.forward for x [N,D], N = B*Q tokens in the order of cache.plan; may write to x. last: keys and
+    values for all, everything else only for each sequence's last token. -> [N,D], or [B,D].
     """
     (w_qkv, b_qkv, w_gate_up), plan, eps = merged, cache.plan, cfg.rms_eps
     N, H, K, d = x.shape[0], cfg.n_head, cfg.n_kv_head, cfg.head_dim

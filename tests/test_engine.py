@@ -413,6 +413,7 @@ def test_refusals_are_clear(small):
             e.add(request)
     with pytest.raises(ValueError, match="should fit the cache of 8"):
         Engine(small, 2, 16, layout="blocks", memory=8, block=4).add(Request("b", [1] * 9, 4))
+    Engine(small, 1, 16, 1).add(Request("b", [1] * 9, 40))          # exactly the capacity of one slot: taken
     with pytest.raises(ValueError, match="n_draft = 2"):
         Engine(small, 2, 16, 2)
 
