@@ -182,7 +182,7 @@ def decode_attention(q, k_cache, v_cache, block_table, lengths, scale=None):
     S, K = k_cache.shape[1:3]
     if H % K or k_cache.shape != v_cache.shape or k_cache.shape[3] != d or k_cache.stride(3) != 1:
         raise ValueError(f"decode_attention: q {tuple(q.shape)} needs caches [n_blocks, block_size, K, {d}] "
-                         f"of one shape, K dividing {H}, got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}")
+                         f"of one shape, K dividing {H}, got {list(k_cache.shape)}, {list(v_cache.shape)}")
     if block_table.shape[0] != B or lengths.shape != (B,):
         raise ValueError(f"decode_attention: block_table [{B}, max_blocks] and lengths [{B}] expected, got "
                          f"{tuple(block_table.shape)} and {tuple(lengths.shape)}")

@@ -41,7 +41,7 @@ def test_doc_bounds_by_hand():
 
 @pytest.mark.parametrize("cuts", [[0, 64, 100, 128, 256], [0, 1, 2, 3, 4, 5, 6, 7, 9, 40, 128, 200, 256]])
 def test_packed_documents_equal_separate_documents(cuts):
-    """Few documents take the loop, many the mask: both give what each document gives alone, and its gradients."""
+    """Few documents take the loop, many the mask: both give what each document gives alone, gradients too."""
     B, T = 2, 128
     q, k, v = (randn(B, T, n, 16, seed=n, grad=True) for n in (4, 2, 2))
     o = attention(q, k, v, doc_bounds(torch.tensor(cuts, dtype=torch.int32), B, T))

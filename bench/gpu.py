@@ -1,0 +1,450 @@
+"""
+Measurements that need a GPU. One command checks first, then times, each row beside its target.
+
+    python bench/gpu.py kernels              # an H200; writes results/gpu/kernels.csv and .json
+    python bench/gpu.py kernels --dry_run    # any machine: tiny shapes, the numbers mean nothing; out/bench/
+
+All sides of a comparison run in one process on the same tensors. Shares are of ceilings measured in the same
+run: a large bf16 matrix product and a large copy. Times are medians of CUDA-event times with a cold L2 cache.
+Without a GPU the script refuses, unless it is told to dry-run. To expect on an H200: matrix ceiling near 790
+TFLOP/s, copy ceiling near 4.3 TB/s. The targets stand in TARGETS; as of this commit none has been measured.
+
+A further part is a further function here, named as its command: part(run) -> None, which calls run.row(...).
+"""
+import contextlib
+import csv
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import kernels as K  # noqa: E402
+from kernels import attention as A  # noqa: E402
+from kernels import decode as D  # noqa: E402
+from kernels import linear_cross_entropy as L  # noqa: E402
+from kernels import rmsnorm as N  # noqa: E402
+from kernels import rope as R  # noqa: E402
+from kernels import swiglu as S  # noqa: E402
+
+# name of a row -> (unit, at least or at most, value); H200, bf16, the shapes of MiMo-7B
+TARGETS = {
+    "attention forward causal T=8192: ours": ("TFLOP/s", ">=", 420),      # FlashAttention-2 on Hopper: 335
+    "attention backward causal T=8192: ours": ("TFLOP/s", ">=", 300),     # FlashAttention-2 on Hopper: 320
+    "attention forward causal T=32768: ours": ("TFLOP/s", ">=", 420),
+    "attention backward causal T=32768: ours": ("TFLOP/s", ">=", 300),
+    "packed 2k documents at 32k over full causal": ("x", ">=", 8),
+    "linear cross entropy T=8192 over bare products": ("x", "<=", 1.5),
+    "linear cross entropy T=8192: memory beyond weights and gradients": ("GiB", "<=", 1.5),
+    "logprob and entropy of logits over eager": ("x", ">=", 10),
+    "decode B=1 8k Q=1": ("share", ">=", 0.6),
+    "decode B=8 8k Q=1": ("share", ">=", 0.8),
+    "decode B=64 8k Q=1": ("share", ">=", 0.8),
+    "rmsnorm residual forward": ("share", ">=", 0.8),
+    "swiglu forward": ("share", ">=", 0.8),
+    "swiglu backward": ("share", ">=", 0.8),
+    "rope": ("share", ">=", 0.8),
+}
+
+
+class Run:
+    """Device, ceilings, and the rows measured so far."""
+    def __init__(self, dry):
+        self.cuda = torch.cuda.is_available() and not dry
+        self.device = torch.device("cuda" if self.cuda else "cpu")
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.rows, self.matrix, self.copy = [], None, None
+        self.flush = torch.empty(256 << 20 if self.cuda else 16, dtype=torch.int8, device=self.device)
+
+    def ms(self, f, reps=20):
+        """Median milliseconds of f(), L2 cold, after a warm-up that also compiles."""
+        f()
+        times = []
+        for _ in range(reps if self.cuda else 1):
+            if not self.cuda:
+                start = time.perf_counter()
+                f()
+                times.append((time.perf_counter() - start) * 1e3)
+                continue
+            self.flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            f()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+        return statistics.median(times)
+
+    def row(self, name, value, unit, ms=None, note=""):
+        unit_wanted, sense, bar = TARGETS.get(name, (unit, "", None))
+        if unit_wanted != unit:
+            raise ValueError(f"bench/gpu.py: target of '{name}' is in {unit_wanted}, the row in {unit}")
+        met = None if bar is None or not self.cuda else (value >= bar if sense == ">=" else value <= bar)
+        target = f"{sense} {bar}" if bar is not None else ""
+        self.rows.append(dict(name=name, value=round(value, 4), unit=unit, ms=ms and round(ms, 4),
+                              target=target, met=met, note=note))
+        verdict = f"target {target}" + ("" if met is None else " met" if met else " MISSED") if target else ""
+        took = "" if ms is None else f"{ms:9.3f} ms"
+        print(f"{name:66} {value:10.4g} {unit:8} {took:12} {verdict} {note}".rstrip(), flush=True)
+
+    def bandwidth(self, name, f, n_bytes):
+        """A row in share of the copy ceiling, for work that memory bounds."""
+        t = self.ms(f)
+        self.row(name, n_bytes / t / 1e6 / self.copy, "share", t, f"{n_bytes / t / 1e6:.0f} GB/s")
+
+    def randn(self, *shape, grad=False, dtype=None):
+        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype).requires_grad_(grad)
+
+
+def ceilings(run):
+    n = 8192 if run.cuda else 128
+    a, b = run.randn(n, n), run.randn(n, n)
+    t = run.ms(lambda: a @ b)
+    run.matrix = 2 * n**3 / t / 1e9
+    run.row("ceiling: matrix product", run.matrix, "TFLOP/s", t, f"{n}^3")
+    source = torch.empty((4 << 30) if run.cuda else (1 << 20), dtype=torch.int8, device=run.device)
+    target = torch.empty_like(source)
+    t = run.ms(lambda: target.copy_(source))
+    run.copy = 2 * source.numel() / t / 1e6
+    run.row("ceiling: copy", run.copy, "GB/s", t, "read plus written bytes")
+
+
+def attempt(run, name, f):
+    """f(), or None with a printed reason where this device or torch has no such backend."""
+    try:
+        return f()
+    except (RuntimeError, NotImplementedError, ImportError, AttributeError) as e:
+        print(f"{name:66} not available here: {str(e).splitlines()[0][:80]}", flush=True)
+
+
+def exact_attention(q, k, v, bounds):
+    q, k, v = (t.double() for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
+    at = torch.arange(q.shape[1], device=q.device)
+    see = (at[None, :] <= at[:, None]) & (at >= bounds[0][:, :, None])
+    s = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhij,bjhd->bihd", s.masked_fill(~see[:, None], -torch.inf).softmax(-1), v)
+
+
+@contextlib.contextmanager
+def only(table, key, config):
+    """Make one configuration the only one of its list."""
+    kept, table[key] = table[key], [config]
+    try:
+        yield
+    finally:
+        table[key] = kept
+
+
+def every_config(run, d, kinds=("forward", "dq", "dkv")):
+    """(kind, config or None) for all attention configurations of this device; one pass on CPU."""
+    if not run.cuda:
+        yield kinds[0], None, contextlib.nullcontext()
+        return
+    target = K.arch(run.device)
+    for kind in kinds:
+        for config in A.CONFIGS[kind, target, max(d, 64)]:
+            yield kind, config, only(A.CONFIGS, (kind, target, max(d, 64)), config)
+
+
+def check(run):
+    """Every attention configuration against fp64 on ragged packed shapes, and the same bits 20 times."""
+    worst = 0.0
+    for d in (64, 128, 256) if run.cuda else (16,):
+        B, T, H, Kv = (2, 777, 8, 2) if run.cuda else (1, 19, 2, 1)
+        cuts = torch.tensor([0, 1, T // 3, T, B * T], device=run.device, dtype=torch.int32)
+        for docs in (True, False):
+            bounds = A.doc_bounds(cuts if docs else cuts[:1], B, T)
+            q, k, v = (run.randn(B, T, n, d, grad=True) for n in (H, Kv, Kv))
+            do = run.randn(B, T, H, d)
+            want = exact_attention(q, k, v, bounds)
+            exact = (want, *torch.autograd.grad(want, (q, k, v), do.double()))
+            for kind, config, chosen in every_config(run, d):
+                if docs and config and config[2] < 0:
+                    continue
+                with chosen:
+                    got = A.attention(q, k, v, bounds if docs else None)
+                    got = (got, *torch.autograd.grad(got, (q, k, v), do))
+                    for g, e in zip(got, exact, strict=True):
+                        error = ((g.double() - e).norm() / e.norm()).item()
+                        worst = max(worst, error)
+                        if not error <= 1e-2:
+                            raise SystemExit(f"bench/gpu.py: attention {kind} {config} d={d} docs={docs}: "
+                                             f"relative error {error:.1e} over 1e-2")
+                    for _ in range(20 if run.cuda else 1):
+                        again = A.attention(q, k, v, bounds if docs else None)
+                        again = (again, *torch.autograd.grad(again, (q, k, v), do))
+                        if not all(torch.equal(a, g) for a, g in zip(again, got, strict=True)):
+                            raise SystemExit(f"bench/gpu.py: attention {kind} {config} d={d}: runs differ")
+    run.row("check: attention, all configurations, worst relative error", worst, "")
+    check_others(run)
+
+
+def check_others(run):
+    """The other kernels against their own references in fp64, outputs and gradients."""
+    x, r, w, up = (run.randn(*s, grad=True) for s in ((64, 512), (64, 512), (512,), (64, 512)))
+    head, targets = run.randn(1003, 512, grad=True), torch.randint(0, 1003, (64,), device=run.device)
+    cos, sin = R.rope_tables(torch.arange(64, device=run.device), 128, 1e4)
+    heads = lambda t: t.view(1, 64, 4, 128)
+    rotate = lambda t: R.rotate(heads(t), cos.to(t.dtype), sin.to(t.dtype))
+    norm = lambda x, w: N.rmsnorm_reference(x, w, 1e-5)
+    logp = lambda x, head: (x @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    cases = {
+        "rmsnorm": (lambda x, w: N.rmsnorm(x, w, 1e-5), norm, (x, w)),
+        "rmsnorm_residual": (lambda x, r, w: N.rmsnorm_residual(x, r, w, 1e-5)[0],
+                             lambda x, r, w: norm(x + r, w), (x, r, w)),
+        "swiglu": (S.swiglu, lambda g, u: F.silu(g) * u, (x, up)),
+        "rope": (lambda q, k: torch.cat(R.rope(heads(q), heads(k), cos, sin)),
+                 lambda q, k: torch.cat((rotate(q), rotate(k))), (x, up)),
+        "linear_cross_entropy": (lambda x, head: L.linear_cross_entropy(x, head, targets, chunk=48),
+                                 lambda x, head: -logp(x, head).sum(), (x, head)),
+        "logprob_entropy": (lambda x, head: L.logprob_entropy(x, head, targets, chunk=48)[0], logp,
+                            (x, head)),
+    }
+    for name, (ours, reference, inputs) in cases.items():
+        exact = [t.detach().double().requires_grad_() for t in inputs]
+        got, want = ours(*inputs), reference(*exact)
+        g = torch.randn_like(want)
+        pairs = [(got, want), *zip(torch.autograd.grad(got, inputs, g.to(got.dtype)),
+                                   torch.autograd.grad(want, exact, g), strict=True)]
+        error = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+        if not error <= 1e-2:
+            raise SystemExit(f"bench/gpu.py: {name} is wrong: relative error {error:.1e} over 1e-2")
+        run.row(f"check: {name}, worst relative error", error, "")
+    check_decode(run)
+
+
+def check_decode(run):
+    B, H, Kv, d, block = 3, 32, 8, 128, 16
+    lengths = torch.tensor([500, 37, 4], device=run.device, dtype=torch.int32)
+    table = torch.randperm(B * 32, device=run.device).view(B, 32).int()
+    k, v = (run.randn(B * 32, block, Kv, d) for _ in range(2))
+    worst = 0.0
+    for Q in (1, 4):
+        q = run.randn(B, Q, H, d)
+        want = D.decode_reference(q.double(), k.double(), v.double(), table, lengths)
+        got = D.decode_attention(q, k, v, table, lengths)
+        worst = max(worst, ((got.double() - want).norm() / want.norm()).item())
+    if not worst <= 1e-2:
+        raise SystemExit(f"bench/gpu.py: decode attention is wrong: relative error {worst:.1e} over 1e-2")
+    run.row("check: decode, worst relative error", worst, "")
+
+
+def sides(run, q, k, v):
+    """name -> forward function of ours and of the others, [B, T, H, d] in and out."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def sdpa(backend):
+        def f():
+            with sdpa_kernel(backend):
+                heads = (t.transpose(1, 2) for t in (q, k, v))
+                return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+        return f
+
+    def flex():
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        T = q.shape[1]
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=run.device.type)
+        call = torch.compile(flex_attention) if run.cuda else flex_attention
+        return lambda: call(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask,
+                            enable_gqa=True).transpose(1, 2)
+
+    return {"ours": lambda: A.attention(q, k, v), "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+            "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+            "FlexAttention": attempt(run, "FlexAttention", flex)}
+
+
+def time_attention(run):
+    H, Kv, d = (32, 8, 128) if run.cuda else (4, 2, 16)
+    for T in (2048, 8192, 32768) if run.cuda else (64,):
+        q, k, v = (run.randn(1, T, n, d, grad=True) for n in (H, Kv, Kv))
+        do = run.randn(1, T, H, d)
+        flops = 4 * H * T * T * d / 2
+        name = lambda way, who: f"attention {way} causal T={T}: {who}"  # noqa: B023
+        for who, f in sides(run, q, k, v).items():
+            o = f and attempt(run, name("forward", who), f)
+            if o is None:
+                continue
+            with torch.no_grad():
+                t = run.ms(f)
+            share = f"{flops / t / 1e9 / run.matrix:.0%}"
+            run.row(name("forward", who), flops / t / 1e9, "TFLOP/s", t, share)
+            t = attempt(run, name("backward", who), lambda: run.ms(
+                lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True)))  # noqa: B023
+            if t:
+                run.row(name("backward", who), 2.5 * flops / t / 1e9, "TFLOP/s", t,
+                        f"{2.5 * flops / t / 1e9 / run.matrix:.0%}")
+        if T == 8192:  # which configuration should come first in its list
+            o = A.attention(q, k, v)
+            for kind, config, chosen in every_config(run, d):
+                with chosen:
+                    f = ((lambda: A.attention(q, k, v)) if kind == "forward" else  # noqa: B023
+                         (lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True)))  # noqa: B023
+                    t = run.ms(f)
+                    work = flops * (1 if kind == "forward" else 2.5)
+                    run.row(f"configuration {kind} {config}", work / t / 1e9, "TFLOP/s", t)
+    packed(run, q, k, v, do)
+
+
+def packed(run, q, k, v, do):
+    """2k documents in the longest row against full causal, forward and backward together."""
+    T = q.shape[1]
+    cuts = torch.arange(0, T + 1, max(T // 16, 1), device=run.device, dtype=torch.int32)
+    bounds = A.doc_bounds(cuts, 1, T)
+
+    def both(b):
+        torch.autograd.grad(A.attention(q, k, v, b), (q, k, v), do)
+
+    full, short = run.ms(lambda: both(None)), run.ms(lambda: both(bounds))
+    run.row("packed 2k documents at 32k over full causal", full / short, "x", short, f"full {full:.2f} ms")
+
+
+def time_head(run):
+    T, d, V = (8192, 4096, 151_680) if run.cuda else (64, 32, 301)
+    x, w = run.randn(T, d, grad=True), (run.randn(V, d) * 0.02).requires_grad_()
+    targets = torch.randint(0, V, (T,), device=run.device)
+
+    def products():  # forward, dx and dW in the same chunks, nothing else
+        dw = torch.zeros_like(w)
+        for i in range(0, T, 2048):
+            z = x[i:i + 2048] @ w.T
+            z @ w
+            dw.addmm_(z.T, x[i:i + 2048])
+
+    ours = lambda: torch.autograd.grad(L.linear_cross_entropy(x, w, targets), (x, w))
+    eager = lambda: torch.autograd.grad(F.cross_entropy((x @ w.T).float(), targets, reduction="sum"), (x, w))
+    torchs = lambda: torch.autograd.grad(F.linear_cross_entropy(x, w, targets, reduction="sum"), (x, w))
+    with torch.no_grad():
+        bare = run.ms(products)
+    t = run.ms(ours)
+    run.row("linear cross entropy T=8192 over bare products", t / bare, "x", t, f"products {bare:.1f} ms")
+    for name, f in (("eager", eager), ("F.linear_cross_entropy", torchs)):
+        t = attempt(run, f"linear cross entropy: {name}", lambda f=f: run.ms(f, reps=5))
+        if t:
+            run.row(f"linear cross entropy T=8192: {name} over bare products", t / bare, "x", t)
+    if run.cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        grads = ours()
+        beyond = torch.cuda.max_memory_allocated() - before - sum(g.numel() * g.element_size() for g in grads)
+        run.row("linear cross entropy T=8192: memory beyond weights and gradients", beyond / 2**30, "GiB")
+    rows = 4096 if run.cuda else 16
+    z = torch.randn(rows, V, device=run.device)
+
+    def eager_logprob():
+        logp = z.log_softmax(-1)
+        return logp.gather(1, targets[:rows, None]), -(logp.exp() * logp).sum(-1)
+
+    # _logprob's reference works in z's memory; the Triton kernel only reads it
+    fused = (lambda: L.logprob_(z, targets[:rows], 1.0)) if run.cuda else (
+        lambda: L.logprob_(z.clone(), targets[:rows], 1.0))
+    slow, t = run.ms(eager_logprob), run.ms(fused)
+    run.row("logprob and entropy of logits over eager", slow / t, "x", t, f"eager {slow:.2f} ms, {rows} rows")
+
+
+def time_decode(run):
+    H, Kv, d, T = (32, 8, 128, 8192) if run.cuda else (4, 2, 16, 64)
+    for B in (1, 8, 64):
+        copies = max(1, 16 // B) if run.cuda else 1  # one sequence's cache would stay in L2 between calls
+        caches = [run.randn(B * T // 64, 64, Kv, d) for _ in range(2 * copies)]
+        table = torch.randperm(B * T // 64, device=run.device).view(B, -1).int()
+        lengths = torch.full((B,), T, device=run.device, dtype=torch.int32)
+        turn = [0]
+        for Q in (1, 4):
+            q = run.randn(B, Q, H, d)
+
+            def f():
+                i = turn[0] = (turn[0] + 1) % copies  # noqa: B023
+                return D.decode_attention(q, caches[2 * i], caches[2 * i + 1], table, lengths)  # noqa: B023
+
+            run.bandwidth(f"decode B={B} 8k Q={Q}", f, 2 * B * T * Kv * d * caches[0].element_size())
+
+
+def time_elementwise(run):
+    T, d, ff = (8192, 4096, 11_008) if run.cuda else (64, 32, 48)
+    size = torch.empty(0, dtype=run.dtype).element_size()
+    x, r, dy = (run.randn(T, d, grad=True) for _ in range(3))
+    w = run.randn(d, grad=True)
+    with torch.no_grad():
+        run.bandwidth("rmsnorm residual forward", lambda: N.rmsnorm_residual(x, r, w), 4 * T * d * size)
+        run.bandwidth("rmsnorm residual forward: eager, F.rms_norm", lambda: F.rms_norm(x + r, (d,), w, 1e-5),
+                      4 * T * d * size)
+    y, s = N.rmsnorm_residual(x, r, w)
+    run.bandwidth("rmsnorm residual backward",
+                  lambda: torch.autograd.grad((y, s), (x, r, w), (dy, dy), retain_graph=True),
+                  4 * T * d * size)
+    gate, up, dout = (run.randn(T, ff, grad=True) for _ in range(3))
+    with torch.no_grad():
+        run.bandwidth("swiglu forward", lambda: S.swiglu(gate, up), 3 * T * ff * size)
+        run.bandwidth("swiglu forward: eager", lambda: F.silu(gate) * up, 3 * T * ff * size)
+    h = S.swiglu(gate, up)
+    run.bandwidth("swiglu backward", lambda: torch.autograd.grad(h, (gate, up), dout, retain_graph=True),
+                  5 * T * ff * size)
+    H, Kv, dh = (32, 8, 128) if run.cuda else (2, 1, 16)
+    q, k = run.randn(1, T, H, dh), run.randn(1, T, Kv, dh)
+    cos, sin = R.rope_tables(torch.arange(T, device=run.device), dh, 1e4)
+    n_bytes = 2 * (q.numel() + k.numel()) * size
+    run.bandwidth("rope", lambda: R.rope(q, k, cos, sin), n_bytes)
+    run.bandwidth("rope: eager", lambda: (R.rotate(q, cos, sin), R.rotate(k, cos, sin)), n_bytes)
+
+
+def kernels(run):
+    """Correctness first; then each kernel beside what a user would take instead."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        check(run)
+        time_attention(run)
+        time_head(run)
+        time_decode(run)
+        time_elementwise(run)
+
+
+def main(argv):
+    parts = {name: f for name, f in globals().items() if name in ("kernels", "train", "decode")}
+    names, flags = [a for a in argv if not a.startswith("-")], {a for a in argv if a.startswith("-")}
+    if len(names) != 1 or names[0] not in parts or flags - {"--dry_run", "--dry_run=True"}:
+        raise SystemExit(f"usage: python bench/gpu.py {'|'.join(parts)} [--dry_run]")
+    name, dry = names[0], bool(flags)
+    if not dry and not torch.cuda.is_available():
+        raise SystemExit("bench/gpu.py: no CUDA device; --dry_run runs all of it on the CPU with tiny shapes")
+    run = Run(dry)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    about = dict(command=f"python bench/gpu.py {' '.join(argv)}", commit=git.stdout.strip(), dry_run=dry,
+                 device=torch.cuda.get_device_name() if run.cuda else "cpu",
+                 torch=torch.__version__, triton=getattr(K.triton, "__version__", None),
+                 cuda=torch.version.cuda,
+                 python=platform.python_version(), seed=0,
+                 started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
+    print(json.dumps(about))
+    start = time.time()
+    ceilings(run)
+    parts[name](run)
+    about["seconds"] = round(time.time() - start, 1)
+    aims = [r for r in run.rows if r["met"] is not None]
+    about["targets_met"], about["targets"] = sum(r["met"] for r in aims), len(aims)
+    folder = ROOT / ("out/bench" if dry else "results/gpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(about | dict(rows=run.rows), indent=1) + "\n")
+    with (folder / f"{name}.csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(run.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(run.rows)
+    if any(not math.isfinite(r["value"]) for r in run.rows):
+        raise SystemExit("bench/gpu.py: a value is not finite")
+    print(f"wrote {folder / name}.json and .csv in {about['seconds']} s")
+    print("dry run: every line ran, the numbers mean nothing" if dry else
+          f"{about['targets_met']} of {about['targets']} targets met")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
