@@ -39,7 +39,7 @@ def test_doc_bounds_by_hand():
     assert doc_bounds(torch.tensor([0, 8], dtype=torch.int32), 2, 4).dtype == torch.int32
 
 
-@pytest.mark.parametrize("cuts", [[0, 64, 100, 128, 256], [0, 1, 2, 3, 4, 5, 6, 7, 9, 40, 128, 200, 256]])
+@pytest.mark.parametrize("cuts", [[0, 64, 100, 128, 256], [*range(60), 128, 200, 256]])
 def test_packed_documents_equal_separate_documents(cuts):
     """Few documents take the loop, many the mask: both give what each document gives alone, gradients too."""
     B, T = 2, 128
