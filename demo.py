@@ -3,8 +3,8 @@ The whole recipe on a laptop CPU, from raw HTML to reinforcement learning (repor
 
     make demo            # or: python demo.py, in an environment with requirements.txt
 
-    prepare -> pretrain (3 stages, then MTP) -+-> RL-Zero ------------> evaluate base, rl_zero
-                                              +-> SFT ------> RL -----> evaluate sft, rl
+    prepare -> pretrain (3 stages, then MTP) -+-> base ---------> RL-Zero
+                                              +-> SFT ----------> RL          each evaluated on held-out problems
 
 Every step is the script that also trains 7B, run as a process of its own with one thread; after pre-training the two
 branches run side by side. What a step prints goes to out/tiny/logs, its numbers to metrics.jsonl in its folder. The end:
@@ -37,6 +37,7 @@ class Config:
     fresh: bool = False         # delete `out` first
     samples: int = 8            # answers per held-out problem in the table, avg@samples
     base_samples: int = 16      # the same for the base model, whose pass@16 is its potential
+    estimate_samples: int = 4   # answers per RL problem and model for difficulty estimation [paper 3.2: 16]
 
 
 def main(cfg: Config) -> None:
@@ -45,26 +46,36 @@ def main(cfg: Config) -> None:
     if cfg.fresh and out.exists():
         shutil.rmtree(out)
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    clock, memory = Clock(out), Memory()
+    clock, memory, began = Clock(out), Memory(), time.perf_counter()
     evaluate = lambda name, n, tasks: ["eval.py", f"--ckpt={out}/{name}", f"--samples={n}", f"--tasks={tasks}"]
 
-    print("1/4  the tiny world: problems, HTML pages, extraction, dedup, tags, shards")
-    run(clock, "prepare", ["-m", "data.prepare"], out / "data/valid/synth", show=True)
-    print("2/4  pre-training in three stages, then two more MTP layers")
+    problems = lambda kind: f"--problems={out}/problems/{kind}.jsonl"
+    estimate = lambda name: ["eval.py", f"--ckpt={out}/{name}", problems("rl_all"), f"--samples={cfg.estimate_samples}", "--temperature=1.0",
+                             "--top_p=1.0", f"--out={out}/difficulty/{name}.json"]
+
+    print("1/5  the tiny world: problems, HTML pages, extraction, dedup, tags, shards")
+    run(clock, "prepare", ["-m", "data.prepare"], out / "data/valid/synth.json", show=True)
+    print("2/5  pre-training in three stages, then two more MTP layers")
     run(clock, "pretrain", ["pretrain.py", "config/tiny.py"], None, show=True)
-    print("3/4  two branches side by side: RL-Zero | SFT, then RL; each evaluated on held-out problems")
-    branches = [
-        [("rl_zero", ["rl.py", "config/tiny_rl_zero.py"], None),
-         ("eval_rl_zero", evaluate("rl_zero", cfg.samples, ["problems"]), out / "rl_zero/eval.json"),
-         ("eval_base", evaluate("base", cfg.base_samples, ["problems", "mtp", "probes"]), out / "base/eval.json")],
+    print("3/5  SFT; the RL problems' difficulty from answers of base and SFT model; held-out evaluation of both")
+    side_by_side(clock, out, [
+        [("eval_base", evaluate("base", cfg.base_samples, ["problems", "mtp", "probes"]), out / "base/eval.json"),
+         ("rate_base", estimate("base"), out / "difficulty/base.json")],
         [("sft", ["sft.py", "config/tiny_sft.py"], None),
-         ("rl", ["rl.py", "config/tiny_rl.py"], None),
-         ("eval_sft", evaluate("sft", cfg.samples, ["problems", "mtp"]), out / "sft/eval.json"),
+         ("rate_sft", estimate("sft"), out / "difficulty/sft.json"),
+         ("eval_sft", evaluate("sft", cfg.samples, ["problems", "mtp"]), out / "sft/eval.json")],
+    ])
+    run(clock, "rl_data", ["rl_data.py"], out / "problems/rl.jsonl", show=False)
+    print("4/5  two RL runs side by side: RL-Zero from the base model, RL from SFT")
+    side_by_side(clock, out, [
+        [("rl_zero", ["rl.py", "config/tiny_rl_zero.py"], None),
+         ("eval_rl_zero", evaluate("rl_zero", cfg.samples, ["problems"]), out / "rl_zero/eval.json")],
+        [("rl", ["rl.py", "config/tiny_rl.py"], None),
          ("eval_rl", evaluate("rl", cfg.samples, ["problems"]), out / "rl/eval.json")],
-    ]
-    side_by_side(clock, branches, out)
-    print("4/4  figures and summary")
+    ])
+    print("5/5  figures and summary")
     run(clock, "figures", ["paper/figures.py", f"--run={out}"], None, show=False)
+    clock.add("total", time.perf_counter() - began)
     summary = summarise(out, clock, memory.stop())
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(screen(summary, out))
@@ -141,7 +152,7 @@ def run(clock: Clock, name: str, words: list[str], product: Path | None, show: b
         raise SystemExit(f"demo: step {name!r} ({' '.join(words)}) ended with status {code}" + ("" if show else f", see {log}"))
 
 
-def side_by_side(clock: Clock, branches: list[list[tuple]], out: Path) -> None:
+def side_by_side(clock: Clock, out: Path, branches: list[list[tuple]]) -> None:
     """Each branch in order, the branches at the same time; a bar per branch that follows the steps' metrics."""
     running: list[subprocess.Popen | None] = [None] * len(branches)
     failed: list[str] = []
@@ -191,14 +202,17 @@ def side_by_side(clock: Clock, branches: list[list[tuple]], out: Path) -> None:
 
 
 def progress(run: Path, words: list[str]) -> tuple[float, str]:
-    """(share done, note) of a training step from the last line of its metrics."""
+    """(share done, note) of a training step, from its configuration and the last line of its metrics."""
+    if not words[1].endswith(".py"):
+        return 0.0, ""                                       # an evaluation: no metrics to follow
+    steps = configurator.read_file(words[1], Config).get("steps", 1)
     rows = last_rows(run / "metrics.jsonl", 1)
-    if not rows or len(words) < 2 or not words[1].endswith(".py"):
+    if not rows:
         return 0.0, ""
-    steps = {"sft.py": 60, "rl.py": 60}.get(words[0], 60)
     row = rows[0]
-    note = f"reward {row['reward_launched']:.2f}" if "reward_launched" in row else f"loss {row['loss']:.2f}" if "loss" in row else ""
-    return min(1.0, row["step"] / steps), f"{run.name} step {row['step']} {note}"
+    key = next((k for k in ("reward_launched", "loss") if k in row), None)
+    note = f"{key.split('_')[0]} {row[key]:.2f}" if key else ""
+    return min(1.0, row["step"] / steps), f"step {row['step']}/{steps} {note}"
 
 
 def last_rows(path: Path, n: int) -> list[dict]:
@@ -225,15 +239,8 @@ def summarise(out: Path, clock: Clock, peak_mb: float | None) -> dict:
             "mtp": {"acceptance": m["online"], "teacher_forced": m["teacher_forced"], "speedup": m["speedup"],
                     "tokens_per_forward": m["tokens_per_forward"], "equal_text": m["equal_text"],
                     "acceptance_base": found["base"]["mtp"]["online"], "checkpoint": "sft"},
-            "seconds": {k: round(v, 1) for k, v in clock.seconds.items()}, "wall_seconds": wall(clock.seconds),
+            "seconds": {k: round(v, 1) for k, v in clock.seconds.items()},
             "peak_mb": peak_mb, "heldout_overlap": overlap(out), "commit": found["rl"]["commit"], "threads_per_process": 1}
-
-
-def wall(seconds: dict[str, float]) -> float:
-    """Wall-clock of the phases: the two branches count once, by the longer one."""
-    at = lambda *names: sum(seconds.get(n, 0.0) for n in names)
-    branches = max(at("rl_zero", "eval_rl_zero", "eval_base"), at("sft", "rl", "eval_sft", "eval_rl"))
-    return round(at("prepare", "pretrain", "figures") + branches, 1)
 
 
 def overlap(out: Path) -> int:
@@ -245,7 +252,7 @@ def overlap(out: Path) -> int:
     from data.shards import Shards, sources
     from tokenizer import Tokenizer
     test = read_problems(out / "problems/test.jsonl")
-    trained = {p.id for p in read_problems(out / "problems/rl.jsonl")}
+    trained = {p.id for p in read_problems(out / "problems/rl_all.jsonl")}
     with open(out / "sft.jsonl", encoding="utf-8") as f:
         trained |= {json.loads(line)["id"] for line in f}
     tokenizer = Tokenizer.load("tiny")
@@ -270,8 +277,8 @@ def screen(s: dict, out: Path) -> str:
                   f"(teacher-forced {layers(m['teacher_forced'])})",
               f"    {m['tokens_per_forward']:.2f} tokens per forward, {m['speedup']:.2f}x plain decoding at batch 1, "
               f"greedy text {'equal' if m['equal_text'] else 'DIFFERENT'}", "",
-              "time: " + ", ".join(f"{k} {v:.0f} s" for k, v in s["seconds"].items()),
-              f"      {s['wall_seconds'] / 60:.1f} minutes in all, at most {s['peak_mb']} MB of memory, "
+              "time: " + ", ".join(f"{k} {v:.0f} s" for k, v in s["seconds"].items() if k != "total"),
+              f"      {s['seconds']['total'] / 60:.1f} minutes in all, at most {s['peak_mb']} MB of memory, "
               f"{s['heldout_overlap']} held-out problems seen in training", "",
               f"figures      {out}/figures/*.png", f"checkpoints  {out}/{{base,sft,rl,rl_zero}}",
               f"logs         {out}/logs, {out}/*/metrics.jsonl", f"numbers      {out}/summary.json",

@@ -8,7 +8,7 @@ Evaluation (report sections 2.4 and 3.5): held-out problems, validation loss, lo
 
 Problems are held out by identity (data/problems.py); a base checkpoint gets the plain text prompt, a chat checkpoint
 the chat template. avg@n is the mean over problems of the pass rate over n samples, with a bootstrap 95% interval over
-problems; pass@k is the unbiased estimate. Results go to <ckpt's run>/eval.json, every answer to eval_answers.jsonl.
+problems; pass@k is the unbiased estimate. Results go to <ckpt's run>/eval.json, every answer to eval_answers.jsonl beside it.
 """
 import json
 import time
@@ -61,12 +61,14 @@ def main(cfg: Config) -> dict:
     model = runtime.materialise(model, rt, ckpt=ckpt).eval()
     chat, run = meta["chat"], ckpt.parent
     found = {"ckpt": str(ckpt), "chat": chat, "commit": runtime.git_commit(), "config": configurator.to_dict(cfg)}
+    path = Path(cfg.out) if cfg.out else run / "eval.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     t0 = time.perf_counter()
     if "problems" in cfg.tasks:
         with runtime.reading():
             problems = read_problems(cfg.problems)
         found["problems"] = {}
-        with Judge(workers=cfg.judge_workers) as judge, open(run / "eval_answers.jsonl", "w") as every:
+        with Judge(workers=cfg.judge_workers) as judge, open(path.with_name(f"{path.stem}_answers.jsonl"), "w") as every:
             for kind in sorted({p.kind for p in problems}):
                 some = [p for p in problems if p.kind == kind][:cfg.limit or None]
                 longest = max(len(prompt_ids(tokenizer, p, chat)) for p in some)
@@ -87,8 +89,6 @@ def main(cfg: Config) -> dict:
         for kind, by_length in found["probes"].items():
             print(f"{kind:24}" + "  ".join(f"{n} tokens {share:.0%}" for n, share in by_length.items()))
     found["seconds"] = time.perf_counter() - t0
-    path = Path(cfg.out) if cfg.out else run / "eval.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1))
     print(f"{path} ({found['seconds']:.0f} s)")
     return found
@@ -108,7 +108,7 @@ def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> di
     n_mtp = len(model.mtp_layers)
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
     longest = max(map(len, prompts)) + cfg.max_tokens
-    requests = [Request(i, ids, cfg.max_tokens, temperature=0.0, stop=stop_ids(tokenizer)) for i, ids in enumerate(prompts)]
+    requests = [Request(i, ids, cfg.max_tokens, temperature=0.0, stop=stop_ids(tokenizer, chat)) for i, ids in enumerate(prompts)]
     t0 = time.perf_counter()
     plain = generate(Engine(model, slots=1, max_len=longest), requests)
     t1 = time.perf_counter()
@@ -144,7 +144,7 @@ def measure_probes(model: MiMo, tokenizer, cfg: Config) -> dict[str, dict[int, f
         engine = Engine(model, slots=8, max_len=length)
         for kind in probes.KINDS:
             asked = [fitting_probe(kind, cfg.seed * 1000 + i, length - 24, tokenizer, world) for i in range(cfg.probe_count)]
-            replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), 24, temperature=0.0, stop=stop_ids(tokenizer))
+            replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), 24, temperature=0.0, stop=stop_ids(tokenizer, True))
                                         for i, p in enumerate(asked)])
             scores = [probes.score(p, tokenizer.decode(s.tokens, skip_control=True))
                       for p, s in zip(asked, replies, strict=True)]

@@ -27,9 +27,13 @@ def prompt_ids(tokenizer, problem: Problem, chat: bool) -> list[int]:
     return tokenizer.encode(PLAIN.format(question=problem.question))
 
 
-def stop_ids(tokenizer) -> tuple[int, ...]:
-    """Both ends count everywhere: a base model ends its document, a chat model its turn."""
-    return tokenizer.eos_id, tokenizer.im_end_id
+def stop_ids(tokenizer, chat: bool) -> tuple[int, ...]:
+    """
+    Both end tokens count everywhere: a base model ends its document, a chat model its turn. A base model may also go on
+    with the page's next problem: the first token of "Problem:" ends its answer, as stop words do in few-shot evaluation.
+    """
+    ends = tokenizer.eos_id, tokenizer.im_end_id
+    return ends if chat else (*ends, tokenizer.encode(PLAIN)[0])
 
 
 class Grader:
@@ -107,7 +111,7 @@ def solve(engine: Engine, tokenizer, judge: Judge, problems: list[Problem], *, c
     for i, problem in enumerate(problems):
         ids = prompt_ids(tokenizer, problem, chat)
         rng = random.Random(f"{seed} {problem.id}")
-        requests += [Request((i, j), ids, max_tokens, temperature=temperature, top_p=top_p, stop=stop_ids(tokenizer),
+        requests += [Request((i, j), ids, max_tokens, temperature=temperature, top_p=top_p, stop=stop_ids(tokenizer, chat),
                              seed=rng.getrandbits(62)) for j in range(n)]
     samples = generate(engine, requests)
     for s in samples:

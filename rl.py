@@ -216,7 +216,7 @@ def main(cfg: Config) -> None:
 
     def make_request(task, i: int, seed: int) -> Request:
         return Request(task.key(i), prompts[task.prompt], cfg.budget_at(task.step), temperature=cfg.temperature,
-                       stop=stop_ids(tokenizer), seed=seed)
+                       stop=stop_ids(tokenizer, chat), seed=seed)
 
     if rt.is_main:
         print(configurator.show(cfg))
@@ -225,7 +225,7 @@ def main(cfg: Config) -> None:
     metrics = runtime.Metrics(run, resume_at=scheduler.step, enabled=rt.is_main)
     bar = tqdm(total=cfg.steps, initial=scheduler.step, unit="it", desc="rl", disable=None if rt.is_main else True)
     if held and not saved:
-        metrics.log(step=0, valid=evaluate(replica, tokenizer, held, chat, cfg))
+        metrics.log(step=0, heldout=evaluate(replica, tokenizer, held, chat, cfg))
     rollout = RolloutThread(scheduler, engine, grader, make_request, max_staleness=cfg.max_staleness)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -244,10 +244,10 @@ def main(cfg: Config) -> None:
                 group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else cfg.lr
             stats = update(model, optimizer, batch, cfg, rt, step)
             t2 = time.perf_counter()
-            valid = {}
+            heldout = {}
             if held and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
                 twin = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
-                valid = {"valid": evaluate(twin, tokenizer, held, chat, cfg)} if rt.is_main else {}
+                heldout = {"heldout": evaluate(twin, tokenizer, held, chat, cfg)} if rt.is_main else {}
             if step + 1 < cfg.steps:
                 # a copy when the thread may still be reading while the next update writes
                 rollout.publish({name: w.clone() if cfg.max_staleness else w for name, w in runtime.replica_state(model)})
@@ -256,8 +256,8 @@ def main(cfg: Config) -> None:
             row = dict(step=step + 1, **batch.metrics, **batch.timing, **stats, verdicts=dict(verdicts),
                        length_mean=sum(lengths) / max(1, len(lengths)), length_p95=lengths[int(0.95 * (len(lengths) - 1))] if lengths else 0,
                        truncated=sum(s.finish == "length" for g in batch.groups for s in g.samples) / max(1, len(lengths)),
-                       wait_s=t1 - t0, update_s=t2 - t1, valid_s=time.perf_counter() - t2,
-                       decode_tokens_per_second=batch.metrics["tokens"] / batch.timing["rollout_s"], **valid)
+                       wait_s=t1 - t0, update_s=t2 - t1, heldout_s=time.perf_counter() - t2,
+                       decode_tokens_per_second=batch.metrics["tokens"] / batch.timing["rollout_s"], **heldout)
             metrics.log(**row)
             bar.update(1)
             bar.set_postfix_str(f"reward {row['reward_launched']:.3f} all-0 {row['all0']:.0%} all-1 {row['all1']:.0%} "

@@ -42,15 +42,15 @@ class Config:
     pages: int = 5000                     # original pages of the crawl
     books: int = 150                      # long documents, for the long-context stage
     book_words: int = 500                 # words in each
-    maths_problems: int = 18_000          # worked on pages, training split
-    code_problems: int = 9_000            # worked on pages, training split
+    maths_problems: int = 24_000          # worked on pages, training split
+    code_problems: int = 8_000            # worked on pages, training split
     steps_share: float = 0.5              # share of maths pages' problems that show their steps
-    careless_share: float = 0.35          # share of code pages' answers that forget something
+    careless_share: float = 0.45          # share of code pages' answers that forget something
     tables: int = 500                     # pages of number facts
     synth: int = 3_000                    # synthetic reasoning answers for stage 3, half maths, half code
-    sft: int = 3_000                      # chat samples, half maths, half code
-    rl_maths: int = 1_500                 # RL training problems
-    rl_code: int = 600                    # RL training problems with tests
+    sft: int = 4_000                      # chat samples, half maths, half code
+    rl_maths: int = 1_000                 # RL training problems
+    rl_code: int = 500                    # RL training problems with tests
     test: int = 250                       # held-out problems of each kind, eval.py
     valid: int = 48                       # held-out problems of each kind, RL curves
     tests: int = 12                       # unit tests per code problem
@@ -104,7 +104,7 @@ def main(cfg: Config) -> None:
     for split, kinds in held.items():
         write_problems(out / f"problems/{split}.jsonl", kinds["maths"] + kinds["code"])
     rl = maths.problems(cfg.rl_maths, "train", cfg.seed) + code.problems(cfg.rl_code, "train", cfg.seed, tests=cfg.tests)
-    write_problems(out / "problems/rl.jsonl", rl)
+    write_problems(out / "problems/rl_all.jsonl", rl)
     print(f"problems: {2 * cfg.test} test, {2 * cfg.valid} valid, {len(rl)} for RL")
 
     # ---- chat samples for SFT ------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def rl(run: Path, folder: Path) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(6.8, 2.9), sharey=True)
     points = []
     for name, style in (("rl", "-"), ("rl_zero", "--")):
-        found = [(r["step"], r["valid"]) for r in rows_of(run / name) if r.get("valid")]
+        found = [(r["step"], r["heldout"]) for r in rows_of(run / name) if "heldout" in r]
         for ax, kind in zip(axes, ("maths", "code"), strict=True):
             x = [s for s, v in found if kind in v]
             y = [v[kind] for _, v in found if kind in v]

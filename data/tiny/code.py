@@ -60,7 +60,7 @@ def compiled(program: str):
 
 
 def draw(rng: random.Random, level: int | None = None) -> tuple[list[Clause], Clause]:
-    level = level or rng.randint(1, 3)
+    level = level or rng.randint(1, 4)
     return rng.sample(filters(rng), level), rng.choice(CORES)
 
 
@@ -117,7 +117,7 @@ def make_tests(rng: random.Random, clauses: list[Clause], core: Clause, n: int) 
     return tuple(Test("call", json.dumps([xs]), json.dumps(golden(list(xs))), level) for xs, level in chosen)
 
 
-def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (1, 2, 3), tests: int = 12) -> list[Problem]:
+def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (2, 3, 4), tests: int = 12) -> list[Problem]:
     """n different problems of one split, with tests. Raises ValueError when the space is too small for n."""
     rng, found, tries = random.Random(f"code {split} {seed}"), {}, 0
     while len(found) < n:

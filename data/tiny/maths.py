@@ -13,7 +13,7 @@ import random
 from data.problems import Problem, identity, split_of
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn"]
-TOP = 12                                 # largest number in sums: facts that a million parameters can learn in minutes
+TOP = 10                                 # largest number in sums: facts that a million parameters can learn in minutes
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
 
 
@@ -27,8 +27,8 @@ def chain(rng: random.Random, level: int):
         terms.append(n if up else -n)
         steps.append(f"{value}{'+' if up else '-'}{n}={value + terms[-1]}")
         value += terms[-1]
-    text = str(terms[0]) + "".join(f" {'+' if t > 0 else '-'} {abs(t)}" for t in terms[1:])
-    if rng.random() < 0.4:
+    text = str(terms[0]) + "".join(f"{t:+d}" for t in terms[1:])
+    if rng.random() < 0.25:
         name, thing = rng.choice(NAMES), rng.choice(THINGS)
         acts = [f"gets {t} more" if t > 0 else f"loses {-t}" for t in terms[1:]]
         question = f"{name} has {terms[0]} {thing}, {', '.join(acts)}. How many {thing} are there?"
@@ -41,12 +41,12 @@ def products(rng: random.Random, level: int):
     """a * b, then a sum or difference per further level."""
     a = rng.randint(2, 4)
     b = rng.randint(2, TOP // a)
-    value, text, steps = a * b, f"{a} * {b}", [f"{a}*{b}={a * b}"]
+    value, text, steps = a * b, f"{a}*{b}", [f"{a}*{b}={a * b}"]
     for _ in range(level):
         up = value < 2 or (rng.random() < 0.5 and value < TOP)
         n = rng.randint(1, TOP - value) if up else rng.randint(1, value - 1)
         steps.append(f"{value}{'+' if up else '-'}{n}={value + n if up else value - n}")
-        text += f" {'+' if up else '-'} {n}"
+        text += f"{'+' if up else '-'}{n}"
         value += n if up else -n
     return f"product {text}", rng.choice(["What is {}?", "Compute {}."]).format(text), steps, str(value)
 
@@ -56,17 +56,17 @@ def equation(rng: random.Random, level: int):
     a = rng.randint(2, 4)
     x, b = rng.randint(1, TOP // a), rng.randint(1, TOP)
     ax = a * x
-    left, right, steps = f"{a}x + {b}", ax + b, []
+    left, right, steps = f"{a}x+{b}", ax + b, []
     if level == 2:
         d = rng.randint(1, TOP)
-        left, right = f"{left} - {d}", right - d
+        left, right = f"{left}-{d}", right - d
         steps.append(f"{right}+{d}={right + d}")
     if level == 3:
         e = rng.randint(1, a - 1)
-        text, steps = f"{left} = {e if e > 1 else ''}x + {right - e * x}", [f"{a}-{e}={a - e}"]
+        text, steps = f"{left}={e if e > 1 else ''}x+{right - e * x}", [f"{a}-{e}={a - e}"]
         right, a, ax = right - e * x, a - e, (a - e) * x
     else:
-        text = f"{left} = {right}"
+        text = f"{left}={right}"
     steps.append(f"{ax + b}-{b}={ax}")
     if a > 1:
         steps.append(f"{ax}/{a}={x}")
@@ -79,7 +79,7 @@ def remainder(rng: random.Random, level: int):
     text, steps = str(a), []
     for _ in range(level):
         b = rng.randint(1, TOP)
-        text += f" + {b}"
+        text += f"+{b}"
         steps.append(f"{a}+{b}={a + b}")
         a += b
         if a > TOP and len(steps) < level:
@@ -99,7 +99,7 @@ def fraction(rng: random.Random, level: int):
     text = f"\\frac{{{top}}}{{{bottom}}}"
     if level > 1:
         first = rng.randint(1, top - 1)
-        text = f"\\frac{{{first}}}{{{bottom}}} + \\frac{{{top - first}}}{{{bottom}}}"
+        text = f"\\frac{{{first}}}{{{bottom}}}+\\frac{{{top - first}}}{{{bottom}}}"
         steps.append(f"{first}+{top - first}={top}")
     steps += [f"{top}/{g}={p}", f"{bottom}/{g}={q}"]
     return f"fraction {text}", f"Simplify {text}.", steps, f"\\frac{{{p}}}{{{q}}}"

@@ -1,0 +1,84 @@
+"""
+The RL problem set: pass-rate filters and test difficulty, from answers of several models (report sections 3.2, 3.3.1).
+
+    python eval.py --ckpt=out/tiny/base --problems=out/tiny/problems/rl_all.jsonl --samples=4 --temperature=1 --top_p=1 --out=out/tiny/difficulty/base.json
+    python eval.py --ckpt=out/tiny/sft --problems=out/tiny/problems/rl_all.jsonl --samples=4 --temperature=1 --top_p=1 --out=out/tiny/difficulty/sft.json
+    python rl_data.py --problems=out/tiny/problems/rl_all.jsonl --answers="['out/tiny/difficulty/base_answers.jsonl','out/tiny/difficulty/sft_answers.jsonl']"
+
+Filters, by the LAST answers file (the SFT model's): maths that it solves in more than 90% of its answers goes, code that
+it solves every time goes, code without tests never came in. Then per unit test the pass rate over all answers of all
+models, and the tests of a problem clustered into easy, medium and hard (Fig. 5) by exact one-dimensional k-means: levels
+0, 1, 2. The report is silent on the clustering; its Fig. 5 fits edges near 0.3 and 0.7. An answer without a program
+passes no test. 16 answers in the report.
+"""
+import json
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import configurator
+import runtime
+from data.problems import Problem, read_problems, write_problems
+from reward import difficulty_levels, estimate_pass_rates
+
+
+@dataclass(frozen=True)
+class Config:
+    problems: str = "out/tiny/problems/rl_all.jsonl"      # every RL problem
+    out: str = "out/tiny/problems/rl.jsonl"               # what is left, tests with estimated levels
+    answers: list[str] = field(default_factory=lambda: ["out/tiny/difficulty/base_answers.jsonl", "out/tiny/difficulty/sft_answers.jsonl"])   # eval.py's answers files, the SFT model's last
+    max_maths_rate: float = 0.9                           # maths: solved more often goes [paper 3.2]
+    max_code_rate: float = 1.0                            # code: solved this often goes [paper 3.2]
+    levels: int = 3                                       # difficulty groups [paper Fig. 5]
+
+
+def read_answers(path: str) -> dict[str, list[dict]]:
+    """problem id -> its graded answers. ValueError with file and line for what eval.py did not write."""
+    found = {}
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+                found[row["id"]] = row["answers"]
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{path}, line {n}: not a line of eval.py's answers ({e})") from None
+    return found
+
+
+def with_levels(problem: Problem, answers: list[dict], k: int) -> Problem:
+    """The same problem, each test's level from its pass rate over the answers; 0 is the easiest."""
+    n = len(problem.tests)
+    table = [a["verdicts"] if len(a["verdicts"]) == n else ["RE"] * n for a in answers]
+    levels = difficulty_levels(estimate_pass_rates(table), k)
+    return replace(problem, tests=tuple(replace(t, level=level) for t, level in zip(problem.tests, levels, strict=True)))
+
+
+def main(cfg: Config) -> None:
+    with runtime.reading():
+        problems = read_problems(cfg.problems)
+        models = [read_answers(path) for path in cfg.answers]
+    if not models:
+        runtime.die("answers = []: difficulty is estimated from the answers of at least one model")
+    kept, dropped, spread = [], Counter(), Counter()
+    for p in problems:
+        missing = [path for path, found in zip(cfg.answers, models, strict=True) if p.id not in found]
+        if missing:
+            runtime.die(f"{missing[0]} has no answers to problem {p.id} of {cfg.problems}")
+        last = models[-1][p.id]
+        rate = sum(a["passed"] for a in last) / len(last)
+        if rate > cfg.max_maths_rate if p.kind == "maths" else rate >= cfg.max_code_rate:
+            dropped[p.kind] += 1
+            continue
+        if p.kind == "code":
+            p = with_levels(p, [a for found in models for a in found[p.id]], cfg.levels)
+            spread[len({t.level for t in p.tests})] += 1
+        kept.append(p)
+    if not kept:
+        runtime.die(f"{cfg.problems}: the SFT model solves every problem, nothing is left for RL")
+    write_problems(cfg.out, kept)
+    print(f"{len(kept)} of {len(problems)} problems kept in {cfg.out}; too easy: "
+          + ", ".join(f"{dropped[k]} {k}" for k in ("maths", "code"))
+          + "; code problems by number of difficulty levels: " + ", ".join(f"{k}: {spread[k]}" for k in sorted(spread)))
+
+
+if __name__ == "__main__":
+    main(configurator.load(Config))

@@ -1,0 +1,113 @@
+"""Prompts, grading, estimators, and the RL data filters."""
+import itertools
+import json
+import random
+from dataclasses import dataclass
+
+import pytest
+
+import rl_data
+from data.problems import Problem, read_problems, write_problems
+from grade import Grader, bootstrap, pass_at_k, prompt_ids, stop_ids, summary
+from judge import Judge, Test
+from tokenizer import Tokenizer
+
+TOK = Tokenizer.load("tiny")
+MATHS = Problem("a1", "maths", "What is 3+4?", answer="7", reasoning="3+4=7", solution="\\boxed{7}")
+CODE = Problem("b2", "code", "Given a list xs: return the sum.", solution="```python\ndef f(xs):\n    return sum(xs)\n```",
+               tests=(Test("call", "[[1, 2]]", "3", 0), Test("call", "[[]]", "0", 1), Test("call", "[[-1]]", "-1", 2)))
+
+
+@dataclass
+class Answer:
+    tokens: list
+    finish: str = "stop"
+
+
+@dataclass
+class Task:
+    prompt: int
+
+
+def test_plain_and_chat_prompts():
+    assert TOK.decode(prompt_ids(TOK, MATHS, chat=False)) == "Problem: What is 3+4?\nSolution:"
+    chat = prompt_ids(TOK, MATHS, chat=True)
+    full, mask = TOK.chat([{"role": "user", "content": MATHS.question}, {"role": "assistant", "content": "x"}])
+    assert full[:len(chat)] == chat and not any(mask[:len(chat)]), "the RL prompt is the SFT prefix"
+
+
+def test_a_base_model_stops_at_the_next_problem():
+    ends = stop_ids(TOK, chat=False)
+    following = TOK.encode(" \\boxed{7}\n\nProblem: What is 1+1?")
+    assert any(t in ends for t in following)
+    assert set(stop_ids(TOK, chat=True)) == {TOK.eos_id, TOK.im_end_id}
+
+
+@pytest.mark.parametrize("n, c, k", [(n, c, k) for n in range(1, 6) for c in range(n + 1) for k in range(1, n + 1)])
+def test_pass_at_k_by_brute_force(n, c, k):
+    outcomes = [i < c for i in range(n)]
+    draws = list(itertools.combinations(outcomes, k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_bootstrap_covers_and_shrinks():
+    rng = random.Random(0)
+    mean, low, high = bootstrap([float(rng.random() < 0.3) for _ in range(400)])
+    assert low < mean < high and high - low == pytest.approx(2 * 1.96 * (0.21 / 400) ** 0.5, rel=0.2)
+    assert bootstrap([1.0] * 10) == (1.0, 1.0, 1.0)
+
+
+def test_grader_pays_right_answers_and_nothing_else():
+    cases = [
+        (0, "<think>\n3+4=7\n</think>\n\n\\boxed{7}", 1.0), (0, "\\boxed{8}", 0.0), (0, "7", 0.0),
+        (0, "\\boxed{3+4}", 0.0),                                            # restating the question is no answer
+        (1, CODE.solution, 1.0), (1, "no code here", 0.0),
+        (1, "```python\ndef f(xs):\n    return 3\n```", 1 / 3),              # soft: one of three levels
+        (1, "```python\ndef f(xs):\n    return xs[0] +\n```", 0.0),
+    ]
+    with Judge(workers=1, quiet=True) as judge:
+        grader = Grader([MATHS, CODE], TOK, judge, "soft")
+        for i, (prompt, text, _) in enumerate(cases):
+            grader.submit(("k", i), Task(prompt), Answer(TOK.encode(text) + [TOK.im_end_id]))
+        grader.submit(("k", 99), Task(0), Answer(TOK.encode("\\boxed{7}"), finish="length"))
+        got = {}
+        while len(got) < len(cases) + 1:
+            got |= {key[1]: (reward, info) for key, reward, info in grader.poll()}
+        assert grader.waiting() == 0
+        grader.close()
+    for i, (_, text, want) in enumerate(cases):
+        assert got[i][0] == pytest.approx(want), text
+    assert got[99] == (0.0, {"passed": False, "verdicts": ["truncated"]})
+
+
+def test_summary_by_hand():
+    answer = lambda ok: {"passed": ok, "tokens": 10, "finish": "stop"}
+    s = summary([[answer(True), answer(False)], [answer(False), answer(False)]], ks=(1, 2))
+    assert s["avg"] == 0.25 and s["pass@1"] == 0.25 and s["pass@2"] == 0.5 and s["n"] == 2 and s["truncated"] == 0
+
+
+def test_problem_files_round_trip_and_name_the_bad_line(tmp_path):
+    write_problems(tmp_path / "p.jsonl", [MATHS, CODE])
+    assert read_problems(tmp_path / "p.jsonl") == [MATHS, CODE]
+    with open(tmp_path / "p.jsonl", "a") as f:
+        f.write(json.dumps({"id": "c3", "kind": "code", "question": "q", "solution": "s"}) + "\n")
+    with pytest.raises(ValueError, match="line 3.*no tests"):
+        read_problems(tmp_path / "p.jsonl")
+
+
+def test_rl_data_filters_and_levels_by_hand(tmp_path):
+    """
+    Two models, two answers each. Test pass rates 4/4, 2/4, 1/4 -> levels 0, 1, 2 (k = 3). A maths problem the last
+    model always solves goes; one it solves half the time stays.
+    """
+    easy = Problem("e5", "maths", "q", answer="1")
+    write_problems(tmp_path / "all.jsonl", [MATHS, easy, CODE])
+    code = lambda *verdicts: {"passed": all(v == "AC" for v in verdicts), "verdicts": list(verdicts)}
+    maths = lambda ok: {"passed": ok, "verdicts": ["right" if ok else "wrong"]}
+    for name, rows in (("one", {"a1": [maths(False)] * 2, "e5": [maths(False)] * 2, "b2": [code("AC", "WA", "WA"), code("AC", "AC", "WA")]}),
+                       ("two", {"a1": [maths(True), maths(False)], "e5": [maths(True)] * 2, "b2": [code("AC", "AC", "AC"), code("AC", "WA", "WA")]})):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"id": k, "answers": v}) + "\n" for k, v in rows.items()))
+    rl_data.main(rl_data.Config(str(tmp_path / "all.jsonl"), str(tmp_path / "out.jsonl"), [f"{tmp_path}/one.jsonl", f"{tmp_path}/two.jsonl"]))
+    kept = read_problems(tmp_path / "out.jsonl")
+    assert [p.id for p in kept] == ["a1", "b2"]
+    assert [t.level for t in kept[1].tests] == [0, 1, 2]
