@@ -38,20 +38,14 @@ class Plan:
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """
     softmax(q k^T + bias) v with bits that depend on nothing but the row itself.
-    q [B,Q,H,d], scaled already; k, v [B*K,L,d]; bias [B,1,R,L] as Rows.plan makes it. -> [B,Q,H,d].
+    q [B*K,n,d], scaled, n >= ROWS; k, v [B*K,L,d]; bias [B,1,1 or n,L]. -> [B*K,n,d].
     """
-    B, Q, H, d = q.shape
-    K, L = k.shape[0] // B, k.shape[1]
-    G, n = H // K, Q * H // K                                       # n rows of q read one KV head
-    q = q.unflatten(2, (K, G)).transpose(1, 2)                      # [B,K,Q,G,d]
-    if n < ROWS:
-        q = q.reshape(B, K, 1, n, d).expand(-1, -1, -(-ROWS // n), -1, -1)
-    q = q.reshape(B * K, -1, d)                                     # [B*K,R,d]
-    p = torch.bmm(q, k.mT).view(B, K, -1, L).add_(bias).softmax(-1).view(B * K, -1, L)
-    o = torch.bmm(p[:, :, :PIECE], v[:, :PIECE])                    # [B*K,R,d]
+    (BK, n, _), B, L = q.shape, bias.shape[0], bias.shape[-1]
+    p = torch.bmm(q, k.mT).view(B, BK // B, n, L).add_(bias).softmax(-1).view(BK, n, L)
+    o = torch.bmm(p[:, :, :PIECE], v[:, :PIECE])                    # [B*K,n,d]
     for c in range(PIECE, L, PIECE):
         o.baddbmm_(p[:, :, c:c + PIECE], v[:, c:c + PIECE])
-    return o[:, :n].view(B, K, Q, G, d).transpose(1, 2).reshape(B, Q, H, d)
+    return o
 
 
 # ---- a row a sequence --------------------------------------------------------------------------------------
@@ -62,7 +56,9 @@ view."""
     static = False                      # shapes follow the longest sequence
 
     def __init__(self, n_layer: int, S: int, K: int, G: int, columns: int, d: int, dtype, device):
-        self.columns, self.G = -(-columns // KEYS) * KEYS, G
+        self.columns = -(-columns // KEYS) * KEYS
+        # the G query heads that read one KV head are rows of one matrix; R repeats them until there are enough
+        self.K, self.G, self.R = K, G, -(-ROWS // G) * G
         self.kv = torch.zeros(n_layer, S, K, self.columns, 2 * d, dtype=dtype, device=device)
         self.layers = [RowLayer(self, kv) for kv in self.kv]
         self.column = torch.arange(self.columns, device=device)
@@ -76,11 +72,10 @@ view."""
         columns = positions if write is None else write
         plan.where = (self.heads[first:first + B] + columns[:, :, None]).flatten()     # [B*Q*K]
         plan.L = L = min(-(-(int(positions.max()) + 1) // KEYS) * KEYS, self.columns)
-        bias = torch.where(self.column[:L] <= positions[:, :, None], self.zero, self.never)     # [B,Q,L]
-        plan.last_bias = bias[:, None, -1:]                      # [B,1,1,L], for the last token of each alone
-        if Q > 1:                                                   # one row for each row of q in attend()
-            bias = bias.repeat_interleave(self.G, 1).repeat(1, -(-ROWS // (Q * self.G)), 1)
-        plan.bias = bias[:, None]                                   # [B,1,1 or R,L]
+        bias = torch.where(self.column[:L] <= positions[:, :, None], self.zero, self.never)[:, None]    # [B,1,Q,L]
+        plan.last_bias = bias[:, :, -1:]                            # for each sequence's last token alone
+        plan.g = self.G if Q * self.G >= ROWS else self.R           # rows a token has in attend()
+        plan.bias = bias if Q == 1 else bias.repeat_interleave(plan.g, 2)       # [B,1,1 or Q*g,L]
         return plan
 
     def hold(self, rows: Tensor) -> Tensor:
@@ -103,27 +98,41 @@ view."""
 class RowLayer:
     """One layer of Rows; what Block.forward knows as `cache`."""
     def __init__(self, owner: Rows, kv: Tensor):
-        self.kv, self.d, self.plan = kv, kv.shape[-1] // 2, None
-        self.flat = kv.view(-1, kv.shape[-1])                       # [S*K*C, 2d]
+        self.kv, self.d, self.K, self.G, self.R = kv, kv.shape[-1] // 2, owner.K, owner.G, owner.R
+        self.flat, self.plan, self.window = kv.view(-1, kv.shape[-1]), None, (None, None, None)     # [S*K*C, 2d]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends k, v [B,Q,K,d], then attends q [B,Q,H,d] -> [B,Q,H,d]."""
-        self.flat.index_copy_(0, self.plan.where, torch.cat([k, v], -1).view(-1, 2 * self.d))
-        return self.look(q * self.d ** -0.5, self.plan.bias)
+        (B, Q), g, plan = self.plan.shape, self.plan.g, self.plan
+        self.flat.index_copy_(0, plan.where, torch.cat([k, v], -1).view(-1, 2 * self.d))
+        q = (q * self.d ** -0.5).view(B, Q, self.K, self.G, self.d).transpose(1, 2)     # [B,K,Q,G,d]
+        q = q.repeat(1, 1, 1, g // self.G, 1).reshape(B * self.K, Q * g, self.d)
+        o = attend(q, *self.seen(), plan.bias).view(B, self.K, Q, g, self.d)[:, :, :, :self.G]
+        return o.transpose(1, 2).reshape(B, Q, -1, self.d)
 
     def attend_merged(self, qkv: Tensor, last: bool) -> Tensor:
-        """The same for fast.py: qkv [B*Q, (H + 2K) d], q scaled. -> [B*Q, H d], with last [B, H d]."""
-        kv_width = 2 * self.kv.shape[1] * self.d
-        q, kv = qkv.split([qkv.shape[1] - kv_width, kv_width], 1)
-        self.flat.index_copy_(0, self.plan.where, kv.reshape(-1, 2 * self.d))
-        q = q.view(*self.plan.shape, -1, self.d)                    # [B,Q,H,d]
-        o = self.look(q[:, -1:], self.plan.last_bias) if last else self.look(q, self.plan.bias)
-        return o.flatten(2).flatten(0, 1)
+        """
+        The same for fast.py: qkv [B*Q, K (R + 2) d] holds for each KV head its R rows of q, scaled, then k and v. last:
+        only each sequence's last token attends. -> [B*Q, H d], with last [B, H d].
+        """
+        (B, Q), K, G, R, d, plan = self.plan.shape, self.K, self.G, self.R, self.d, self.plan
+        heads = qkv.view(-1, R + 2, d)                              # [B*Q*K,R+2,d]
+        self.flat.index_copy_(0, plan.where, heads[:, R:].flatten(1))
+        if Q == 1 or last:
+            q = heads[:, :R] if Q == 1 else qkv.view(B, Q, K, R + 2, d)[:, -1, :, :R].reshape(B * K, R, d)
+            return attend(q, *self.seen(), plan.last_bias)[:, :G].reshape(B, -1)
+        q = qkv.view(B, Q, K, R + 2, d)[:, :, :, :plan.g].transpose(1, 2).reshape(B * K, -1, d)
+        o = attend(q, *self.seen(), plan.bias).view(B, K, Q, plan.g, d)[:, :, :, :G]
+        return o.transpose(1, 2).reshape(B * Q, -1)
 
-    def look(self, q: Tensor, bias: Tensor) -> Tensor:
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Views of the keys and the values that the plan's rows may see, [B*K,L,d] each; the last ones are kept."""
         plan = self.plan
-        kv = self.kv[plan.first:plan.first + plan.shape[0]].flatten(0, 1)[:, :plan.L]   # [B*K,L,2d], a view
-        return attend(q, *kv.split(self.d, -1), bias)
+        which = plan.first, plan.shape[0], plan.L
+        if self.window[0] != which:
+            kv = self.kv[plan.first:plan.first + plan.shape[0]].flatten(0, 1)[:, :plan.L]
+            self.window = (which, *kv.split(self.d, -1))
+        return self.window[1:]
 
 
 # ---- blocks and a table ------------------------------------------------------------------------------------

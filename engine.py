@@ -109,10 +109,13 @@ def draw(logits: Tensor, u: Tensor, temperature: Tensor | None = None, top_p: Te
          top_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     One token a row by inversion: the first id whose cumulated probability exceeds u. logits fp32 [N,V], the
-    rest [N]. temperature None: 1 everywhere, nothing cut. -> (ids int64 [N], log-probs fp32 [N]).
+    rest [N]. temperature None: 1 everywhere, nothing cut; top_k None: greedy everywhere. -> (ids int64 [N], log-probs fp32 [N]).
     """
     if temperature is None:
         p = logits.softmax(-1)
+    elif top_k is None:
+        ids = logits.argmax(-1, keepdim=True)
+        return ids[:, 0], logits.softmax(-1).gather(1, ids)[:, 0].log()
     else:
         greedy = temperature == 0
         p = (logits / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
@@ -128,8 +131,9 @@ def draw(logits: Tensor, u: Tensor, temperature: Tensor | None = None, top_p: Te
     return ids, p.gather(1, ids[:, None])[:, 0].log()
 
 
-def needs_more_than_softmax(r: Request) -> bool:
-    return r.temperature != 1 or r.top_p < 1 or r.top_k > 0
+def kind_of(r: Request) -> int:
+    """0 needs a softmax only, 1 an argmax only, 2 everything that draw() can do."""
+    return 1 if r.temperature == 0 else 2 if r.temperature != 1 or r.top_p < 1 or r.top_k > 0 else 0
 
 
 # ---- the engine --------------------------------------------------------------------------------------------
@@ -167,14 +171,14 @@ class Engine:
             self.cache = Blocks(*shape, w.dtype, w.device, block, self.memory // block)
         self.column, self.columns = self.cache.column, self.cache.columns
         self.fast = layout == "rows" and w.dtype == torch.float32 if fast is None else fast
-        self.weights = Weights(model, n_draft) if self.fast else None
+        self.weights = Weights(model, n_draft, self.cache.R) if self.fast else None
         self.ring = 4 * (n_draft + 1)                     # trunk states kept for the MTP layers, per sequence
         self.state = self.new_state(cfg)
         self.queue: deque[Request] = deque()
         self.decoding: list[Request] = []                           # row i belongs to decoding[i]
         self.reading: list[list[Request]] = []           # requests with one prompt; row S-1-j is reading[j]'s
         self.ids: set = set()
-        self.fancy = 0                                       # decoding requests that need more than a softmax
+        self.kinds = [0, 0, 0]                               # decoding requests by kind_of()
         self.rope_base, self.graphs = None, {}
         self.steps = self.rows = 0                             # decode forwards so far, and sequences in them
 
@@ -286,7 +290,7 @@ class Engine:
         if self.rope_base != self.model.cfg.rope_base:
             self.rope_base, self.graphs = self.model.cfg.rope_base, {}
             self.cos, self.sin = rope_tables(self.column, self.model.cfg.head_dim, self.rope_base)
-            self.turn = rotations(self.cos, self.sin, self.model.cfg) if self.fast else None
+            self.turn = rotations(self.cos, self.sin, self.model.cfg, self.cache.R) if self.fast else None
         if self.fast:
             self.weights.refresh()
 
@@ -371,7 +375,8 @@ class Engine:
         seeds = column([signed64(r.seed) for r in new], "n")
         s["u"][rows] = uniform(seeds[:, None], self.column - s["n"][rows, None])
         s["drafted"][rows] = s["accepted"][rows] = 0
-        self.fancy += sum(map(needs_more_than_softmax, new))
+        for request in new:
+            self.kinds[kind_of(request)] += 1
         if self.n_draft:
             self.draft(A, len(new), 1)
 
@@ -395,7 +400,7 @@ class Engine:
     def plan(self, first: int, positions: Tensor, write: Tensor | None = None) -> Plan:
         plan = self.cache.plan(first, positions, write)
         if self.fast:
-            plan.turn = self.turn[positions.flatten()]              # [B*Q, H + 2K, d/2] complex
+            plan.turn = self.turn[positions.flatten()]              # [B*Q, K (R + 2), d/2] complex
         else:
             plan.cos, plan.sin = self.cos[positions], self.sin[positions]       # [B,Q,d]
         return plan
@@ -406,7 +411,7 @@ class Engine:
         for i, (block, cache) in enumerate(zip(self.model.layers, self.cache.layers, strict=False)):
             cache.plan = plan
             if self.fast:
-                x = block_forward(x.view(-1, cfg.d_model), block, self.weights.merged[i], cache, cfg)
+                x = block_forward(x.view(-1, cfg.d_model), self.weights.merged[i], cache, cfg)
             else:
                 x = block(x, plan.cos, plan.sin, None, cache)
         return x.view(*ids.shape, -1)
@@ -427,13 +432,18 @@ class Engine:
             z = layer(h, self.model.embed_tokens(ahead), plan.cos, plan.sin, None, cache)
             return z[:, -1] if last else z
         z = mtp_input(self.weights.entry[k], h.flatten(0, 1), ahead.flatten(), self.model)
-        z = block_forward(z, layer, self.weights.merged[cfg.n_layer + k], cache, cfg, last)
+        z = block_forward(z, self.weights.merged[cfg.n_layer + k], cache, cfg, last)
         return z if last else z.view(h.shape)
 
     def head(self, x: Tensor, norm) -> Tensor:
         """The shared head behind the trunk's norm or an MTP layer's. x [N,D] -> fp32 [N,V]."""
-        x = F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+        x = normed(x, norm.eps) * self.weights.gains[norm] if self.fast else norm(x)
         return F.linear(x, self.model.lm_head.weight).float()
+
+    def settings(self) -> int:
+        """How many of temperature, top_p, top_k this batch's draw() has to be given."""
+        plain, greedy, other = self.kinds
+        return 3 if other or plain and greedy else 1 if greedy else 0
 
     def decode(self, R: int) -> tuple[Tensor, int]:
         """
@@ -446,7 +456,8 @@ class Engine:
         positions = n[:, None] - 1 + self.column[:Q]                # [R,Q]
         ids = s["tokens"].gather(1, positions)
         h = self.trunk(ids, self.plan(0, positions))                # [R,Q,D]
-        settings = [s[name].repeat_interleave(Q) for name in ("temperature", "top_p", "top_k") if self.fancy]
+        names = ("temperature", "top_p", "top_k")[:self.settings()]
+        settings = [s[name].repeat_interleave(Q) if Q > 1 else s[name] for name in names]
         u = s["u"].gather(1, positions + 1).flatten()
         drawn, logp = (t.view(R, Q) for t in draw(self.head(h.flatten(0, 1), self.model.norm), u, *settings))
         s["tokens"].scatter_(1, positions + 1, drawn)
@@ -490,7 +501,7 @@ class Engine:
 
     def replay(self, R: int) -> Tensor:
         """decode() and draft() as one CUDA graph per number of rows (a power of two) and kind of sampling."""
-        key = R, self.fancy > 0
+        key = R, self.settings()
         if key not in self.graphs:
             def work():
                 ended, _ = self.decode(R)
@@ -538,7 +549,7 @@ class Engine:
         for i in rows:
             self.ids.discard(self.decoding[i].id)
             self.cache.give(self.decoding[i].id)
-            self.fancy -= needs_more_than_softmax(self.decoding[i])
+            self.kinds[kind_of(self.decoding[i])] -= 1
         holes = [i for i in rows if i < A - len(rows)]
         movers = [i for i in range(A - len(rows), A) if i not in gone]
         for i, j in zip(movers, holes, strict=True):

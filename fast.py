@@ -32,9 +32,9 @@ TABLE = 1 << 22    # most entries of a table of embedding terms, per MTP layer
 class Weights:
     """The merged weights of one model, made again after any parameter was written to (an optimizer step, a
 load)."""
-    def __init__(self, model: MiMo, n_mtp: int):
-        self.model, self.blocks, self.n_mtp = model, [*model.layers, *model.mtp_layers[:n_mtp]], n_mtp
-        self.params, self.version, self.merged, self.entry = list(model.parameters()), None, [], []
+    def __init__(self, model: MiMo, n_mtp: int, R: int):
+        self.model, self.mtp, self.R, self.params = model, model.mtp_layers[:n_mtp], R, list(model.parameters())
+        self.version, self.merged, self.entry, self.gains = None, [], [], {}
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -42,67 +42,75 @@ load)."""
         if version == self.version:
             return
         self.version = version
-        self.merged = [merge(b, self.model.cfg) for b in self.blocks]
-        self.entry = [merge_entry(layer, self.model) for layer in self.model.mtp_layers[:self.n_mtp]]
+        self.merged = [merge(b, self.model.cfg, self.R) for b in [*self.model.layers, *self.mtp]]
+        self.entry = [merge_entry(layer, self.model) for layer in self.mtp]
+        norms = [self.model.norm, *(layer.final_layernorm for layer in self.mtp)]
+        self.gains = {norm: norm.weight * self.model.cfg.d_model ** 0.5 for norm in norms}
 
 
-def merge(block: Block, cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv weight [(H + 2K) d, D] in the order q heads, k0 v0 k1 v1 ..., its bias, gate|up weight [2F, D]."""
-    H, K, d, a, mlp = cfg.n_head, cfg.n_kv_head, cfg.head_dim, block.self_attn, block.mlp
-    # 0, d/2, 1, d/2 + 1 ...
-    pairs = torch.arange(d, device=a.q_proj.weight.device).view(2, d // 2).T.flatten()
+def merge(block: Block, cfg: ModelConfig, R: int) -> tuple[Tensor, ...]:
+    """
+    Weights ready to be multiplied from the right: qkv [D, K (R + 2) d], for each KV head its G query heads (repeated to
+    R rows: cache.py), then its k and v; qkv's bias; o [H d, D]; gate|up [D, 2F]; down [F, D].
+    """
+    K, d, G, a, mlp = cfg.n_kv_head, cfg.head_dim, cfg.n_head // cfg.n_kv_head, block.self_attn, block.mlp
+    pairs = torch.arange(d, device=a.q_proj.weight.device).view(2, d // 2).T.flatten()  # 0, d/2, 1, d/2 + 1 ...
+    root = cfg.d_model ** 0.5                                       # normed() leaves it out
 
     def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = q.view(H, d, -1)[:, pairs] * d ** -0.5, k.view(K, d, -1)[:, pairs], v.view(K, d, -1)
-        return torch.cat([q.flatten(0, 1), torch.cat([k, v], 1).flatten(0, 1)])         # [(H + 2K) d, D or 1]
-    w = rows(a.q_proj.weight, a.k_proj.weight, a.v_proj.weight) * block.input_layernorm.weight
-    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * block.post_attention_layernorm.weight
-    return w, rows(a.q_proj.bias, a.k_proj.bias, a.v_proj.bias)[:, 0], gate_up
+        q = q.view(K, G, d, -1)[:, :, pairs].repeat(1, R // G, 1, 1) * d ** -0.5        # [K,R,d,D or 1]
+        k, v = k.view(K, 1, d, -1)[:, :, pairs], v.view(K, 1, d, -1)
+        return torch.cat([q, k, v], 1).flatten(0, 2)                # [K (R + 2) d, D or 1]
+    w = rows(a.q_proj.weight, a.k_proj.weight, a.v_proj.weight) * block.input_layernorm.weight * root
+    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * block.post_attention_layernorm.weight * root
+    bias = rows(a.q_proj.bias, a.k_proj.bias, a.v_proj.bias)[:, 0]
+    return w.T, bias, a.o_proj.weight.T, gate_up.T, mlp.down_proj.weight.T
 
 
 def merge_entry(layer: MTPLayer, model: MiMo) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W_h with the hidden norm's gain [D,D], W_e likewise [D,D], and W_e embedding for each token [V,D] or
-None."""
+    """W_h and W_e with their norms' gains [D,D], and W_e embedding for each token [V,D] or None."""
     w_h, w_e = layer.input_proj.weight.chunk(2, 1)
-    w_h, w_e = w_h * layer.hidden_layernorm.weight, w_e * layer.token_layernorm.weight
     emb, (V, D) = model.embed_tokens.weight, model.embed_tokens.weight.shape
-    return w_h, w_e, F.rms_norm(emb, (D,), None, model.cfg.rms_eps) @ w_e.T if V * D <= TABLE else None
+    w_h, w_e = ((w * norm.weight * D ** 0.5).T for w, norm in
+                ((w_h, layer.hidden_layernorm), (w_e, layer.token_layernorm)))
+    return w_h, w_e, normed(emb, model.cfg.rms_eps) @ w_e if V * D <= TABLE else None
 
 
-def rotations(cos: Tensor, sin: Tensor, cfg: ModelConfig) -> Tensor:
-    """cos, sin [C,d] -> complex [C, H + 2K, d/2], 1 for the v heads."""
+def rotations(cos: Tensor, sin: Tensor, cfg: ModelConfig, R: int) -> Tensor:
+    """cos, sin [C,d] -> complex [C, K (R + 2), d/2], 1 for v."""
     half = cfg.head_dim // 2
     turn = torch.complex(cos[:, :half], sin[:, :half])[:, None]     # [C,1,d/2]
-    one = torch.ones_like(turn)
-    kv = torch.cat([turn, one], 1).repeat(1, cfg.n_kv_head, 1)      # k0 v0 k1 v1 ...
-    return torch.cat([turn.expand(-1, cfg.n_head, -1), kv], 1)
+    return torch.cat([turn.expand(-1, R + 1, -1), torch.ones_like(turn)], 1).repeat(1, cfg.n_kv_head, 1)
 
 
 def normed(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm without its gain."""
-    return F.rms_norm(x, x.shape[-1:], None, eps)
+    """
+    RMSNorm without its gain and without the factor sqrt(D), which the merged weights carry:
+        x / sqrt(|x|^2 + D eps)  =  x / sqrt(mean(x^2) + eps) / sqrt(D)
+    """
+    r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / r.square_().add_(x.shape[-1] * eps).sqrt_()
 
 
-def block_forward(x: Tensor, block: Block, merged: tuple[Tensor, ...], cache, cfg: ModelConfig,
-                  last: bool = False) -> Tensor:
+def block_forward(x: Tensor, merged: tuple[Tensor, ...], cache, cfg: ModelConfig, last: bool = False) -> Tensor:
     """
-    Block.forward for x [N,D], N = B*Q tokens in the order of cache.plan; may write to x. last: keys and
-    values for all, everything else only for each sequence's last token. -> [N,D], or [B,D].
+    Block.forward for x [N,D], N = B*Q tokens in the order of cache.plan; may write to x. last: keys and values for
+    all, everything else only for each sequence's last token. -> [N,D], or [B,D].
     """
-    (w_qkv, b_qkv, w_gate_up), plan, eps = merged, cache.plan, cfg.rms_eps
-    N, H, K, d = x.shape[0], cfg.n_head, cfg.n_kv_head, cfg.head_dim
-    qkv = torch.addmm(b_qkv, normed(x, eps), w_qkv.T)               # [N, (H + 2K) d]
-    torch.view_as_complex(qkv.view(N, H + 2 * K, d // 2, 2)).mul_(plan.turn)
+    w_qkv, b_qkv, w_o, w_gate_up, w_down = merged
+    plan, eps, d = cache.plan, cfg.rms_eps, cfg.head_dim
+    qkv = torch.addmm(b_qkv, normed(x, eps), w_qkv)                 # [N, K (R + 2) d]
+    torch.view_as_complex(qkv.view(*plan.turn.shape, 2)).mul_(plan.turn)
     if last:
         x = x.view(*plan.shape, -1)[:, -1].contiguous()             # [B,D]
-    x = x.addmm_(cache.attend_merged(qkv, last), block.self_attn.o_proj.weight.T)
-    gate, up = (normed(x, eps) @ w_gate_up.T).chunk(2, -1)          # [N,F] each
-    return x.addmm_(F.silu(gate).mul_(up), block.mlp.down_proj.weight.T)
+    x.addmm_(cache.attend_merged(qkv, last), w_o)
+    gate, up = (normed(x, eps) @ w_gate_up).chunk(2, -1)            # [N,F] each
+    return x.addmm_(F.silu(gate).mul_(up), w_down)
 
 
-def mtp_input(entry: tuple[Tensor, ...], h: Tensor, ahead: Tensor, model: MiMo) -> Tensor:
+def mtp_input(entry: tuple, h: Tensor, ahead: Tensor, model: MiMo) -> Tensor:
     """MTPLayer's entry: h [N,D] without the gain of its norm, ahead [N] the tokens. -> [N,D]."""
     w_h, w_e, table = entry
     if table is None:
-        return torch.addmm(normed(model.embed_tokens(ahead), model.cfg.rms_eps) @ w_e.T, h, w_h.T)
-    return torch.addmm(F.embedding(ahead, table), h, w_h.T)
+        return torch.addmm(normed(model.embed_tokens(ahead), model.cfg.rms_eps) @ w_e, h, w_h)
+    return torch.addmm(F.embedding(ahead, table), h, w_h)
