@@ -125,8 +125,8 @@ def latest(run) -> Path | None:
 
 def find(path) -> Path:
     """
-    A checkpoint folder, or the newest one of a run folder; also a folder of imported weights, which has no manifest
-    to be checked against. Ends the run with one line if there is none or it is broken.
+    A checkpoint folder, or the newest one of a run folder; also a folder of imported weights, which has no
+    manifest to be checked against. Ends the run with one line if there is none or it is broken.
     """
     path = Path(path)
     if not path.exists():

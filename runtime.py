@@ -164,7 +164,10 @@ def stop_requested(rt: Runtime) -> bool:
 
 @contextmanager
 def reading():
-    """What a person gave is read inside: a ValueError or a missing file ends the run with one line, not a traceback."""
+    """
+    What a person gave is read inside: a ValueError or a missing file ends the run with one line, not a
+    traceback.
+    """
     try:
         yield
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:

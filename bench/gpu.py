@@ -2,7 +2,8 @@
 Measurements that need a GPU. One command checks first, then times, each row beside its target.
 
     python bench/gpu.py kernels              # an H200; writes results/gpu/kernels.csv and .json
-    python bench/gpu.py kernels --dry_run    # any machine: tiny shapes, the numbers mean nothing; out/bench/
+    python bench/gpu.py train                # training at the 7B's layer shapes (gpu_train.py)
+    python bench/gpu.py kernels --dry_run    # any machine: tiny shapes, numbers mean nothing; out/bench/gpu/
 
 All sides of a comparison run in one process on the same tensors. Shares are of ceilings measured in the same
 run: a large bf16 matrix product and a large copy. Times are medians of CUDA-event times with a cold L2 cache.
@@ -27,6 +28,9 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from gpu_train import TARGETS as TRAIN_TARGETS  # noqa: E402
+from gpu_train import train  # noqa: E402, F401  (the part `train`)
 
 import kernels as K  # noqa: E402
 from kernels import attention as A  # noqa: E402
@@ -53,7 +57,7 @@ TARGETS = {
     "swiglu forward": ("share", ">=", 0.8),
     "swiglu backward": ("share", ">=", 0.8),
     "rope": ("share", ">=", 0.8),
-}
+} | TRAIN_TARGETS
 
 
 class Run:
@@ -432,7 +436,7 @@ def main(argv):
     about["seconds"] = round(time.time() - start, 1)
     aims = [r for r in run.rows if r["met"] is not None]
     about["targets_met"], about["targets"] = sum(r["met"] for r in aims), len(aims)
-    folder = ROOT / ("out/bench" if dry else "results/gpu")
+    folder = ROOT / ("out/bench/gpu" if dry else "results/gpu")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(about | dict(rows=run.rows), indent=1) + "\n")
     with (folder / f"{name}.csv").open("w", newline="") as f:

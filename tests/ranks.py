@@ -1,7 +1,7 @@
 """
 Start N processes as torchrun would, quickly: they fork from one clean server that has imported torch already.
 
-    run_ranks(4, train, "out.json", steps=20)      # calls train("out.json", steps=20) on ranks 0..3, gloo on CPU
+    run_ranks(4, folder, train, "out.json", steps=20)    # train("out.json", steps=20) on ranks 0..3, gloo
 
 One thread each, at most 4. A test judges what the ranks wrote: gloo may abort in its teardown (SIGABRT), long
 after the results are on disk, so exactly that is forgiven.
@@ -12,15 +12,15 @@ import signal
 import socket
 import sys
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
+FOLDERS = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [p for p in FOLDERS if p not in sys.path]
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "safetensors.torch",
-                               # packages only: Python 3.11 forgets sys.path here
-                               "einops", "tiktoken", "tqdm"])
+server.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "pretrain", "sft"])
 
 
 def free_port() -> int:
@@ -31,8 +31,13 @@ def free_port() -> int:
 
 def one_rank(rank: int, world: int, port: int, log: str, function, args, kwargs) -> None:
     if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
@@ -49,9 +54,19 @@ def one_rank(rank: int, world: int, port: int, log: str, function, args, kwargs)
 
 
 def start(world: int, folder, function, *args, **kwargs) -> list:
+    """N running processes; their output goes to folder/rankN.log."""
+    before = os.environ.get("PYTHONPATH")              # the server forgets sys.path (Python 3.11), not this
+    os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *filter(None, [before])])
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     port = free_port()
-    processes = [server.Process(target=one_rank, args=(rank, world, port, str(Path(folder) / f"rank{rank}.log"), function,
-                                                       args, kwargs)) for rank in range(world)]
+    processes = [
+        server.Process(
+            target=one_rank,
+            args=(rank, world, port, str(Path(folder) / f"rank{rank}.log"), function, args, kwargs),
+        )
+        for rank in range(world)
+    ]
     for p in processes:
         p.start()
     return processes
@@ -68,5 +83,6 @@ def run_ranks(world: int, folder, function, *args, **kwargs) -> list[int]:
     codes = [p.exitcode for p in processes]
     for rank, code in enumerate(codes):
         if code not in (0, 1, -signal.SIGABRT):
-            raise AssertionError(f"rank {rank} ended with {code}:\n" + (Path(folder) / f"rank{rank}.log").read_text())
+            log = (Path(folder) / f"rank{rank}.log").read_text()
+            raise AssertionError(f"rank {rank} ended with {code}:\n{log}")
     return codes

@@ -21,7 +21,7 @@ from data.loader import make_batch  # noqa: E402
 from kernels.attention import doc_bounds  # noqa: E402
 from model import ModelConfig  # noqa: E402
 
-SHAPE = ModelConfig(vocab_size=128, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64, n_mtp=2)
+SHAPE = ModelConfig(128, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64, n_mtp=2)
 T, ROWS = 24, 8
 
 
@@ -39,13 +39,29 @@ def batch_at(step: int, rank: int, world: int, uneven: int):
     return make_batch(ids[lo:hi], docs[lo:hi], T, mask[lo:hi])
 
 
-def main(out, steps=20, per_micro=1, checkpointing="none", shard_ranks=0, uneven=0, frozen=0, run="", resume=0,
-         save_at=-1, background=0, validate=0, reduce_each=0, compile=0, starve=0):
+def main(
+    out,
+    steps=20,
+    per_micro=1,
+    checkpointing="none",
+    shard_ranks=0,
+    uneven=0,
+    frozen=0,
+    run="",
+    resume=0,
+    save_at=-1,
+    background=0,
+    validate=0,
+    reduce_each=0,
+    compile=0,
+    starve=0,
+):
     rt = runtime.setup(seed=1, device="cpu")
     model = mtp.build(SHAPE, "meta")
     if frozen:
         mtp.freeze_all_but_new(model, 1)
-    model = runtime.shard(model, rt, checkpointing=checkpointing, shard_ranks=shard_ranks, compile=bool(compile))
+    how = {"checkpointing": checkpointing, "shard_ranks": shard_ranks, "compile": bool(compile)}
+    model = runtime.shard(model, rt, **how)
     runtime.materialise(model, rt, seed=3)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), fused=True)
@@ -62,7 +78,8 @@ def main(out, steps=20, per_micro=1, checkpointing="none", shard_ranks=0, uneven
 
     for step in range(start, steps):
         batch = batch_at(step, rt.rank, rt.world, 4 if starve else uneven)
-        counts = runtime.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, T, SHAPE.n_mtp, batch.mask), rt)
+        counts = mtp.target_counts(batch.ids, batch.docs, T, SHAPE.n_mtp, batch.mask)
+        counts = runtime.all_reduce_sum(counts, rt)
         total = torch.zeros(1 + SHAPE.n_mtp)
         for micro, last in runtime.micro_batches(batch, per_micro, rt):
             sums = forward(micro, micro.positions.shape[0])
@@ -79,8 +96,18 @@ def main(out, steps=20, per_micro=1, checkpointing="none", shard_ranks=0, uneven
             with torch.no_grad():
                 forward(batch_at(999, 0, 1, 0), ROWS)
         if step == save_at:
-            runtime.save_checkpoint(run, step + 1, model, optimizer=optimizer, config={}, meta={"stage": "base"},
-                                    state={"step": step + 1}, shape=vars(SHAPE), rt=rt, background=bool(background))
+            runtime.save_checkpoint(
+                run,
+                step + 1,
+                model,
+                optimizer=optimizer,
+                config={},
+                meta={"stage": "base"},
+                state={"step": step + 1},
+                shape=vars(SHAPE),
+                rt=rt,
+                background=bool(background),
+            )
     weights = {name: float(w.double().norm()) for name, w in runtime.replica_state(model)}
     copy = runtime.fill(runtime.replica(model, "cpu", torch.float32), runtime.replica_state(model))
     with torch.no_grad():                              # the replica decodes alone: no collective
@@ -115,15 +142,19 @@ def train_pretrain(folder, term_after=-1):
     while not (folder / "data").is_dir():
         time.sleep(0.05)
     mix = {"web": 0.5, "maths": 0.5}
-    config = (f"from model import ModelConfig\nfrom schedule import Stage\n"
-              f"out, data, tokenizer = {str(folder / 'base')!r}, {str(folder / 'data')!r}, 'tiny'\n"
-              "model = ModelConfig(vocab_size=1024, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64,\n"
-              "                    max_seq_len=64, n_mtp=1)\n"
-              "stages = [Stage('one', 12 * 7 * 32, 32, 8, batch_size_start=4, batch_warmup_tokens=1600, lr=1e-3,\n"
-              f"                warmup_tokens=600, mtp_weight=0.3, mtp_weight_end=0.1, mtp_switch_tokens=1300, mix={mix}),\n"
-              f"          Stage('two', 6 * 5 * 64, 64, 5, lr=1e-3, lr_end=1e-4, decay_tokens=800, rope_base=1e5, mix={mix})]\n"
-              f"mtp_stage = Stage('mtp', 4 * 5 * 64, 64, 5, lr=1e-3, mtp_weight=1.0, rope_base=1e5, mix={mix})\n"
-              "micro_batch, valid_tokens, sample_every, save_every, device = 2, 256, 0, 1000, 'cpu'\n")
+    config = (
+        f"from model import ModelConfig\nfrom schedule import Stage\n"
+        f"out, data, tokenizer = {str(folder / 'base')!r}, {str(folder / 'data')!r}, 'tiny'\n"
+        "model = ModelConfig(vocab_size=1024, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8,\n"
+        "                    d_ff=64, max_seq_len=64, n_mtp=1)\n"
+        "stages = [Stage('one', 12 * 7 * 32, 32, 8, batch_size_start=4, batch_warmup_tokens=1600, lr=1e-3,\n"
+        f"                warmup_tokens=600, mtp_weight=0.3, mtp_weight_end=0.1, mtp_switch_tokens=1300,\n"
+        f"                mix={mix}),\n"
+        f"          Stage('two', 6 * 5 * 64, 64, 5, lr=1e-3, lr_end=1e-4, decay_tokens=800, rope_base=1e5,\n"
+        f"                mix={mix})]\n"
+        f"mtp_stage = Stage('mtp', 4 * 5 * 64, 64, 5, lr=1e-3, mtp_weight=1.0, rope_base=1e5, mix={mix})\n"
+        "micro_batch, valid_tokens, sample_every, save_every, device = 2, 256, 0, 1000, 'cpu'\n"
+    )
     path = folder / f"config{os.environ.get('RANK', 0)}.py"
     path.write_text(config)
     asked = runtime.stop_requested
@@ -146,14 +177,33 @@ def train_sft(folder, init):
     import configurator
     import sft
     folder = Path(folder)
-    rows = [{"messages": [{"role": "user", "content": f"what is {i} + {i % 7}?"},
-                          {"role": "assistant", "content": f"<think>\n{i} and {i % 7}\n</think>\n\n{i + i % 7}"}]}
-            for i in range(120)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"what is {i} + {i % 7}?"},
+                {"role": "assistant", "content": f"<think>\n{i} and {i % 7}\n</think>\n\n{i + i % 7}"},
+            ]
+        }
+        for i in range(120)
+    ]
     path = folder / f"sft{os.environ.get('RANK', 0)}.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    sft.main(configurator.load(sft.Config, [f"--init={init}", f"--out={folder / 'sft'}", f"--data={path}", "--heldout=",
-                                            "--seq_len=64", "--batch_size=5", "--micro_batch=2", "--steps=6",
-                                            "--device=cpu"]))
+    sft.main(
+        configurator.load(
+            sft.Config,
+            [
+                f"--init={init}",
+                f"--out={folder / 'sft'}",
+                f"--data={path}",
+                "--heldout=",
+                "--seq_len=64",
+                "--batch_size=5",
+                "--micro_batch=2",
+                "--steps=6",
+                "--device=cpu",
+            ],
+        )
+    )
 
 
 if __name__ == "__main__":

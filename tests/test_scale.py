@@ -52,8 +52,17 @@ def test_four_ranks_hybrid_then_saved_and_loaded_on_two_and_one(alone, tmp_path)
     1.
     """
     run = str(tmp_path / "run")
-    run_ranks(4, tmp_path, train, str(tmp_path / "four.json"), shard_ranks=2, checkpointing="selective", run=run,
-              save_at=9, background=1)
+    run_ranks(
+        4,
+        tmp_path,
+        train,
+        str(tmp_path / "four.json"),
+        shard_ranks=2,
+        checkpointing="selective",
+        run=run,
+        save_at=9,
+        background=1,
+    )
     same(alone, read(tmp_path / "four.json"))
     assert (tmp_path / "run/step_00000010/optimizer/.metadata").is_file()          # DCP
     assert len(list((tmp_path / "run/step_00000010").glob("model-*.safetensors"))) == 4
@@ -107,8 +116,8 @@ def test_pretrain_and_sft_do_not_depend_on_the_number_of_ranks(tmp_path):
     for world in (1, 2, 4):
         folder = tmp_path / f"world{world}"
         folder.mkdir()
-        codes = run_ranks(world, folder, train_pretrain, str(folder)) if world > 1 else [train_pretrain(str(folder))]
-        assert set(codes) <= {0, None, -6}, (folder / "rank0.log").read_text()
+        codes = run_ranks(world, folder, train_pretrain, str(folder))
+        assert set(codes) <= {0, -6}, (folder / "rank0.log").read_text()
     one = losses_of(tmp_path / "world1/base")
     assert len(one) >= 20 and len(one[-1]) == 1 + 3 + 1              # three MTP layers at the end
     for world in (2, 4):
@@ -145,7 +154,10 @@ def test_recomputation_changes_nothing(kind):
 
 
 def test_compiled_blocks_give_the_same_losses(alone, tmp_path, monkeypatch):
-    """torch.compile per block, over recomputation; dynamo alone (backend eager), so that no C++ compiler is needed."""
+    """
+    torch.compile per block, over recomputation; dynamo alone (backend eager), so that no C++ compiler is
+    needed.
+    """
     compiler, seen = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f: seen.append(f) or compiler(f, backend="eager"))
     train(tmp_path / "out.json", steps=2, per_micro=4, compile=1, checkpointing="selective")
