@@ -42,9 +42,9 @@ class Config:
     pages: int = 5000                     # original pages of the crawl
     books: int = 150                      # long documents, for the long-context stage
     book_words: int = 500                 # words in each
-    maths_problems: int = 24_000          # worked on pages, training split
+    maths_problems: int = 20_000          # worked on pages, training split
     code_problems: int = 8_000            # worked on pages, training split
-    steps_share: float = 0.5              # share of maths pages' problems that show their steps
+    steps_share: float = 0.6              # share of maths pages' problems that show their steps
     careless_share: float = 0.45          # share of code pages' answers that forget something
     tables: int = 500                     # pages of number facts
     synth: int = 3_000                    # synthetic reasoning answers for stage 3, half maths, half code

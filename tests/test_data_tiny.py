@@ -1,0 +1,90 @@
+"""The tiny world's problems: right answers, splits by identity, ladders of tests that catch careless programs."""
+import json
+import random
+import re
+from fractions import Fraction
+
+import pytest
+
+from data.problems import split_of
+from data.tiny import code, maths
+from reward import difficulty_levels, math_reward
+
+
+def worth(text):
+    """The value of an expression in the problems' notation."""
+    return Fraction(eval(re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r"Fraction(\1,\2)", text), {"Fraction": Fraction}))
+
+
+@pytest.mark.parametrize("kind", maths.KINDS)
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_every_step_and_answer_is_right(kind, level):
+    rng = random.Random(level)
+    for _ in range(100):
+        canonical, question, steps, answer = kind(rng, level)
+        for step in steps:
+            left, right = step.split("=")
+            assert worth(left) == worth(right), (question, step)
+        name, expression = canonical.split(" ", 1)
+        if name in ("chain", "product", "fraction"):
+            assert worth(expression) == worth(answer), question
+        elif name == "remainder":
+            total, m = expression.split(" by ")
+            assert worth(total) % int(m) == int(answer), question
+        else:
+            left, right = (re.sub(r"(\d*)x", lambda m: f"({m[1] or 1}*{answer})", side) for side in expression.split("="))
+            assert worth(left) == worth(right), question
+        assert math_reward(f"<think>\n{steps}\n</think>\n\n\\boxed{{{answer}}}", answer) == 1.0
+
+
+@pytest.mark.parametrize("generator", [maths, code])
+def test_splits_are_disjoint_by_identity_and_deterministic(generator):
+    test, train = generator.problems(40, "test", 1), generator.problems(60, "train", 1)
+    assert {split_of(p.id) for p in test} == {"test"} and {split_of(p.id) for p in train} == {"train"}
+    assert not {p.id for p in test} & {p.id for p in train}
+    assert len({p.id for p in test}) == 40
+    assert generator.problems(40, "test", 1) == test
+    assert generator.problems(40, "test", 2) != test
+
+
+def test_a_wording_never_changes_the_identity():
+    rng = random.Random(0)
+    ids = {}
+    for _ in range(4000):
+        p = maths.problem(rng, 1)
+        numbers = "".join(re.findall(r"[\d+\-*/]+", p.question)) if "has" not in p.question else None
+        if numbers:
+            ids.setdefault((p.question.split()[0] in ("What", "Compute"), numbers), set()).add(p.id)
+    same = [v for (plain, _), v in ids.items() if plain]
+    assert same and all(len(v) == 1 for v in same)
+
+
+def test_code_tests_are_right_and_catch_every_forgotten_clause():
+    for p in code.problems(40, "test", 3, levels=(2, 3)):
+        program = p.solution.removeprefix("```python\n").removesuffix("\n```")
+        golden = code.compiled(program)
+        calls = [(json.loads(t.input)[0], json.loads(t.expected)) for t in p.tests]
+        assert all(golden(list(xs)) == want for xs, want in calls)
+        lines = program.split("\n")
+        for i, line in enumerate(lines):
+            if line.startswith("    xs = "):
+                careless = code.compiled("\n".join(lines[:i] + lines[i + 1:]))
+                assert any(careless(list(xs)) != want for xs, want in calls), (p.question, line)
+        assert len({json.dumps(want) for _, want in calls}) >= 4, "a constant program passes too much"
+
+
+def test_the_ladder_orders_tests_by_difficulty():
+    """On average a careless program passes more level-0 tests than level-2 tests."""
+    passed = {0: [], 2: []}
+    rng = random.Random(5)
+    for p in code.problems(30, "train", 4, levels=(3,)):
+        lines = p.solution.split("\n")[1:-1]
+        body = [i for i, line in enumerate(lines) if line.startswith("    xs = ")]
+        drop = rng.choice(body)
+        careless = code.compiled("\n".join(lines[:drop] + lines[drop + 1:]))
+        for t in p.tests:
+            if t.level in passed:
+                passed[t.level].append(careless(json.loads(t.input)[0]) == json.loads(t.expected))
+    easy, hard = (sum(v) / len(v) for v in passed.values())
+    assert easy > hard + 0.2, (easy, hard)
+    assert difficulty_levels([easy, hard], 2) == [0, 1]
