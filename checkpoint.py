@@ -377,6 +377,8 @@ _pending = Pending()
 
 
 def _write_quietly(**job) -> None:
+    if sys.platform == "linux":                        # where cores are scarce, training goes first
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
     try:
         write(**job)
     except BaseException as e:

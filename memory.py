@@ -123,7 +123,7 @@ def plan(shape, stages, world: int, *, micro_batch: int = 1, checkpointing: str 
     None. micro_batch counts rows of the shortest context, as in pretrain.py; kv_tokens: tokens in an engine's
     cache.
     """
-    gpu = device == "cuda"
+    gpu, reduce_each = device == "cuda", reduce_each or world == 1
     e, n = (2 if gpu else 4), shard_ranks or world
     table, rows = list(stages) + ([mtp_stage] if mtp_stage else []), []
     shortest, sharded = min(s.seq_len for s in table), gpu or world > 1
@@ -189,14 +189,17 @@ def report(shape, stages, world: int, *, mtp_stage=None, n_mtp_final: int = 3, c
     if n_mtp_final != shape.n_mtp:
         out.append(f"  with {n_mtp_final} MTP layers{'':<18}{with_all['all']:>20,}")
     out += ["", *schedule_lines(rows, list(stages) + ([mtp_stage] if mtp_stage else [])), ""]
-    out.append(f"memory per GPU in GB, {world} GPUs, activation checkpointing {checkpointing}")
+    for s in stages:
+        if (least := s.batch_size_start or s.batch_size) < world:
+            out += [f"warning: {s.name} has steps of {least} rows for {world} GPUs: it will not run", ""]
+    out.append(f"memory per GPU in GB, {world} GPU(s), activation checkpointing {checkpointing}")
     kinds = list(rows[0]["memory"])
     head = "".join(f"{k:>13}" for k in kinds)
     out.append(f"  {'stage':<12}{'rows x tokens':>16}{head}{'total':>10}")
     for r in rows:
         out.append(f"  {r['name']:<12}{r['micro_batch']:>6} x {r['seq_len']:>7,}"
                    + "".join(f"{r['memory'][k] / GB:>13.2f}" for k in kinds) + f"{r['total'] / GB:>10.2f}")
-    out += ["", f"compute, at {mfu:.0%} of {tflops:g} TFLOP/s on {world} GPUs",
+    out += ["", f"compute, at {mfu:.0%} of {tflops:g} TFLOP/s on {world} GPU(s)",
             f"  {'stage':<12}{'tokens':>12}{'steps':>14}{'GFLOP/token':>14}{'days':>12}"]
     for r in rows:
         out.append(f"  {r['name']:<12}{human(r['tokens']):>12}{r['steps']:>14,.0f}"

@@ -106,7 +106,7 @@ def recomputed(block: nn.Module, kind: str):
 def sync_gradients(model: nn.Module, last: bool, rt) -> None:
     """Before each micro-batch's backward: FSDP reduces gradients over the ranks once, in the last one."""
     if rt.sharded:
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or rt.world == 1)      # alone there is nothing to wait for
         model.set_is_last_backward(last)
 
 

@@ -1,6 +1,5 @@
 """
-A 1.3B model with the 7B recipe, for one node of 8 GPUs and about 60B tokens (three days on 8 H100 at 40% MFU
-is 200B).
+A 1.1B model with the 7B recipe: 60B tokens, about two days on 8 H100 at 40% MFU.
 
     torchrun --nproc_per_node=8 pretrain.py config/mimo_1b.py
     python pretrain.py config/mimo_1b.py --dry_run=True
