@@ -30,8 +30,8 @@ def block(summary: dict, run: dict) -> str:
     tail = lambda row: ", ".join(f"{k} {percent(v)}" for k, v in row.items() if k.startswith("pass@"))
     models, mtp, seconds = summary["models"], summary["mtp"], summary["seconds"]
     base = models["base"]
-    lines = ["| | maths, avg@n | code, avg@n | MiMo-7B, report, Table 5: MATH500 / AIME24 / LiveCodeBench v5 |",
-             "|---|---|---|---|"]
+    lines = ["| | maths, avg@n | code, avg@n | "
+             "MiMo-7B, the report's Table 5: MATH500 / AIME24 / LiveCodeBench v5 |", "|---|---|---|---|"]
     for key, name in NAMES.items():
         report = " / ".join(f"{v}" for v in REPORT[key])
         lines.append(f"| {name} | {cell(models[key]['maths'])} | {cell(models[key]['code'])} | {report} |")
@@ -40,14 +40,14 @@ def block(summary: dict, run: dict) -> str:
         f"The left columns are ours: a model of about a million parameters on {base['maths']['n']} maths and "
         f"{base['code']['n']} code problems held out by identity, n = "
         + ", ".join(f"{models[k]['maths']['samples']} ({v})" for k, v in NAMES.items())
-        + ", temperature 0.6, top-p 0.95, brackets: 95% bootstrap intervals over problems. The right column is a "
-        "model of seven billion on public benchmarks; only the order of the rows can be compared.",
+        + ", temperature 0.6, top-p 0.95, brackets: 95% bootstrap intervals over problems. The right "
+        "column is a model of seven billion on public benchmarks; only the order of the rows can be compared.",
         "",
         f"- Base: maths {tail(base['maths'])}; code {tail(base['code'])}.",
-        f"- MTP, greedy answers to held-out problems: drafts accepted per layer {layers(mtp['acceptance'])} "
-        f"(teacher-forced {layers(mtp['teacher_forced'])}; report, AIME24: first about 90%, third above 75%), "
-        f"{mtp['tokens_per_forward']:.2f} tokens per forward, {mtp['speedup']:.2f}x plain decoding at batch 1, "
-        f"text {'equal token for token' if mtp['equal_text'] else 'DIFFERENT'}.",
+        "- MTP, greedy answers to held-out problems: drafts accepted per layer "
+        f"{layers(mtp['acceptance'])} (teacher-forced {layers(mtp['teacher_forced'])}; report, AIME24: first "
+        f"about 90%, third above 75%), {mtp['tokens_per_forward']:.2f} tokens per forward, "
+        f"{mtp['speedup']:.2f}x plain decoding at batch 1, text {'equal token for token' if mtp['equal_text'] else 'DIFFERENT'}.",
         f"- {seconds['total'] / 60:.1f} minutes in all: "
         + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items() if k != "total")
         + f"; peak memory {summary['peak_mb']} MB; held-out problems seen in training: "
