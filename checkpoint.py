@@ -352,12 +352,15 @@ def save_checkpoint(run, step: int, model: nn.Module, *, meta: dict, config: dic
     check_space(run, model, optim)
     weights = owned_weights(model)
     plain(state, "state")
+    dcp = is_sharded(model) and ranks()[1] > 1
+    if not dcp:                                        # one GPU: shards of one, saved as what they are
+        optim = {name: {key: local(t) for key, t in parts.items()} for name, parts in optim.items()}
     parts = {"optimizer": optim, "rng": rng_states(), "state": state}
     if background:
         weights, parts = snapshot(weights, "weights"), snapshot(parts, "parts")
     job = dict(run=run, step=step, weights=weights, parts=parts, meta=meta, config=config,
                tokenizer=tokenizer, keep=keep, shape=dict(shape if shape is not None else vars(model.cfg)),
-               dcp=is_sharded(model) and ranks()[1] > 1, order=[name for name, _ in model.named_parameters()],
+               dcp=dcp, order=[name for name, _ in model.named_parameters()],
                group=getattr(rt, "save_group", None))
     if not background:
         write(**job)

@@ -69,10 +69,10 @@ def shard(model: nn.Module, rt, *, checkpointing: str = "none", compile: bool = 
     if not rt.sharded:
         return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    cuda = rt.device.type == "cuda"
+    mixed = rt.dtype != torch.float32
     # inputs are not cast: cos and sin of RoPE stay fp32, 32k positions do not fit in bf16's mantissa
-    policy = MixedPrecisionPolicy(param_dtype=rt.dtype if cuda else None, cast_forward_inputs=False,
-                                  reduce_dtype=torch.float32 if cuda else None)
+    policy = MixedPrecisionPolicy(param_dtype=rt.dtype if mixed else None, cast_forward_inputs=False,
+                                  reduce_dtype=torch.float32 if mixed else None)
     mesh = mesh_for(rt.world, shard_ranks, rt.device.type)
     for block in trunk:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

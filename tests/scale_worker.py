@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,13 @@ def main(
     reduce_each=0,
     compile=0,
     starve=0,
+    one_gpu=0,
 ):
     rt = runtime.setup(seed=1, device="cpu")
+    if one_gpu:                                        # what setup() does for one GPU, on the CPU
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        rt = replace(rt, sharded=True, dtype=torch.bfloat16 if one_gpu == 2 else torch.float32)
     model = mtp.build(SHAPE, "meta")
     if frozen:
         mtp.freeze_all_but_new(model, 1)
@@ -87,6 +93,7 @@ def main(
             ((sums[0] / counts[0] + 0.3 * (sums[1:] / counts[1:]).mean()) * rt.world).backward()
             total += sums.detach()
         total = runtime.all_reduce_sum(total, rt) / counts
+        assert {p.grad.dtype for p in trained} == {torch.float32}      # also where blocks compute in bf16
         norm = runtime.clip_grad_norm(model, 0.5)
         runtime.check_finite({"loss": total}, model, step)
         optimizer.step()

@@ -79,6 +79,20 @@ def test_saved_on_one_loads_on_two(alone, tmp_path):
     same(alone, read(tmp_path / "two.json"))
 
 
+def test_one_gpu_is_a_mesh_of_one(alone, tmp_path):
+    """A single GPU's path on the CPU: FSDP2 over one rank, saved, loaded without it; then bf16 compute."""
+    run = str(tmp_path / "run")
+    train(tmp_path / "one.json", one_gpu=1, run=run, save_at=9, background=1)
+    same(alone, read(tmp_path / "one.json"))
+    train(tmp_path / "plain.json", run=run, resume=1)
+    same(alone, read(tmp_path / "plain.json"))
+    train(tmp_path / "again.json", run=run, resume=1, one_gpu=1)
+    same(alone, read(tmp_path / "again.json"))
+    train(tmp_path / "bf16.json", one_gpu=2)
+    for x, y in zip(alone["seen"], read(tmp_path / "bf16.json")["seen"], strict=True):
+        assert y == pytest.approx(x, rel=0.03) and y != x
+
+
 def test_frozen_trunk(tmp_path):
     """
     MTP fine-tuning: only the second MTP layer trains; its clipped norm and the frozen weights agree over
