@@ -41,13 +41,14 @@ def block(summary: dict, run: dict) -> str:
         f"{base['code']['n']} code problems held out by identity, n = "
         + ", ".join(f"{models[k]['maths']['samples']} ({v})" for k, v in NAMES.items())
         + ", temperature 0.6, top-p 0.95, brackets: 95% bootstrap intervals over problems. The right "
-        "column is a model of seven billion on public benchmarks; only the order of the rows can be compared.",
+        "column is a model of seven billion on public benchmarks: only the order of rows can be compared.",
         "",
         f"- Base: maths {tail(base['maths'])}; code {tail(base['code'])}.",
         "- MTP, greedy answers to held-out problems: drafts accepted per layer "
         f"{layers(mtp['acceptance'])} (teacher-forced {layers(mtp['teacher_forced'])}; report, AIME24: first "
         f"about 90%, third above 75%), {mtp['tokens_per_forward']:.2f} tokens per forward, "
-        f"{mtp['speedup']:.2f}x plain decoding at batch 1, text {'equal token for token' if mtp['equal_text'] else 'DIFFERENT'}.",
+        f"{mtp['speedup']:.2f}x plain decoding at batch 1, text "
+        f"{'equal token for token' if mtp['equal_text'] else 'DIFFERENT'}.",
         f"- {seconds['total'] / 60:.1f} minutes in all: "
         + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items() if k != "total")
         + f"; peak memory {summary['peak_mb']} MB; held-out problems seen in training: "
