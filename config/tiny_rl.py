@@ -1,9 +1,11 @@
-# RL of MiMo-tiny from SFT, on-policy (one update per batch, as the report's later recipe).
+# RL of MiMo-tiny from SFT: two updates per batch (the report has 16).
 init, out = "out/tiny/sft", "out/tiny/rl"
 problems, valid = "out/tiny/problems/rl.jsonl", "out/tiny/problems/valid.jsonl"
-steps, batch_size, mini_batch, group_size = 40, 16, 16, 8
-lr, warmup_steps = 5e-4, 3
+steps, batch_size, mini_batch, group_size = 90, 16, 8, 8
+lr, warmup_steps = 2e-4, 3
 budget = [(0, 96)]
+max_groups = 96
 slots, judge_workers, reward_lag = 128, 1, 8
-eval_every, eval_samples = 10, 4
-scheme = "soft"
+save_every = 15
+eval_every, eval_samples = 15, 4
+scheme = "strict"

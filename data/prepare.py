@@ -45,10 +45,10 @@ class Config:
     maths_problems: int = 20_000          # worked on pages, training split
     code_problems: int = 8_000            # worked on pages, training split
     steps_share: float = 0.6              # share of maths pages' problems that show their steps
-    careless_share: float = 0.45          # share of code pages' answers that forget something
+    careless_share: float = 0.35          # share of code pages' answers that forget something
     tables: int = 500                     # pages of number facts
     synth: int = 3_000                    # synthetic reasoning answers for stage 3, half maths, half code
-    sft: int = 4_000                      # chat samples, half maths, half code
+    sft: int = 4_000                      # chat samples, two thirds maths, one third code
     rl_maths: int = 1_000                 # RL training problems
     rl_code: int = 500                    # RL training problems with tests
     test: int = 250                       # held-out problems of each kind, eval.py
@@ -108,7 +108,7 @@ def main(cfg: Config) -> None:
     print(f"problems: {2 * cfg.test} test, {2 * cfg.valid} valid, {len(rl)} for RL")
 
     # ---- chat samples for SFT ------------------------------------------------------------------------------------
-    samples = training("maths", cfg.sft // 2, rng) + training("code", cfg.sft // 2, rng)
+    samples = training("maths", cfg.sft * 2 // 3, rng) + training("code", cfg.sft // 3, rng)
     rng.shuffle(samples)
     with open(out / "sft.jsonl", "w", encoding="utf-8") as f:
         for p in samples:
