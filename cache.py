@@ -35,14 +35,21 @@ class Plan:
     where: Tensor                       # flat index of each new key and value in the cache
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def attend(q: Tensor, kT: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """
-    softmax(q k^T + bias) v with bits that depend on nothing but the row itself.
-    q [B*K,n,d], scaled, n >= ROWS; k, v [B*K,L,d]; bias [B,1,1 or n,L]. -> [B*K,n,d].
+    softmax(q k^T + bias) v with bits that depend on nothing but the row itself. q [B*K,n,d], scaled, n >=
+    ROWS; kT [B*K,d,L]; v [B*K,L,d]; bias [B*K,1,L], or [B,1,n,L] where tokens see different keys. ->
+    [B*K,n,d].
     """
-    (BK, n, _), B, L = q.shape, bias.shape[0], bias.shape[-1]
-    p = torch.bmm(q, k.mT).view(B, BK // B, n, L).add_(bias).softmax(-1).view(BK, n, L)
-    o = torch.bmm(p[:, :, :PIECE], v[:, :PIECE])                    # [B*K,n,d]
+    if bias.ndim == 3:
+        s = torch.baddbmm(bias, q, kT)                              # [B*K,n,L]
+    else:
+        s = torch.bmm(q, kT)
+        s.view(bias.shape[0], -1, *s.shape[1:]).add_(bias)
+    p, L = s.softmax(-1), v.shape[1]
+    if L <= PIECE:
+        return torch.bmm(p, v)
+    o = torch.bmm(p[:, :, :PIECE], v[:, :PIECE])
     for c in range(PIECE, L, PIECE):
         o.baddbmm_(p[:, :, c:c + PIECE], v[:, c:c + PIECE])
     return o
@@ -51,13 +58,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 # ---- a row a sequence --------------------------------------------------------------------------------------
 
 class Rows:
-    """kv [n_layer, S, K, C, 2d]: keys and values side by side, head-major, so that a batch of heads is one
-view."""
+    """kv [n_layer, S, K, C, 2d]: keys and values side by side; head-major: a batch of heads is one view."""
     static = False                      # shapes follow the longest sequence
 
     def __init__(self, n_layer: int, S: int, K: int, G: int, columns: int, d: int, dtype, device):
         self.columns = -(-columns // KEYS) * KEYS
-        # the G query heads that read one KV head are rows of one matrix; R repeats them until there are enough
+        # the G query heads that read one KV head are rows of one matrix, repeated to R until there are enough
         self.K, self.G, self.R = K, G, -(-ROWS // G) * G
         self.kv = torch.zeros(n_layer, S, K, self.columns, 2 * d, dtype=dtype, device=device)
         self.layers = [RowLayer(self, kv) for kv in self.kv]
@@ -72,10 +78,11 @@ view."""
         columns = positions if write is None else write
         plan.where = (self.heads[first:first + B] + columns[:, :, None]).flatten()     # [B*Q*K]
         plan.L = L = min(-(-(int(positions.max()) + 1) // KEYS) * KEYS, self.columns)
-        bias = torch.where(self.column[:L] <= positions[:, :, None], self.zero, self.never)[:, None]    # [B,1,Q,L]
-        plan.last_bias = bias[:, :, -1:]                            # for each sequence's last token alone
+        bias = torch.where(self.column[:L] <= positions[:, :, None], self.zero, self.never)     # [B,Q,L]
         plan.g = self.G if Q * self.G >= ROWS else self.R           # rows a token has in attend()
-        plan.bias = bias if Q == 1 else bias.repeat_interleave(plan.g, 2)       # [B,1,1 or Q*g,L]
+        # for each sequence's last token alone, and for all
+        plan.last_bias = bias[:, -1:].repeat_interleave(self.K, 0)  # [B*K,1,L]
+        plan.bias = plan.last_bias if Q == 1 else bias.repeat_interleave(plan.g, 1)[:, None]    # [B,1,Q*g,L]
         return plan
 
     def hold(self, rows: Tensor) -> Tensor:
@@ -99,7 +106,7 @@ class RowLayer:
     """One layer of Rows; what Block.forward knows as `cache`."""
     def __init__(self, owner: Rows, kv: Tensor):
         self.kv, self.d, self.K, self.G, self.R = kv, kv.shape[-1] // 2, owner.K, owner.G, owner.R
-        self.flat, self.plan, self.window = kv.view(-1, kv.shape[-1]), None, (None, None, None)     # [S*K*C, 2d]
+        self.flat, self.plan, self.window = kv.view(-1, kv.shape[-1]), None, (None, None, None)  # [S*K*C, 2d]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends k, v [B,Q,K,d], then attends q [B,Q,H,d] -> [B,Q,H,d]."""
@@ -110,28 +117,25 @@ class RowLayer:
         o = attend(q, *self.seen(), plan.bias).view(B, self.K, Q, g, self.d)[:, :, :, :self.G]
         return o.transpose(1, 2).reshape(B, Q, -1, self.d)
 
-    def attend_merged(self, qkv: Tensor, last: bool) -> Tensor:
-        """
-        The same for fast.py: qkv [B*Q, K (R + 2) d] holds for each KV head its R rows of q, scaled, then k and v. last:
-        only each sequence's last token attends. -> [B*Q, H d], with last [B, H d].
-        """
-        (B, Q), K, G, R, d, plan = self.plan.shape, self.K, self.G, self.R, self.d, self.plan
-        heads = qkv.view(-1, R + 2, d)                              # [B*Q*K,R+2,d]
-        self.flat.index_copy_(0, plan.where, heads[:, R:].flatten(1))
+    def attend_merged(self, last: bool) -> Tensor:
+        """The same for fast.py, from its buffers in the plan. last: for each sequence's last token alone."""
+        plan, K, G, d = self.plan, self.K, self.G, self.d
+        B, Q = plan.shape
         if Q == 1 or last:
-            q = heads[:, :R] if Q == 1 else qkv.view(B, Q, K, R + 2, d)[:, -1, :, :R].reshape(B * K, R, d)
+            q = plan.q if Q == 1 else plan.q[:, -1, :, :self.R].reshape(B * K, self.R, d)
             return attend(q, *self.seen(), plan.last_bias)[:, :G].reshape(B, -1)
-        q = qkv.view(B, Q, K, R + 2, d)[:, :, :, :plan.g].transpose(1, 2).reshape(B * K, -1, d)
+        q = plan.q[:, :, :, :plan.g].transpose(1, 2).reshape(B * K, -1, d)
         o = attend(q, *self.seen(), plan.bias).view(B, K, Q, plan.g, d)[:, :, :, :G]
         return o.transpose(1, 2).reshape(B * Q, -1)
 
     def seen(self) -> tuple[Tensor, Tensor]:
-        """Views of the keys and the values that the plan's rows may see, [B*K,L,d] each; the last ones are kept."""
+        """Keys [B*K,d,L] and values [B*K,L,d] that the plan's rows may see; the last views are kept."""
         plan = self.plan
         which = plan.first, plan.shape[0], plan.L
         if self.window[0] != which:
             kv = self.kv[plan.first:plan.first + plan.shape[0]].flatten(0, 1)[:, :plan.L]
-            self.window = (which, *kv.split(self.d, -1))
+            k, v = kv.split(self.d, -1)
+            self.window = which, k.mT, v
         return self.window[1:]
 
 

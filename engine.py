@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import ROWS, Blocks, Plan, Rows
-from fast import Weights, block_forward, mtp_input, normed, rotations
+from draw import draw, signed64, uniform
+from fast import Weights, block_forward, mtp_input, normed, prepare, rotations
 from kernels.rope import rope_tables
 from model import MiMo
 from mtp import accept_greedy
@@ -65,70 +66,6 @@ class Sample:
     # per MTP layer: drafts looked at, that is, with all drafts before them kept
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()  # per MTP layer: of those, how many were the token drawn
-
-
-# ---- drawing tokens ----------------------------------------------------------------------------------------
-
-def signed64(x: int) -> int:
-    x &= (1 << 64) - 1
-    return x - (1 << 64) if x >> 63 else x
-
-
-GOLDEN, MIX1, MIX2 = (signed64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def splitmix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser (Steele et al. 2014) on int64: products wrap, the masks make >> logical."""
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * MIX1
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * MIX2
-    return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def uniform(seed: Tensor, index: Tensor) -> Tensor:
-    """u in [0, 1 - 2^-24], fp32, a pure function of (seed, index), int64 tensors that broadcast."""
-    bits = splitmix(splitmix(seed) + (index + 1) * GOLDEN)
-    return (bits >> 40 & (1 << 24) - 1).float() * 2.0 ** -24
-
-
-def keep_top(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """
-    p [N,V] with everything outside top-k and top-p set to 0, renormalised. top_p fp32 [N], top_k int64 [N], 0
-    = all. By hand: p = (.5, .3, .2) and top_p = .6 keep .5 (mass before it 0) and .3 (mass before it .5) ->
-    (.625, .375, 0).
-    """
-    sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
-    before = sorted_p.cumsum(-1) - sorted_p                         # mass of the more likely tokens
-    rank = torch.arange(p.shape[-1], device=p.device)
-    keep = (before < top_p[:, None]) & (rank < torch.where(top_k > 0, top_k, p.shape[-1])[:, None])
-    keep[:, 0] = True
-    kept = torch.zeros_like(p).scatter_(1, order, sorted_p * keep)
-    return kept / kept.sum(-1, keepdim=True)
-
-
-def draw(logits: Tensor, u: Tensor, temperature: Tensor | None = None, top_p: Tensor | None = None,
-         top_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """
-    One token a row by inversion: the first id whose cumulated probability exceeds u. logits fp32 [N,V], the
-    rest [N]. temperature None: 1 everywhere, nothing cut; top_k None: greedy everywhere. -> (ids int64 [N], log-probs fp32 [N]).
-    """
-    if temperature is None:
-        p = logits.softmax(-1)
-    elif top_k is None:
-        ids = logits.argmax(-1, keepdim=True)
-        return ids[:, 0], logits.softmax(-1).gather(1, ids)[:, 0].log()
-    else:
-        greedy = temperature == 0
-        p = (logits / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
-        if logits.is_cuda:                                          # in a graph: no look at the values
-            p = keep_top(p, top_p, top_k)
-        elif (cut := (top_p < 1) | (top_k > 0)).any():
-            p[cut] = keep_top(p[cut], top_p[cut], top_k[cut])
-    cdf = p.cumsum(-1)
-    # u <= 1 - 2^-24 keeps u * total below total in fp32, so a token of probability 0 is never drawn
-    ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(p.shape[-1] - 1)
-    if temperature is not None:
-        ids = torch.where(greedy, logits.argmax(-1), ids)
-    return ids, p.gather(1, ids[:, None])[:, 0].log()
 
 
 def kind_of(r: Request) -> int:
@@ -173,7 +110,7 @@ class Engine:
         self.fast = layout == "rows" and w.dtype == torch.float32 if fast is None else fast
         self.weights = Weights(model, n_draft, self.cache.R) if self.fast else None
         self.ring = 4 * (n_draft + 1)                     # trunk states kept for the MTP layers, per sequence
-        self.state = self.new_state(cfg)
+        self.state, self.views = self.new_state(cfg), (0, {})
         self.queue: deque[Request] = deque()
         self.decoding: list[Request] = []                           # row i belongs to decoding[i]
         self.reading: list[list[Request]] = []           # requests with one prompt; row S-1-j is reading[j]'s
@@ -342,13 +279,15 @@ class Engine:
         first = self.S - B
         start = torch.tensor(done[::-1], device=self.device)[:, None]
         positions = (start + self.column[:T]).clamp_max(C - 1)      # [B,T]
-        h = self.trunk(tokens[first:].gather(1, positions), self.plan(first, positions))
+        ids, fill = tokens[first:].gather(1, positions), self.n_draft == 0
+        h = self.trunk(ids, self.plan(first, positions), fill)      # [B,T,D]
         if self.n_draft == 0:
             return
         plan, hidden = self.plan(first, positions), self.mtp_hidden(h)
         for k in range(self.n_draft):
             # slot p of layer k takes x_{p+k+1}, from the prompt where known; draft() re-runs the last k slots
-            self.mtp(k, hidden, tokens[first:].gather(1, (positions + k + 1).clamp_max(C - 1)), plan)
+            ahead = tokens[first:].gather(1, (positions + k + 1).clamp_max(C - 1))
+            self.mtp(k, hidden, ahead, plan, "none")
         for j in range(B):                                       # the last states of each, not of its padding
             first, end, row = max(new[j] - self.ring, done[j]), new[j], B - 1 - j
             slots = self.column[first:end] % self.ring
@@ -400,44 +339,50 @@ class Engine:
     def plan(self, first: int, positions: Tensor, write: Tensor | None = None) -> Plan:
         plan = self.cache.plan(first, positions, write)
         if self.fast:
-            plan.turn = self.turn[positions.flatten()]              # [B*Q, K (R + 2), d/2] complex
+            cfg = self.model.cfg
+            prepare(plan, self.turn[positions.flatten()], self.cache.R, cfg.n_kv_head, cfg.head_dim)
         else:
             plan.cos, plan.sin = self.cos[positions], self.sin[positions]       # [B,Q,d]
         return plan
 
-    def trunk(self, ids: Tensor, plan: Plan) -> Tensor:
-        """ids [B,Q] through the blocks over the cache -> h [B,Q,D] before the final norm."""
+    def trunk(self, ids: Tensor, plan: Plan, fill: bool = False) -> Tensor | None:
+        """
+        ids [B,Q] through the blocks over the cache -> h [B,Q,D] before the final norm. fill: nobody wants h,
+        only the cache is to be filled, so the last block may stop at its keys and values.
+        """
         cfg, x = self.model.cfg, self.model.embed_tokens(ids)
         for i, (block, cache) in enumerate(zip(self.model.layers, self.cache.layers, strict=False)):
             cache.plan = plan
             if self.fast:
-                x = block_forward(x.view(-1, cfg.d_model), self.weights.merged[i], cache, cfg)
+                want = "none" if fill and i == cfg.n_layer - 1 else "all"
+                x = x.view(-1, cfg.d_model)
+                x = block_forward(x, self.weights.merged[i], cache, self.weights.eps, want)
             else:
                 x = block(x, plan.cos, plan.sin, None, cache)
-        return x.view(*ids.shape, -1)
+        return None if fill else x.view(*ids.shape, -1)
 
     def mtp_hidden(self, h: Tensor) -> Tensor:
         """What all MTP layers share of their input: h [B,Q,D] from BEFORE the final norm."""
-        return normed(h, self.model.cfg.rms_eps) if self.fast else h
+        return normed(h, self.weights.eps) if self.fast else h
 
-    def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan, last: bool = False) -> Tensor:
+    def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan, want: str = "all") -> Tensor | None:
         """
-        MTP layer k over its own cache; h from mtp_hidden, ahead [B,Q] the tokens k+1 places after h's. -> z
-        [B,Q,D], or with last [B,D] of each sequence's last token alone.
+        MTP layer k over its own cache; h from mtp_hidden, ahead [B,Q] the tokens k+1 places after h's. want:
+        "all" -> z [B,Q,D]; "last" of each sequence -> [B,D]; "none": only the cache is to be filled.
         """
         cfg, layer = self.model.cfg, self.model.mtp_layers[k]
         cache = self.cache.layers[cfg.n_layer + k]
         cache.plan = plan
         if not self.fast:
             z = layer(h, self.model.embed_tokens(ahead), plan.cos, plan.sin, None, cache)
-            return z[:, -1] if last else z
+            return z[:, -1] if want == "last" else z
         z = mtp_input(self.weights.entry[k], h.flatten(0, 1), ahead.flatten(), self.model)
-        z = block_forward(z, self.weights.merged[cfg.n_layer + k], cache, cfg, last)
-        return z if last else z.view(h.shape)
+        z = block_forward(z, self.weights.merged[cfg.n_layer + k], cache, self.weights.eps, want)
+        return z.view(h.shape) if want == "all" else z
 
     def head(self, x: Tensor, norm) -> Tensor:
         """The shared head behind the trunk's norm or an MTP layer's. x [N,D] -> fp32 [N,V]."""
-        x = normed(x, norm.eps) * self.weights.gains[norm] if self.fast else norm(x)
+        x = normed(x, self.weights.eps) * self.weights.gains[norm] if self.fast else norm(x)
         return F.linear(x, self.model.lm_head.weight).float()
 
     def settings(self) -> int:
@@ -445,23 +390,30 @@ class Engine:
         plain, greedy, other = self.kinds
         return 3 if other or plain and greedy else 1 if greedy else 0
 
+    def rows_of_state(self, R: int) -> dict[str, Tensor]:
+        """Views of the first R rows, kept for as long as R stays."""
+        if self.views[0] != R:
+            self.views = R, {name: t[:R] for name, t in self.state.items()}
+        return self.views[1]
+
     def decode(self, R: int) -> tuple[Tensor, int]:
         """
         Each of the first R rows: its last certain token and its drafts through the trunk, a token drawn at
         each of these Q = n_draft + 1 places, and as many kept as the drafts before them were right. -> (has
         ended, bool [R]; most tokens a row has gained).
         """
-        s, Q = {name: t[:R] for name, t in self.state.items()}, self.n_draft + 1
+        s, Q = self.rows_of_state(R), self.n_draft + 1
         n = s["n"]
         positions = n[:, None] - 1 + self.column[:Q]                # [R,Q]
         ids = s["tokens"].gather(1, positions)
         h = self.trunk(ids, self.plan(0, positions))                # [R,Q,D]
         names = ("temperature", "top_p", "top_k")[:self.settings()]
         settings = [s[name].repeat_interleave(Q) if Q > 1 else s[name] for name in names]
-        u = s["u"].gather(1, positions + 1).flatten()
+        places = positions + 1
+        u = s["u"].gather(1, places).flatten()
         drawn, logp = (t.view(R, Q) for t in draw(self.head(h.flatten(0, 1), self.model.norm), u, *settings))
-        s["tokens"].scatter_(1, positions + 1, drawn)
-        s["logp"].scatter_(1, positions + 1, logp)
+        s["tokens"].scatter_(1, places, drawn)
+        s["logp"].scatter_(1, places, logp)
         is_stop = (drawn[:, :, None] == s["stop"][:, None, :]).any(-1)          # [R,Q]
         if Q == 1:
             n += 1
@@ -496,7 +448,7 @@ class Engine:
         ring = (real % self.ring)[..., None].expand(-1, -1, self.model.cfg.d_model)
         h = self.mtp_hidden(s["h"][rows].gather(1, ring))           # [B,W,D]
         for k, layer in enumerate(self.model.mtp_layers[:self.n_draft]):
-            z = self.mtp(k, h, tokens.gather(1, real + k + 1), plan, last=True)         # [B,W,D] -> [B,D]
+            z = self.mtp(k, h, tokens.gather(1, real + k + 1), plan, "last")            # [B,W,D] -> [B,D]
             tokens.scatter_(1, n + k, self.head(z, layer.final_layernorm).argmax(-1, keepdim=True))
 
     def replay(self, R: int) -> Tensor:

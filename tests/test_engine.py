@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from cache import KEYS, PIECE, ROWS, attend
-from engine import Engine, Request, draw, generate, keep_top, uniform
+from draw import draw, keep_top, uniform
+from engine import Engine, Request, generate
 from kernels.linear_cross_entropy import logprob_entropy
 from model import ModelConfig
 from mtp import build
@@ -152,8 +153,11 @@ def test_products_do_not_see_other_rows_or_masked_keys():
         q = torch.randn(B * K, n, d, generator=g)
 
         def run(b, n, L, q=q, last=last):
-            bias = torch.zeros(b, 1, 1, L).masked_fill(torch.arange(L) > last, -math.inf)
-            return attend(q[:b * K, :n], k[:b * K, :L], v[:b * K, :L], bias)
+            bias = torch.zeros(b * K, 1, L).masked_fill(torch.arange(L) > last, -math.inf)
+            both = [attend(q[:b * K, :n], k[:b * K, :L].mT, v[:b * K, :L], x)
+                    for x in (bias, bias[::K, None].expand(-1, -1, n, -1))]
+            assert torch.equal(*both)
+            return both[0]
         whole = run(B, n, C)
         for L in range(-(-(last + 1) // KEYS) * KEYS, C, KEYS):
             assert torch.equal(run(B, n, L), whole)
@@ -332,8 +336,8 @@ class PostNorm(Engine):
 
 
 class Shifted(Engine):
-    def mtp(self, k, h, ahead, plan, last=False):
-        return super().mtp(k, h, ahead.roll(1, 1), plan, last)
+    def mtp(self, k, h, ahead, plan, want="all"):
+        return super().mtp(k, h, ahead.roll(1, 1), plan, want)
 
 
 class Stale(Engine):

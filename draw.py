@@ -1,0 +1,74 @@
+"""
+Drawing tokens: temperature, top-k, top-p and inversion, for all sequences of a batch at once (report 3.5: T =
+0.6, top-p 0.95 in evaluation; 3.3: T = 1 in RL rollouts).
+
+Each token owns its random number: a hash of its request's seed and its index in the answer. No generator has
+a state, so a token does not depend on the batch it was drawn in, nor on the order of the drawing.
+
+    ids, logp = draw(logits, uniform(seed, index), temperature, top_p, top_k)
+"""
+import torch
+from torch import Tensor
+
+
+def signed64(x: int) -> int:
+    x &= (1 << 64) - 1
+    return x - (1 << 64) if x >> 63 else x
+
+
+GOLDEN, MIX1, MIX2 = (signed64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def splitmix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele et al. 2014) on int64: products wrap, the masks make >> logical."""
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * MIX1
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * MIX2
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def uniform(seed: Tensor, index: Tensor) -> Tensor:
+    """u in [0, 1 - 2^-24], fp32, a pure function of (seed, index), int64 tensors that broadcast."""
+    bits = splitmix(splitmix(seed) + (index + 1) * GOLDEN)
+    return (bits >> 40 & (1 << 24) - 1).float() * 2.0 ** -24
+
+
+def keep_top(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """
+    p [N,V] with everything outside top-k and top-p set to 0, renormalised. top_p fp32 [N], top_k int64 [N], 0
+    = all. By hand: p = (.5, .3, .2) and top_p = .6 keep .5 (mass before it 0) and .3 (mass before it .5) ->
+    (.625, .375, 0).
+    """
+    sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
+    before = sorted_p.cumsum(-1) - sorted_p                         # mass of the more likely tokens
+    rank = torch.arange(p.shape[-1], device=p.device)
+    keep = (before < top_p[:, None]) & (rank < torch.where(top_k > 0, top_k, p.shape[-1])[:, None])
+    keep[:, 0] = True
+    kept = torch.zeros_like(p).scatter_(1, order, sorted_p * keep)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def draw(logits: Tensor, u: Tensor, temperature: Tensor | None = None, top_p: Tensor | None = None,
+         top_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """
+    One token a row by inversion: the first id whose cumulated probability exceeds u. logits fp32 [N,V], the
+    rest [N]. temperature None: 1 everywhere, nothing cut; top_k None: greedy everywhere. -> (ids int64 [N],
+    log-probs fp32 [N]).
+    """
+    if temperature is None:
+        p = logits.softmax(-1)
+    elif top_k is None:
+        ids = logits.argmax(-1, keepdim=True)
+        return ids[:, 0], logits.softmax(-1).gather(1, ids)[:, 0].log()
+    else:
+        greedy = temperature == 0
+        p = (logits / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
+        if logits.is_cuda:                                          # in a graph: no look at the values
+            p = keep_top(p, top_p, top_k)
+        elif (cut := (top_p < 1) | (top_k > 0)).any():
+            p[cut] = keep_top(p[cut], top_p[cut], top_k[cut])
+    cdf = p.cumsum(-1)
+    # u <= 1 - 2^-24 keeps u * total below total in fp32, so a token of probability 0 is never drawn
+    ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(p.shape[-1] - 1)
+    if temperature is not None:
+        ids = torch.where(greedy, logits.argmax(-1), ids)
+    return ids, p.gather(1, ids[:, None])[:, 0].log()
