@@ -1,7 +1,7 @@
 """
 Typed configuration: dataclass defaults < config files, left to right < --key=value, left to right.
 
-Not a section of the report, but the place where most of its 60 numbers are written down and may go wrong. Each script
+Not a section of the report, but the place where its numbers are written down and may go wrong. Each script
 declares one frozen dataclass `Config`; a config file is plain assignments and may inherit another one with
 `from config.mimo_7b import *`; names that start with _ are private to the file.
 
@@ -29,8 +29,8 @@ class ConfigError(SystemExit):
 
 def load(Config: type, argv: list[str] | None = None):
     """
-    Config: a dataclass type. argv: words after the script's name, default sys.argv[1:]; words without -- are config files.
-    -> an instance of Config. Raises ConfigError (exit status 1) for whatever it cannot take.
+    Config: a dataclass type. argv: words after the script's name, default sys.argv[1:]; words without -- are config
+    files. -> an instance of Config. Raises ConfigError (exit status 1) for whatever it cannot take.
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
@@ -39,7 +39,7 @@ def load(Config: type, argv: list[str] | None = None):
     cfg = raw(Config, defaults(Config))
     for word in argv:                                  # files first: flags win over files wherever they stand
         if not word.startswith("--"):
-            cfg = update(cfg, read_file(word, Config), where=word)
+            cfg = update(cfg, read_file(word), where=word)
     for word in argv:
         if word.startswith("--"):
             key, eq, value = word[2:].partition("=")   # only the first "=" splits: --prompt=a=b is fine
@@ -47,7 +47,7 @@ def load(Config: type, argv: list[str] | None = None):
     return built(cfg)                                  # rules between fields are checked once, on the whole
 
 
-def read_file(path: str, Config: type) -> dict[str, Any]:
+def read_file(path: str) -> dict[str, Any]:
     """The public assignments of a config file; modules, classes and functions that it imported are left out."""
     if not Path(path).is_file():
         hint = "a config file ends in .py; a flag starts with --" if not path.endswith(".py") else "no such file"
@@ -168,15 +168,14 @@ def check(value, hint, key: str, place: str = ""):
     if origin is dict:
         if not isinstance(value, dict):
             raise wrong(name_of(hint))
-        return {check(k, args[0], f"{key} key", place): check(v, args[1], f"{key}.{k}", place) for k, v in value.items()}
+        return {check(k, args[0], f"{key} key", place): check(v, args[1], f"{key}.{k}", place)
+                for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if isinstance(value, dict):
             return update(raw(hint, defaults(hint)), value, place.removeprefix(" in "))
         raise wrong(name_of(hint))
-    if hint is type(None):
-        hint = types.NoneType
     if hint is float and type(value) is int:
         return float(value)
     if hint is int and type(value) is float and value == int(value):

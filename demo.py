@@ -7,11 +7,12 @@ The whole recipe on a laptop CPU, from raw HTML to reinforcement learning (repor
                                               +-> SFT ----------> RL          each evaluated on held-out problems
 
 Every step is the script that also trains 7B, run as a process of its own with one thread; after pre-training the two
-branches run side by side. What a step prints goes to out/tiny/logs, its numbers to metrics.jsonl in its folder. The end:
-one table (the report's Table 5, small), MTP acceptance, the time of each phase, figures, and out/tiny/summary.json.
+branches run side by side. What a step prints goes to out/tiny/logs, its numbers to metrics.jsonl in its folder. The
+end: one table (the report's Table 5, small), MTP acceptance, the time of each phase, figures, out/tiny/summary.json.
 
 A step that is done is not done again: after Ctrl-C, `make demo` goes on where it was (out/tiny/base etc. resume from
-their last checkpoint; --fresh starts over). Expect about eleven minutes on two idle cores and one GB of memory.
+their last checkpoint; --fresh starts over). The closing screen prints time and peak memory; results/demo has those of
+our run.
 """
 import json
 import os
@@ -28,13 +29,13 @@ from tqdm import tqdm
 import configurator
 
 ROOT = Path(__file__).resolve().parent
+OUT = Path("out/tiny")          # where config/tiny*.py write
 MODELS = {"base": "Base", "rl_zero": "RL-Zero", "sft": "SFT", "rl": "RL"}
 
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "out/tiny"       # where everything goes; the configurations under config/tiny*.py write there too
-    fresh: bool = False         # delete `out` first
+    fresh: bool = False         # delete out/tiny first
     samples: int = 8            # answers per held-out problem in the table, avg@samples
     base_samples: int = 16      # the same for the base model, whose pass@16 is its potential
     estimate_samples: int = 4   # answers per RL problem and model for difficulty estimation [paper 3.2: 16]
@@ -42,16 +43,15 @@ class Config:
 
 def main(cfg: Config) -> None:
     os.chdir(ROOT)
-    out = Path(cfg.out)
+    out = OUT
     if cfg.fresh and out.exists():
         shutil.rmtree(out)
     (out / "logs").mkdir(parents=True, exist_ok=True)
     clock, memory, began = Clock(out), Memory(), time.perf_counter()
     evaluate = lambda name, n, tasks: ["eval.py", f"--ckpt={out}/{name}", f"--samples={n}", f"--tasks={tasks}"]
-
-    problems = lambda kind: f"--problems={out}/problems/{kind}.jsonl"
-    estimate = lambda name: ["eval.py", f"--ckpt={out}/{name}", problems("rl_all"), f"--samples={cfg.estimate_samples}", "--temperature=1.0",
-                             "--top_p=1.0", f"--out={out}/difficulty/{name}.json"]
+    estimate = lambda name: ["eval.py", f"--ckpt={out}/{name}", f"--problems={out}/problems/rl_all.jsonl",
+                             f"--samples={cfg.estimate_samples}", "--temperature=1.0", "--top_p=1.0",
+                             f"--out={out}/difficulty/{name}.json"]
 
     print("1/5  the tiny world: problems, HTML pages, extraction, dedup, tags, shards")
     run(clock, "prepare", ["-m", "data.prepare"], out / "data/valid/synth.json", show=True)
@@ -149,15 +149,17 @@ def run(clock: Clock, name: str, words: list[str], product: Path | None, show: b
         raise SystemExit("\ninterrupted; `make demo` goes on from the last checkpoint") from None
     clock.add(name, time.perf_counter() - t0)
     if code:
-        raise SystemExit(f"demo: step {name!r} ({' '.join(words)}) ended with status {code}" + ("" if show else f", see {log}"))
+        raise SystemExit(f"demo: step {name!r} ({' '.join(words)}) ended with status {code}"
+                         + ("" if show else f", see {log}"))
 
 
 def side_by_side(clock: Clock, out: Path, branches: list[list[tuple]]) -> None:
     """Each branch in order, the branches at the same time; a bar per branch that follows the steps' metrics."""
     running: list[subprocess.Popen | None] = [None] * len(branches)
     failed: list[str] = []
-    bars = [tqdm(total=100, desc=branch[0][0], position=i, bar_format="{desc:14}{percentage:3.0f}%|{bar:40}| {elapsed} <{remaining} {postfix}",
-                 disable=None) for i, branch in enumerate(branches)]
+    look = "{desc:14}{percentage:3.0f}%|{bar:40}| {elapsed} <{remaining} {postfix}"
+    bars = [tqdm(total=100, desc=branch[0][0], position=i, bar_format=look, disable=None)
+            for i, branch in enumerate(branches)]
 
     def walk(i: int) -> None:
         for k, (name, words, product) in enumerate(branches[i]):
@@ -174,7 +176,8 @@ def side_by_side(clock: Clock, out: Path, branches: list[list[tuple]]) -> None:
                     bars[i].set_postfix_str(note)
             clock.add(name, time.perf_counter() - t0)
             if process.returncode:
-                failed.append(f"step {name!r} ({' '.join(words)}) ended with status {process.returncode}, see {out}/logs/{name}.log")
+                failed.append(f"step {name!r} ({' '.join(words)}) ended with status {process.returncode}, "
+                              f"see {out}/logs/{name}.log")
             elif bars[i].disable:
                 print(f"     {name} done after {clock.seconds[name]:.0f} s", flush=True)
         bars[i].n = 100
@@ -205,7 +208,7 @@ def progress(run: Path, words: list[str]) -> tuple[float, str]:
     """(share done, note) of a training step, from its configuration and the last line of its metrics."""
     if not words[1].endswith(".py"):
         return 0.0, ""                                       # an evaluation: no metrics to follow
-    steps = configurator.read_file(words[1], Config).get("steps", 1)
+    steps = configurator.read_file(words[1]).get("steps", 1)
     rows = last_rows(run / "metrics.jsonl", 1)
     if not rows:
         return 0.0, ""
@@ -227,7 +230,7 @@ def last_rows(path: Path, n: int) -> list[dict]:
     return rows
 
 
-# ---- the closing screen ----------------------------------------------------------------------------------------------
+# ---- the closing screen --------------------------------------------------------------------------------------------
 
 def summarise(out: Path, clock: Clock, peak_mb: float | None) -> dict:
     """The numbers of the closing screen, as a machine reads them."""
@@ -240,7 +243,8 @@ def summarise(out: Path, clock: Clock, peak_mb: float | None) -> dict:
                     "tokens_per_forward": m["tokens_per_forward"], "equal_text": m["equal_text"],
                     "acceptance_base": found["base"]["mtp"]["online"], "checkpoint": "sft"},
             "seconds": {k: round(v, 1) for k, v in clock.seconds.items()},
-            "peak_mb": peak_mb, "heldout_overlap": overlap(out), "commit": found["rl"]["commit"], "threads_per_process": 1}
+            "peak_mb": peak_mb, "heldout_overlap": overlap(out), "commit": found["rl"]["commit"],
+            "threads_per_process": 1}
 
 
 def overlap(out: Path) -> int:
@@ -270,8 +274,9 @@ def screen(s: dict, out: Path) -> str:
              f"{'':10}{'maths':>24}{'code':>24}"]
     lines += [f"{MODELS[name]:10}{cell(row['maths']):>24}{cell(row['code']):>24}" for name, row in s["models"].items()]
     base = s["models"]["base"]
-    lines.append(f"{'':10}n = {base['maths']['n']} + {base['code']['n']} problems; Base pass@16: maths {base['maths']['pass@16']:.1%}, "
-                 f"code {base['code']['pass@16']:.1%}")
+    best = lambda row: next((f"{k} {v:.1%}" for k, v in reversed(row.items()) if k.startswith("pass@")), "")
+    lines.append(f"{'':10}n = {base['maths']['n']} + {base['code']['n']} problems; Base: maths {best(base['maths'])}, "
+                 f"code {best(base['code'])}")
     m, layers = s["mtp"], lambda xs: ", ".join(f"{x:.1%}" for x in xs)
     lines += ["", f"MTP on held-out reasoning text (SFT model): acceptance per layer {layers(m['acceptance'])} "
                   f"(teacher-forced {layers(m['teacher_forced'])})",

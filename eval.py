@@ -1,14 +1,16 @@
 """
-Evaluation (report sections 2.4 and 3.5): held-out problems, validation loss, long-context probes.
+Evaluation (report sections 2.2, 2.4 and 3.5): held-out problems, long-context probes, acceptance of the MTP layers.
+The validation loss is measured by pretrain.py at the end of each stage.
 
-    python eval.py --ckpt=out/tiny/rl                     # avg@8 and pass@k on maths and code, temperature 0.6, top-p 0.95
-    python eval.py --ckpt=out/tiny/base --samples=16      # pass@16 of a base model: its potential (Fig. 3)
-    python eval.py --ckpt=out/tiny/base --tasks=probes    # needle, variable tracking, word extraction (Fig. 4)
-    python eval.py --ckpt=out/tiny/sft --tasks=mtp        # teacher-forced and real acceptance of the MTP layers
+    python eval.py --ckpt=out/tiny/rl                            # avg@8, pass@k on maths and code; 0.6, top-p 0.95
+    python eval.py --ckpt=out/tiny/base --samples=16             # pass@16 of a base model: its potential (Fig. 3)
+    python eval.py --ckpt=out/tiny/base --tasks="['probes']"     # needle, variable tracking, word extraction (Fig. 4)
+    python eval.py --ckpt=out/tiny/sft --tasks="['mtp']"         # teacher-forced and real acceptance of the MTP layers
 
 Problems are held out by identity (data/problems.py); a base checkpoint gets the plain text prompt, a chat checkpoint
 the chat template. avg@n is the mean over problems of the pass rate over n samples, with a bootstrap 95% interval over
-problems; pass@k is the unbiased estimate. Results go to <ckpt's run>/eval.json, every answer to eval_answers.jsonl beside it.
+problems; pass@k is the unbiased estimate. Results go to eval.json in the checkpoint's run folder, every answer to
+eval_answers.jsonl beside it.
 """
 import json
 import time
@@ -68,7 +70,8 @@ def main(cfg: Config) -> dict:
         with runtime.reading():
             problems = read_problems(cfg.problems)
         found["problems"] = {}
-        with Judge(workers=cfg.judge_workers) as judge, open(path.with_name(f"{path.stem}_answers.jsonl"), "w") as every:
+        answers_path = path.with_name(f"{path.stem}_answers.jsonl")
+        with Judge(workers=cfg.judge_workers) as judge, open(answers_path, "w", encoding="utf-8") as every:
             for kind in sorted({p.kind for p in problems}):
                 some = [p for p in problems if p.kind == kind][:cfg.limit or None]
                 longest = max(len(prompt_ids(tokenizer, p, chat)) for p in some)
@@ -79,7 +82,8 @@ def main(cfg: Config) -> dict:
                 save_answers(every, some, answers)
                 print(f"{kind:6} avg@{cfg.samples} {row['avg']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  "
                       + "  ".join(f"{k} {v:.1%}" for k, v in row.items() if k.startswith("pass@"))
-                      + f"  {row['tokens']:.0f} tokens an answer, {row['truncated']:.1%} truncated, {row['n']} problems")
+                      + f"  {row['tokens']:.0f} tokens an answer, {row['truncated']:.1%} truncated, "
+                        f"{row['n']} problems")
     if "mtp" in cfg.tasks:
         found["mtp"] = measure_mtp(model, tokenizer, read_problems(cfg.problems), chat, cfg)
         print("MTP acceptance per layer: teacher-forced " + shares(found["mtp"]["teacher_forced"])
@@ -108,7 +112,8 @@ def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> di
     n_mtp = len(model.mtp_layers)
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
     longest = max(map(len, prompts)) + cfg.max_tokens
-    requests = [Request(i, ids, cfg.max_tokens, temperature=0.0, stop=stop_ids(tokenizer, chat)) for i, ids in enumerate(prompts)]
+    stop = stop_ids(tokenizer, chat)
+    requests = [Request(i, ids, cfg.max_tokens, temperature=0.0, stop=stop) for i, ids in enumerate(prompts)]
     t0 = time.perf_counter()
     plain = generate(Engine(model, slots=1, max_len=longest), requests)
     t1 = time.perf_counter()
@@ -130,21 +135,24 @@ def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> di
     return {"online": [a / max(1, d) for a, d in zip(accepted, drafted, strict=True)],
             "teacher_forced": [a / max(1, n) for a, n in zip(agreed, looked, strict=True)],
             "equal_text": all(a.tokens == b.tokens for a, b in zip(plain, fast, strict=True)),
-            "tokens_per_forward": tokens / max(1, tokens - sum(accepted)), "speedup": (t1 - t0) / (t2 - t1), "answers": len(fast)}
+            "tokens_per_forward": tokens / max(1, tokens - sum(accepted)), "speedup": (t1 - t0) / (t2 - t1),
+            "answers": len(fast)}
 
 
 @torch.no_grad()
 def measure_probes(model: MiMo, tokenizer, cfg: Config) -> dict[str, dict[int, float]]:
     """Mean score of RULER-like probes (greedy), per kind and context length in tokens [report Fig. 4]."""
     found: dict[str, dict[int, float]] = {}
-    world = make_world(cfg.seed)
+    world, stop = make_world(cfg.seed), stop_ids(tokenizer, True)
+    reply = 24                                               # tokens, part of the length
     for length in cfg.probe_lengths:
         if length > model.cfg.max_seq_len:
             runtime.die(f"probe_lengths: {length} tokens exceed the context of {cfg.ckpt}, {model.cfg.max_seq_len}")
         engine = Engine(model, slots=8, max_len=length)
         for kind in probes.KINDS:
-            asked = [fitting_probe(kind, cfg.seed * 1000 + i, length - 24, tokenizer, world) for i in range(cfg.probe_count)]
-            replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), 24, temperature=0.0, stop=stop_ids(tokenizer, True))
+            asked = [fitting_probe(kind, cfg.seed * 1000 + i, length - reply, tokenizer, world)
+                     for i in range(cfg.probe_count)]
+            replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), reply, temperature=0.0, stop=stop)
                                         for i, p in enumerate(asked)])
             scores = [probes.score(p, tokenizer.decode(s.tokens, skip_control=True))
                       for p, s in zip(asked, replies, strict=True)]

@@ -2,8 +2,8 @@
 From a problem to a prompt, from a sample to a reward: what rl.py and eval.py share (report sections 3.2, 3.3.1, 3.5).
 
 Rewards are rule-based accuracy alone: maths by reward.math_reward, code by running the tests in judge.py's sandbox and
-weighing them by difficulty. No format reward, no length penalty. Grading is asynchronous: `submit` returns at once, `poll`
-gives what is ready, so that decoding goes on while programs run (report 3.4.1 b).
+weighing them by difficulty. No format reward, no length penalty. Grading is asynchronous: `submit` returns at once,
+`poll` gives what is ready, so that decoding goes on while programs run (report 3.4.1 b).
 
     avg@n     mean of the pass rates over n samples a problem; reported with a bootstrap 95% interval over problems
     pass@k    1 - C(n-c, k) / C(n, k), the unbiased estimate from c correct of n (Chen et al., arXiv 2107.03374)
@@ -29,8 +29,9 @@ def prompt_ids(tokenizer, problem: Problem, chat: bool) -> list[int]:
 
 def stop_ids(tokenizer, chat: bool) -> tuple[int, ...]:
     """
-    Both end tokens count everywhere: a base model ends its document, a chat model its turn. A base model may also go on
-    with the page's next problem: the first token of "Problem:" ends its answer, as stop words do in few-shot evaluation.
+    Both end tokens count everywhere: a base model ends its document, a chat model its turn. A base model may also go
+    on with the page's next problem: the first token of "Problem:" ends its answer, as stop words do in few-shot
+    evaluation.
     """
     ends = tokenizer.eos_id, tokenizer.im_end_id
     return ends if chat else (*ends, tokenizer.encode(PLAIN)[0])
@@ -72,7 +73,8 @@ class Grader:
             problem = self.code.pop(key)
             passed = [v.status == "AC" for v in verdicts]
             reward = difficulty_reward(passed, [t.level for t in problem.tests], self.scheme)
-            done.append((key, reward, {"passed": all(passed), "tests": passed, "verdicts": [v.status for v in verdicts]}))
+            info = {"passed": all(passed), "tests": passed, "verdicts": [v.status for v in verdicts]}
+            done.append((key, reward, info))
         return done
 
     def waiting(self) -> int:
@@ -111,8 +113,8 @@ def solve(engine: Engine, tokenizer, judge: Judge, problems: list[Problem], *, c
     for i, problem in enumerate(problems):
         ids = prompt_ids(tokenizer, problem, chat)
         rng = random.Random(f"{seed} {problem.id}")
-        requests += [Request((i, j), ids, max_tokens, temperature=temperature, top_p=top_p, stop=stop_ids(tokenizer, chat),
-                             seed=rng.getrandbits(62)) for j in range(n)]
+        requests += [Request((i, j), ids, max_tokens, temperature=temperature, top_p=top_p,
+                             stop=stop_ids(tokenizer, chat), seed=rng.getrandbits(62)) for j in range(n)]
     samples = generate(engine, requests)
     for s in samples:
         grader.submit(s.id, Task(s.id[0]), s)
@@ -145,4 +147,5 @@ def summary(found: list[list[dict]], ks: tuple[int, ...] = (1, 4, 8, 16)) -> dic
 def save_answers(file, problems: list[Problem], found: list[list[dict]]) -> None:
     """Every answer with its verdicts as JSONL, for reading and for difficulty estimation."""
     for problem, row in zip(problems, found, strict=True):
-        file.write(json.dumps({"id": problem.id, "question": problem.question, "answers": row}, ensure_ascii=False) + "\n")
+        line = {"id": problem.id, "question": problem.question, "answers": row}
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")

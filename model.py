@@ -148,7 +148,10 @@ class MiMo(nn.Module):
         self.mtp_layers = nn.ModuleList()
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, bounds: Tensor | None = None) -> Tensor:
-        """ids int64 [B,T]; positions [B,T] or [1,T], default 0..T-1; bounds as in Block. -> h [B,T,D] before the final norm."""
+        """
+        ids int64 [B,T]; positions [B,T] or [1,T], default 0..T-1; bounds as in Block.
+        -> h [B,T,D] before the final norm.
+        """
         cos, sin = self.rope_at(ids, positions)
         x = self.embed_tokens(ids)                                  # [B,T] -> [B,T,D]
         for block in self.layers:
@@ -168,14 +171,14 @@ class MiMo(nn.Module):
         return F.linear(self.norm(h), self.lm_head.weight).float()
 
     def set_context(self, rope_base: float, max_seq_len: int) -> None:
-        """Stage 3 raises the RoPE base with the context (10,000 -> 640,000 at 7B) [paper 2.3]; weights stay as they are."""
+        """Stage 3 raises the RoPE base with the context (10,000 -> 640,000 at 7B) [paper 2.3]; weights stay."""
         self.cfg = replace(self.cfg, rope_base=float(rope_base), max_seq_len=int(max_seq_len))
 
     def initial_weights(self, seed: int = 0):
         """
-        (name, full tensor), one parameter at a time: N(0, 1/D), which is 0.0156 at 7B and keeps a toy's layers from
-        starting near zero (docs/lab_log.md: a fixed 0.02 costs the toy a third of its tokens); the two projections that
-        write to the residual stream scaled by 1/sqrt(2 n_layer) as GPT-2, biases 0, gains 1 [ours: the report is silent].
+        (name, full tensor), one parameter at a time: N(0, 1/D), which is a deviation of 0.0156 at 7B and keeps a toy's
+        layers from starting near zero (docs/lab_log.md); the two projections that write to the residual stream scaled
+        by 1/sqrt(2 n_layer) as GPT-2, biases 0, gains 1 [ours: the report is silent].
         Drawn in name order from one CPU generator, so that any device, any sharding and any number of ranks starts from
         the same numbers.
         """
@@ -201,7 +204,8 @@ def causal_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q [B,T,H,d], k and v [B,T,K,d] -> [B,T,H,d].
     """
     T, G = q.shape[1], q.shape[2] // k.shape[2]
-    q, k, v = rearrange(q, "B T (K G) d -> B K G T d", G=G), rearrange(k, "B T K d -> B K 1 T d"), rearrange(v, "B T K d -> B K 1 T d")
+    q = rearrange(q, "B T (K G) d -> B K G T d", G=G)
+    k, v = (rearrange(x, "B T K d -> B K 1 T d") for x in (k, v))
     scores = q @ k.mT / math.sqrt(q.shape[-1])                      # [B,K,G,T,T]
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     return rearrange(scores.masked_fill(future, -math.inf).softmax(-1) @ v, "B K G T d -> B T (K G) d")

@@ -36,14 +36,15 @@ class MTPLayer(Block):
         self.input_proj = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)   # columns [hidden | embedding]
         self.final_layernorm = RMSNorm(cfg.d_model, cfg.rms_eps)
 
-    def forward(self, h: Tensor, emb: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None = None, cache=None) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None = None,
+                cache=None) -> Tensor:
         """h [B,T,D] trunk state before the final norm; emb [B,T,D] embedding of the token k+1 ahead. -> z [B,T,D]."""
-        z = self.input_proj(torch.cat([self.hidden_layernorm(h), self.token_layernorm(emb)], -1))   # [B,T,2D] -> [B,T,D]
-        return super().forward(z, cos, sin, bounds, cache)
+        z = torch.cat([self.hidden_layernorm(h), self.token_layernorm(emb)], -1)    # [B,T,2D]
+        return super().forward(self.input_proj(z), cos, sin, bounds, cache)         # [B,T,2D] -> [B,T,D]
 
 
 def build(cfg: ModelConfig, device: str | torch.device | None = None) -> MiMo:
-    """A model with cfg.n_mtp MTP layers, uninitialised when device is "meta" (then: to_empty, init_weights or load)."""
+    """A model with cfg.n_mtp MTP layers, without storage when device is "meta" (runtime.materialise fills it)."""
     with torch.device(device or "cpu"):
         model = MiMo(cfg)
         model.mtp_layers.extend(MTPLayer(cfg) for _ in range(cfg.n_mtp))
@@ -145,7 +146,7 @@ def agreement(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds:
     for k, layer in enumerate(model.mtp_layers):
         z = layer(h, model.embed_tokens(ids[:, k + 1:T + k + 1]), cos, sin, bounds)
         draft = (layer.final_layernorm(z) @ model.lm_head.weight.T).argmax(-1)   # [B,T]: choice for x_{i+k+2}
-        # the trunk must have produced the text so far (x_{i+k+1} is its own greedy choice), else the engine is never here
+        # the trunk must have written the text so far (x_{i+k+1} is its own choice), else the engine is never here
         valid = torch.zeros_like(alive)
         valid[:, :T - k - 1] = (docs[:, :T - k - 1] == docs[:, k + 2:T + 1]) & (trunk[:, k:T - 1] == ids[:, k + 1:T])
         if mask is not None:
@@ -171,8 +172,8 @@ def accept_greedy(drafts: Tensor, argmax: Tensor) -> Tensor:
 def accept_sampled(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """
     Speculative sampling that keeps the output distribution p exactly.
-      p [B,n+1,V] target probabilities at each verified position, q [B,n,V] draft probabilities (one-hot for greedy drafts),
-      drafts [B,n] sampled from q, u [B,n] uniform in [0,1).
+      p [B,n+1,V] target probabilities at each verified position; q [B,n,V] draft probabilities (one-hot for greedy
+      drafts); drafts [B,n] sampled from q; u [B,n] uniform in [0,1).
     Draft x is kept with probability min(1, p(x)/q(x)); the token after the last kept one comes from the residual
         r = max(p - q, 0) / sum max(p - q, 0)
     or from p itself when everything was kept. -> (accepted int64 [B], next-token probabilities [B,V]).

@@ -6,19 +6,20 @@ test-difficulty-driven rewards, the easy data pool, and the Seamless Rollout Eng
     python rl.py config/tiny_rl_zero.py                            # RL-Zero: from out/tiny/base, no SFT before it
 
 One iteration: the rollout thread (rollout.py) delivers `batch_size` groups of G answers to one prompt each, all with a
-reward range above zero; here they get advantages (Eq. 2) and the policy is updated on mini-batches of whole groups (Eq. 1):
+reward range above zero; here they get advantages (Eq. 2) and the policy is updated on mini-batches of whole groups
+(Eq. 1):
 
-    A_ij = (r_i - mean(r)) / std(r)                                                               over the group   (Eq. 2)
-    J    = 1 / sum_i |o_i|  sum_i sum_j  min( rho_ij A_ij,  clip(rho_ij, 1 - eps_low, 1 + eps_high) A_ij )         (Eq. 1)
-    rho_ij = pi_theta(o_ij | q, o_i<j) / pi_old(o_ij | q, o_i<j)                 per token, the ratio Eq. 1 prints per answer
+    A_ij = (r_i - mean(r)) / std(r)                                                      over the group   (Eq. 2)
+    J    = 1 / sum_i |o_i|  sum_i sum_j  min( rho_ij A_ij,  clip(rho_ij, 1 - eps_low, 1 + eps_high) A_ij )   (Eq. 1)
+    rho_ij = pi_theta(o_ij | q, o_i<j) / pi_old(o_ij | q, o_i<j)        per token; Eq. 1 prints it per answer
 
 The end token is generated and is trained; an answer cut at the length limit gets no end token and reward 0. MTP layers
 are frozen. The report is silent on G, eps_low and eps_high, the mix of maths and code in a batch and the points per
 difficulty level: ours are marked in Config. config/mimo_7b_rl_0530.py is the later on-policy recipe: one update per
 batch and a generation budget that grows.
 
-Expect for config/tiny_rl.py: avg@8 on held-out maths and code rises within 40 iterations; plot reward, never the loss,
-which is near zero by construction.
+What to watch in metrics.jsonl: `heldout` (avg@4 on the valid problems), `reward_launched` (all answers, before groups
+are dropped) and `entropy`; never the objective, which is near zero by construction. results/demo has the curves.
 """
 import math
 import time
@@ -52,7 +53,7 @@ class Config:
     valid: str = "out/tiny/problems/valid.jsonl"     # held-out problems for the curve; "" = none
     steps: int = 40                       # iterations: one batch, then its updates
     batch_size: int = 16                  # groups per iteration [paper 3.3.3: 512]
-    mini_batch: int = 16                  # groups per update [paper 3.3.3: 32, so 16 updates; 0530: one update per batch]
+    mini_batch: int = 16                  # groups per update [paper 3.3.3: 32, so 16 updates; 0530: one]
     group_size: int = 8                   # G, answers per prompt [ours]
     lr: float = 1e-6                      # constant [paper 3.3.3]
     warmup_steps: int = 0                 # linear warm-up, iterations [ours]
@@ -63,7 +64,7 @@ class Config:
     dynamic_sampling: bool = True         # drop groups whose rewards are all equal [paper 3.3]
     max_groups: int = 128                 # cap on groups launched per iteration, then train on what is there [ours]
     temperature: float = 1.0              # of the rollouts [paper 3.3.3]; Eq. 1 is only right at 1
-    budget: list[tuple[int, int]] = field(default_factory=lambda: [(0, 128)])   # (from iteration, new tokens) [paper 3.6: 32K, 38K, 48K]
+    budget: list[tuple[int, int]] = field(default_factory=lambda: [(0, 128)])   # (from iteration, tokens) [paper 3.6]
     max_staleness: int = 0                # 0: rollout rests during the update [paper 3.4.1]; 1: one batch ahead [ours]
     is_cap: float = 2.0                   # truncation of the importance weights when max_staleness = 1 [ours]
     reward_lag: int = 16                  # decode steps between the end of a group and the use of its rewards [ours]
@@ -87,11 +88,14 @@ class Config:
 
     def __post_init__(self):
         if self.temperature != 1.0:
-            raise ValueError(f"temperature = {self.temperature} should be 1.0: the ratio of Eq. 1 compares full softmaxes")
+            raise ValueError(f"temperature = {self.temperature} should be 1.0: "
+                             "the ratio of Eq. 1 compares full softmaxes")
         if not 0 < self.eps_low <= self.eps_high:
-            raise ValueError(f"eps_low = {self.eps_low}, eps_high = {self.eps_high}: clip-higher needs 0 < eps_low <= eps_high")
+            raise ValueError(f"eps_low = {self.eps_low}, eps_high = {self.eps_high}: "
+                             "clip-higher needs 0 < eps_low <= eps_high")
         if self.batch_size % self.mini_batch:
-            raise ValueError(f"batch_size = {self.batch_size} must be a multiple of mini_batch = {self.mini_batch} (groups)")
+            raise ValueError(f"batch_size = {self.batch_size} must be a multiple of "
+                             f"mini_batch = {self.mini_batch} (groups)")
         if not self.budget or self.budget[0][0] != 0 or sorted(self.budget) != self.budget:
             raise ValueError(f"budget = {self.budget} should be [(0, tokens), (iteration, tokens), ...] in order")
 
@@ -99,7 +103,7 @@ class Config:
         return [tokens for start, tokens in self.budget if step >= start][-1]
 
 
-# ---- the equations, pure functions -------------------------------------------------------------------------------------
+# ---- the equations, pure functions ---------------------------------------------------------------------------------
 
 def advantages(rewards: list[float]) -> list[float]:
     """
@@ -113,11 +117,12 @@ def advantages(rewards: list[float]) -> list[float]:
 
 def surrogate(logp: Tensor, old: Tensor, A: Tensor, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor, Tensor]:
     """
-    The summand of Eq. 1 per token: min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = exp(logp - old), all [N] fp32.
-    -> (summand, rho, clipped: where the clip stops the gradient).
+    The summand of Eq. 1 per token: min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), rho = exp(logp - old), all [N]
+    fp32. -> (summand, rho, clipped: where the clip stops the gradient).
 
-    By hand, eps 0.2 / 0.28: A = 1, rho = 1.5 gives 1.28 (clipped); A = -1, rho = 1.5 gives -1.5 (not clipped: moving away
-    from a bad token may go as far as it likes); A = -1, rho = 0.5 gives -0.8 (clipped); A = 1, rho = 0.5 gives 0.5.
+    By hand, eps 0.2 / 0.28: A = 1, rho = 1.5 gives 1.28 (clipped); A = -1, rho = 1.5 gives -1.5 (not clipped: a bad
+    token that became likelier is always pushed back); A = -1, rho = 0.5 gives -0.8 (clipped); A = 1, rho = 0.5 gives
+    0.5 (not clipped).
     """
     rho = (logp - old).exp()
     summand = torch.minimum(rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A)
@@ -125,7 +130,7 @@ def surrogate(logp: Tensor, old: Tensor, A: Tensor, eps_low: float, eps_high: fl
     return summand, rho, clipped
 
 
-# ---- samples -> tensors ------------------------------------------------------------------------------------------------
+# ---- samples -> tensors --------------------------------------------------------------------------------------------
 
 @dataclass
 class Row:
@@ -184,7 +189,8 @@ def main(cfg: Config) -> None:
     model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks)
     model = runtime.materialise(model, rt, ckpt=start)              # each rank reads its own rows
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
+                                  fused=True)
     chat = meta["chat"]
 
     with runtime.reading():
@@ -193,26 +199,27 @@ def main(cfg: Config) -> None:
     if not problems:
         runtime.die(f"{cfg.problems}: no problems in it")
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
-    longest = max(map(len, prompts)) + cfg.budget[-1][1]
-    if longest > shape.max_seq_len:
-        runtime.die(f"{cfg.problems}: longest prompt {max(map(len, prompts))} + budget {cfg.budget[-1][1]} tokens exceed "
+    prompt_len, budget = max(map(len, prompts)), max(tokens for _, tokens in cfg.budget)
+    if prompt_len + budget > shape.max_seq_len:
+        runtime.die(f"{cfg.problems}: longest prompt {prompt_len} + budget {budget} tokens exceed "
                     f"the context of {start}, max_seq_len = {shape.max_seq_len}")
 
     # ---- the two threads: rollout there, updates here ---------------------------------------------------------------
     judge = Judge(workers=cfg.judge_workers)
     grader = Grader(problems, tokenizer, judge, cfg.scheme)
     # several ranks: each rolls out its share of the batch from its share of the problems; the update is one for all
-    scheduler = Scheduler(len(problems), cfg.batch_size // rt.world, cfg.group_size, seed=cfg.seed, alpha=cfg.easy_alpha,
-                          dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups // rt.world, reward_lag=cfg.reward_lag,
-                          rank=rt.rank, world=rt.world)
+    scheduler = Scheduler(len(problems), cfg.batch_size // rt.world, cfg.group_size, seed=cfg.seed,
+                          alpha=cfg.easy_alpha, dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups // rt.world,
+                          reward_lag=cfg.reward_lag, rank=rt.rank, world=rt.world)
     if saved:
         if len(saved["schedulers"]) != rt.world:
-            runtime.die(f"{ckpt} was written by {len(saved['schedulers'])} process(es), this run has {rt.world}: the prompt "
-                        "queues of RL are per process")
+            runtime.die(f"{ckpt} was written by {len(saved['schedulers'])} process(es), this run has {rt.world}: "
+                        "the prompt queues of RL are per process")
         scheduler.load_state_dict(saved["schedulers"][rt.rank])
         runtime.load_optimizer(ckpt, model, optimizer)
-    replica = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))   # a plain copy decodes
-    engine = Engine(replica, slots=cfg.slots, max_len=longest, n_draft=cfg.n_draft)
+    # a plain copy decodes, whatever the trainer is sharded over
+    replica = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
+    engine = Engine(replica, slots=cfg.slots, max_len=prompt_len + budget, n_draft=cfg.n_draft)
 
     def make_request(task, i: int, seed: int) -> Request:
         return Request(task.key(i), prompts[task.prompt], cfg.budget_at(task.step), temperature=cfg.temperature,
@@ -220,8 +227,9 @@ def main(cfg: Config) -> None:
 
     if rt.is_main:
         print(configurator.show(cfg))
-        print(f"{len(problems)} problems, {'chat template' if chat else 'plain text (RL-Zero)'}; judge level {judge.level}"
-              + (f"; resumed at iteration {scheduler.step} from {ckpt}" if saved else f"; starting from {start}"))
+        print(f"{len(problems)} problems, {'chat template' if chat else 'plain text (RL-Zero)'}; "
+              f"judge level {judge.level}" + (f"; resumed at iteration {scheduler.step} from {ckpt}" if saved
+                                              else f"; starting from {start}"))
     metrics = runtime.Metrics(run, resume_at=scheduler.step, enabled=rt.is_main)
     bar = tqdm(total=cfg.steps, initial=scheduler.step, unit="it", desc="rl", disable=None if rt.is_main else True)
     if held and not saved:
@@ -237,7 +245,7 @@ def main(cfg: Config) -> None:
             if batch.note:
                 bar.write("  " + batch.note)
             broken = [g for g in batch.groups if any("JE" in info["verdicts"] for info in g.infos)]
-            if broken:                                              # the judge failed, not the answer: no reward is known
+            if broken:                                              # the judge failed: no reward is known
                 bar.write(f"  {len(broken)} of {len(batch.groups)} groups left out: the judge failed on them twice")
                 batch.groups = [g for g in batch.groups if g not in broken]
             for group in optimizer.param_groups:
@@ -250,18 +258,21 @@ def main(cfg: Config) -> None:
                 heldout = {"heldout": evaluate(twin, tokenizer, held, chat, cfg)} if rt.is_main else {}
             if step + 1 < cfg.steps:
                 # a copy when the thread may still be reading while the next update writes
-                rollout.publish({name: w.clone() if cfg.max_staleness else w for name, w in runtime.replica_state(model)})
+                state = runtime.replica_state(model)
+                rollout.publish({name: w.clone() if cfg.max_staleness else w for name, w in state})
             verdicts = Counter(v for g in batch.groups for info in g.infos for v in info["verdicts"])
-            lengths = sorted(len(s.tokens) for g in batch.groups for s in g.samples)
+            samples = [s for g in batch.groups for s in g.samples]
+            lengths = sorted(len(s.tokens) for s in samples) or [0]
             row = dict(step=step + 1, **batch.metrics, **batch.timing, **stats, verdicts=dict(verdicts),
-                       length_mean=sum(lengths) / max(1, len(lengths)), length_p95=lengths[int(0.95 * (len(lengths) - 1))] if lengths else 0,
-                       truncated=sum(s.finish == "length" for g in batch.groups for s in g.samples) / max(1, len(lengths)),
+                       length_mean=sum(lengths) / len(lengths), length_p95=lengths[int(0.95 * (len(lengths) - 1))],
+                       truncated=sum(s.finish == "length" for s in samples) / max(1, len(samples)),
                        wait_s=t1 - t0, update_s=t2 - t1, heldout_s=time.perf_counter() - t2,
                        decode_tokens_per_second=batch.metrics["tokens"] / batch.timing["rollout_s"], **heldout)
             metrics.log(**row)
             bar.update(1)
             bar.set_postfix_str(f"reward {row['reward_launched']:.3f} all-0 {row['all0']:.0%} all-1 {row['all1']:.0%} "
-                                f"entropy {stats.get('entropy', 0):.2f} length {row['length_mean']:.0f} pool {row['pool_size']}")
+                                f"entropy {stats.get('entropy', 0):.2f} length {row['length_mean']:.0f} "
+                                f"pool {row['pool_size']}")
             if step % 10 == 0 and batch.groups:
                 g = batch.groups[0]
                 text = tokenizer.decode(g.samples[0].tokens, skip_control=True)
@@ -284,24 +295,17 @@ def main(cfg: Config) -> None:
 
 def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
     """
-    All updates of one batch (Eq. 1). -> numbers for the log, averaged over the tokens of all ranks. A rank may have fewer
-    groups or micro-batches than another; where it has none left it runs NOTHING, a row that adds 0, because each forward
-    is a collective under FSDP.
+    All updates of one batch (Eq. 1). -> numbers for the log, averaged over the tokens of all ranks. A rank may have
+    fewer groups or micro-batches than another; where it has none left it runs NOTHING, a row that adds 0, because each
+    forward is a collective under FSDP.
     """
-    groups = sorted(batch.groups, key=lambda g: hash64(cfg.seed, "order", step, g.task.index))   # shuffled once, whole groups
-    rows = {g.task.index: rows_of(g) for g in groups}
-    n_mini = cfg.batch_size // cfg.mini_batch
-    pieces = [[r for g in groups[len(groups) * i // n_mini:len(groups) * (i + 1) // n_mini] for r in rows[g.task.index]]
-              for i in range(n_mini)]
-    if n_mini > 1 or cfg.max_staleness:                             # pi_old: the policy before the first update
-        with torch.no_grad():
-            for micro in same_number(micro_batches([r for piece in pieces for r in piece], cfg.micro_tokens), rt):
-                logp, _ = token_logprobs(model, micro, rt.device)
-                for r, old in zip(micro, logp.split([len(r.tokens) for r in micro]), strict=True):
-                    r.old = old
+    pieces = mini_batches(batch.groups, cfg, step)
+    if len(pieces) > 1 or cfg.max_staleness:
+        remember_old(model, [r for piece in pieces for r in piece], cfg, rt)
     sums, worst, norms = torch.zeros(8, device=rt.device), torch.zeros(2, device=rt.device), []
-    for i, piece in enumerate(pieces):
-        count = runtime.all_reduce_sum(torch.tensor(float(sum(len(r.tokens) for r in piece)), device=rt.device), rt)   # sum_i |o_i|
+    for piece in pieces:
+        count = torch.tensor(float(sum(len(r.tokens) for r in piece)), device=rt.device)
+        count = runtime.all_reduce_sum(count, rt)                   # sum_i |o_i|
         if count == 0:
             continue
         parts = same_number(micro_batches(piece, cfg.micro_tokens), rt)
@@ -310,17 +314,17 @@ def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
             n = torch.tensor([len(r.tokens) for r in micro], device=rt.device)
             A = torch.tensor([r.A for r in micro], device=rt.device).repeat_interleave(n)   # [N]
             behaviour = torch.tensor([x for r in micro for x in r.behaviour], device=rt.device)
-            # one update per batch: pi_old is this very forward, rho = 1 exactly, and its gradient is the policy gradient
+            # one update per batch: pi_old is this very forward, rho = 1 exactly, its gradient is the policy gradient
             old = logp.detach() if micro[0].old is None else torch.cat([r.old for r in micro])
             summand, rho, clipped = surrogate(logp, old, A, cfg.eps_low, cfg.eps_high)
-            if cfg.max_staleness:                                   # truncated importance weights for the older sampler [ours]
+            if cfg.max_staleness:                                   # truncated importance weights [ours]
                 summand = summand * (old - behaviour).exp().clamp_max(cfg.is_cap)
             runtime.sync_gradients(model, m == len(parts) - 1, rt)
             (-(summand.sum() / count) * rt.world).backward()
             if micro is not NOTHING:
                 with torch.no_grad():
-                    gap = old - behaviour                           # engine and trainer at the same weights: rounding only
-                    sums += torch.stack([torch.tensor(float(len(logp)), device=rt.device), entropy.sum(), rho.sum(), summand.sum(),
+                    gap = old - behaviour                           # engine and trainer at one policy: rounding only
+                    sums += torch.stack([torch.ones_like(logp).sum(), entropy.sum(), rho.sum(), summand.sum(),
                                          (clipped & (A < 0)).sum(), (clipped & (A > 0)).sum(), gap.abs().sum(),
                                          (gap.exp() - 1 - gap).sum()])
                     worst = torch.maximum(worst, torch.stack([rho.max(), gap.abs().max()]))
@@ -337,6 +341,23 @@ def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
     return {"updates": len(norms), "grad_norm": sum(norms) / len(norms), "ratio_max": float(worst[0]),
             "engine_gap_max": float(worst[1]), "trained_tokens": int(tokens),
             **{name: v / tokens for name, v in zip(names, means, strict=True)}}
+
+
+def mini_batches(groups: list[Group], cfg: Config, step: int) -> list[list[Row]]:
+    """The batch as batch_size / mini_batch lists of rows: groups shuffled once, never cut."""
+    groups = sorted(groups, key=lambda g: hash64(cfg.seed, "order", step, g.task.index))
+    n = cfg.batch_size // cfg.mini_batch
+    ends = [len(groups) * i // n for i in range(n + 1)]             # the judge or the cap may have left fewer groups
+    return [[row for g in groups[a:b] for row in rows_of(g)] for a, b in zip(ends, ends[1:], strict=False)]
+
+
+@torch.no_grad()
+def remember_old(model: MiMo, rows: list[Row], cfg: Config, rt) -> None:
+    """Fill row.old: log-probs under pi_old, the policy before the first update."""
+    for micro in same_number(micro_batches(rows, cfg.micro_tokens), rt):
+        logp, _ = token_logprobs(model, micro, rt.device)
+        for row, old in zip(micro, logp.split([len(r.tokens) for r in micro]), strict=True):
+            row.old = old
 
 
 NOTHING = [Row([0], [0], [0.0], 0.0)]       # advantage 0: a forward and backward that add nothing

@@ -1,15 +1,16 @@
 """
 The RL problem set: pass-rate filters and test difficulty, from answers of several models (report sections 3.2, 3.3.1).
 
-    python eval.py --ckpt=out/tiny/base --problems=out/tiny/problems/rl_all.jsonl --samples=4 --temperature=1 --top_p=1 --out=out/tiny/difficulty/base.json
-    python eval.py --ckpt=out/tiny/sft --problems=out/tiny/problems/rl_all.jsonl --samples=4 --temperature=1 --top_p=1 --out=out/tiny/difficulty/sft.json
-    python rl_data.py --problems=out/tiny/problems/rl_all.jsonl --answers="['out/tiny/difficulty/base_answers.jsonl','out/tiny/difficulty/sft_answers.jsonl']"
+    python eval.py --ckpt=out/tiny/base --problems=out/tiny/problems/rl_all.jsonl --samples=4 --temperature=1 \\
+        --top_p=1 --out=out/tiny/difficulty/base.json          # writes base_answers.jsonl beside it
+    ...the same with --ckpt=out/tiny/sft, into sft.json, then
+    python rl_data.py
 
-Filters, by the LAST answers file (the SFT model's): maths that it solves in more than 90% of its answers goes, code that
-it solves every time goes, code without tests never came in. Then per unit test the pass rate over all answers of all
-models, and the tests of a problem clustered into easy, medium and hard (Fig. 5) by exact one-dimensional k-means: levels
-0, 1, 2. The report is silent on the clustering; its Fig. 5 fits edges near 0.3 and 0.7. An answer without a program
-passes no test. 16 answers in the report.
+Filters, by the LAST answers file (the SFT model's): maths that it solves in more than 90% of its answers goes, code
+that it solves every time goes, code without tests never came in. Then per unit test the pass rate over all answers of
+all models, and the tests of a problem clustered into easy, medium and hard (Fig. 5) by exact one-dimensional k-means:
+levels 0, 1, 2. The report is silent on the clustering; its Fig. 5 fits edges near 0.3 and 0.7. An answer without a
+program passes no test. The report draws 16 answers a problem, and also drops what strong models never solve.
 """
 import json
 from collections import Counter
@@ -20,12 +21,14 @@ import runtime
 from data.problems import Problem, read_problems, write_problems
 from reward import difficulty_levels, estimate_pass_rates
 
+ANSWERS = ["out/tiny/difficulty/base_answers.jsonl", "out/tiny/difficulty/sft_answers.jsonl"]
+
 
 @dataclass(frozen=True)
 class Config:
     problems: str = "out/tiny/problems/rl_all.jsonl"      # every RL problem
     out: str = "out/tiny/problems/rl.jsonl"               # what is left, tests with estimated levels
-    answers: list[str] = field(default_factory=lambda: ["out/tiny/difficulty/base_answers.jsonl", "out/tiny/difficulty/sft_answers.jsonl"])   # eval.py's answers files, the SFT model's last
+    answers: list[str] = field(default_factory=ANSWERS.copy)   # eval.py's answers files, the SFT model's last
     max_maths_rate: float = 0.9                           # maths: solved more often goes [paper 3.2]
     max_code_rate: float = 1.0                            # code: solved this often goes [paper 3.2]
     levels: int = 3                                       # difficulty groups [paper Fig. 5]
@@ -49,7 +52,8 @@ def with_levels(problem: Problem, answers: list[dict], k: int) -> Problem:
     n = len(problem.tests)
     table = [a["verdicts"] if len(a["verdicts"]) == n else ["RE"] * n for a in answers]
     levels = difficulty_levels(estimate_pass_rates(table), k)
-    return replace(problem, tests=tuple(replace(t, level=level) for t, level in zip(problem.tests, levels, strict=True)))
+    tests = tuple(replace(test, level=level) for test, level in zip(problem.tests, levels, strict=True))
+    return replace(problem, tests=tests)
 
 
 def main(cfg: Config) -> None:

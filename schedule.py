@@ -1,13 +1,15 @@
 """
-The three-stage pre-training schedule as one table and five pure functions of the tokens seen (report section 2.3).
+The three-stage pre-training schedule as one table and pure functions of the tokens seen (report section 2.3).
 
 A run is a list of `Stage`s. Everything that changes during pre-training is a row of it: learning rate, batch size, MTP
 loss weight, context, RoPE base and data mixture. The 7B table (config/mimo_7b.py) and the laptop's (config/tiny.py)
 differ in numbers only.
 
-    stage 1   0 -> 1.07e-4 over 84B, constant for 10.2T, cosine to 3e-5 over 7.5T; batch 0 -> 2,560 over 168B; MTP 0.3 -> 0.1 at 10.3T
+    stage 1   0 -> 1.07e-4 over 84B, constant for 10.2T, cosine to 3e-5 over 7.5T; batch 0 -> 2,560 over 168B;
+              MTP 0.3 -> 0.1 at 10.3T
     stage 2   3e-5 for 4T, maths and code at ~70%
-    stage 3   3e-5 for 1.5T, cosine to 1e-5 over 0.5T; batch 640, context 32,768, RoPE base 640,000, ~10% synthetic reasoning
+    stage 3   3e-5 for 1.5T, cosine to 1e-5 over 0.5T; batch 640, context 32,768, RoPE base 640,000,
+              ~10% synthetic reasoning
 
 The stages add up to 23.8T tokens; the report says "approximately 25T". Where the report is silent: the weights inside
 a stage's mixture, and the first batch size of the warm-up (we start at 1/16 of the full one).
@@ -94,7 +96,7 @@ def mtp_weight_at(stages: list[Stage], seen: float) -> float:
 
 
 def breakpoints(stages: list[Stage]) -> list[tuple[float, str]]:
-    """Every number of tokens at which the schedule changes its law, with what happens there. For --dry_run and tests."""
+    """Every number of tokens at which the schedule changes its law, with what happens there; --dry_run prints them."""
     points, start = [], 0.0
     for s in stages:
         points.append((start, f"{s.name} starts: context {s.seq_len:,}, RoPE base {s.rope_base:,.0f}"))

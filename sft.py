@@ -5,8 +5,8 @@ Supervised fine-tuning on packed chat samples (report section 3.1).
     torchrun --nproc_per_node=8 sft.py config/mimo_7b_sft.py       # from the 7B base, packed to 32,768 tokens
 
 The recipe: three filters (16-gram overlap of the query with an evaluation set; mixed-language or incomplete answers; at
-most eight answers per query), samples packed into rows of seq_len without ever being cut or seeing each other, the loss on
-the assistant's tokens including <|im_end|>, a constant learning rate, batch 128. The MTP layers are trained along.
+most eight answers per query), samples packed into rows of seq_len without ever being cut or seeing each other, the loss
+on the assistant's tokens including <|im_end|>, a constant learning rate, batch 128. The MTP layers are trained along.
 
 Data: JSONL, one {"messages": [{"role", "content"}, ...]} a line, answers as "<think>\\n...\\n</think>\\n\\nanswer".
 The model's shape comes from the checkpoint. The report is silent on the number of epochs and on the MTP weight in SFT;
@@ -35,7 +35,7 @@ class Config:
     init: str = "out/tiny/base"           # checkpoint to start from
     out: str = "out/tiny/sft"             # checkpoints and metrics.jsonl go here
     data: str = "out/tiny/sft.jsonl"      # chat samples
-    heldout: str = "out/tiny/problems/test.jsonl"   # evaluation questions that no query may share 16 tokens with; "" = none
+    heldout: str = "out/tiny/problems/test.jsonl"   # no query may share a 16-gram with these questions; "" = none
     seq_len: int = 256                    # tokens per packed row [paper 3.1: 32,768]
     batch_size: int = 16                  # packed rows per step over all ranks [paper 3.1: 128]
     micro_batch: int = 16                 # rows per forward and rank; never changes the result
@@ -73,7 +73,8 @@ def main(cfg: Config) -> None:
     with runtime.reading():
         shape, tokenizer = runtime.read_shape(start), Tokenizer.load(start)
     if cfg.seq_len > shape["max_seq_len"]:
-        runtime.die(f"seq_len = {cfg.seq_len} is longer than the context of {start}, max_seq_len = {shape['max_seq_len']}")
+        runtime.die(f"seq_len = {cfg.seq_len} is longer than the context of {start}, "
+                    f"max_seq_len = {shape['max_seq_len']}")
     model = mtp.build(ModelConfig(**shape), "meta")
     model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
     model = runtime.materialise(model, rt, ckpt=start)       # each rank reads its own rows
@@ -111,7 +112,9 @@ def main(cfg: Config) -> None:
             main_sum, extra = mtp.losses(model, micro.ids, micro.docs, micro.positions, bounds, micro.mask)
             sums = torch.stack([main_sum, *extra])           # [1 + n_mtp] summed nats
             # a mean over all trained tokens of the global batch: per-row means would overweigh short rows
-            loss = sums[0] / counts[0] + (cfg.mtp_weight * (sums[1:] / counts[1:].clamp_min(1)).mean() if n_mtp else 0.0)
+            loss = sums[0] / counts[0]
+            if n_mtp:
+                loss = loss + cfg.mtp_weight * (sums[1:] / counts[1:].clamp_min(1)).mean()
             runtime.sync_gradients(model, last, rt)
             (loss * rt.world).backward()
             total += sums.detach()

@@ -1,4 +1,4 @@
-# MiMo-tiny: the whole recipe on a laptop CPU. The same table as config/mimo_7b.py, a millionth of its tokens.
+# MiMo-tiny: the whole recipe on a laptop CPU. The same table as config/mimo_7b.py, about a ten-millionth of its tokens.
 from model import ModelConfig
 from schedule import Stage
 
@@ -20,6 +20,7 @@ stages = [
 ]
 # the trained MTP layer copied into two more, these fine-tuned with everything else frozen
 mtp_stage = Stage("mtp", tokens=150e3, seq_len=256, batch_size=8, lr=2e-3, lr_end=2e-4, decay_tokens=150e3,
-                  rope_base=640_000.0, mtp_weight=1.0, mix=dict(web=0.10, maths=0.42, code=0.23, books=0.15, synth=0.10))
+                  rope_base=640_000.0, mtp_weight=1.0,
+                  mix=dict(web=0.10, maths=0.42, code=0.23, books=0.15, synth=0.10))
 micro_batch = 8
-threads = 1                     # one thread a process: two processes that share a core with another program lose 20x
+threads = 1                     # a process: two threads on busy cores are many times slower (docs/lab_log.md)

@@ -1,19 +1,19 @@
 """
 Everything the tiny run reads, from one seed (report sections 2.1, 3.1, 3.2).
 
-    python -m data.prepare                     # out/tiny: shards, problems, SFT samples; under a minute on one core
+    python -m data.prepare                     # out/tiny: shards, problems, SFT samples
 
     problems/test.jsonl      held out by identity: what eval.py measures
     problems/valid.jsonl     held out by identity: curves during RL
-    problems/rl.jsonl        training problems of RL, code with a ladder of tests
-    sft.jsonl                chat samples with worked reasoning
+    problems/rl_all.jsonl    training problems of RL, code with a ladder of tests; rl_data.py filters them
+    sft.jsonl                chat samples, maths with worked reasoning
     data/<source>            token shards for the stages' mixtures: web, maths, code, books, synth
     data/valid/<source>      documents kept back for the validation loss
 
 The crawl goes through the same extraction, dedup, tagging and decontamination as a real one (data/corpus.py). Maths
-pages answer half of their problems in one go and half in steps; forum answers to code problems are sometimes careless,
-as on the real web: that mixture is what RL later finds better ways in. Synthetic reasoning (`synth`: steps inside
-<think>) is kept out of stages 1 and 2 and makes up about 10% of stage 3, as in the report.
+pages answer some of their problems in steps, the others in one go; forum answers to code problems are sometimes
+careless, as on the real web: that mixture is what RL later finds better ways in. Synthetic reasoning (`synth`: maths
+with its steps inside <think>, code as the program alone) is for stage 3 only, as in the report.
 
 Differs from the report: the reasoning is written by the problem generators, not by a stronger model.
 """
@@ -103,7 +103,8 @@ def main(cfg: Config) -> None:
             for split, n in (("test", cfg.test), ("valid", cfg.valid))}
     for split, kinds in held.items():
         write_problems(out / f"problems/{split}.jsonl", kinds["maths"] + kinds["code"])
-    rl = maths.problems(cfg.rl_maths, "train", cfg.seed) + code.problems(cfg.rl_code, "train", cfg.seed, tests=cfg.tests)
+    rl = [*maths.problems(cfg.rl_maths, "train", cfg.seed),
+          *code.problems(cfg.rl_code, "train", cfg.seed, tests=cfg.tests)]
     write_problems(out / "problems/rl_all.jsonl", rl)
     print(f"problems: {2 * cfg.test} test, {2 * cfg.valid} valid, {len(rl)} for RL")
 
@@ -129,7 +130,8 @@ def main(cfg: Config) -> None:
     # ---- shards ---------------------------------------------------------------------------------------------------
     for name, texts in documents.items():
         ids = [np.array(tokenizer.encode(text) + [tokenizer.eos_id]) for text in texts]
-        kept_back = [int(identity(text), 16) % 10_000 < 10_000 * cfg.valid_share for text in texts]   # copies stay together
+        # by content, so that copies of a document stay on one side
+        kept_back = [int(identity(text), 16) % 10_000 < 10_000 * cfg.valid_share for text in texts]
         for folder, wanted in ((out / "data", False), (out / "data/valid", True)):
             part = [x for x, back in zip(ids, kept_back, strict=True) if back == wanted]
             if not part:

@@ -2,8 +2,8 @@
 Problems with a checkable answer: what SFT explains, RL practises and eval.py measures (report sections 3.1, 3.2).
 
 One record serves maths (a rule-checkable final answer) and code (tests that the judge runs). Files are JSONL, one
-problem a line. `prompts` are the two forms in which a model meets a problem: the plain text form that the pre-training
-pages use (base models, RL-Zero) and the chat form (SFT, RL).
+problem a line. A model meets a problem in two forms: PLAIN, the text form that the pre-training pages use (base models,
+RL-Zero), and `messages`, the chat form (SFT, RL).
 """
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ class Problem:
     tests: tuple[Test, ...] = ()            # code: each with its difficulty level
     entry: str = "f"                        # code: the function that call tests call
     reasoning: str = ""                     # worked steps, for SFT and pages; "" when there are none
-    solution: str = ""                      # the final answer as a model should write it: \boxed{..} or a fenced program
+    solution: str = ""                      # the answer as a model should write it: \boxed{..} or a fenced program
 
     def __post_init__(self):
         if self.kind == "code" and not self.tests and not self.solution:

@@ -1,5 +1,6 @@
 """
-Figures of a demo run, from the metrics.jsonl and eval.json of its folders. Nothing is computed here that was not logged.
+Figures of a demo run, from the metrics.jsonl and eval.json of its folders. Only running means are computed here, the
+rest was logged.
 
     python paper/figures.py --run=out/tiny        # writes out/tiny/figures/*.png and, beside each, the points as CSV
 
@@ -21,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 INK, SOFT = "#222222", "#bbbbbb"
-COLOURS = {"maths": "#1b6ca8", "code": "#c8553d", "web": "#6a994e", "books": "#9c6ade", "synth": "#d4a017", "train": "#888888"}
+COLOURS = {"maths": "#1b6ca8", "code": "#c8553d", "web": "#6a994e", "books": "#9c6ade", "synth": "#d4a017"}
 NAMES = {"base": "Base", "rl_zero": "RL-Zero", "sft": "SFT", "rl": "RL"}
 plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                      "axes.edgecolor": INK, "axes.grid": True, "grid.color": "#eeeeee", "legend.frameon": False,
@@ -54,19 +55,22 @@ def pretrain(run: Path, folder: Path) -> None:
     for i, stage in enumerate(dict.fromkeys(r["stage"] for r in steps)):
         span = [t for t, r in zip(tokens, steps, strict=True) if r["stage"] == stage]
         ax.axvspan(span[0], span[-1], color="#f5f5f5" if i % 2 else "#e9eef4", lw=0)
-        ax.text((span[0] + span[-1]) / 2, 0.98, stage, transform=ax.get_xaxis_transform(), ha="center", va="top", color="#666666")
+        ax.text((span[0] + span[-1]) / 2, 0.98, stage, transform=ax.get_xaxis_transform(), ha="center", va="top",
+                color="#666666")
     ax.plot(tokens, smooth([r["loss"] for r in steps], 15), color=INK, lw=1.3, label="trunk, training mixture")
     for k in range(max(len(r["mtp_loss"]) for r in steps)):
         some = [(t, r["mtp_loss"][k]) for t, r in zip(tokens, steps, strict=True) if len(r["mtp_loss"]) > k]
-        ax.plot([t for t, _ in some], smooth([v for _, v in some], 15), lw=1, ls=["--", "-.", ":"][k % 3], color="#777777",
-                label=f"MTP layer {k + 1}")
+        ax.plot([t for t, _ in some], smooth([v for _, v in some], 15), lw=1, ls=["--", "-.", ":"][k % 3],
+                color="#777777", label=f"MTP layer {k + 1}")
     points = [[r["tokens"], "train", r["loss"]] for r in steps]
     for name in COLOURS:
         ends = [(r["tokens"] / 1e6, r["valid"][name]["loss"]) for r in rows if name in r.get("valid", {})]
         if ends:
-            ax.plot([t for t, _ in ends], [v for _, v in ends], "o-", ms=4, lw=0.8, color=COLOURS[name], label=f"held-out {name}")
+            ax.plot([t for t, _ in ends], [v for _, v in ends], "o-", ms=4, lw=0.8, color=COLOURS[name],
+                    label=f"held-out {name}")
             points += [[t * 1e6, f"held-out {name}", v] for t, v in ends]
-    ax.set(xlabel="tokens seen, millions", ylabel="loss, nats per token", ylim=(0, min(4, max(r["loss"] for r in steps))))
+    ax.set(xlabel="tokens seen, millions", ylabel="loss, nats per token",
+           ylim=(0, min(4, max(r["loss"] for r in steps))))
     ax.legend(ncol=2, fontsize=7)
     save(fig, folder, "pretrain", ["tokens", "series", "nats_per_token"], points)
 
@@ -81,8 +85,10 @@ def rl(run: Path, folder: Path) -> None:
             y = [v[kind] for _, v in found if kind in v]
             if not x:
                 continue
-            ax.plot(x, [100 * v["avg"] for v in y], "o" + style, ms=3, color=COLOURS[kind], label=NAMES[name] + (" (from SFT)" if name == "rl" else ""))
-            ax.fill_between(x, [100 * v["low"] for v in y], [100 * v["high"] for v in y], color=COLOURS[kind], alpha=0.12, lw=0)
+            label = NAMES[name] + (" (from SFT)" if name == "rl" else "")
+            avg, low, high = ([100 * v[key] for v in y] for key in ("avg", "low", "high"))
+            ax.plot(x, avg, "o" + style, ms=3, color=COLOURS[kind], label=label)
+            ax.fill_between(x, low, high, color=COLOURS[kind], alpha=0.12, lw=0)
             ax.set(title=f"held-out {kind}", xlabel="RL iteration")
             ax.legend(fontsize=8)
             points += [[name, kind, s, v["avg"], v["low"], v["high"]] for s, v in zip(x, y, strict=True)]
@@ -92,8 +98,9 @@ def rl(run: Path, folder: Path) -> None:
 
 def rollout(run: Path, folder: Path) -> None:
     series = [("reward_launched", "reward, all answers"), ("all0", "groups all wrong"), ("all1", "groups all right"),
-              ("entropy", "entropy, nats per token"), ("length_mean", "answer length, tokens"), ("pool_size", "easy pool, problems"),
-              ("waste", "valid samples wasted"), ("slot_idle", "engine slots idle"), ("engine_gap_max", "engine - trainer log-prob, max")]
+              ("entropy", "entropy, nats per token"), ("length_mean", "answer length, tokens"),
+              ("pool_size", "easy pool, problems"), ("waste", "valid samples wasted"),
+              ("slot_idle", "engine slots idle"), ("engine_gap_max", "engine - trainer log-prob, max")]
     fig, axes = plt.subplots(3, 3, figsize=(7.4, 5.2), sharex=True)
     points = []
     for name, colour in (("rl", INK), ("rl_zero", "#c8553d")):
@@ -111,7 +118,8 @@ def rollout(run: Path, folder: Path) -> None:
 
 
 def models(run: Path, folder: Path) -> None:
-    found = {n: json.loads((run / n / "eval.json").read_text())["problems"] for n in NAMES if (run / n / "eval.json").is_file()}
+    files = {name: run / name / "eval.json" for name in NAMES}
+    found = {name: json.loads(path.read_text())["problems"] for name, path in files.items() if path.is_file()}
     fig, ax = plt.subplots(figsize=(5.4, 2.9))
     points = []
     for j, kind in enumerate(("maths", "code")):
@@ -122,7 +130,8 @@ def models(run: Path, folder: Path) -> None:
         ax.bar(x, avg, width=0.36, yerr=err, color=COLOURS[kind], error_kw={"lw": 1, "capsize": 2}, label=kind)
         for xi, v, top in zip(x, avg, err[1], strict=True):
             ax.text(xi, v + top + 1, f"{v:.0f}", ha="center", fontsize=8)
-        points += [[n, kind, r["avg"], r["low"], r["high"], r["n"], r["samples"]] for n, r in zip(found, rows, strict=True)]
+        points += [[name, kind, *(r[key] for key in ("avg", "low", "high", "n", "samples"))]
+                   for name, r in zip(found, rows, strict=True)]
     ax.set_xticks(range(len(found)), [NAMES[n] for n in found])
     ax.set(ylabel="avg@n, held-out problems, %", ylim=(0, 105))
     ax.legend()
@@ -141,7 +150,8 @@ def mtp(run: Path, folder: Path) -> None:
                    label=f"{NAMES[name]}, {'teacher-forced' if j else 'speculative decoding'}")
             points += [[name, key, k + 1, v] for k, v in enumerate(m[key])]
     for k, paper in ((1, 90), (3, 75)):
-        ax.plot([k - 0.45, k + 0.45], [paper, paper], color="#c8553d", lw=1.2, label="report, MiMo-7B on AIME24" if k == 1 else None)
+        ax.plot([k - 0.45, k + 0.45], [paper, paper], color="#c8553d", lw=1.2,
+                label="report, MiMo-7B on AIME24" if k == 1 else None)
     ax.set(xlabel="MTP layer", ylabel="drafts accepted, %", ylim=(0, 105))
     ax.set_xticks([1, 2, 3])
     ax.legend(fontsize=6.5, loc="lower left")

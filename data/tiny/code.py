@@ -88,14 +88,6 @@ def problem(rng: random.Random, level: int | None = None, tests: int = 0) -> Pro
                    reasoning="\n".join(f"{i}. {c.line}" for i, c in enumerate(clauses, 1)))
 
 
-def careless(rng: random.Random, clauses: list[Clause], core: Clause) -> str:
-    """A plausible wrong program, as forum answers have them: a clause forgotten, or another core."""
-    if len(clauses) > 1 and rng.random() < 0.7:
-        i = rng.randrange(len(clauses))
-        return source(clauses[:i] + clauses[i + 1:], core)
-    return source(clauses, rng.choice([c for c in CORES if c is not core]))
-
-
 def make_tests(rng: random.Random, clauses: list[Clause], core: Clause, n: int) -> tuple[Test, ...] | None:
     golden = compiled(source(clauses, core))
     mutants = [compiled(source(clauses[:i] + clauses[i + 1:], core)) for i in range(len(clauses))]
@@ -138,4 +130,5 @@ def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (2, 3, 4),
 
 if __name__ == "__main__":
     for p in problems(2, "train", 0, levels=(2, 3)):
-        print(p.question, p.solution, *(f"  level {t.level}  f({t.input[1:-1]}) == {t.expected}" for t in p.tests), sep="\n")
+        tests = (f"  level {t.level}  f({t.input[1:-1]}) == {t.expected}" for t in p.tests)
+        print(p.question, p.solution, *tests, sep="\n")
