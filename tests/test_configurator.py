@@ -68,9 +68,9 @@ def test_inheritance_by_import(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag, name, value", [
-    ("--steps=1e3", "steps", 1000), ("--lr_max=1", "lr_max", 1.0), ("--out=a=b", "out", "a=b"), ("--compile", "compile", True),
-    ("--compile=False", "compile", False), ("--resume=None", "resume", None), ("--resume=x", "resume", "x"),
-    ("--dtype=bf16", "dtype", "bf16"), ("--betas=(0.8,0.9)", "betas", (0.8, 0.9)),
+    ("--steps=1e3", "steps", 1000), ("--lr_max=1", "lr_max", 1.0), ("--out=a=b", "out", "a=b"),
+    ("--compile", "compile", True), ("--compile=False", "compile", False), ("--resume=None", "resume", None),
+    ("--resume=x", "resume", "x"), ("--dtype=bf16", "dtype", "bf16"), ("--betas=(0.8,0.9)", "betas", (0.8, 0.9)),
 ])
 def test_accepted(flag, name, value):
     got = getattr(load(Config, [flag]), name)
@@ -105,8 +105,8 @@ def test_rejected_with_status_1_and_one_line(argv, message):
 
 
 @pytest.mark.parametrize("source, message", [
-    ("stepz = 3\n", "unknown key stepz"), ("steps = 'x'\n", "steps = 'x' should be int"), ("steps = (\n", "SyntaxError"),
-    ("model = dict(n_layr=3)\n", "n_layr"), ("1/0\n", "ZeroDivisionError"),
+    ("stepz = 3\n", "unknown key stepz"), ("steps = 'x'\n", "steps = 'x' should be int"),
+    ("steps = (\n", "SyntaxError"), ("model = dict(n_layr=3)\n", "n_layr"), ("1/0\n", "ZeroDivisionError"),
 ])
 def test_rejected_in_a_file_names_the_file(tmp_path, source, message):
     (tmp_path / "bad.py").write_text(source)
@@ -131,9 +131,9 @@ def test_help_prints_every_field(capsys):
     assert "--lr_max=0.001" in out and "learning rate" in out and "--stages" in out
 
 
-@pytest.mark.parametrize("script", ["pretrain", "sft", "rl", "eval", "sample", "data/prepare"])
+@pytest.mark.parametrize("script", ["pretrain", "sft", "rl", "rl_data", "eval", "sample", "demo", "data/prepare"])
 def test_every_field_is_read_somewhere(script):
-    """A flag that nothing reads is a lie: each field of a script's Config occurs as cfg.name or self.name in its file."""
+    """A flag that nothing reads is a lie: each field of a Config occurs in its file as cfg.name or self.name."""
     source = (ROOT / f"{script}.py").read_text()
     tree = ast.parse(source)
     config = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")

@@ -3,6 +3,7 @@ import json
 import random
 import re
 from fractions import Fraction
+from functools import partial
 
 import pytest
 
@@ -32,9 +33,10 @@ def test_every_step_and_answer_is_right(kind, level):
             total, m = expression.split(" by ")
             assert worth(total) % int(m) == int(answer), question
         else:
-            left, right = (re.sub(r"(\d*)x", lambda m: f"({m[1] or 1}*{answer})", side) for side in expression.split("="))
+            put = partial(re.sub, r"(\d*)x", lambda m, x=answer: f"({m[1] or 1}*{x})")     # 3x -> (3*answer)
+            left, right = map(put, expression.split("="))
             assert worth(left) == worth(right), question
-        assert math_reward(f"<think>\n{steps}\n</think>\n\n\\boxed{{{answer}}}", answer) == 1.0
+        assert math_reward("<think>\n" + "\n".join(steps) + f"\n</think>\n\n\\boxed{{{answer}}}", answer) == 1.0
 
 
 @pytest.mark.parametrize("generator", [maths, code])

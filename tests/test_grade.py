@@ -14,7 +14,8 @@ from tokenizer import Tokenizer
 
 TOK = Tokenizer.load("tiny")
 MATHS = Problem("a1", "maths", "What is 3+4?", answer="7", reasoning="3+4=7", solution="\\boxed{7}")
-CODE = Problem("b2", "code", "Given a list xs: return the sum.", solution="```python\ndef f(xs):\n    return sum(xs)\n```",
+CODE = Problem("b2", "code", "Given a list xs: return the sum.",
+               solution="```python\ndef f(xs):\n    return sum(xs)\n```",
                tests=(Test("call", "[[1, 2]]", "3", 0), Test("call", "[[]]", "0", 1), Test("call", "[[-1]]", "-1", 2)))
 
 
@@ -104,10 +105,15 @@ def test_rl_data_filters_and_levels_by_hand(tmp_path):
     write_problems(tmp_path / "all.jsonl", [MATHS, easy, CODE])
     code = lambda *verdicts: {"passed": all(v == "AC" for v in verdicts), "verdicts": list(verdicts)}
     maths = lambda ok: {"passed": ok, "verdicts": ["right" if ok else "wrong"]}
-    for name, rows in (("one", {"a1": [maths(False)] * 2, "e5": [maths(False)] * 2, "b2": [code("AC", "WA", "WA"), code("AC", "AC", "WA")]}),
-                       ("two", {"a1": [maths(True), maths(False)], "e5": [maths(True)] * 2, "b2": [code("AC", "AC", "AC"), code("AC", "WA", "WA")]})):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"id": k, "answers": v}) + "\n" for k, v in rows.items()))
-    rl_data.main(rl_data.Config(str(tmp_path / "all.jsonl"), str(tmp_path / "out.jsonl"), [f"{tmp_path}/one.jsonl", f"{tmp_path}/two.jsonl"]))
+    one = {"a1": [maths(False), maths(False)], "e5": [maths(False), maths(False)],
+           "b2": [code("AC", "WA", "WA"), code("AC", "AC", "WA")]}
+    two = {"a1": [maths(True), maths(False)], "e5": [maths(True), maths(True)],
+           "b2": [code("AC", "AC", "AC"), code("AC", "WA", "WA")]}
+    for name, rows in (("one", one), ("two", two)):
+        lines = [json.dumps({"id": k, "answers": v}) + "\n" for k, v in rows.items()]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    rl_data.main(rl_data.Config(f"{tmp_path}/all.jsonl", f"{tmp_path}/out.jsonl",
+                                [f"{tmp_path}/one.jsonl", f"{tmp_path}/two.jsonl"]))
     kept = read_problems(tmp_path / "out.jsonl")
     assert [p.id for p in kept] == ["a1", "b2"]
     assert [t.level for t in kept[1].tests] == [0, 1, 2]

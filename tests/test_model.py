@@ -1,4 +1,4 @@
-"""The trunk: parameter counts, causality, document boundaries, and agreement with attention as the textbook writes it."""
+"""The trunk: parameter counts, causality, document boundaries, agreement with attention as the textbook writes it."""
 import math
 
 import pytest
@@ -86,7 +86,8 @@ def test_first_loss_is_the_uniform_one():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(n_head=3), "multiple of n_kv_head"), (dict(head_dim=7), "even"), (dict(n_layer=0), "n_layer"), (dict(n_mtp=9), "n_mtp"),
+    (dict(n_head=3), "multiple of n_kv_head"), (dict(head_dim=7), "even"), (dict(n_layer=0), "n_layer"),
+    (dict(n_mtp=9), "n_mtp"),
 ])
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

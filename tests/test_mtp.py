@@ -7,7 +7,8 @@ from data.loader import make_batch
 from kernels.attention import doc_bounds
 from model import ModelConfig
 
-CFG = ModelConfig(vocab_size=32, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=48, max_seq_len=64, n_mtp=3)
+CFG = ModelConfig(vocab_size=32, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=48, max_seq_len=64,
+                  n_mtp=3)
 
 
 def model(seed=0):
@@ -41,14 +42,17 @@ def test_losses_equal_cross_entropy_of_the_full_logits():
     main, extra = mtp.losses(m, b.ids, b.docs, b.positions, bounds)
     h = m(b.ids[:, :12], b.positions, bounds)
     cos, sin = m.rope_at(b.ids[:, :12], b.positions)
-    want = [F.cross_entropy(m.logits(h).flatten(0, 1), mtp.mtp_targets(b.ids, b.docs, 12, 1).flatten(), reduction="sum")]
+    summed = lambda logits, depth: F.cross_entropy(
+        logits.flatten(0, 1), mtp.mtp_targets(b.ids, b.docs, 12, depth).flatten(), reduction="sum")
+    want = [summed(m.logits(h), 1)]
     for k, layer in enumerate(m.mtp_layers):
         z = layer(h, m.embed_tokens(b.ids[:, k + 1:13 + k]), cos, sin, bounds)
-        logits = layer.final_layernorm(z) @ m.lm_head.weight.T
-        want.append(F.cross_entropy(logits.flatten(0, 1), mtp.mtp_targets(b.ids, b.docs, 12, k + 2).flatten(), reduction="sum"))
+        want.append(summed(layer.final_layernorm(z) @ m.lm_head.weight.T, k + 2))
     for got, ref in zip([main, *extra], want, strict=True):
         torch.testing.assert_close(got, ref, atol=1e-3, rtol=1e-5)
-    assert mtp.target_counts(b.ids, b.docs, 12, 3).tolist() == [2 * (4 + 3 + 3), 2 * (3 + 2 + 3), 2 * (2 + 1 + 3), 2 * (1 + 0 + 3)]
+    # two rows, documents of 5, 4 and 3 tokens, the last going on beyond the row
+    by_hand = [2 * (4 + 3 + 3), 2 * (3 + 2 + 3), 2 * (2 + 1 + 3), 2 * (1 + 0 + 3)]
+    assert mtp.target_counts(b.ids, b.docs, 12, 3).tolist() == by_hand
 
 
 def test_micro_batches_add_up_to_the_whole_gradient():
@@ -87,7 +91,8 @@ def test_replication_copies_the_trained_layer_and_freezing_trains_only_the_new()
     three = mtp.replicate(one, 3)
     assert three.cfg.n_mtp == 3
     for k in (1, 2):
-        for (n0, a), (nk, c) in zip(three.mtp_layers[0].named_parameters(), three.mtp_layers[k].named_parameters(), strict=True):
+        first, copy = three.mtp_layers[0].named_parameters(), three.mtp_layers[k].named_parameters()
+        for (n0, a), (nk, c) in zip(first, copy, strict=True):
             assert n0 == nk and torch.equal(a, c) and a.data_ptr() != c.data_ptr()
     mtp.freeze_all_but_new(three, 1)
     trained = {n for n, p in three.named_parameters() if p.requires_grad}
@@ -102,8 +107,8 @@ def test_greedy_acceptance_by_hand():
 
 def test_sampled_acceptance_keeps_the_distribution():
     """
-    One draft, V = 4, exact: P(x) = q(x) min(1, p(x)/q(x)) + P(rejected) r(x) must be p(x). The rejection probability and
-    the residual are taken from accept_sampled itself, at u just below and above each threshold.
+    One draft, V = 4: P(x) = q(x) min(1, p(x)/q(x)) + P(rejected) r(x) must be p(x). The rejection probability and the
+    residual are taken from accept_sampled itself, over 4,000 values of u evenly between 0 and 1.
     """
     p1, q1 = torch.tensor([.4, .3, .2, .1]), torch.tensor([.1, .2, .3, .4])
     total = torch.zeros(4)
@@ -135,8 +140,10 @@ def test_agreement_counts_by_brute_force():
     h = m(b.ids[:, :16], b.positions, bounds)
     trunk, ids, docs = m.logits(h).argmax(-1), b.ids, b.docs
     cos, sin = m.rope_at(ids[:, :16], b.positions)
-    drafts = [(lay.final_layernorm(lay(h, m.embed_tokens(ids[:, k + 1:17 + k]), cos, sin, bounds)) @ m.lm_head.weight.T).argmax(-1)
-              for k, lay in enumerate(m.mtp_layers)]
+    drafts = []
+    for k, layer in enumerate(m.mtp_layers):
+        z = layer(h, m.embed_tokens(ids[:, k + 1:17 + k]), cos, sin, bounds)
+        drafts.append((layer.final_layernorm(z) @ m.lm_head.weight.T).argmax(-1))
     want = [[0, 0] for _ in range(3)]
     for r in range(2):
         for i in range(16):

@@ -13,7 +13,8 @@ from model import ModelConfig
 from rl import Row, advantages, micro_batches, surrogate, token_logprobs
 from rollout import Group, Task
 
-CFG = ModelConfig(vocab_size=32, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=48, max_seq_len=64, n_mtp=1)
+CFG = ModelConfig(vocab_size=32, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=48, max_seq_len=64,
+                  n_mtp=1)
 RT = runtime.Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, True, False)
 
 

@@ -5,8 +5,8 @@ from schedule import Stage, batch_size_at, breakpoints, lr_at, mtp_weight_at, st
 
 T, B = 1e12, 1e9
 PAPER = [
-    Stage("stage 1", 84 * B + 10.2 * T + 7.5 * T, 8192, 2560, 160, 168 * B, lr=1.07e-4, warmup_tokens=84 * B, lr_end=3e-5,
-          decay_tokens=7.5 * T, mtp_weight=0.3, mtp_weight_end=0.1, mtp_switch_tokens=10.284 * T),
+    Stage("stage 1", 84 * B + 10.2 * T + 7.5 * T, 8192, 2560, 160, 168 * B, lr=1.07e-4, warmup_tokens=84 * B,
+          lr_end=3e-5, decay_tokens=7.5 * T, mtp_weight=0.3, mtp_weight_end=0.1, mtp_switch_tokens=10.284 * T),
     Stage("stage 2", 4 * T, 8192, 2560, lr=3e-5),
     Stage("stage 3", 2 * T, 32_768, 640, lr=3e-5, lr_end=1e-5, decay_tokens=0.5 * T, rope_base=640_000),
 ]
