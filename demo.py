@@ -59,7 +59,7 @@ def main(cfg: Config) -> None:
     run(clock, "pretrain", ["pretrain.py", "config/tiny.py"], None, show=True)
     print("3/5  SFT; the RL problems' difficulty from answers of base and SFT model; held-out evaluation of both")
     side_by_side(clock, out, [
-        [("eval_base", evaluate("base", cfg.base_samples, ["problems", "mtp", "probes"]), out / "base/eval.json"),
+        [("eval_base", evaluate("base", cfg.base_samples, ["problems", "mtp"]), out / "base/eval.json"),
          ("rate_base", estimate("base"), out / "difficulty/base.json")],
         [("sft", ["sft.py", "config/tiny_sft.py"], None),
          ("rate_sft", estimate("sft"), out / "difficulty/sft.json"),
