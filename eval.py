@@ -54,6 +54,11 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
     out: str = ""                         # result file; default <run>/eval.json
 
+    def __post_init__(self):
+        for name in ("samples", "max_tokens", "probe_count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+
 
 def main(cfg: Config) -> dict:
     rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
@@ -75,6 +80,9 @@ def main(cfg: Config) -> dict:
             for kind in sorted({p.kind for p in problems}):
                 some = [p for p in problems if p.kind == kind][:cfg.limit or None]
                 longest = max(len(prompt_ids(tokenizer, p, chat)) for p in some)
+                if longest + cfg.max_tokens > model.cfg.max_seq_len:
+                    runtime.die(f"{cfg.problems}: longest prompt {longest} + max_tokens {cfg.max_tokens} exceed the "
+                                f"context of {ckpt}, max_seq_len = {model.cfg.max_seq_len}")
                 engine = Engine(model, slots=cfg.slots, max_len=longest + cfg.max_tokens)
                 answers = solve(engine, tokenizer, judge, some, chat=chat, n=cfg.samples, max_tokens=cfg.max_tokens,
                                 temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)

@@ -55,7 +55,7 @@ class Config:
     save_every: int = 200                 # steps between checkpoints (also at stage ends and on SIGTERM)
     keep: int = 2                         # checkpoints kept
     sample_every: int = 150               # steps between samples printed to the screen, 0 = never
-    sample_prompt: str = "Problem: What is 7 + 4 - 6?\nSolution:"   # continued greedily for them
+    sample_prompt: str = "Problem: What is 7+4-6?\nSolution:"   # continued greedily for them
     seed: int = 1                         # weights and data order
     threads: int = 1                      # torch threads per process on CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one

@@ -95,7 +95,9 @@ def heldout(kind: str, split: str, n: int, cfg: Config) -> list[Problem]:
 
 def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
-    out, tokenizer = Path(cfg.out), Tokenizer.load(cfg.tokenizer)
+    out = Path(cfg.out)
+    with runtime.reading():
+        tokenizer = Tokenizer.load(cfg.tokenizer)
     rng = random.Random(f"prepare {cfg.seed}")
 
     # ---- problems: three disjoint splits by identity ---------------------------------------------------------------
