@@ -7,15 +7,15 @@ model = ModelConfig(vocab_size=1024, n_layer=4, d_model=128, n_head=8, n_kv_head
                     max_seq_len=1024, n_mtp=1)          # 1,281,024 parameters; many narrow heads: docs/lab_log.md
 stages = [
     # everything but synthetic reasoning; warm-ups, constant, cosine; MTP weight 0.3 -> 0.1 where the cosine starts
-    Stage("stage 1", tokens=600e3, seq_len=256, batch_size=8, batch_size_start=4, batch_warmup_tokens=80e3,
-          lr=3e-3, warmup_tokens=40e3, lr_end=2e-3, decay_tokens=250e3,
-          mtp_weight=0.3, mtp_weight_end=0.1, mtp_switch_tokens=350e3,
+    Stage("stage 1", tokens=800e3, seq_len=256, batch_size=8, batch_size_start=4, batch_warmup_tokens=80e3,
+          lr=3e-3, warmup_tokens=40e3, lr_end=2e-3, decay_tokens=300e3,
+          mtp_weight=0.3, mtp_weight_end=0.1, mtp_switch_tokens=500e3,
           mix=dict(web=0.22, maths=0.42, code=0.24, books=0.12)),
     # maths and code at 70%
-    Stage("stage 2", tokens=600e3, seq_len=256, batch_size=8, lr=2e-3, mtp_weight=0.1,
+    Stage("stage 2", tokens=800e3, seq_len=256, batch_size=8, lr=2e-3, mtp_weight=0.1,
           mix=dict(web=0.20, maths=0.46, code=0.24, books=0.10)),
     # 10% synthetic reasoning; context and RoPE base raised, a quarter of the rows
-    Stage("stage 3", tokens=450e3, seq_len=1024, batch_size=2, lr=2e-3, lr_end=2e-4, decay_tokens=250e3,
+    Stage("stage 3", tokens=600e3, seq_len=1024, batch_size=2, lr=2e-3, lr_end=2e-4, decay_tokens=350e3,
           rope_base=640_000.0, mtp_weight=0.1, mix=dict(web=0.10, maths=0.42, code=0.23, books=0.15, synth=0.10)),
 ]
 # the trained MTP layer copied into two more, these fine-tuned with everything else frozen

@@ -44,14 +44,14 @@ class Config:
     book_words: int = 500                 # words in each
     maths_problems: int = 20_000          # worked on pages, training split
     code_problems: int = 8_000            # worked on pages, training split
-    steps_share: float = 0.6              # share of maths pages' problems that show their steps
+    steps_share: float = 0.7              # share of maths pages' problems that show their steps
     careless_share: float = 0.35          # share of code pages' answers that forget something
     tables: int = 500                     # pages of number facts
     synth: int = 3_000                    # synthetic reasoning answers for stage 3, half maths, half code
     sft: int = 4_000                      # chat samples, two thirds maths, one third code
     rl_maths: int = 1_000                 # RL training problems
     rl_code: int = 500                    # RL training problems with tests
-    test: int = 250                       # held-out problems of each kind, eval.py
+    test: int = 300                       # held-out problems of each kind, eval.py
     valid: int = 48                       # held-out problems of each kind, RL curves
     tests: int = 12                       # unit tests per code problem
     valid_share: float = 0.04             # share of documents kept back for the validation loss
