@@ -67,7 +67,7 @@ def check_script(script, argv, monkeypatch):
     monkeypatch.chdir(ROOT)
     if "configurator.load(" in source:
         configurator.load(importlib.import_module(module).Config, list(argv))
-    elif "argparse" in source:
+    elif ".parse_args(" in source:
         real = argparse.ArgumentParser.parse_args
 
         def parse_args(self, args=None, namespace=None):
