@@ -73,7 +73,7 @@ class Grader:
             problem = self.code.pop(key)
             passed = [v.status == "AC" for v in verdicts]
             reward = difficulty_reward(passed, [t.level for t in problem.tests], self.scheme)
-            info = {"passed": all(passed), "tests": passed, "verdicts": [v.status for v in verdicts]}
+            info = {"passed": all(passed), "verdicts": [v.status for v in verdicts]}
             done.append((key, reward, info))
         return done
 

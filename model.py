@@ -158,8 +158,6 @@ class MiMo(nn.Module):
             x = block(x, cos, sin, bounds)
         return x
 
-    hidden = forward
-
     def rope_at(self, ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos, sin fp32 [1 or B,T,d] for the given positions under the current RoPE base."""
         if positions is None:

@@ -207,6 +207,9 @@ def main(cfg: Config) -> None:
     # ---- the two threads: rollout there, updates here ---------------------------------------------------------------
     judge = Judge(workers=cfg.judge_workers)
     grader = Grader(problems, tokenizer, judge, cfg.scheme)
+    if cfg.batch_size % rt.world or cfg.max_groups % rt.world:
+        runtime.die(f"batch_size = {cfg.batch_size} and max_groups = {cfg.max_groups} must be multiples of the "
+                    f"{rt.world} processes: each rolls out its share")
     # several ranks: each rolls out its share of the batch from its share of the problems; the update is one for all
     scheduler = Scheduler(len(problems), cfg.batch_size // rt.world, cfg.group_size, seed=cfg.seed,
                           alpha=cfg.easy_alpha, dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups // rt.world,
@@ -232,7 +235,7 @@ def main(cfg: Config) -> None:
                                               else f"; starting from {start}"))
     metrics = runtime.Metrics(run, resume_at=scheduler.step, enabled=rt.is_main)
     bar = tqdm(total=cfg.steps, initial=scheduler.step, unit="it", desc="rl", disable=None if rt.is_main else True)
-    if held and not saved:
+    if held and not saved and rt.is_main:
         metrics.log(step=0, heldout=evaluate(replica, tokenizer, held, chat, cfg))
     rollout = RolloutThread(scheduler, engine, grader, make_request, max_staleness=cfg.max_staleness)
 

@@ -373,7 +373,7 @@ def train(steps=20):
     positions = torch.tensor([[*range(5), *range(7)]])
     losses = []
     for _ in range(steps):
-        h = model.hidden(ids[:, :12], positions, bounds)
+        h = model(ids[:, :12], positions, bounds)
         loss = L.linear_cross_entropy(model.norm(h).flatten(0, 1), model.lm_head.weight, ids[0, 1:13])
         cos, sin = model.rope_at(ids[:, :12], positions)
         z = model.mtp_layers[0](h, model.embed_tokens(ids[:, 1:13]), cos, sin, bounds)
