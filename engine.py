@@ -116,6 +116,7 @@ class Engine:
         self.reading: list[list[Request]] = []           # requests with one prompt; row S-1-j is reading[j]'s
         self.ids: set = set()
         self.kinds = [0, 0, 0]                               # decoding requests by kind_of()
+        self.accept = accept_greedy                          # bench/gpu_decode.py imposes another rule
         self.rope_base, self.graphs = None, {}
         self.steps = self.rows = 0                             # decode forwards so far, and sequences in them
 
@@ -419,7 +420,7 @@ class Engine:
             n += 1
             return (n >= s["limit"]) | is_stop[:, 0], 1
         # kept: the accepted drafts and one token more, but nothing after a stop token or past the limit
-        right = accept_greedy(ids[:, 1:], drawn)                    # [R] drafts that were right, in a row
+        right = self.accept(ids[:, 1:], drawn)                      # [R] drafts that were right, in a row
         to_stop = (is_stop.cumsum(1) == 0).sum(1)                   # [R] tokens before the first stop token
         gain = torch.minimum(torch.minimum(right, to_stop) + 1, s["limit"] - n).clamp(1, Q)
         # draft k was looked at if its place's token was kept, and it existed (not after a 1-token prompt)

@@ -306,10 +306,11 @@ def talk(model: MiMo, tokenizer: Tokenizer, chat: bool, n_draft: int, cfg: Confi
             return
         turns = [*turns, {"role": "user", "content": line}] if chat else []
         row = {"messages": turns} if chat else {"prompt": line}
-        ids = prompt_tokens(row, tokenizer, chat, cfg.system)
-        while chat and len(turns) > 1 and len(ids) + cfg.max_tokens > limit:
+        while chat and len(turns) > 1:
+            if len(prompt_tokens(row, tokenizer, chat, cfg.system)) + cfg.max_tokens <= limit:
+                break
             turns = turns[2:]                                       # a question and its answer
-            ids = prompt_tokens({"messages": turns}, tokenizer, chat, cfg.system)
+            row = {"messages": turns}
         try:
             one = replace(cfg, n=1, seed=cfg.seed + i)
             request = replace(make_requests([row], tokenizer, chat, one, limit)[0], id=i)
@@ -324,7 +325,8 @@ def talk(model: MiMo, tokenizer: Tokenizer, chat: bool, n_draft: int, cfg: Confi
             continue
         note(figures([sample], seconds, engine))
         if chat:
-            turns.append({"role": "assistant", "content": tokenizer.decode(sample.tokens, skip_control=True)})
+            said = tokenizer.decode(sample.tokens, skip_control=True)
+            turns = [*turns, {"role": "assistant", "content": said}]
 
 
 if __name__ == "__main__":

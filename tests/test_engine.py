@@ -4,6 +4,7 @@ engine.py, cache.py, fast.py: exactness, acceptance, log-probs, scheduling, memo
 The checkpoint is trained here in a few seconds on a language of words: with it drafts are right often enough
 for a bug that only lowers acceptance to be seen. d = 48, 2 trunk layers, 3 MTP layers, 32 tokens.
 """
+
 import itertools
 import math
 import random
@@ -22,8 +23,9 @@ from model import ModelConfig
 from mtp import build
 
 V = 32
-CFG = ModelConfig(vocab_size=V, n_layer=2, d_model=48, n_head=4, n_kv_head=2, head_dim=12, d_ff=96, n_mtp=3,
-                  max_seq_len=128)
+CFG = ModelConfig(
+    vocab_size=V, n_layer=2, d_model=48, n_head=4, n_kv_head=2, head_dim=12, d_ff=96, n_mtp=3, max_seq_len=128
+)
 
 
 def text(n: int, seed: int) -> list[int]:
@@ -33,15 +35,17 @@ def text(n: int, seed: int) -> list[int]:
     follow = [rng.sample(range(12), 2) for _ in words]
     rng, out, w = random.Random(seed), [], 0
     while len(out) < n:
-        w = follow[w][rng.random() < .3] if rng.random() < .9 else rng.randrange(12)
+        w = follow[w][rng.random() < 0.3] if rng.random() < 0.9 else rng.randrange(12)
         out += [*words[w], 0]
     return out[:n]
 
 
 @pytest.fixture(scope="session")
 def model():
-    """Trunk and MTP layers trained together. The final norm starts with uneven gains, so that the state before it
-    and the state after it are different functions of the trunk (reference: MTP reads the one before)."""
+    """
+    Trunk and MTP layers trained together. The final norm starts with uneven gains, so that the state before
+    it and the state after it are different functions of the trunk; MTP reads the one before.
+    """
     torch.manual_seed(0)
     m = build(CFG)
     m.init_weights(0)
@@ -54,10 +58,12 @@ def model():
             g["lr"] = 4e-3 * min(1, (step + 1) / 10) * (1 - step / 150)
         h = m(ids[:, :T])
         cos, sin = m.rope_at(ids[:, :T], None)
-        loss = F.cross_entropy(m.logits(h).flatten(0, 1), ids[:, 1:T + 1].flatten())
+        loss = F.cross_entropy(m.logits(h).flatten(0, 1), ids[:, 1 : T + 1].flatten())
         for k, layer in enumerate(m.mtp_layers):
-            z = layer.final_layernorm(layer(h, m.embed_tokens(ids[:, k + 1:T + k + 1]), cos, sin))
-            loss = loss + F.cross_entropy((z @ m.lm_head.weight.T).flatten(0, 1), ids[:, k + 2:T + k + 2].flatten())
+            z = layer.final_layernorm(layer(h, m.embed_tokens(ids[:, k + 1 : T + k + 1]), cos, sin))
+            loss = loss + F.cross_entropy(
+                (z @ m.lm_head.weight.T).flatten(0, 1), ids[:, k + 2 : T + k + 2].flatten()
+            )
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -67,7 +73,9 @@ def model():
 @pytest.fixture(scope="session")
 def small():
     """Random weights of a tiny shape, for what needs no acceptance."""
-    m = build(ModelConfig(vocab_size=V, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=32, n_mtp=1))
+    m = build(
+        ModelConfig(vocab_size=V, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=32, n_mtp=1)
+    )
     m.init_weights(0)
     with torch.no_grad():
         for p in m.parameters():
@@ -78,12 +86,15 @@ def small():
 
 def requests(n: int, most: int = 12, seed: int = 3, **settings) -> list[Request]:
     rng = random.Random(seed)
-    return [Request(i, text(rng.randint(1, 40), 50_000 + i), rng.randint(1, most), seed=i, **settings) for i in range(n)]
+    return [
+        Request(i, text(rng.randint(1, 40), 50_000 + i), rng.randint(1, most), seed=i, **settings)
+        for i in range(n)
+    ]
 
 
 def rows_are_independent() -> bool:
     """The rule of cache.py on this machine: from ROWS rows on, a row's bits do not depend on how many there
-are."""
+    are."""
     g = torch.Generator().manual_seed(0)
     for D, N in ((48, 96), (128, 256), (384, 128)):
         x, w = torch.randn(300, D, generator=g), torch.randn(N, D, generator=g)
@@ -94,14 +105,23 @@ are."""
 
 
 INDEPENDENT = rows_are_independent()
-bits = pytest.mark.skipif(not INDEPENDENT, reason="this machine's matrix products depend on the number of rows")
+bits = pytest.mark.skipif(
+    not INDEPENDENT, reason="this machine's matrix products depend on the number of rows"
+)
 
 
-# ---- the same request, the same tokens -------------------------------------------------------------------------------
+# ---- the same request, the same tokens ---------------------------------------------------------------------
+
 
 def mixed(n: int) -> list[Request]:
     """Greedy, plain sampling, temperature, top-p, top-k, with and without stop ids, all in one batch."""
-    kinds = [dict(temperature=0.0), {}, dict(temperature=.7, top_p=.9), dict(temperature=1.3, top_k=5), dict(stop=(0, 5))]
+    kinds = [
+        dict(temperature=0.0),
+        {},
+        dict(temperature=0.7, top_p=0.9),
+        dict(temperature=1.3, top_k=5),
+        dict(stop=(0, 5)),
+    ]
     return [replace(r, **kinds[i % 5]) for i, r in enumerate(requests(n))]
 
 
@@ -120,10 +140,10 @@ def same(a, b) -> None:
 @pytest.mark.parametrize("n_draft", [1, 2, 3])
 def test_speculation_changes_nothing(model, plain, slots, n_draft):
     """200 prompts of mixed lengths and settings; text, finish reason and (bit for bit) log-probs as without
-MTP."""
+    MTP."""
     got = generate(Engine(model, slots, 64, n_draft), mixed(200))
     same(got, plain)
-    assert sum(s.accepted[0] for s in got) > .5 * sum(s.drafted[0] for s in got) > 0    # and it did speculate
+    assert sum(s.accepted[0] for s in got) > 0.5 * sum(s.drafted[0] for s in got) > 0  # and it did speculate
 
 
 @pytest.mark.parametrize("slots", [1, 7])
@@ -131,12 +151,21 @@ def test_company_changes_nothing(model, plain, slots):
     same(generate(Engine(model, slots, 64), mixed(200)), plain)
 
 
-@pytest.mark.parametrize("options", [dict(chunk=4), dict(chunk=8, budget=16), dict(max_len=100), dict(layout="blocks", block=8),
-                                     dict(fast=False)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(chunk=4),
+        dict(chunk=8, budget=16),
+        dict(max_len=100),
+        dict(layout="blocks", block=8),
+        dict(fast=False),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("n_draft", [0, 3])
 def test_layout_and_chunks_change_no_token(model, plain, options, n_draft):
     """Chunked prompts, another capacity, the block table with static shapes (the GPU's path), model.py's own
-forward."""
+    forward."""
     got = generate(Engine(model, 20, **(dict(max_len=64, n_draft=n_draft) | options)), mixed(60))
     assert [(s.tokens, s.finish) for s in got] == [(s.tokens, s.finish) for s in plain[:60]]
     for a, b in zip(got, plain, strict=False):
@@ -154,39 +183,48 @@ def test_products_do_not_see_other_rows_or_masked_keys():
 
         def run(b, n, L, q=q, last=last):
             bias = torch.zeros(b * K, 1, L).masked_fill(torch.arange(L) > last, -math.inf)
-            both = [attend(q[:b * K, :n], k[:b * K, :L].mT, v[:b * K, :L], x)
-                    for x in (bias, bias[::K, None].expand(-1, -1, n, -1))]
+            both = [
+                attend(q[: b * K, :n], k[: b * K, :L].mT, v[: b * K, :L], x)
+                for x in (bias, bias[::K, None].expand(-1, -1, n, -1))
+            ]
             assert torch.equal(*both)
             return both[0]
+
         whole = run(B, n, C)
         for L in range(-(-(last + 1) // KEYS) * KEYS, C, KEYS):
             assert torch.equal(run(B, n, L), whole)
         for b, m in itertools.product((1, 2), range(ROWS, n)):
-            assert torch.equal(run(b, m, C), whole[:b * K, :m])
+            assert torch.equal(run(b, m, C), whole[: b * K, :m])
 
 
-# ---- the distribution ------------------------------------------------------------------------------------------------
+# ---- the distribution --------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("n_draft", [0, 1])
 def test_chi_square_against_enumeration(n_draft):
-    """Vocabulary 8, three tokens: all 512 texts are enumerated; 6,000 samples must fit, and not fit temperature
-1."""
-    m = build(ModelConfig(vocab_size=8, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=32, n_mtp=1))
+    """
+    Vocabulary 8, three tokens: all 512 texts are enumerated; 6,000 samples must fit, and not fit temperature
+    1.
+    """
+    m = build(
+        ModelConfig(vocab_size=8, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=32, n_mtp=1)
+    )
     m.init_weights(1)
     with torch.no_grad():
         for p in m.parameters():
             if p.ndim > 1:
                 p.mul_(12)
-    prompt, N, T, top_p = [3, 1, 4], 6000, .7, .95
-    texts = torch.cartesian_prod(*[torch.arange(8)] * 3)            # [512,3]
+    prompt, N, T, top_p = [3, 1, 4], 6000, 0.7, 0.95
+    texts = torch.cartesian_prod(*[torch.arange(8)] * 3)  # [512,3]
     ids = torch.cat([torch.tensor(prompt).expand(512, 3), texts], 1)
     with torch.no_grad():
-        logits = m.logits(m(ids))[:, 2:5]                           # [512,3,8]
+        logits = m.logits(m(ids))[:, 2:5]  # [512,3,8]
 
     def chances(T, top_p):
         p = (logits / T).softmax(-1).flatten(0, 1)
         p = keep_top(p, torch.full((len(p),), top_p), torch.zeros(len(p), dtype=torch.int64))
-        return p.view(512, 3, 8).gather(2, texts[..., None])[..., 0].prod(1)            # [512]
+        return p.view(512, 3, 8).gather(2, texts[..., None])[..., 0].prod(1)  # [512]
+
     runs = [Request(i, prompt, 3, T, top_p, seed=1000 + i) for i in range(N)]
     got = torch.tensor([s.tokens for s in generate(Engine(m, 250, 16, n_draft), runs)])
     count = torch.bincount(got @ torch.tensor([64, 8, 1]), minlength=512).float()
@@ -198,6 +236,7 @@ def test_chi_square_against_enumeration(n_draft):
         observed, expected = observed[expected > 0], expected[expected > 0]
         f = len(observed) - 1
         return (((observed - expected) ** 2 / expected).sum() - f) / math.sqrt(2 * f)
+
     assert abs(z_score(chances(T, top_p))) < 3.5
     assert z_score(chances(1.0, 1.0)) > 20
 
@@ -208,9 +247,9 @@ def test_uniform_is_a_pure_function_and_uniform():
     assert torch.equal(u[17, 31], uniform(torch.tensor(17), torch.tensor(31)))
     assert 0 <= u.min() and u.max() < 1 and u.unique().numel() > 9_980
     counts = torch.histc(u, 20, 0, 1)
-    assert ((counts - 500) ** 2 / 500).sum() < 43.8              # chi-square, 19 degrees of freedom, p = .001
-    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):     # no correlation along a request or across seeds
-        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < .04
+    assert ((counts - 500) ** 2 / 500).sum() < 43.8  # chi-square, 19 degrees of freedom, p = .001
+    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):  # no correlation along a request or across seeds
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.04
 
 
 def test_draw_by_hand():
@@ -219,16 +258,21 @@ def test_draw_by_hand():
     next). With top_p .6 the distribution is (.625, .375, 0): u = .8 draws 1, log-prob ln .375. top_k 1 and
     temperature 0 draw 0.
     """
-    logits = torch.tensor([.5, .3, .2]).log().expand(6, 3)
-    u = torch.tensor([.49, .51, .81, .8, .99, .99])
-    ids, logp = draw(logits, u, torch.tensor([1., 1, 1, 1, 1, 0]), torch.tensor([1., 1, 1, .6, 1, 1]),
-                     torch.tensor([0, 0, 0, 0, 1, 0]))
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(6, 3)
+    u = torch.tensor([0.49, 0.51, 0.81, 0.8, 0.99, 0.99])
+    ids, logp = draw(
+        logits,
+        u,
+        torch.tensor([1.0, 1, 1, 1, 1, 0]),
+        torch.tensor([1.0, 1, 1, 0.6, 1, 1]),
+        torch.tensor([0, 0, 0, 0, 1, 0]),
+    )
     assert ids.tolist() == [0, 1, 2, 1, 0, 0]
-    torch.testing.assert_close(logp.exp(), torch.tensor([.5, .3, .2, .375, 1, .5]))
+    torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.3, 0.2, 0.375, 1, 0.5]))
     plain = draw(logits, u)
     assert plain[0].tolist() == [0, 1, 2, 2, 2, 2]
-    zero = draw(torch.tensor([[0., -math.inf]]), torch.tensor([1 - 2.0 ** -24]))
-    assert zero[0].item() == 0                                 # the largest u never reaches a token of mass 0
+    zero = draw(torch.tensor([[0.0, -math.inf]]), torch.tensor([1 - 2.0**-24]))
+    assert zero[0].item() == 0  # the largest u never reaches a token of mass 0
 
 
 def test_group_samples_differ_from_the_first_token_on(model):
@@ -237,9 +281,12 @@ def test_group_samples_differ_from_the_first_token_on(model):
     assert len(firsts) > 4
 
 
-# ---- cache and log-probs against the full forward --------------------------------------------------------------------
+# ---- cache and log-probs against the full forward ----------------------------------------------------------
 
-@pytest.mark.parametrize("options", [{}, dict(fast=False), dict(layout="blocks", block=16), dict(chunk=8)], ids=str)
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(fast=False), dict(layout="blocks", block=16), dict(chunk=8)], ids=str
+)
 def test_cached_logits_equal_the_full_forward(model, options, monkeypatch):
     """Prompts of 1..64 tokens: the logits of the first two decode steps, fp32, within 1e-4."""
     seen = []
@@ -248,14 +295,14 @@ def test_cached_logits_equal_the_full_forward(model, options, monkeypatch):
     monkeypatch.setattr(engine, "head", lambda *a: seen.append(head(*a)) or seen[-1])
     prompts = [text(n, 900 + n) for n in range(1, 65)]
     for i, p in enumerate(prompts):
-        engine.add(Request(i, p, 50, temperature=0.0))         # long enough that none ends while we look
+        engine.add(Request(i, p, 50, temperature=0.0))  # long enough that none ends while we look
     worst, checked = 0.0, set()
     while len(checked) < 128:
         engine.step()
         for row, r in enumerate(engine.decoding):
             n = int(engine.state["n"][row])
             if n - len(r.prompt) <= 2:
-                ids = engine.state["tokens"][row:row + 1, :n - 1]
+                ids = engine.state["tokens"][row : row + 1, : n - 1]
                 full = model.lm_head(model.norm(model(ids)))[0, -1]
                 worst = max(worst, (seen[-1][row] - full).abs().max().item())
                 checked.add((r.id, n - len(r.prompt)))
@@ -268,10 +315,11 @@ def test_logprobs_equal_the_trainers(model, n_draft):
         ids = torch.tensor([s.prompt + s.tokens])
         x = model.norm(model(ids[:, :-1]))[0]
         logp, _ = logprob_entropy(x, model.lm_head.weight, ids[0, 1:])
-        torch.testing.assert_close(torch.tensor(s.logprobs), logp[len(s.prompt) - 1:], atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(s.logprobs), logp[len(s.prompt) - 1 :], atol=1e-4, rtol=0)
 
 
-# ---- acceptance ------------------------------------------------------------------------------------------------------
+# ---- acceptance --------------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def teacher_forced(model, sample, n_draft):
@@ -284,9 +332,9 @@ def teacher_forced(model, sample, n_draft):
     n, end = len(sample.prompt), len(sample.prompt) + len(sample.tokens)
     h = model(ids)
     cos, sin = model.rope_at(ids, None)
-    drafts = []                                                 # drafts[k][p]: layer k's choice for x_{p+k+2}
+    drafts = []  # drafts[k][p]: layer k's choice for x_{p+k+2}
     for k, layer in enumerate(model.mtp_layers[:n_draft]):
-        ahead = F.pad(ids[:, k + 1:], (0, k + 1))
+        ahead = F.pad(ids[:, k + 1 :], (0, k + 1))
         z = layer.final_layernorm(layer(h, model.embed_tokens(ahead), cos, sin))
         drafts.append((z @ model.lm_head.weight.T).argmax(-1)[0].tolist())
     x = ids[0].tolist()
@@ -304,14 +352,17 @@ def teacher_forced(model, sample, n_draft):
 
     rounds, c = [([0] * n_draft, [0] * n_draft)], n
     while c < end:
-        looked, right = round_at(c) if c >= 2 else rounds[0]        # after a 1-token prompt there is no draft yet
+        looked, right = round_at(c) if c >= 2 else rounds[0]  # after a 1-token prompt there is no draft yet
         rounds.append((looked, right))
         c += sum(right) + 1
     return [[sum(r[i][k] for r in rounds) for k in range(n_draft)] for i in (0, 1)]
 
 
 def counts(samples) -> list[list[int]]:
-    return [[sum(x) for x in zip(*(getattr(s, name) for s in samples), strict=True)] for name in ("drafted", "accepted")]
+    return [
+        [sum(x) for x in zip(*(getattr(s, name) for s in samples), strict=True)]
+        for name in ("drafted", "accepted")
+    ]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -327,7 +378,7 @@ def test_acceptance_is_what_teacher_forcing_says(model, temperature):
     for k in range(3):
         assert abs(online[0][k] - walk[0][k]) <= 2 and abs(online[1][k] - walk[1][k]) <= 2
         assert online[0][k] > 100
-    assert online[1][0] / online[0][0] > .5                     # and the drafts are good enough to show a bug
+    assert online[1][0] / online[0][0] > 0.5  # and the drafts are good enough to show a bug
 
 
 class PostNorm(Engine):
@@ -342,6 +393,7 @@ class Shifted(Engine):
 
 class Stale(Engine):
     """Layers run on the newest slot alone: what a rejected draft wrote, and what a round skipped, stays."""
+
     def draft(self, first, B, E):
         real = super().plan
 
@@ -349,6 +401,7 @@ class Stale(Engine):
             write = positions.clone() if write is None else write.clone()
             write[:, :-1] = self.columns - 1
             return real(first, positions, write)
+
         self.plan = last_only
         super().draft(first, B, E)
         del self.plan
@@ -371,6 +424,7 @@ def test_bugs_that_only_lower_acceptance_are_seen(model):
     def tokens_per_round(samples):
         (first, *_), accepted = counts(samples)
         return 1 + sum(accepted) / first
+
     best = tokens_per_round(good)
     found = {}
     for cls in (PostNorm, Shifted, Stale):
@@ -378,17 +432,20 @@ def test_bugs_that_only_lower_acceptance_are_seen(model):
         assert [s.tokens for s in bad] == [s.tokens for s in good]
         found[cls.__name__] = tokens_per_round(bad)
     found["swapped"] = tokens_per_round(generate(Engine(swapped_halves(model), 16, 96, 3), runs))
-    assert all(x < best - .08 for x in found.values()), (best, found)
+    assert all(x < best - 0.08 for x in found.values()), (best, found)
 
 
-# ---- ends, limits, errors --------------------------------------------------------------------------------------------
+# ---- ends, limits, errors ----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("n_draft", [0, 3])
 def test_stop_inside_a_draft(model, n_draft):
     """The text up to and with the first stop id, nothing behind it, whatever a round had accepted beyond."""
     free = generate(Engine(model, 4, 64, n_draft), requests(30, temperature=0.0, most=20))
     for stop in (0, 7):
-        got = generate(Engine(model, 4, 64, n_draft), requests(30, temperature=0.0, most=20, stop=(stop, V - 1)))
+        got = generate(
+            Engine(model, 4, 64, n_draft), requests(30, temperature=0.0, most=20, stop=(stop, V - 1))
+        )
         for a, b in zip(free, got, strict=True):
             cut = next((i + 1 for i, t in enumerate(a.tokens) if t in (stop, V - 1)), None)
             assert b.tokens == a.tokens[:cut] and b.finish == ("length" if cut is None else "stop")
@@ -398,32 +455,39 @@ def test_stop_inside_a_draft(model, n_draft):
 @pytest.mark.parametrize("n_draft", [0, 1, 3])
 @pytest.mark.parametrize("layout", ["rows", "blocks"])
 def test_context_limit(model, n_draft, layout):
-    """prompt + answer never passes max_len, to the last column, and the tokens up to there are the usual ones."""
+    """prompt + answer fills max_len to the last column and no further; tokens up to there are the same."""
     wide = generate(Engine(model, 4, 128, n_draft), [Request(n, text(n, n), 40, 0.0) for n in range(1, 30)])
     tight = Engine(model, 4, 30, n_draft, layout=layout, block=4)
     got = generate(tight, [Request(n, text(n, n), 40, 0.0) for n in range(1, 30)])
     for a, b in zip(wide, got, strict=True):
-        assert b.tokens == a.tokens[:30 - len(b.prompt)] and b.finish == "length"
+        assert b.tokens == a.tokens[: 30 - len(b.prompt)] and b.finish == "length"
 
 
 def test_refusals_are_clear(small):
     e = Engine(small, 2, 16, layout="blocks", memory=24, block=4)
     e.add(Request("a", [1], 4))
-    for request, words in ((Request("a", [1], 4), "in flight"), (Request("b", [], 4), "1 to max_len - 1 = 15"),
-                           (Request("b", [1] * 16, 1), "prompt of 16"), (Request("b", [V], 1), f"0..{V - 1}"),
-                           (Request("b", [1], 0), "max_tokens = 0"), (Request("b", [1], 1, temperature=-1), ">= 0"),
-                           (Request("b", [1], 1, top_p=0.0), "(0, 1]"), (Request("b", [1], 1, stop=(1,) * 9), "at most 8")):
+    for request, words in (
+        (Request("a", [1], 4), "in flight"),
+        (Request("b", [], 4), "1 to max_len - 1 = 15"),
+        (Request("b", [1] * 16, 1), "prompt of 16"),
+        (Request("b", [V], 1), f"0..{V - 1}"),
+        (Request("b", [1], 0), "max_tokens = 0"),
+        (Request("b", [1], 1, temperature=-1), ">= 0"),
+        (Request("b", [1], 1, top_p=0.0), "(0, 1]"),
+        (Request("b", [1], 1, stop=(1,) * 9), "at most 8"),
+    ):
         with pytest.raises(ValueError, match=".*".join(map(_escape, [words]))):
             e.add(request)
     with pytest.raises(ValueError, match="should fit the cache of 8"):
         Engine(small, 2, 16, layout="blocks", memory=8, block=4).add(Request("b", [1] * 9, 4))
-    Engine(small, 1, 16, 1).add(Request("b", [1] * 9, 40))          # exactly the capacity of one slot: taken
+    Engine(small, 1, 16, 1).add(Request("b", [1] * 9, 40))  # exactly the capacity of one slot: taken
     with pytest.raises(ValueError, match="n_draft = 2"):
         Engine(small, 2, 16, 2)
 
 
 def _escape(words: str) -> str:
     import re
+
     return re.escape(words)
 
 
@@ -443,7 +507,7 @@ def test_memory_bound_makes_requests_wait(small):
 
 def test_long_prompt_does_not_stall_the_others(model):
     """A prompt of 100 tokens in chunks of 8: the short one beside it finishes while the long one is still
-read."""
+    read."""
     e = Engine(model, 2, 128, 3, chunk=8)
     e.add(Request("long", text(100, 1), 4))
     e.add(Request("short", text(3, 2), 4))
@@ -460,7 +524,7 @@ def test_load_takes_effect_and_shared_weights_are_seen(model):
     e, runs = Engine(m, 4, 64, 3), requests(8, temperature=0.0)
     before = generate(e, runs)
     m.requires_grad_(True)
-    opt = torch.optim.SGD(m.parameters(), lr=.5)
+    opt = torch.optim.SGD(m.parameters(), lr=0.5)
     m.logits(m(torch.tensor([text(30, 1)]))).logsumexp(-1).sum().backward()
     opt.step()
     changed = generate(e, runs)
@@ -479,14 +543,15 @@ def test_abort_returns_what_there_was(model):
     e.step()
     e.step()
     s = e.abort(e.decoding[0].id)
-    assert s.finish == "abort" and 1 <= len(s.tokens) and s.tokens == whole[s.id].tokens[:len(s.tokens)]
+    assert s.finish == "abort" and 1 <= len(s.tokens) and s.tokens == whole[s.id].tokens[: len(s.tokens)]
     rest = {}
     while e.active or e.waiting:
         rest |= {s.id: s.tokens for s in e.step()}
     assert all(tokens == whole[i].tokens for i, tokens in rest.items()) and len(rest) >= 3
 
 
-# ---- fuzz ------------------------------------------------------------------------------------------------------------
+# ---- fuzz --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("layout, events", [("rows", 5000), ("blocks", 5000)])
 def test_random_events(small, layout, events):
@@ -497,32 +562,47 @@ def test_random_events(small, layout, events):
     rng = random.Random(layout)
     e = Engine(small, 6, 24, 1, chunk=6, layout=layout, block=4, memory=100)
     prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 20))] for _ in range(30)]
-    settings = [dict(max_tokens=m, temperature=t, stop=s) for m in (1, 3, 9, 50) for t in (0.0, 1.0) for s in ((), (3, 4))]
+    settings = [
+        dict(max_tokens=m, temperature=t, stop=s)
+        for m in (1, 3, 9, 50)
+        for t in (0.0, 1.0)
+        for s in ((), (3, 4))
+    ]
     kinds = [(p, s) for p in range(30) for s in range(len(settings))]
-    alone = {kind: s for kind, s in zip(kinds, generate(Engine(small, 200, 24), [
-        Request(i, prompts[p], seed=p, **settings[s]) for i, (p, s) in enumerate(kinds)]), strict=True)}
+    alone = {
+        kind: s
+        for kind, s in zip(
+            kinds,
+            generate(
+                Engine(small, 200, 24),
+                [Request(i, prompts[p], seed=p, **settings[s]) for i, (p, s) in enumerate(kinds)],
+            ),
+            strict=True,
+        )
+    }
     flying, new, peak, weights = {}, 0, None, {k: v.clone() for k, v in small.state_dict().items()}
     address = e.cache.kv.data_ptr()
 
     def ended(sample):
-        kind = flying.pop(sample.id)                                # KeyError: lost, or twice
+        kind = flying.pop(sample.id)  # KeyError: lost, or twice
         want = alone[kind]
         assert sample.prompt == prompts[kind[0]]
         if sample.finish == "abort":
-            assert sample.tokens == want.tokens[:len(sample.tokens)]
+            assert sample.tokens == want.tokens[: len(sample.tokens)]
         else:
             assert (sample.tokens, sample.finish) == (want.tokens, want.finish)
+
     for event in range(events):
         dice = rng.random()
-        if dice < .35 and len(flying) < 40:
+        if dice < 0.35 and len(flying) < 40:
             kind = rng.choice(kinds)
-            for _ in range(rng.choice((1, 1, 4))):                  # groups with one prompt, as in RL
+            for _ in range(rng.choice((1, 1, 4))):  # groups with one prompt, as in RL
                 flying[new] = kind
                 e.add(Request(new, prompts[kind[0]], seed=kind[0], **settings[kind[1]]))
                 new += 1
-        elif dice < .45 and flying:
+        elif dice < 0.45 and flying:
             ended(e.abort(rng.choice(list(flying))))
-        elif dice < .46:
+        elif dice < 0.46:
             e.load(weights)
         else:
             for sample in e.step():
@@ -537,4 +617,4 @@ def test_random_events(small, layout, events):
     if layout == "blocks":
         assert sorted(e.cache.free) == list(range(1, 26)) and e.cache.owned == {} and not e.cache.table.any()
     assert e.cache.kv.data_ptr() == address
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 16 * 1024       # KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 16 * 1024  # KiB

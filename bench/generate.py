@@ -1,0 +1,304 @@
+"""
+Our engine beside transformers' generate, on one checkpoint, one CPU thread, in one run (report section 2.2,
+3.4).
+
+    python bench/generate.py                          # the newest checkpoint under out/; about three minutes
+    python bench/generate.py --ckpt=out/tiny/base --rounds=7
+
+The checkpoint is exported by hf.py and loaded by transformers as Qwen2ForCausalLM. Three questions:
+  1  one request at a time:  transformers.generate  |  ours  |  ours with every MTP layer drafting
+  2  64 requests of skewed lengths: transformers' left-padded batch, which runs until its longest answer is
+  done  |
+     ours, where a request leaves when it is done (and its row is no longer paid for)
+  3  MTP against batch size: measured speed-up, and what a cost model says that was fitted at batch 1 and 64
+  only
+Greedy, stop ids off, so that all sides make the same number of tokens; the texts must be the same. Times are
+CPU seconds of the process, so that another program on the machine disturbs less; sides alternate, the least
+of the rounds counts.
+
+Writes out/bench/generate.json and out/bench/generate.png. Last line: the ratios. Expected numbers:
+docs/engine.md.
+"""
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import configurator  # noqa: E402
+import mtp  # noqa: E402
+from cache import ROWS  # noqa: E402
+from checkpoint import find, newest, read_shape, read_weights  # noqa: E402
+from data.problems import PLAIN, read_problems  # noqa: E402
+from engine import Engine, Request, generate  # noqa: E402
+from model import ModelConfig  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    ckpt: str = ""                        # a checkpoint or a run folder; "" = the newest under out/
+    problems: str = "out/tiny/problems/test.jsonl"   # prompts
+    singles: int = 6                      # requests of question 1
+    tokens: int = 64                      # tokens per answer in questions 1 and 3
+    requests: int = 64                    # requests of question 2
+    longest: int = 256                    # longest answer of question 2, tokens
+    batches: list[int] = (1, 2, 4, 8, 16, 32, 64)    # batch sizes of question 3
+    rounds: int = 5                       # timed repetitions of everything, after one for warming up
+    threads: int = 1                      # torch threads, both sides
+    out: str = "out/bench/generate.json"  # results; the plot lies beside it
+
+
+def seconds(f) -> tuple[float, object]:
+    start = time.process_time()
+    result = f()
+    return time.process_time() - start, result
+
+
+def alternate(sides: dict, rounds: int) -> dict[str, list[float]]:
+    """Each side once per round, in turn; the first round is thrown away."""
+    times = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, f in sides.items():
+            times[name].append(seconds(f)[0])
+    return {name: t[1:] for name, t in times.items()}
+
+
+def ratio(times: dict[str, list[float]], ours: str, theirs: str) -> float:
+    """theirs / ours, the least time of each: above 1 ours is faster. Disturbance only ever adds to a time."""
+    return min(times[theirs]) / min(times[ours])
+
+
+# ---- transformers ------------------------------------------------------------------------------------------
+
+def load_transformers(ckpt: Path):
+    """The same weights in transformers, through our exporter; greedy, no early end."""
+    from transformers import AutoModelForCausalLM
+
+    import hf
+    with tempfile.TemporaryDirectory() as folder:
+        hf.export_folder(ckpt, Path(folder) / "qwen2", "qwen2")
+        model = AutoModelForCausalLM.from_pretrained(Path(folder) / "qwen2", dtype=torch.float32)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    return model.eval()
+
+
+@torch.no_grad()
+def theirs(model, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """transformers.generate on a left-padded batch -> new tokens per prompt."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens,
+                         do_sample=False, use_cache=True, pad_token_id=0)
+    return out[:, width:].tolist()
+
+
+# ---- the cost model ----------------------------------------------------------------------------------------
+
+class Timed(Engine):
+    """Adds up the CPU seconds of the trunk's pass (decode) and of drafting."""
+    seconds_decode = seconds_draft = 0.0
+
+    def decode(self, R):
+        t, result = seconds(lambda: super(Timed, self).decode(R))
+        self.seconds_decode += t
+        return result
+
+    def draft(self, first, B, E):
+        self.seconds_draft += seconds(lambda: super(Timed, self).draft(first, B, E))[0]
+
+
+def serve(model, prompts, batch: int, n_draft: int, tokens: int) -> tuple[dict[str, float], list]:
+    """
+    A full batch for as long as two batches of answers take: the first batch of answers is left out of the
+    timing and the queue never runs dry. -> (CPU seconds per token, and per step those of decode, draft and
+    the rest, which is mostly reading prompts), samples.
+    """
+    engine, done = Timed(model, batch, 512, n_draft), []
+    for i in range(4 * batch + 4):
+        engine.add(Request(i, prompts[i % len(prompts)], tokens, 0.0))
+
+    def until(n: int) -> None:
+        while len(done) < n:
+            done.extend(engine.step())
+
+    def made() -> int:
+        unfinished = sum(int(engine.state["n"][i]) - len(r.prompt) for i, r in enumerate(engine.decoding))
+        return sum(len(s.tokens) for s in done) + unfinished
+    until(batch)
+    engine.steps, engine.seconds_decode, engine.seconds_draft, before = 0, 0.0, 0.0, made()
+    whole, _ = seconds(lambda: until(3 * batch + 2))
+    cost = {"decode": engine.seconds_decode, "draft": engine.seconds_draft}
+    cost["rest"] = whole - cost["decode"] - cost["draft"]
+    return {name: t / engine.steps for name, t in cost.items()} | {"token": whole / (made() - before)}, done
+
+
+def line(at: dict[int, float]):
+    """cost(x) = a + b x through two points."""
+    (x0, y0), (x1, y1) = at.items()
+    b = (y1 - y0) / (x1 - x0)
+    return lambda x: y0 + b * (x - x0)
+
+
+def tokens_per_round(samples, tokens: int) -> tuple[float, list[float]]:
+    """
+    r = 1 + a1 + a1 a2 + a1 a2 a3, a_k = share of layer k's drafts kept once those before were; an answer's
+    last round is cut by its length, which wastes (r - 1) / 2 tokens on average. -> (r tokens / (tokens +
+    waste), [a_k]).
+    """
+    drafted, accepted = ([sum(getattr(s, name)[k] for s in samples) for k in range(len(samples[0].drafted))]
+                         for name in ("drafted", "accepted"))
+    share = [a / max(1, d) for a, d in zip(accepted, drafted, strict=True)]
+    r = product = 1.0
+    for a in share:
+        product *= a
+        r += product
+    return r * tokens / (tokens + (r - 1) / 2), share
+
+
+def question3(model, prompts, cfg: Config, n_draft: int) -> list[dict]:
+    """
+    Speed-up of n_draft MTP layers at each batch size, measured and predicted:
+
+        speed-up(B) = tokens per round * plain(B) / (verify(B) + draft(B) + rest(B))
+
+    each cost a straight line through its values at the smallest and the largest batch. Rows of a product are
+    at least ROWS: plain steps of 1 to 4 sequences cost the same.
+    """
+    best: dict[tuple, tuple] = {}                                   # (B, n) -> what serve() gave, the fastest
+    for _ in range(cfg.rounds):
+        for key in [(B, n) for B in cfg.batches for n in (0, n_draft)]:
+            new = serve(model, prompts, *key, cfg.tokens)
+            best[key] = min(new, best.get(key, new), key=lambda found: found[0]["token"])
+    ends = cfg.batches[0], cfg.batches[-1]
+    plain = line({max(B, ROWS): best[B, 0][0]["decode"] + best[B, 0][0]["rest"] for B in ends})
+    verify, draft, rest = (line({B: best[B, n_draft][0][name] for B in ends})
+                           for name in ("decode", "draft", "rest"))
+    rows = []
+    for B in cfg.batches:
+        per_round, share = tokens_per_round(best[B, n_draft][1], cfg.tokens)
+        before, cost = plain(max(B, ROWS)), verify(B) + draft(B) + rest(B)
+        row = {"batch": B, "measured": best[B, 0][0]["token"] / best[B, n_draft][0]["token"],
+               "predicted": per_round * before / cost, "tokens_per_round": per_round, "acceptance": share,
+               "plain_ms": 1e3 * before, "verify_ms": 1e3 * verify(B), "draft_ms": 1e3 * draft(B),
+               "rest_ms": 1e3 * rest(B)}
+        rows.append(row)
+        print(f"  batch {B:3}: {row['measured']:.2f}x measured, {row['predicted']:.2f}x predicted "
+              f"({row['predicted'] / row['measured'] - 1:+.0%}); {per_round:.2f} tokens a round; plain step "
+              f"{row['plain_ms']:.2f} ms, verify {row['verify_ms']:.2f} + draft {row['draft_ms']:.2f} "
+              f"+ rest {row['rest_ms']:.2f} ms")
+    return rows
+
+
+def plot(rows: list[dict], path: Path, title: str) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(5.5, 3.6), constrained_layout=True)
+    x = [r["batch"] for r in rows]
+    ax.plot(x, [r["measured"] for r in rows], "o-", label="measured")
+    ax.plot(x, [r["predicted"] for r in rows], "s--", label="cost model, fitted at both ends")
+    ax.axhline(1, color="grey", lw=.8)
+    ax.set(xscale="log", xticks=x, xticklabels=x, title=title)
+    ax.set(xlabel="sequences decoded together", ylabel="speed-up by MTP")
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False)
+    fig.savefig(path, dpi=150)
+
+
+def main(cfg: Config) -> None:
+    torch.set_num_threads(cfg.threads)
+    ckpt = find(cfg.ckpt) if cfg.ckpt else newest(ROOT / "out")
+    if ckpt is None:
+        raise SystemExit("error: no checkpoint under out/: run `make demo`")
+    try:
+        import transformers
+    except ImportError:
+        raise SystemExit("error: no transformers: pip install -r requirements-dev.txt") from None
+    tokenizer, shape = Tokenizer.load(ckpt), ModelConfig(**read_shape(ckpt))
+    model = mtp.build(shape)
+    read_weights(ckpt, model)
+    n_draft, peer = len(model.mtp_layers), load_transformers(ckpt)
+    # short and long prompts by turns: maths first, then code
+    problems = sorted(read_problems(cfg.problems), key=lambda p: p.id)
+    kinds = [[p for p in problems if p.kind == kind] for kind in sorted({p.kind for p in problems})]
+    mixed = [p for pair in zip(*kinds, strict=False) for p in pair][:cfg.requests]
+    prompts = [tokenizer.encode(PLAIN.format(question=p.question)) for p in mixed]
+    # lengths with a long tail, as rollouts have: most are short, a few take nearly all of the time
+    lengths = [max(4, round(cfg.longest * ((i + 1) / len(prompts)) ** 4)) for i in range(len(prompts))]
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths = [lengths[i] for i in order]
+    print(f"{ckpt}: {shape.n_layer} layers, D = {shape.d_model}, {n_draft} MTP layers, "
+          f"torch {torch.__version__}, transformers {transformers.__version__}, {cfg.threads} thread")
+
+    def requests(n: int, tokens) -> list[Request]:
+        return [Request(i, p, tokens if isinstance(tokens, int) else tokens[i], temperature=0.0)
+                for i, p in enumerate(prompts[:n])]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    result = {"command": " ".join(["python bench/generate.py", *sys.argv[1:]]), "commit": git.stdout.strip(),
+              "checkpoint": str(ckpt), "shape": vars(shape), "torch": torch.__version__,
+              "transformers": transformers.__version__, "python": platform.python_version(),
+              "cpu": platform.processor() or platform.machine(), "threads": cfg.threads}
+
+    # 1: one at a time
+    runs = requests(cfg.singles, cfg.tokens)
+    sides = {"transformers": lambda: [theirs(peer, [r.prompt], r.max_tokens)[0] for r in runs],
+             "ours": lambda: [s.tokens for s in generate(Engine(model, 1, 512), runs)],
+             "ours + MTP": lambda: [s.tokens for s in generate(Engine(model, 1, 512, n_draft), runs)]}
+    texts = {name: f() for name, f in sides.items()}
+    same = sum(a == b for a, b in zip(texts["ours"], texts["transformers"], strict=True))
+    assert texts["ours"] == texts["ours + MTP"], "speculation changed a text"
+    times = alternate(sides, cfg.rounds)
+    rate = {name: cfg.singles * cfg.tokens / min(t) for name, t in times.items()}
+    single, spec = ratio(times, "ours", "transformers"), ratio(times, "ours + MTP", "ours")
+    result["one_request"] = {"tokens_per_second": rate, "ratio": single, "mtp_ratio": spec,
+                             "same_text": f"{same}/{len(runs)}"}
+    print("1  one request at a time: " + ", ".join(f"{name} {r:,.0f} tokens/s" for name, r in rate.items())
+          + f"; ours / transformers = {single:.2f}x, with MTP {single * spec:.2f}x (MTP / plain {spec:.2f}); "
+          f"same text {same} of {len(runs)}")
+
+    # 2: many, of skewed lengths
+    runs = requests(cfg.requests, lengths)
+    need = max(len(r.prompt) + r.max_tokens for r in runs)
+    sides = {"transformers": lambda: theirs(peer, [r.prompt for r in runs], max(lengths)),
+             "ours": lambda: [s.tokens for s in generate(Engine(model, cfg.requests, need), runs)]}
+    texts = {name: f() for name, f in sides.items()}
+    same = sum(b[:len(a)] == a for a, b in zip(texts["ours"], texts["transformers"], strict=True))
+    times = alternate(sides, max(3, cfg.rounds // 2))
+    many = ratio(times, "ours", "transformers")
+    rate = {name: sum(lengths) / min(t) for name, t in times.items()}
+    mean = sum(lengths) / len(lengths)
+    result["skewed_batch"] = {"useful_tokens_per_second": rate, "ratio": many,
+                              "same_text": f"{same}/{len(runs)}", "requests": cfg.requests,
+                              "mean_length": mean, "longest": max(lengths)}
+    print(f"2  {cfg.requests} requests, answers of {min(lengths)} to {max(lengths)} tokens, mean {mean:.0f}: "
+          + ", ".join(f"{name} {r:,.0f} useful tokens/s" for name, r in rate.items())
+          + f"; ratio {many:.2f}x; same text {same} of {len(runs)}")
+
+    # 3: where MTP pays
+    print("3  speed-up by MTP against batch size")
+    result["mtp"] = rows = question3(model, prompts, cfg, n_draft) if n_draft else []
+    result["ratio"] = {"one_request": single, "skewed_batch": many, "mtp": spec}
+    out = Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1))
+    if rows:
+        title = f"{n_draft} MTP layers on a trunk of {shape.n_layer}, one CPU thread"
+        plot(rows, out.with_suffix(".png"), title)
+    print(f"{out}")
+    print(f"ours / transformers: {single:.2f}x at batch 1, {single * spec:.2f}x with MTP "
+          f"(MTP / plain {spec:.2f}x), {many:.2f}x at {cfg.requests} skewed requests")
+
+
+if __name__ == "__main__":
+    main(configurator.load(Config))
