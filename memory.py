@@ -65,15 +65,16 @@ def block_floats(shape, checkpointing: str, gpu: bool) -> tuple[float, float]:
     (numbers in the compute dtype, fp32 numbers) that the backward pass of one block keeps per token.
 
     none, GPU kernels: x, its norm, x + attention and its norm (4 D); q and o (2 H d), k and v (2 K d); gate,
-    up and their product (3 F); log-sum-exp per head and two rms. The CPU references also keep the two normed
-    states before their gain (2 D) and silu(gate) (F). full: x. selective: x, q, k, v, o and o_proj's output.
+    up and their product (3 F); log-sum-exp per head and two rms. The CPU references keep the normed states
+    before their gain instead of x and x + attention, and silu(gate) too (F). full: x. selective: x, q, k, v,
+    o and o_proj's output.
     """
     D, F, Hd, Kd = shape.d_model, shape.d_ff, shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
     if checkpointing == "full":
         return D, 0
     if checkpointing == "selective":
         return 2 * D + 2 * Hd + 2 * Kd, shape.n_head
-    extra = 0 if gpu else 2 * D + F
+    extra = 0 if gpu else F
     return 4 * D + 2 * Hd + 2 * Kd + 3 * F + extra, shape.n_head + 2
 
 
@@ -82,7 +83,7 @@ def activation_bytes(shape, tokens: int, n_mtp: int, checkpointing: str, gpu: bo
     e, D = (2 if gpu else 4), shape.d_model
     blocks = (n_mtp + (0 if frozen else shape.n_layer)) * block_bytes(shape, checkpointing, gpu)
     # an MTP layer's input: two norms and their concatenation; then embeddings and final norms
-    norms = 0 if checkpointing != "none" else (2 if gpu else 4) * D * e + 2 * D * e
+    norms = 0 if checkpointing != "none" else 2 * D * e + 2 * D * e
     return tokens * (blocks + n_mtp * (norms + 2 * D * e) + 2 * D * e * (1 + n_mtp))
 
 
