@@ -237,7 +237,6 @@ def writer(run: str, background: bool) -> None:
             model.norm.weight.fill_(step)
         save(run, step, model, optimizer, background=background)
         Path(run, "done").write_text(str(step))  # the save before a background one is on the disk
-    
 
 @pytest.mark.parametrize("background", [False, True])
 def test_ten_kills_at_random_moments_lose_nothing(tmp_path, background):
@@ -247,7 +246,8 @@ def test_ten_kills_at_random_moments_lose_nothing(tmp_path, background):
         (process,) = start(1, tmp_path, writer, str(tmp_path), background)
         deadline, told = time.monotonic() + 60, tmp_path / "done"
         told.unlink(missing_ok=True)
-        while not told.exists():                               # it must get somewhere before it is killed
+        # it must get somewhere before it is killed; the first background save is on the disk only after `done`
+        while not (told.exists() and (tmp_path / "latest").exists()):
             assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "rank0.log").read_text()
             time.sleep(0.005)
         time.sleep(rng.random() * 0.1)
