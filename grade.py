@@ -15,7 +15,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from data.problems import PLAIN, Problem, messages
-from engine import Engine, Request, generate
+from engine import Engine, Request
 from judge import Judge
 from reward import difficulty_reward, extract_program, math_reward
 
@@ -115,14 +115,17 @@ def solve(engine: Engine, tokenizer, judge: Judge, problems: list[Problem], *, c
         rng = random.Random(f"{seed} {problem.id}")
         requests += [Request((i, j), ids, max_tokens, temperature=temperature, top_p=top_p,
                              stop=stop_ids(tokenizer, chat), seed=rng.getrandbits(62)) for j in range(n)]
-    samples = generate(engine, requests)
-    for s in samples:
-        grader.submit(s.id, Task(s.id[0]), s)
-    graded: dict = {}
-    while len(graded) < len(samples):
-        for key, _, info in grader.poll():
-            graded[key] = info
-        time.sleep(0.005)                        # leave the core to the judge's workers
+    for request in requests:
+        engine.add(request)
+    samples, graded = [], {}
+    while len(graded) < len(requests):           # programs run while other answers are still being written
+        if finished := engine.step():
+            samples += finished
+            for s in finished:
+                grader.submit(s.id, Task(s.id[0]), s)
+        graded |= {key: info for key, _, info in grader.poll()}
+        if len(samples) == len(requests):
+            time.sleep(0.005)                    # nothing left to decode: leave the core to the judge's workers
     grader.close()
     found = [[{}] * n for _ in problems]
     for s in samples:

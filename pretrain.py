@@ -102,7 +102,7 @@ def main(cfg: Config) -> None:
         return
 
     # ---- where we run, what we read ----------------------------------------------------------------------------
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
     with runtime.reading():
         tokenizer = Tokenizer.load(cfg.tokenizer)
@@ -182,6 +182,7 @@ def main(cfg: Config) -> None:
             (loss * rt.world).backward()                     # FSDP averages over ranks; the counts are global already
             total += sums.detach()
         total = runtime.all_reduce_sum(total, rt) / counts.clamp_min(1)
+        runtime.average_gradients(model, rt)
         norm = runtime.clip_grad_norm(model, cfg.grad_clip)
         runtime.check_finite({"loss": total, "gradient norm": norm}, model, step)
         skipped = spikes.skip(float(norm))

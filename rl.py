@@ -178,7 +178,7 @@ def token_logprobs(model: MiMo, rows: list[Row], device) -> tuple[Tensor, Tensor
 
 def main(cfg: Config) -> None:
     # ---- start or resume -----------------------------------------------------------------------------------------
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
     ckpt = runtime.latest(run)
     saved = runtime.read_state(ckpt) if ckpt else None
@@ -331,6 +331,7 @@ def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
                                          (clipped & (A < 0)).sum(), (clipped & (A > 0)).sum(), gap.abs().sum(),
                                          (gap.exp() - 1 - gap).sum()])
                     worst = torch.maximum(worst, torch.stack([rho.max(), gap.abs().max()]))
+        runtime.average_gradients(model, rt)
         norm = runtime.clip_grad_norm(model, cfg.grad_clip)
         runtime.check_finite({"gradient norm": norm}, model, step)
         optimizer.step()

@@ -54,6 +54,7 @@ from checkpoint import (  # noqa: F401  (the scripts say runtime.latest, runtime
 from memory import flops_per_token
 from parallel import (  # noqa: F401
     assign,
+    average_gradients,
     fill,
     full,
     full_state,
@@ -79,16 +80,16 @@ class Runtime:
     world: int
     local_rank: int
     is_main: bool               # rank 0: prints, logs, names checkpoints
-    sharded: bool               # parameters become FSDP2 shards: with several ranks, and on CUDA (precision)
+    sharded: bool               # parameters become FSDP2 shards: over several ranks, and on CUDA (precision)
     save_group: Any = None      # gloo group of background saves, apart from the one training uses
 
 
 # ---- beginning and end -------------------------------------------------------------------------------------
 
-def setup(threads: int = 1, seed: int = 0, device: str = "auto") -> Runtime:
+def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: int = 0) -> Runtime:
     """
     threads: torch threads on CPU. seed: Python, numpy and torch. device: "cpu", "cuda" or "auto" (CUDA when
-    there is one). A process group is made when torchrun's variables are there (nccl on CUDA, gloo on CPU),
+    there is one). shard_ranks: 1 on CPU means that every rank keeps a plain copy (parallel.py). A process group is made when torchrun's variables are there (nccl on CUDA, gloo on CPU),
     and for one GPU, whose mixed precision is FSDP2's on a mesh of one. Ends the run with one line if CUDA is
     asked for and absent.
     """
@@ -117,7 +118,7 @@ def setup(threads: int = 1, seed: int = 0, device: str = "auto") -> Runtime:
     torch.manual_seed(seed)
     catch_sigterm()
     return Runtime(where, torch.bfloat16 if cuda else torch.float32, rank, world, local_rank, rank == 0,
-                   cuda or world > 1, save_group)
+                   cuda or world > 1 and shard_ranks != 1, save_group)
 
 
 def teardown(rt: Runtime) -> None:

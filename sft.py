@@ -65,7 +65,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     # ---- start or resume ---------------------------------------------------------------------------------------
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
     ckpt = runtime.latest(run)
     saved = runtime.read_state(ckpt) if ckpt else None
@@ -119,6 +119,7 @@ def main(cfg: Config) -> None:
             (loss * rt.world).backward()
             total += sums.detach()
         total = runtime.all_reduce_sum(total, rt) / counts.clamp_min(1)
+        runtime.average_gradients(model, rt)
         norm = runtime.clip_grad_norm(model, cfg.grad_clip)
         runtime.check_finite({"loss": total, "gradient norm": norm}, model, step)
         for group in optimizer.param_groups:
