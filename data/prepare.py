@@ -48,7 +48,7 @@ class Config:
     careless_share: float = 0.35          # share of code pages' answers that forget something
     tables: int = 500                     # pages of number facts
     synth: int = 3_000                    # synthetic reasoning answers for stage 3, half maths, half code
-    sft: int = 4_000                      # chat samples, two thirds maths, one third code
+    sft: int = 4_000                      # chat samples, half maths, half code
     rl_maths: int = 1_000                 # RL training problems
     rl_code: int = 500                    # RL training problems with tests
     test: int = 300                       # held-out problems of each kind, eval.py
@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
     print(f"problems: {2 * cfg.test} test, {2 * cfg.valid} valid, {len(rl)} for RL")
 
     # ---- chat samples for SFT ------------------------------------------------------------------------------------
-    samples = training("maths", cfg.sft * 2 // 3, rng) + training("code", cfg.sft // 3, rng)
+    samples = training("maths", cfg.sft // 2, rng) + training("code", cfg.sft // 2, rng)
     rng.shuffle(samples)
     with open(out / "sft.jsonl", "w", encoding="utf-8") as f:
         for p in samples:
