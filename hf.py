@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 import checkpoint
 import mtp
 from checkpoint import die, opened, read_json, write_json
+from configurator import one_line
 from model import ModelConfig
 from tokenizer import Tokenizer
 
@@ -407,4 +408,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with one_line():
+        main()

@@ -48,9 +48,11 @@ from checkpoint import (  # noqa: F401  (the scripts say runtime.latest, runtime
     read_state,
     read_weights,
     same_shape,
+    same_start,
     save_checkpoint,
     shared,
 )
+from configurator import os_words
 from memory import flops_per_token
 from parallel import (  # noqa: F401
     assign,
@@ -163,15 +165,32 @@ def stop_requested(rt: Runtime) -> bool:
 
 
 @contextmanager
-def reading():
+def reading(*more: type[Exception]):
     """
-    What a person gave is read inside: a ValueError or a missing file ends the run with one line, not a
-    traceback.
+    What a person gave is read inside: a ValueError, a file that cannot be read, or one of `more` ends the run
+    with one line, not a traceback.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
+    except OSError as e:
+        die(os_words(e))
+    except (ValueError, *more) as e:
         die(str(e))
+
+
+def target(path) -> Path:
+    """
+    Where a result will be written: its folder is made and looked at now, so that a run ends before its work
+    and not after it when the result could not be kept. -> path.
+    """
+    path = Path(path)
+    with reading():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; a file is to be written there")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path}: no permission to write in {path.parent}")
+    return path
 
 
 # ---- over the ranks ----------------------------------------------------------------------------------------

@@ -58,9 +58,13 @@ class Config:
     shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
 
     def __post_init__(self):
-        for name in ("seq_len", "batch_size", "micro_batch", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        configurator.at_least(self, 2, "seq_len")
+        configurator.at_least(self, 1, "batch_size", "micro_batch", "steps", "max_per_query", "save_every", "keep",
+                              "threads")
+        configurator.at_least(self, 0, "warmup_steps", "lr", "mtp_weight", "weight_decay", "grad_clip", "shard_ranks")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
 
 
 def main(cfg: Config) -> None:
@@ -68,7 +72,9 @@ def main(cfg: Config) -> None:
     rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
     run = Path(cfg.out)
     ckpt = runtime.latest(run)
-    saved = runtime.read_state(ckpt) if ckpt else None
+    saved = runtime.read_state(ckpt, "step", "loader") if ckpt else None
+    if ckpt:
+        runtime.same_start(ckpt, cfg.init)
     start = ckpt or runtime.find(cfg.init)                   # a folder of checkpoints or one checkpoint
     with runtime.reading():
         shape, tokenizer = runtime.read_shape(start), Tokenizer.load(start)
@@ -91,7 +97,8 @@ def main(cfg: Config) -> None:
     step = 0
     if saved:
         step = saved["step"]
-        loader.load_state_dict(saved["loader"])
+        with runtime.reading():
+            loader.load_state_dict(saved["loader"])
         runtime.load_optimizer(ckpt, model, optimizer)
     if rt.is_main:
         print(configurator.show(cfg))
@@ -147,4 +154,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(configurator.load(Config))
+    configurator.run(main, Config)

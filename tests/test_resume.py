@@ -166,12 +166,12 @@ def test_bad_data_for_sft_and_rl(world, tmp_path):
     assert code == 0, err
     cases(world, tmp_path)
     for command, told in (
-        (sft_flags(world, tmp_path / "s", base) + [f"--data={tmp_path}/bad/latin.jsonl"], ["latin.jsonl", "line 1"]),
+        (sft_flags(world, tmp_path / "s", base) + [f"--data={tmp_path}/bad/latin.jsonl"], ["latin.jsonl:1"]),
         (sft_flags(world, tmp_path / "s", base) + [f"--data={tmp_path}/bad/empty.jsonl"], ["empty.jsonl"]),
         (sft_flags(world, tmp_path / "s", base) + [f"--data={tmp_path}/bad/none.jsonl"], ["none.jsonl"]),
         (sft_flags(world, tmp_path / "s", base) + ["--seq_len=999"], ["999", "128"]),
         (rl_flags(world, tmp_path / "r", base) + [f"--problems={tmp_path}/bad/no_tests.jsonl"],
-         ["no_tests.jsonl", "line 1", "tests"]),
+         ["no_tests.jsonl:1", "tests"]),
         (rl_flags(world, tmp_path / "r", base) + ["--budget=[(0,500)]"], ["500", "128"]),
     ):
         code, _, err = script(*command)
