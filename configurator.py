@@ -248,9 +248,9 @@ def to_dict(cfg) -> dict:
     return dataclasses.asdict(cfg)
 
 
-def from_dict(Config: type, values: dict):
-    """The inverse of to_dict; raises ConfigError for keys that Config no longer has."""
-    return built(update(raw(Config, defaults(Config)), values, where="saved config"))
+def from_dict(Config: type, values: dict, where: str = "saved config"):
+    """The inverse of to_dict; raises ConfigError for keys that Config does not have and for wrong types."""
+    return built(update(raw(Config, defaults(Config)), values, where))
 
 
 def leaves(node, path: str = "") -> list[tuple[str, Any]]:

@@ -68,7 +68,8 @@ def main(cfg: Config) -> dict:
     rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
     ckpt = runtime.find(cfg.ckpt)
     with runtime.reading():
-        tokenizer, shape = Tokenizer.load(ckpt), ModelConfig(**runtime.read_shape(ckpt))
+        tokenizer = Tokenizer.load(ckpt)
+        shape = configurator.from_dict(ModelConfig, runtime.read_shape(ckpt), f"{ckpt}/model.json")
         problems = read_problems(cfg.problems) if {"problems", "mtp"} & set(cfg.tasks) else []
     model = runtime.materialise(mtp.build(shape, "meta"), rt, ckpt=ckpt).eval()
     chat, run = runtime.read_meta(ckpt).get("chat", False), ckpt.parent

@@ -143,7 +143,7 @@ def main(cfg: Config) -> None:
             loader.load_state_dict(saved["loader"])
         shape = runtime.read_shape(ckpt)
         runtime.same_shape(shape, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
-        model = mtp.build(ModelConfig(**shape), "meta")
+        model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{ckpt}/model.json"), "meta")
     else:
         model = mtp.build(cfg.model, "meta")
     model, optimizer = prepare(model, stages, at, cfg, rt, ckpt)

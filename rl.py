@@ -200,7 +200,8 @@ def main(cfg: Config) -> None:
         runtime.same_start(ckpt, cfg.init)
     start = ckpt or runtime.find(cfg.init)
     with runtime.reading():
-        shape, tokenizer = ModelConfig(**runtime.read_shape(start)), Tokenizer.load(start)
+        shape = configurator.from_dict(ModelConfig, runtime.read_shape(start), f"{start}/model.json")
+        tokenizer = Tokenizer.load(start)
         problems = read_problems(cfg.problems)
         held = read_problems(cfg.valid) if cfg.valid else []
     model = mtp.build(shape, "meta")

@@ -272,8 +272,9 @@ def check_finite(values: dict[str, Tensor | float], model: nn.Module | None = No
     bad = [k for k, v in values.items() if not bool(torch.isfinite(torch.as_tensor(v)).all())]
     if not bad:
         return
-    named = [] if model is None else [(f"{kind} of {name}", t) for name, p in model.named_parameters()
-                                      for kind, t in (("weight", p), ("gradient", p.grad)) if t is not None]
+    params = [] if model is None else list(model.named_parameters())
+    named = [(f"weight of {name}", p) for name, p in params]     # first: one bad weight spoils every gradient
+    named += [(f"gradient of {name}", p.grad) for name, p in params if p.grad is not None]
     first = next((name for name, t in named if not bool(torch.isfinite(local(t.detach())).all())), None)
     if dist.is_initialized() and dist.get_world_size() > 1:
         found: list = [None] * dist.get_world_size()

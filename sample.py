@@ -76,7 +76,7 @@ def main(cfg: Config) -> None:
     if ckpt is None:
         raise SystemExit("error: no checkpoint under out/: `make demo` trains one in a quarter of an hour")
     tokenizer, chat = Tokenizer.load(ckpt), bool(read_meta(ckpt).get("chat", False))
-    model = mtp.build(ModelConfig(**read_shape(ckpt)), "meta").to(rt.dtype)
+    model = mtp.build(configurator.from_dict(ModelConfig, read_shape(ckpt), f"{ckpt}/model.json"), "meta").to(rt.dtype)
     if cfg.max_len > model.cfg.max_seq_len:
         raise SystemExit(f"error: max_len = {cfg.max_len} is longer than the context of {ckpt}, max_seq_len = "
                          f"{model.cfg.max_seq_len}")

@@ -81,7 +81,7 @@ def main(cfg: Config) -> None:
     if cfg.seq_len > shape["max_seq_len"]:
         runtime.die(f"seq_len = {cfg.seq_len} is longer than the context of {start}, "
                     f"max_seq_len = {shape['max_seq_len']}")
-    model = mtp.build(ModelConfig(**shape), "meta")
+    model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{start}/model.json"), "meta")
     model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
     model = runtime.materialise(model, rt, ckpt=start)       # each rank reads its own rows
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": cfg.weight_decay},

@@ -32,7 +32,7 @@ class Problem:
 
     def __post_init__(self):
         if self.kind == "code" and not self.tests and not self.solution:
-            raise ValueError(f"problem {self.id}: a code problem needs tests (field 'tests' is empty)")
+            raise ValueError(f"problem {self.id} has no tests; a code problem needs at least one")
         if self.kind == "maths" and not self.answer:
             raise ValueError(f"problem {self.id}: a maths problem needs an answer (field 'answer' is empty)")
 

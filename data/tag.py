@@ -171,14 +171,18 @@ def read_labels(path: str) -> tuple[list[str], list[Tags]]:
     return texts, labels
 
 
-if __name__ == "__main__":
+def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit("usage: python -m data.tag labels.jsonl")
     torch.set_num_threads(1)
+    try:
+        report = train(*read_labels(sys.argv[1]))[1]
+    except ValueError as e:
+        raise SystemExit(f"tag error: {e}") from None
+    for name, value in report.items():
+        print(f"{name:12s} {value:.3f}")
+
+
+if __name__ == "__main__":
     with one_line():
-        try:
-            report = train(*read_labels(sys.argv[1]))[1]
-        except ValueError as e:
-            raise SystemExit(f"tag error: {e}") from None
-        for name, value in report.items():
-            print(f"{name:12s} {value:.3f}")
+        main()
