@@ -133,8 +133,9 @@ def set_path(node, path: list[str], value, full: str):
             raise unknown(full, head, node)
         return node | {head: set_path(node[head], rest, value, full) if rest else value}
     if not dataclasses.is_dataclass(node):
-        raise ConfigError(f"unknown key {full}: {'.'.join(full.split('.')[:-len(path)])} is a plain value, "
-                          "it has no parts")
+        here = ".".join(full.split(".")[:-len(path)])
+        what = "None, give it as a whole in a config file" if node is None else "a plain value, it has no parts"
+        raise ConfigError(f"unknown key {full}: {here} is {what}")
     fields = {f.name: f for f in dataclasses.fields(node)}
     if head not in fields:
         raise unknown(full, head, fields)
@@ -221,7 +222,7 @@ def check(value, hint, key: str, place: str = ""):
         raise wrong(name_of(hint))
     if hint is float and type(value) is int:
         return float(value)
-    if hint is int and type(value) is float and value == int(value):
+    if hint is int and type(value) is float and value.is_integer():
         return int(value)
     if type(value) is hint:                            # exact: True is not an int here
         return value
@@ -229,8 +230,9 @@ def check(value, hint, key: str, place: str = ""):
 
 
 def name_of(hint) -> str:
+    """int, str | None, list[Stage]: as one would write it, without modules."""
     return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint)) if not get_args(hint) \
-        else str(hint).replace("typing.", "")
+        else re.sub(r"\b[\w.]+\.(\w+)", r"\1", str(hint))
 
 
 def parse(text: str):
@@ -293,8 +295,7 @@ def help_rows(cls: type, node, prefix: str, told: dict[type, str]) -> list[str]:
         value, hint, name = None if node is None else getattr(node, f.name), hints[f.name], prefix + f.name
         inner = next((t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)), None)
         shown = "" if inner and value is not None else "=" + (repr(value) if len(repr(value)) < 40 else "...")
-        kind = "|".join(map(str, get_args(hint))) if get_origin(hint) is Literal else \
-            re.sub(r"\b[\w.]+\.(\w+)", r"\1", name_of(hint))
+        kind = "|".join(map(str, get_args(hint))) if get_origin(hint) is Literal else name_of(hint)
         again = f"; fields as {told[inner]}*" if inner in told else ""
         lines.append(f"  {name + shown:<34}  {kind:<12}  {comments.get(f.name, '')}{again}".rstrip())
         if inner and not again:

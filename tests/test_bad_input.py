@@ -137,9 +137,13 @@ def rl_data_words(world, *more):
 WORDS = {pretrain: pretrain_words, sft: sft_words, rl: rl_words, evaluation: eval_words, rl_data: rl_data_words}
 
 
-def test_the_whole_world_is_whole(world):
-    """Else every test below could pass for the wrong reason."""
-    configurator.load(pretrain.Config, pretrain_words(world))
+def test_the_whole_world_is_whole(world, capsys):
+    """Else every test below could pass for the wrong reason. The resolved configuration is printed and kept."""
+    script(pretrain, *pretrain_words(world))()
+    assert "* model.d_model" in (out := capsys.readouterr().out) and "  beta1" in out
+    kept = json.loads((the(world / "run") / "config.json").read_text())
+    assert kept == configurator.to_dict(configurator.load(pretrain.Config, pretrain_words(world)))
+    assert checkpoint.read_manifest(the(world / "run"))["commit"] == checkpoint.git_commit()
     for module in (pretrain, rl_data, evaluation):
         script(module, *WORDS[module](world))()
     assert (world / "run/latest").is_file() and (world / "rl.jsonl").is_file() and (world / "e/eval.json").is_file()
