@@ -8,7 +8,6 @@ weighing them by difficulty. No format reward, no length penalty. Grading is asy
     avg@n     mean of the pass rates over n samples a problem; reported with a bootstrap 95% interval over problems
     pass@k    1 - C(n-c, k) / C(n, k), the unbiased estimate from c correct of n (Chen et al., arXiv 2107.03374)
 """
-import json
 import math
 import random
 import time
@@ -147,8 +146,7 @@ def summary(found: list[list[dict]], ks: tuple[int, ...] = (1, 4, 8, 16)) -> dic
             "truncated": sum(s["finish"] == "length" for s in every) / len(every)}
 
 
-def save_answers(file, problems: list[Problem], found: list[list[dict]]) -> None:
-    """Every answer with its verdicts as JSONL, for reading and for difficulty estimation."""
-    for problem, row in zip(problems, found, strict=True):
-        line = {"id": problem.id, "question": problem.question, "answers": row}
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def answer_rows(problems: list[Problem], found: list[list[dict]]) -> list[dict]:
+    """Every answer with its verdicts, an object a problem, for reading and for difficulty estimation (rl_data.py)."""
+    return [{"id": problem.id, "question": problem.question, "answers": row}
+            for problem, row in zip(problems, found, strict=True)]

@@ -48,9 +48,11 @@ from checkpoint import (  # noqa: F401  (the scripts say runtime.latest, runtime
     read_state,
     read_weights,
     same_shape,
+    same_start,
     save_checkpoint,
     shared,
 )
+from configurator import os_words
 from memory import flops_per_token
 from parallel import (  # noqa: F401
     assign,
@@ -164,15 +166,32 @@ def stop_requested(rt: Runtime) -> bool:
 
 
 @contextmanager
-def reading():
+def reading(*more: type[Exception]):
     """
-    What a person gave is read inside: a ValueError or a missing file ends the run with one line, not a
-    traceback.
+    What a person gave is read inside: a ValueError, a file that cannot be read, or one of `more` ends the run
+    with one line, not a traceback.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
+    except OSError as e:
+        die(os_words(e))
+    except (ValueError, *more) as e:
         die(str(e))
+
+
+def target(path) -> Path:
+    """
+    Where a result will be written: its folder is made and looked at now, so that a run ends before its work
+    and not after it when the result could not be kept. -> path.
+    """
+    path = Path(path)
+    with reading():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; a file is to be written there")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path}: no permission to write in {path.parent}")
+    return path
 
 
 # ---- over the ranks ----------------------------------------------------------------------------------------
@@ -254,8 +273,9 @@ def check_finite(values: dict[str, Tensor | float], model: nn.Module | None = No
     bad = [k for k, v in values.items() if not bool(torch.isfinite(torch.as_tensor(v)).all())]
     if not bad:
         return
-    named = [] if model is None else [(f"{kind} of {name}", t) for name, p in model.named_parameters()
-                                      for kind, t in (("weight", p), ("gradient", p.grad)) if t is not None]
+    params = [] if model is None else list(model.named_parameters())
+    named = [(f"weight of {name}", p) for name, p in params]     # first: one bad weight spoils every gradient
+    named += [(f"gradient of {name}", p.grad) for name, p in params if p.grad is not None]
     first = next((name for name, t in named if not bool(torch.isfinite(local(t.detach())).all())), None)
     if dist.is_initialized() and dist.get_world_size() > 1:
         found: list = [None] * dist.get_world_size()
