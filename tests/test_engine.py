@@ -382,8 +382,8 @@ def test_acceptance_is_what_teacher_forcing_says(model, temperature):
 
 
 class PostNorm(Engine):
-    def mtp_hidden(self, h):
-        return super().mtp_hidden(self.model.norm(h))
+    def mtp(self, k, h, ahead, plan, want="all"):
+        return super().mtp(k, self.model.norm(h), ahead, plan, want)
 
 
 class Shifted(Engine):
