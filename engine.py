@@ -112,9 +112,9 @@ class Engine:
             self.memory = memory or slots * (max_len + n_draft + block)
             self.cache = Blocks(*shape, w.dtype, w.device, block, self.memory // block)
         self.column, self.columns = self.cache.column, self.cache.columns
-        self.forward = Forward(model, n_draft, self.cache, lib) if self.fast else None
         self.ring = 4 * (n_draft + 1)                     # trunk states kept for the MTP layers, per sequence
         self.state, self.views = self.new_state(cfg), (0, {})
+        self.forward = Forward(model, n_draft, self.cache, self.state, lib) if self.fast else None
         self.queue: deque[Request] = deque()
         self.decoding: list[Request] = []                           # row i belongs to decoding[i]
         self.reading: list[list[Request]] = []           # requests with one prompt; row S-1-j is reading[j]'s
@@ -184,12 +184,13 @@ class Engine:
         # torch's products need ROWS rows (cache.py): so many sequences of n_draft + 1 tokens; graphs want few sizes
         need = 1 if self.fast else -(-ROWS // (self.n_draft + 1))
         R = min(1 << (A - 1).bit_length(), self.S) if cuda else max(A, need)
-        self.state["n"][A:R] = 1                                    # rows that only make up the number
+        if R > A:
+            self.state["n"][A:R] = 1                                # rows that only make up the number
         self.steps, self.rows = self.steps + 1, self.rows + A
         if cuda:
             return self.retire(self.replay(R)[:A])
         ended, E = self.decode(R)
-        samples = self.retire(ended[:A])
+        samples = [] if ended is None else self.retire(ended[:A])
         if self.n_draft and self.decoding:
             self.draft(0, len(self.decoding), E)
         return samples
@@ -234,7 +235,7 @@ class Engine:
             self.rope_base, self.graphs = self.model.cfg.rope_base, {}
             self.cos, self.sin = rope_tables(self.column, self.model.cfg.head_dim, self.rope_base)
         if self.fast:
-            self.forward.refresh()
+            self.forward.refresh(self.cos, self.sin)
 
     # -- prompts
 
@@ -345,7 +346,7 @@ class Engine:
         if self.fast:                                               # decode_cpu.c looks up and masks by itself
             plan = Plan()
             plan.first, plan.shape, plan.positions = first, positions.shape, positions
-            plan.columns, plan.cos, plan.sin = positions if write is None else write, self.cos, self.sin
+            plan.columns = positions if write is None else write
             return plan
         plan = self.cache.plan(first, positions, write)
         plan.cos, plan.sin = self.cos[positions], self.sin[positions]           # [B,Q,d]
@@ -395,8 +396,10 @@ class Engine:
         """
         Each of the first R rows: its last certain token and its drafts through the trunk, a token drawn at
         each of these Q = n_draft + 1 places, and as many kept as the drafts before them were right. -> (has
-        ended, bool [R]; most tokens a row has gained).
+        ended, bool [R]; most tokens a row has gained). The steps below are those of decode_cpu.c too.
         """
+        if self.fast:
+            return self.forward.decode(R)
         s, Q = self.rows_of_state(R), self.n_draft + 1
         n = s["n"]
         positions = n[:, None] - 1 + self.column[:Q]                # [R,Q]
@@ -435,6 +438,8 @@ class Engine:
 
             slots   n-E-n_draft ............ n-3  n-2             slot p of layer k takes the token x_{p+k+1}
         """
+        if self.fast:
+            return self.forward.draft(first, B, E)
         rows, s, W = slice(first, first + B), self.state, E + self.n_draft - 1
         n, tokens = s["n"][rows, None], s["tokens"][rows]
         slots = n - 1 + self.column[:W] - W                         # [B,W], the last one is n-2

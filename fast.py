@@ -20,6 +20,7 @@ import sys
 import tempfile
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -36,20 +37,24 @@ FLAGS = ["-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
 MACHINE = ["-march=native"], ["-mcpu=native"], []       # the first one the compiler knows (clang on arm64: the second)
 
 
-class Shape(ctypes.Structure):
-    """Shape of decode_cpu.c."""
-    _fields_ = [*((name, c_int32) for name in ("D", "Dp", "d", "dp", "H", "K", "Fp", "V", "Vp", "C")), ("eps", c_float)]
+def struct(name: str, **fields):
+    """A struct of decode_cpu.c, field for field."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-class Packed(ctypes.Structure):
-    """Block of decode_cpu.c."""
-    _fields_ = [(name, c_void_p) for name in
-                ("norm1", "q", "q_bias", "kv", "kv_bias", "o", "norm2", "gate_up", "down")]
+def pointers(*names: str) -> dict:
+    return dict.fromkeys(names, c_void_p)
 
 
-class Places(ctypes.Structure):
-    """Plan of decode_cpu.c."""
-    _fields_ = [("first", c_int64), ("Q", c_int64), *((name, c_void_p) for name in ("position", "column", "cos", "sin"))]
+Shape = struct("Shape", **dict.fromkeys(("D", "Dp", "d", "dp", "H", "K", "Fp", "V", "Vp", "C"), c_int32), eps=c_float)
+Packed = struct("Block", **pointers("norm1", "q", "q_bias", "kv", "kv_bias", "o", "norm2", "gate_up", "down"))
+Entry = struct("Entry", **pointers("input_proj", "hidden_norm", "token_norm", "final_norm"))
+Model = struct("Model", s=Shape, n_layer=c_int64, n_draft=c_int64, blocks=POINTER(Packed), caches=POINTER(c_void_p),
+               mtp=POINTER(Entry), **pointers("embedding", "norm", "lm_head", "cos", "sin", "scratch"))
+Places = struct("Plan", first=c_int64, Q=c_int64, **pointers("position", "column"))
+STATE = ("tokens", "logp", "u", "n", "limit", "stop", "temperature", "top_p", "top_k", "h", "drafted", "accepted")
+ROOM = ("ended", "position", "column", "ids", "x", "states", "logits")
+State = struct("State", columns=c_int64, ring=c_int64, stops=c_int64, **pointers(*STATE, *ROOM))
 
 
 # ---- the compiler --------------------------------------------------------------------------------------------------
@@ -67,13 +72,12 @@ def library():
               "times slower; a C compiler (apt install gcc, xcode-select --install) is all that is missing",
               file=sys.stderr)
         return None
-    p, i, shape, blocks, plan = c_void_p, c_int64, POINTER(Shape), POINTER(Packed), POINTER(Places)
-    lib.trunk.argtypes = [shape, blocks, i, p, p, plan, i, p, i, p, p]
-    lib.mtp.argtypes = [shape, blocks, p, p, p, p, p, plan, i, p, i, p, i, p, p]
-    lib.head.argtypes = [shape, p, p, i, p, i, p, p, p]
-    lib.exp_of.argtypes = [i, p, p]
-    lib.scratch_floats.argtypes, lib.scratch_floats.restype = [shape], i
-    lib.trunk.restype = lib.mtp.restype = lib.head.restype = lib.exp_of.restype = None
+    p, i = c_void_p, c_int64
+    for name, result, *arguments in (("scratch_floats", i, p), ("trunk", None, p, p, i, p, i, p),
+                                     ("mtp", None, p, i, p, i, p, p, i, p), ("head", None, p, i, i, p, p),
+                                     ("decode", i, p, p, i, p), ("draft", None, p, p, i, i, i), ("exp_of", None, i, p, p)):
+        f = getattr(lib, name)
+        f.restype, f.argtypes = result, arguments
     return lib
 
 
@@ -119,79 +123,95 @@ def panels(w: Tensor) -> Tensor:
 
 class Forward:
     """
-    The forward of one model over one cache (cache.Rows). The packed weights are a private copy, made again after
-    any parameter was written to (an optimizer step, a load).
+    The forward of one model over one cache (cache.Rows), and the engine's decode and draft, which work on the tensors
+    of its state in place. The packed weights are a private copy, made again after any parameter was written to (an
+    optimizer step, a load).
     """
-    def __init__(self, model: MiMo, n_mtp: int, rows, lib):
-        cfg, self.model, self.lib, self.rows = model.cfg, model, lib, rows
-        self.mtp_layers = list(model.mtp_layers[:n_mtp])
+    def __init__(self, model: MiMo, n_draft: int, rows, state: dict[str, Tensor], lib):
+        cfg, self.model, self.lib = model.cfg, model, lib
+        self.mtp_layers = list(model.mtp_layers[:n_draft])
         self.params, self.version = list(model.parameters()), None
-        self.shape = s = Shape(cfg.d_model, up16(cfg.d_model), cfg.head_dim, up16(cfg.head_dim), cfg.n_head,
-                               cfg.n_kv_head, up16(cfg.d_ff), cfg.vocab_size, up16(cfg.vocab_size), rows.columns,
-                               cfg.rms_eps)
-        self.kept: dict[str, Tensor] = {}                           # the packed tensors; C holds their addresses
-        self.caches = (c_void_p * len(rows.kv))(*(kv.data_ptr() for kv in rows.kv))
-        self.blocks = (Packed * len(rows.kv))()
-        self.scratch = torch.empty(lib.scratch_floats(byref(s)))
-        self.places = Places()
+        self.kept: dict[str, Tensor] = {}                           # all tensors of which C holds the addresses
+        s = Shape(cfg.d_model, up16(cfg.d_model), cfg.head_dim, up16(cfg.head_dim), cfg.n_head, cfg.n_kv_head,
+                  up16(cfg.d_ff), cfg.vocab_size, up16(cfg.vocab_size), rows.columns, cfg.rms_eps)
+        n = len(rows.kv)
+        self.blocks, self.entries = (Packed * n)(), (Entry * max(1, n_draft))()
+        caches = (c_void_p * n)(*(kv.data_ptr() for kv in rows.kv))
+        self.c = Model(s, cfg.n_layer, n_draft, self.blocks, caches, self.entries)
+        self.shape, self.at = self.c.s, byref(self.c)
+        self.c.scratch = self.keep("scratch", torch.empty(lib.scratch_floats(byref(s))))
+        # a forward has n_draft + 1 tokens a sequence, or draft()'s window: at most 2 n_draft
+        S, N = len(state["n"]), len(state["n"]) * max(n_draft + 1, 2 * n_draft)
+        self.ended, self.logits = torch.zeros(S, dtype=torch.bool), torch.empty(S * (n_draft + 1), s.Vp)
+        places = [torch.empty(N, dtype=torch.int64) for _ in range(3)]
+        room = [self.ended, *places, torch.empty(N, s.Dp), torch.empty(N, s.D), self.logits]
+        tensors = {**{name: state[name] for name in STATE}, **dict(zip(ROOM, room, strict=True))}
+        self.kept |= tensors
+        self.state = State(state["tokens"].shape[1], state["h"].shape[1], state["stop"].shape[1],
+                           *(t.data_ptr() for t in tensors.values()))
+        self.rows, self.done = byref(self.state), c_int64()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        version = sum(p._version for p in self.params)              # in-place writes count up
+    def refresh(self, cos: Tensor, sin: Tensor) -> None:
+        """New rotations, and the weights packed again if they have changed."""
+        self.c.cos, self.c.sin = cos.data_ptr(), sin.data_ptr()
+        version = sum(map(attrgetter("_version"), self.params))     # in-place writes count up
         if version == self.version:
             return
-        self.version, model, s = version, self.model, self.shape
+        self.version, model, c, s = version, self.model, self.c, self.shape
         for i, block in enumerate([*model.layers, *self.mtp_layers]):
             for name, value in packed(block, s).items():
                 setattr(self.blocks[i], name, self.keep(f"{i}.{name}", value))
         for k, layer in enumerate(self.mtp_layers):
             halves = layer.input_proj.weight.unflatten(1, (2, -1))  # [D,2,D]
-            self.keep(f"entry{k}", panels(pad(halves, s.Dp, 2, s.Dp).flatten(1)))
-            self.keep(f"hidden{k}", pad(layer.hidden_layernorm.weight, s.Dp))
-            self.keep(f"token{k}", pad(layer.token_layernorm.weight, s.Dp))
-        for norm in (model.norm, *(layer.final_layernorm for layer in self.mtp_layers)):
-            self.keep(norm, pad(norm.weight, s.Dp))
-        self.keep("head", panels(pad(model.lm_head.weight, s.Vp, s.Dp)))
-        self.embedding = model.embed_tokens.weight.data_ptr()
+            for name, value in (("input_proj", panels(pad(halves, s.Dp, 2, s.Dp).flatten(1))),
+                                ("hidden_norm", pad(layer.hidden_layernorm.weight, s.Dp)),
+                                ("token_norm", pad(layer.token_layernorm.weight, s.Dp)),
+                                ("final_norm", pad(layer.final_layernorm.weight, s.Dp))):
+                setattr(self.entries[k], name, self.keep(f"mtp {k}.{name}", value))
+        c.norm, c.embedding = self.keep("norm", pad(model.norm.weight, s.Dp)), model.embed_tokens.weight.data_ptr()
+        c.lm_head = self.keep("head", panels(pad(model.lm_head.weight, s.Vp, s.Dp)))
 
-    def keep(self, name, value: Tensor) -> int:
+    def keep(self, name: str, value: Tensor) -> int:
         """A contiguous copy under this name, always at the same address -> the address."""
         if name not in self.kept:
             self.kept[name] = torch.empty(value.shape)
         return self.kept[name].copy_(value).data_ptr()
 
-    def at(self, plan) -> Places:
+    def places(self, plan):
         """Where the plan's tokens stand; its tensors stay alive in the plan."""
-        p = self.places
-        p.first, p.Q, p.position, p.column = plan.first, plan.shape[1], plan.positions.data_ptr(), plan.columns.data_ptr()
-        p.cos, p.sin = plan.cos.data_ptr(), plan.sin.data_ptr()
-        return p
+        return byref(Places(plan.first, plan.shape[1], plan.positions.data_ptr(), plan.columns.data_ptr()))
 
     def trunk(self, ids: Tensor, plan, fill: bool) -> Tensor | None:
         """ids int64 [B,Q] -> h [B,Q,D] before the final norm; fill: only the caches are filled."""
-        s, x, ids = self.shape, torch.empty(*ids.shape, self.shape.Dp), ids.contiguous()
-        self.lib.trunk(s, self.blocks, self.model.cfg.n_layer, self.caches, self.embedding, self.at(plan), ids.numel(),
-                       ids.data_ptr(), fill, x.data_ptr(), self.scratch.data_ptr())
-        return None if fill else x[..., :s.D]
+        x, ids = torch.empty(*ids.shape, self.shape.Dp), ids.contiguous()
+        self.lib.trunk(self.at, self.places(plan), ids.numel(), ids.data_ptr(), fill, x.data_ptr())
+        return None if fill else x[..., :self.shape.D]
 
     def mtp(self, k: int, h: Tensor, ahead: Tensor, plan, want: str) -> Tensor | None:
         """MTP layer k; h [B,Q,D] before the final norm, ahead [B,Q]. want "all" -> [B,Q,D], "last" -> [B,D], "none"."""
-        s, (B, Q), i = self.shape, ahead.shape, self.model.cfg.n_layer + k
+        s, (B, Q) = self.shape, ahead.shape
         x, h, ahead = torch.empty(B, Q, s.Dp), h.contiguous(), ahead.contiguous()
         every = {"all": 1, "last": Q, "none": 0}[want]
-        kept = self.kept
-        self.lib.mtp(s, byref(self.blocks[i]), self.caches[i], self.embedding, kept[f"entry{k}"].data_ptr(),
-                     kept[f"hidden{k}"].data_ptr(), kept[f"token{k}"].data_ptr(), self.at(plan), B * Q, h.data_ptr(),
-                     h.shape[-1], ahead.data_ptr(), every, x.data_ptr(), self.scratch.data_ptr())
+        self.lib.mtp(self.at, k, self.places(plan), B * Q, h.data_ptr(), ahead.data_ptr(), every, x.data_ptr())
         return None if want == "none" else x[..., :s.D] if want == "all" else x.view(-1, s.Dp)[:B, :s.D]
 
     def head(self, x: Tensor, norm) -> Tensor:
-        """x [N,D] -> logits [N,V]."""
-        s, N = self.shape, len(x)
-        logits = torch.empty(N, s.Vp)
-        self.lib.head(s, self.kept[norm].data_ptr(), self.kept["head"].data_ptr(), N, x.data_ptr(), x.stride(0),
-                      logits.data_ptr(), None, self.scratch.data_ptr())
+        """x [N,D] -> logits [N,V], behind the trunk's norm or an MTP layer's."""
+        s, norms = self.shape, [layer.final_layernorm for layer in self.mtp_layers]
+        x, logits = pad(x, s.Dp).contiguous(), torch.empty(len(x), s.Vp)
+        layer = next((k for k, own in enumerate(norms) if own is norm), -1)
+        self.lib.head(self.at, layer, len(x), x.data_ptr(), logits.data_ptr())
         return logits[:, :s.V]
+
+    def decode(self, R: int) -> tuple[Tensor | None, int]:
+        """Engine.decode: -> (ended [R], None if no row has; most tokens a row has gained)."""
+        most = self.lib.decode(self.at, self.rows, R, byref(self.done))
+        return self.ended[:R] if self.done.value else None, most
+
+    def draft(self, first: int, B: int, E: int) -> None:
+        """Engine.draft."""
+        self.lib.draft(self.at, self.rows, first, B, E)
 
 
 def packed(block: Block, s: Shape) -> dict[str, Tensor]:

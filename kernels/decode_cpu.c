@@ -20,16 +20,21 @@
 // alike) and not with -ffast-math: sums keep their order, and NaN and -inf their meaning.
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AVX512F__)
 #define LANES 16
+#define ALL(x) {ALL4(x), ALL4(x), ALL4(x), ALL4(x)}
 #elif defined(__AVX__)
 #define LANES 8
+#define ALL(x) {ALL4(x), ALL4(x)}
 #else
 #define LANES 4                                     // NEON, SSE
+#define ALL(x) {ALL4(x)}
 #endif
 #define NV (16 / LANES)                             // vectors in 16 floats
+#define ALL4(x) x, x, x, x
 #define MOST 48                                     // rows taken through a whole block at a time: fits the L2 cache
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -37,6 +42,7 @@ typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_al
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec load(const float *p) { return *(const anywhere *)p; }
+INLINE vec all(float x) { return (vec)ALL(x); }      // one load that fills a vector
 INLINE void store(float *p, vec v) { *(anywhere *)p = v; }
 INLINE vec pick(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
 
@@ -55,15 +61,21 @@ INLINE void tile(const int R, const int P, int K, const float *x, long ldx, cons
             for (int v = 0; v < NV; v++) sum[r][p][v] = (vec){0};
     for (int k = 0; k < K; k += 16, w += piece) {
 #pragma GCC unroll 2
-        for (int i = 0; i < 16; i++)
+        for (int i = 0; i < 16; i++) {
+            vec column[4][NV];
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; v++) {
-                    vec column = load(w + p * panel + 16 * i + LANES * v);
+                for (int v = 0; v < NV; v++) column[p][v] = load(w + p * panel + 16 * i + LANES * v);
 #pragma GCC unroll 6
-                    for (int r = 0; r < R; r++) sum[r][p][v] += x[r * ldx + k + i] * column;
-                }
+            for (int r = 0; r < R; r++) {
+                vec each = all(x[r * ldx + k + i]);
+#pragma GCC unroll 4
+                for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+                    for (int v = 0; v < NV; v++) sum[r][p][v] += each * column[p][v];
+            }
+        }
     }
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
@@ -185,14 +197,28 @@ typedef struct {                                    // packed weights of one blo
     const float *norm1, *q, *q_bias, *kv, *kv_bias, *o, *norm2, *gate_up, *down;
 } Block;
 
+typedef struct {                                    // what an MTP layer has besides its block
+    const float *input_proj, *hidden_norm, *token_norm, *final_norm;
+} Entry;
+
+typedef struct {
+    Shape s;
+    int64_t n_layer, n_draft;                       // trunk blocks, then MTP layers: n_layer + n_draft blocks and caches
+    const Block *blocks;
+    float *const *caches;
+    const Entry *mtp;
+    const float *embedding, *norm, *lm_head, *cos, *sin;            // cos, sin [C,d] of every position
+    float *scratch;                                 // scratch_floats()
+} Model;
+
 typedef struct {                                    // where N = B Q tokens stand, Q of each of B sequences, in order
     int64_t first, Q;                               // token r belongs to row first + r / Q of the cache,
     const int64_t *position, *column;               // sees the columns up to position[r], and fills column[r]
-    const float *cos, *sin;                         // [C,d] of every position
 } Plan;
 
 int64_t scratch_floats(const Shape *s) {
-    return MOST * (2L * s->Dp + (long)s->dp * (2 * s->H + 2 * s->K) + 2L * s->Fp) + (long)s->H / s->K * s->C;
+    long rows = MOST * (2L * s->Dp + (long)s->dp * (2 * s->H + 2 * s->K) + 2L * s->Fp);
+    return rows + (long)s->H / s->K * s->C + 3L * s->Vp;
 }
 
 // keys and values kv [K][2][dp] of token r into the cache of its row: 16 columns at a time, keys [dp][16], then values
@@ -211,6 +237,9 @@ static void attend(const Shape *s, const float *cache, const Plan *at, int r, co
     int G = s->H / s->K, n = at->position[r] + 1, L = (n + 15) / 16 * 16, dp = s->dp;
     for (int k = 0; k < s->K; k++, q += G * dp, o += G * dp) {
         const float *keys = cache + ((at->first + r / at->Q) * s->K + k) * s->C * 2 * dp, *values = keys + 16 * dp;
+        // the next head's lines come while this one computes: in a large batch they lie far away in memory
+        const float *next = keys + (long)s->C * 2 * dp;
+        for (int i = 0; i < L * 2 * dp && k + 1 < s->K; i += 16) __builtin_prefetch(next + i);
         product(G, dp, L / 16, q, dp, keys, 256, 32L * dp, 0, 0, scores, s->C);
         float total[G];
         for (int g = 0; g < G; g++) total[g] = softmax(scores + (long)g * s->C, n, L);
@@ -222,39 +251,42 @@ static void attend(const Shape *s, const float *cache, const Plan *at, int r, co
 
 // Block.forward of model.py for x [N,Dp], in place. every: 1 = all rows are wanted; Q = the last of each sequence, moved
 // to the front of x; 0 = none. Keys and values are stored for all.
-static void block(const Shape *s, const Block *w, float *cache, const Plan *at, int N, int every, float *x, float *free) {
+static void block(const Model *m, int64_t layer, const Plan *at, int N, int every, float *x) {
+    const Shape *s = &m->s;
+    const Block *w = m->blocks + layer;
+    const float *cos = m->cos, *sin = m->sin;
     int Dp = s->Dp, dp = s->dp, H = s->H, K = s->K, wanted = 0;
-    float *normed = free, *q = normed + MOST * 2 * Dp, *o = q + MOST * H * dp, *kv = o + MOST * H * dp;
+    float *cache = m->caches[layer], *normed = m->scratch, *q = normed + MOST * 2 * Dp, *o = q + MOST * H * dp, *kv = o + MOST * H * dp;
     float *gate_up = kv + MOST * 2 * K * dp, *scores = gate_up + MOST * 2 * s->Fp;
     for (int first = 0; first < N; first += MOST) {
-        int M = N - first < MOST ? N - first : MOST, m = 0, which[MOST];
+        int M = N - first < MOST ? N - first : MOST, some = 0, which[MOST];
         for (int i = 0; i < M; i++) rmsnorm(x + (long)(first + i) * Dp, w->norm1, s->D, Dp, s->eps, normed + i * Dp);
         linear(M, Dp, 2 * K * dp, normed, w->kv, w->kv_bias, 0, kv);
         for (int i = 0; i < M; i++) {
             int64_t p = at->position[first + i] * s->d;
-            for (int k = 0; k < K; k++) rotate(kv + (2 * K * i + 2 * k) * dp, at->cos + p, at->sin + p, s->d, 1);
+            for (int k = 0; k < K; k++) rotate(kv + (2 * K * i + 2 * k) * dp, cos + p, sin + p, s->d, 1);
             append(s, cache, at, first + i, kv + 2 * K * dp * i);
         }
         for (int i = 0; i < M; i++)
-            if (every && (first + i + 1) % every == 0) which[m++] = i;
-        if (!m) continue;
+            if (every && (first + i + 1) % every == 0) which[some++] = i;
+        if (!some) continue;
         float *xm = x + (long)wanted * Dp;                          // never overtakes the rows still to come
-        for (int j = 0; j < m && every > 1; j++) {
+        for (int j = 0; j < some && every > 1; j++) {
             memcpy(normed + j * Dp, normed + which[j] * Dp, Dp * sizeof(float) * (j != which[j]));
             memmove(xm + j * Dp, x + (long)(first + which[j]) * Dp, Dp * sizeof(float));
         }
-        linear(m, Dp, H * dp, normed, w->q, w->q_bias, 0, q);
-        for (int j = 0; j < m; j++) {
+        linear(some, Dp, H * dp, normed, w->q, w->q_bias, 0, q);
+        for (int j = 0; j < some; j++) {
             int r = first + which[j];
             int64_t p = at->position[r] * s->d;
             for (int h = 0; h < H; h++)
-                rotate(q + (j * H + h) * dp, at->cos + p, at->sin + p, s->d, 1 / sqrtf(s->d));
+                rotate(q + (j * H + h) * dp, cos + p, sin + p, s->d, 1 / sqrtf(s->d));
             attend(s, cache, at, r, q + j * H * dp, o + j * H * dp, scores);
         }
-        linear(m, H * dp, Dp, o, w->o, xm, Dp, xm);                 // x += o W_o
-        for (int j = 0; j < m; j++) rmsnorm(xm + j * Dp, w->norm2, s->D, Dp, s->eps, normed + j * Dp);
-        linear(m, Dp, 2 * s->Fp, normed, w->gate_up, 0, 0, gate_up);
-        for (int j = 0; j < m; j++) {                               // silu(gate) up, packed to [m,Fp]
+        linear(some, H * dp, Dp, o, w->o, xm, Dp, xm);                 // x += o W_o
+        for (int j = 0; j < some; j++) rmsnorm(xm + j * Dp, w->norm2, s->D, Dp, s->eps, normed + j * Dp);
+        linear(some, Dp, 2 * s->Fp, normed, w->gate_up, 0, 0, gate_up);
+        for (int j = 0; j < some; j++) {                               // silu(gate) up, packed to [some,Fp]
             const float *gate = gate_up + (long)j * 2 * s->Fp, *up = gate + s->Fp;
             float *y = gate_up + (long)j * s->Fp;                   // never overtakes gate and up of later rows
             for (int i = 0; i < s->Fp; i += LANES) {
@@ -262,8 +294,8 @@ static void block(const Shape *s, const Block *w, float *cache, const Plan *at, 
                 store(y + i, g * pick(g > 0, (vec){0} + 1, e) / (e + 1.0f) * u);
             }
         }
-        linear(m, s->Fp, Dp, gate_up, w->down, xm, Dp, xm);         // x += (silu(gate) up) W_down
-        wanted += m;
+        linear(some, s->Fp, Dp, gate_up, w->down, xm, Dp, xm);         // x += (silu(gate) up) W_down
+        wanted += some;
     }
 }
 
@@ -272,55 +304,178 @@ static void copy_row(const Shape *s, const float *from, float *x) {
     memset(x + s->D, 0, (s->Dp - s->D) * sizeof(float));
 }
 
-// ---- what fast.py calls ---------------------------------------------------------------------------------------------
+// ---- what fast.py calls: the forward --------------------------------------------------------------------------------
 
 // ids [N] through all blocks -> x [N,Dp], the state before the final norm. fill: only the caches are to be filled.
-void trunk(const Shape *s, const Block *blocks, int64_t n_layer, float *const *caches, const float *embedding,
-           const Plan *at, int64_t N, const int64_t *ids, int64_t fill, float *x, float *scratch) {
-    for (int r = 0; r < N; r++) copy_row(s, embedding + ids[r] * s->D, x + (long)r * s->Dp);
-    for (int i = 0; i < n_layer; i++) block(s, blocks + i, caches[i], at, N, !(fill && i == n_layer - 1), x, scratch);
+void trunk(const Model *m, const Plan *at, int64_t N, const int64_t *ids, int64_t fill, float *x) {
+    for (int r = 0; r < N; r++) copy_row(&m->s, m->embedding + ids[r] * m->s.D, x + (long)r * m->s.Dp);
+    for (int i = 0; i < m->n_layer; i++) block(m, i, at, N, !(fill && i == m->n_layer - 1), x);
 }
 
-// MTPLayer.forward: x = W [RMSNorm(h) ; RMSNorm(emb(ahead))], then the block. h [N] rows ldh apart, before the final norm.
-void mtp(const Shape *s, const Block *w, float *cache, const float *embedding, const float *input_proj,
-         const float *hidden_norm, const float *token_norm, const Plan *at, int64_t N, const float *h, int64_t ldh,
-         const int64_t *ahead, int64_t every, float *x, float *scratch) {
+// MTP layer k: x = W [RMSNorm(h) ; RMSNorm(emb(ahead))], then its block. h [N,D], the trunk's state before the final norm.
+// every as in block().
+void mtp(const Model *m, int64_t k, const Plan *at, int64_t N, const float *h, const int64_t *ahead, int64_t every,
+         float *x) {
+    const Shape *s = &m->s;
+    const Entry *w = m->mtp + k;
     int Dp = s->Dp;
     for (int first = 0; first < N; first += MOST) {
         int M = N - first < MOST ? N - first : MOST;
         for (int i = 0; i < M; i++) {
-            float *both = scratch + (long)i * 2 * Dp, *row = x + (long)(first + i) * Dp;
-            copy_row(s, h + (first + i) * ldh, row);
-            rmsnorm(row, hidden_norm, s->D, Dp, s->eps, both);
-            copy_row(s, embedding + ahead[first + i] * s->D, row);
-            rmsnorm(row, token_norm, s->D, Dp, s->eps, both + Dp);
+            float *both = m->scratch + (long)i * 2 * Dp, *row = x + (long)(first + i) * Dp;
+            copy_row(s, h + (long)(first + i) * s->D, row);
+            rmsnorm(row, w->hidden_norm, s->D, Dp, s->eps, both);
+            copy_row(s, m->embedding + ahead[first + i] * s->D, row);
+            rmsnorm(row, w->token_norm, s->D, Dp, s->eps, both + Dp);
         }
-        linear(M, 2 * Dp, Dp, scratch, input_proj, 0, 0, x + (long)first * Dp);
+        linear(M, 2 * Dp, Dp, m->scratch, w->input_proj, 0, 0, x + (long)first * Dp);
     }
-    block(s, w, cache, at, N, every, x, scratch);
+    block(m, m->n_layer + k, at, N, every, x);
 }
 
-// logits [N,Vp] = lm_head(RMSNorm(x)), x [N] rows ldx apart; most (or 0): where to write each row's argmax
-void head(const Shape *s, const float *norm, const float *lm_head, int64_t N, const float *x, int64_t ldx,
-          float *logits, int64_t *most, float *scratch) {
+// logits [N,Vp] = lm_head(RMSNorm(x)), x [N,Dp]; layer: whose norm, -1 = the trunk's, k = MTP layer k's
+void head(const Model *m, int64_t layer, int64_t N, const float *x, float *logits) {
+    const Shape *s = &m->s;
+    const float *norm = layer < 0 ? m->norm : m->mtp[layer].final_norm;
     for (int first = 0; first < N; first += MOST) {
         int M = N - first < MOST ? N - first : MOST;
-        for (int i = 0; i < M; i++) {
-            float *row = scratch + (long)(MOST + i) * s->Dp;
-            copy_row(s, x + (first + i) * ldx, row);
-            rmsnorm(row, norm, s->D, s->Dp, s->eps, scratch + (long)i * s->Dp);
-        }
-        linear(M, s->Dp, s->Vp, scratch, lm_head, 0, 0, logits + (long)first * s->Vp);
-    }
-    for (int r = 0; r < N && most; r++) {
-        const float *row = logits + (long)r * s->Vp;
-        int best = 0;
-        for (int i = 1; i < s->V; i++) best = row[i] > row[best] ? i : best;
-        most[r] = best;
+        for (int i = 0; i < M; i++)
+            rmsnorm(x + (long)(first + i) * s->Dp, norm, s->D, s->Dp, s->eps, m->scratch + (long)i * s->Dp);
+        linear(M, s->Dp, s->Vp, m->scratch, m->lm_head, 0, 0, logits + (long)first * s->Vp);
     }
 }
 
 // for the test: y [n] = exp_negative(x), n a multiple of 16
 void exp_of(int64_t n, const float *x, float *y) {
     for (int i = 0; i < n; i += LANES) store(y + i, exp_negative(load(x + i)));
+}
+
+// ---- drawing a token: draw.py for one row ---------------------------------------------------------------------------
+
+typedef struct { float p; int32_t id; } Candidate;
+
+static int more_likely(const void *a, const void *b) {
+    const Candidate *x = a, *y = b;
+    return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : x->id - y->id;
+}
+
+// e [V], probabilities times total: all outside top-k and top-p set to 0 (draw.py, keep_top). -> the new total.
+// Sorts only what can be kept: the tokens above a threshold that is lowered until they have the mass or the number.
+static float keep_top(int V, float *e, Candidate *found, float total, float top_p, int64_t top_k) {
+    int n = 0;
+    for (float floor = 0.25f; ; floor *= 0.25f) {
+        float mass = 0, limit = floor > 1e-12f ? floor * total : 0;
+        n = 0;
+        for (int i = 0; i < V; i++)
+            if (e[i] >= limit) found[n++] = (Candidate){e[i], i}, mass += e[i];
+        if (limit == 0 || mass >= top_p * 1.0001f * total || (top_k && n >= top_k)) break;
+    }
+    qsort(found, n, sizeof(Candidate), more_likely);
+    float before = 0, kept = 0;
+    for (int i = 0; i < V; i++) e[i] = 0;
+    for (int rank = 0; rank < n; rank++) {
+        if (rank && (before >= top_p * total || (top_k && rank >= top_k))) break;
+        before += found[rank].p;
+        e[found[rank].id] = found[rank].p;
+    }
+    for (int i = 0; i < V; i++) kept += e[i];
+    return kept;
+}
+
+// The first id whose cumulated probability exceeds u; temperature 0: the most likely. -> id, and its log-probability.
+static int draw(const Model *m, const float *logits, float u, float temperature, float top_p, int64_t top_k,
+                float *logp) {
+    int V = m->s.V, id = 0;
+    float *e = m->scratch + scratch_floats(&m->s) - 3L * m->s.Vp;   // [Vp], behind it [V] candidates
+    for (int i = 0; i < V; i++) e[i] = temperature > 0 ? logits[i] / temperature : logits[i];
+    if (temperature == 0)
+        for (int i = 1; i < V; i++) id = e[i] > e[id] ? i : id;
+    float total = softmax(e, V, m->s.Vp), sum = 0;
+    if (temperature > 0) {
+        if (top_p < 1 || top_k > 0) total = keep_top(V, e, (Candidate *)(e + m->s.Vp), total, top_p, top_k);
+        for (int i = 0; i < V; i++) sum += e[i];                    // in the order of the search, to the same bits
+        float target = u * sum;                                     // below sum, for u <= 1 - 2^-24
+        for (sum = e[0]; id < V - 1 && !(sum > target); ) sum += e[++id];
+    }
+    *logp = logf(e[id] / total);
+    return id;
+}
+
+// ---- what fast.py calls: Engine.decode and Engine.draft -------------------------------------------------------------
+
+typedef struct {                                    // the engine's state, one row a sequence: new_state() in engine.py
+    int64_t columns, ring, stops;
+    int64_t *tokens;                                // [S,columns]
+    float *logp, *u;                                // [S,columns]
+    int64_t *n, *limit, *stop;                      // [S], [S], [S,stops]
+    float *temperature, *top_p;
+    int64_t *top_k;
+    float *h;                                       // [S,ring,D]
+    int64_t *drafted, *accepted;                    // [S,n_draft]
+    uint8_t *ended;                                 // [S], decode()'s answer
+    int64_t *position, *column, *ids;               // room for the tokens of one forward
+    float *x, *states, *logits;
+} State;
+
+// Each of the first R rows: its last certain token and its drafts through the trunk, tokens drawn for as long as the
+// drafts are right. -> most tokens a row has gained; ended[r] = 1 where a row has ended, their number in *done.
+int64_t decode(const Model *m, const State *t, int64_t R, int64_t *done) {
+    int64_t Q = m->n_draft + 1, most = 0, D = m->s.D;
+    for (int r = 0; r < R; r++)
+        for (int q = 0; q < Q; q++) {
+            t->position[r * Q + q] = t->n[r] - 1 + q;
+            t->ids[r * Q + q] = t->tokens[r * t->columns + t->n[r] - 1 + q];
+        }
+    Plan at = {0, Q, t->position, t->position};
+    trunk(m, &at, R * Q, t->ids, 0, t->x);
+    head(m, -1, R * Q, t->x, t->logits);
+    *done = 0;
+    for (int r = 0; r < R; r++) {
+        int64_t n = t->n[r], gain = 0, *tokens = t->tokens + r * t->columns, right = 1;
+        for (int q = 0; q < Q && m->n_draft; q++)
+            memcpy(t->h + (r * t->ring + (n - 1 + q) % t->ring) * D, t->x + (r * Q + q) * m->s.Dp, D * sizeof(float));
+        t->ended[r] = 0;
+        while (right && !t->ended[r]) {
+            int64_t q = gain++, place = r * t->columns + n + q;
+            int id = draw(m, t->logits + (r * Q + q) * m->s.Vp, t->u[place], t->temperature[r], t->top_p[r],
+                          t->top_k[r], t->logp + place);
+            right = q < m->n_draft && tokens[n + q] == id;          // a draft counts while it is the token drawn
+            if (q < m->n_draft && n > 1) {                          // after a prompt of one token there was none
+                t->drafted[r * m->n_draft + q]++;
+                t->accepted[r * m->n_draft + q] += right;
+            }
+            tokens[n + q] = id;
+            t->ended[r] = n + gain >= t->limit[r];
+            for (int i = 0; i < t->stops; i++) t->ended[r] |= t->stop[r * t->stops + i] == id;
+        }
+        t->n[r] = n + gain;
+        *done += t->ended[r];
+        most = gain > most ? gain : most;
+    }
+    return most;
+}
+
+// New drafts for rows first .. first + B - 1, over the window that Engine.draft explains: layer k reads the true states
+// of slots n-1-W .. n-2 from the ring and writes draft x_{n+k}.
+void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) {
+    int64_t W = E + m->n_draft - 1, D = m->s.D;
+    for (int r = 0; r < B; r++)
+        for (int w = 0; w < W; w++) {
+            int64_t row = first + r, slot = t->n[row] - 1 + w - W, real = slot > 0 ? slot : 0, i = r * W + w;
+            t->position[i] = real;
+            t->column[i] = slot < 0 ? m->s.C - 1 : real;            // before the text begins: into the scrap column
+            memcpy(t->states + i * D, t->h + (row * t->ring + real % t->ring) * D, D * sizeof(float));
+        }
+    Plan at = {first, W, t->position, t->column};
+    for (int k = 0; k < m->n_draft; k++) {
+        for (int i = 0; i < B * W; i++) t->ids[i] = t->tokens[(first + i / W) * t->columns + t->position[i] + k + 1];
+        mtp(m, k, &at, B * W, t->states, t->ids, W, t->x);
+        head(m, k, B, t->x, t->logits);
+        for (int r = 0; r < B; r++) {
+            const float *row = t->logits + (long)r * m->s.Vp;
+            int best = 0;
+            for (int i = 1; i < m->s.V; i++) best = row[i] > row[best] ? i : best;
+            t->tokens[(first + r) * t->columns + t->n[first + r] + k] = best;
+        }
+    }
 }
