@@ -342,7 +342,8 @@ class Scheduler:
             "all0": sum(max(g.rewards) <= self.tol for g in kept) / n,  # too hard
             "all1": sum(map(full, kept)) / n,  # too easy
             "valid": sum(g.valid for g in kept) / n,
-            "reward_launched": mean([r for g in kept for r in g.rewards]),  # pass rate over all that counts
+            "reward_launched": mean([r for g in kept for r in g.rewards]),  # over all that counts
+            "pass_rate": mean([info["passed"] for g in kept for info in g.infos if info and "passed" in info]),
             "reward_trained": mean([r for g in used for r in g.rewards]),
             "waste": (self.n_valid - len(used)) / self.batch_size,  # Table 2: valid beyond the batch / batch
             "slot_idle": 1 - useful / (slots * self.clock) if slots and self.clock else 0.0,
