@@ -90,6 +90,7 @@ class Rows:
 
     def copy(self, held: Tensor, targets: Tensor, used: int) -> None:
         """The first `used` columns of the held rows over rows targets; all is read before it is written."""
+        used = -(-used // KEYS) * KEYS                              # decode_cpu.c keeps pieces of 16 columns
         self.kv[:, targets, :, :used] = self.kv[:, held, :, :used]
 
     def room_for(self, n: int) -> bool:
@@ -116,17 +117,6 @@ class RowLayer:
         q = q.repeat(1, 1, 1, g // self.G, 1).reshape(B * self.K, Q * g, self.d)
         o = attend(q, *self.seen(), plan.bias).view(B, self.K, Q, g, self.d)[:, :, :, :self.G]
         return o.transpose(1, 2).reshape(B, Q, -1, self.d)
-
-    def attend_merged(self, last: bool) -> Tensor:
-        """The same for fast.py, from its buffers in the plan. last: for each sequence's last token alone."""
-        plan, K, G, d = self.plan, self.K, self.G, self.d
-        B, Q = plan.shape
-        if Q == 1 or last:
-            q = plan.q if Q == 1 else plan.q[:, -1, :, :self.R].reshape(B * K, self.R, d)
-            return attend(q, *self.seen(), plan.last_bias)[:, :G].reshape(B, -1)
-        q = plan.q[:, :, :, :plan.g].transpose(1, 2).reshape(B * K, -1, d)
-        o = attend(q, *self.seen(), plan.bias).view(B, K, Q, plan.g, d)[:, :, :, :G]
-        return o.transpose(1, 2).reshape(B * Q, -1)
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Keys [B*K,d,L] and values [B*K,L,d] that the plan's rows may see; the last views are kept."""

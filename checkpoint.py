@@ -130,7 +130,9 @@ def find(path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        die(f"no checkpoint at {path}: no such folder")
+        there = sorted(str(p.parent) for p in Path("out").glob("**/latest"))
+        die(f"no checkpoint at {path}: no such folder; "
+            + (f"there are {', '.join(there[:6])}" if there else "`make demo` trains some in a quarter of an hour"))
     written = re.fullmatch(r"step_\d+", path.name) is not None
     if not written and not (path / "model.json").is_file():
         return latest(path) or die(f"no checkpoint in {path}")
@@ -171,7 +173,10 @@ def read_meta(ckpt) -> dict:
 
 def read_shape(ckpt) -> dict:
     """ModelConfig fields."""
-    return read_json(Path(ckpt) / "model.json")
+    shape = read_json(Path(ckpt) / "model.json")
+    if not isinstance(shape, dict) or not {"vocab_size", "n_layer", "max_seq_len", "n_mtp"} <= set(shape):
+        die(f"{ckpt}/model.json should be an object with the fields of ModelConfig (model.py)")
+    return shape
 
 
 def same_shape(have: dict, want: dict, ckpt, ignore: tuple[str, ...] = ()) -> None:
@@ -179,7 +184,21 @@ def same_shape(have: dict, want: dict, ckpt, ignore: tuple[str, ...] = ()) -> No
     wrong = [f"{k} = {have.get(k)!r} there, {v!r} here" for k, v in want.items()
              if k not in ignore and have.get(k) != v]
     if wrong:
-        die(f"checkpoint {ckpt} has another shape than the configuration: " + "; ".join(wrong))
+        die(f"checkpoint {ckpt} has another shape than is asked for: {'; '.join(wrong)}; give another --out for "
+            "a new run")
+
+
+def same_start(ckpt, init) -> None:
+    """
+    When a run is resumed from ckpt: ends it if the checkpoint it is said to start from, `init`, is there and
+    has another shape. The output folder then holds somebody else's run.
+    """
+    init = Path(init)
+    newest = [init] if (init / "model.json").is_file() else steps_in(init)
+    if newest and (newest[0] / "model.json").is_file():
+        have, want = read_shape(ckpt), read_shape(newest[0])
+        if have != want:
+            same_shape(have, want, f"{ckpt}, to be resumed as it lies in the output folder,")
 
 
 def weight_files(ckpt) -> dict[str, Path]:
@@ -239,9 +258,17 @@ def load_model(path) -> tuple[dict, dict[str, Tensor], dict]:
     return read_shape(ckpt), state, read_meta(ckpt)
 
 
-def read_state(ckpt) -> dict:
-    """What save_checkpoint was given as state."""
-    return torch_load(ckpt)["state"]
+def read_state(ckpt, *needs: str) -> dict:
+    """
+    What save_checkpoint was given as state. needs: keys it must have, else the run ends: the folder holds a
+    run of another script.
+    """
+    state = torch_load(ckpt).get("state", {})
+    lacking = [k for k in needs if k not in state]
+    if lacking:
+        die(f"{ckpt} is of another kind of run (stage {read_meta(ckpt).get('stage')!r}, no {lacking[0]!r} in its "
+            "state) and cannot be resumed here: give another --out")
+    return state
 
 
 def torch_load(ckpt) -> dict:

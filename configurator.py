@@ -13,10 +13,15 @@ wrong type names field, value and type. Reading a config file runs it as Python:
 import ast
 import dataclasses
 import difflib
+import inspect
+import math
+import re
 import runpy
 import sys
 import types
 import typing
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -25,6 +30,43 @@ class ConfigError(SystemExit):
     """One line on stderr and exit status 1, never a traceback."""
     def __init__(self, message: str):
         super().__init__(f"config error: {message}")
+
+
+def run(main: Callable, Config: type):
+    """What a script does when it is called: `if __name__ == "__main__": configurator.run(main, Config)`."""
+    with one_line():
+        return main(load(Config))
+
+
+@contextmanager
+def one_line():
+    """
+    Around a script's main. What the disk says (full, no such file, no permission) ends the run with one line and exit
+    status 1, Ctrl-C with status 130. What a script refuses it says itself; a ValueError out of here is a bug, and keeps
+    its traceback.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise SystemExit(f"error: {os_words(e)}") from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def os_words(e: OSError) -> str:
+    """"out/x: No space left on device" for what Python shows as "[Errno 28] No space left on device: 'out/x'"."""
+    if e.filename is None or not e.strerror:
+        return e.strerror or str(e) or type(e).__name__
+    return f"{e.filename2 or e.filename}: {e.strerror}"
+
+
+def at_least(cfg, low: float, *names: str) -> None:
+    """For __post_init__: ValueError naming the first field that is under `low`, infinite or NaN."""
+    for name in names:
+        value = getattr(cfg, name)
+        if not (math.isfinite(value) and value >= low):
+            raise ValueError(f"{name} = {value} should be at least {low}")
 
 
 def load(Config: type, argv: list[str] | None = None):
@@ -50,7 +92,8 @@ def load(Config: type, argv: list[str] | None = None):
 def read_file(path: str) -> dict[str, Any]:
     """The public assignments of a config file; modules, classes and functions that it imported are left out."""
     if not Path(path).is_file():
-        hint = "a config file ends in .py; a flag starts with --" if not path.endswith(".py") else "no such file"
+        hint = "no such file" if path.endswith(".py") else "a config file ends in .py; a flag starts with --, " \
+            "its value follows after ="
         raise ConfigError(f"cannot read config file {path!r}: {hint}")
     root = str(Path(__file__).resolve().parent)        # so that `from config.tiny import *` works from any folder
     sys.path[:0] = [root]
@@ -90,8 +133,9 @@ def set_path(node, path: list[str], value, full: str):
             raise unknown(full, head, node)
         return node | {head: set_path(node[head], rest, value, full) if rest else value}
     if not dataclasses.is_dataclass(node):
-        raise ConfigError(f"unknown key {full}: {'.'.join(full.split('.')[:-len(path)])} is a plain value, "
-                          "it has no parts")
+        here = ".".join(full.split(".")[:-len(path)])
+        what = "None, give it as a whole in a config file" if node is None else "a plain value, it has no parts"
+        raise ConfigError(f"unknown key {full}: {here} is {what}")
     fields = {f.name: f for f in dataclasses.fields(node)}
     if head not in fields:
         raise unknown(full, head, fields)
@@ -178,7 +222,7 @@ def check(value, hint, key: str, place: str = ""):
         raise wrong(name_of(hint))
     if hint is float and type(value) is int:
         return float(value)
-    if hint is int and type(value) is float and value == int(value):
+    if hint is int and type(value) is float and value.is_integer():
         return int(value)
     if type(value) is hint:                            # exact: True is not an int here
         return value
@@ -186,8 +230,9 @@ def check(value, hint, key: str, place: str = ""):
 
 
 def name_of(hint) -> str:
+    """int, str | None, list[Stage]: as one would write it, without modules."""
     return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint)) if not get_args(hint) \
-        else str(hint).replace("typing.", "")
+        else re.sub(r"\b[\w.]+\.(\w+)", r"\1", str(hint))
 
 
 def parse(text: str):
@@ -205,9 +250,9 @@ def to_dict(cfg) -> dict:
     return dataclasses.asdict(cfg)
 
 
-def from_dict(Config: type, values: dict):
-    """The inverse of to_dict; raises ConfigError for keys that Config no longer has."""
-    return built(update(raw(Config, defaults(Config)), values, where="saved config"))
+def from_dict(Config: type, values: dict, where: str = "saved config"):
+    """The inverse of to_dict; raises ConfigError for keys that Config does not have and for wrong types."""
+    return built(update(raw(Config, defaults(Config)), values, where))
 
 
 def leaves(node, path: str = "") -> list[tuple[str, Any]]:
@@ -227,17 +272,38 @@ def show(cfg) -> str:
 
 
 def help_text(Config: type) -> str:
-    """--help: the script's own first lines, then each field with its default and the comment behind it."""
-    import inspect
+    """
+    --help: the script's own first lines, how to call it, then every field, nested ones too, with its type, default and
+    the comment behind it. A list of dataclasses (--stages.0.lr) shows the fields of one item.
+    """
     module = sys.modules[Config.__module__]
-    lines = [(module.__doc__ or "").strip(), "", "fields (set with --name=value, dotted for nested ones):"]
-    comments = field_comments(inspect.getsource(Config))
-    for f in dataclasses.fields(Config):
-        value = repr(getattr(make(Config, {}), f.name))
-        if len(value) > 60:
-            value = value[:57] + "..."
-        lines.append(f"  --{f.name}={value}".ljust(44) + "  " + comments.get(f.name, ""))
-    return "\n".join(lines)
+    inside = getattr(getattr(module, "__spec__", None), "name", "")     # "data.prepare" of python -m data.prepare
+    script = f"-m {inside}" if "." in inside else Path(getattr(module, "__file__", None) or "SCRIPT.py").name
+    return "\n".join([(module.__doc__ or "").strip(), "",
+                      f"usage: python {script} [config/FILE.py ...] [--key=value ...]",
+                      "a flag wins over a file, a file over the defaults below; --flag alone sets a bool", "",
+                      *help_rows(Config, make(Config, {}), "--", {})])
+
+
+def help_rows(cls: type, node, prefix: str, told: dict[type, str]) -> list[str]:
+    """
+    One line a field of the dataclass cls; node: an instance with the defaults, None where there is none; told: nested
+    dataclasses that were shown before, and where.
+    """
+    comments, hints, lines = field_comments(inspect.getsource(cls)), typing.get_type_hints(cls), []
+    for f in dataclasses.fields(cls):
+        value, hint, name = None if node is None else getattr(node, f.name), hints[f.name], prefix + f.name
+        inner = next((t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        shown = "" if inner and value is not None else "=" + (repr(value) if len(repr(value)) < 40 else "...")
+        kind = "|".join(map(str, get_args(hint))) if get_origin(hint) is Literal else name_of(hint)
+        again = f"; fields as {told[inner]}*" if inner in told else ""
+        lines.append(f"  {name + shown:<34}  {kind:<12}  {comments.get(f.name, '')}{again}".rstrip())
+        if inner and not again:
+            many = get_origin(hint) in (list, tuple)
+            item = value[0] if many and value else value if dataclasses.is_dataclass(value) else None
+            told[inner] = f"{name}.0." if many else f"{name}."
+            lines += help_rows(inner, item, told[inner], told)
+    return lines
 
 
 def field_comments(source: str) -> dict[str, str]:

@@ -6,9 +6,10 @@ The whole recipe on a laptop CPU, from raw HTML to reinforcement learning (repor
     prepare -> pretrain (3 stages, then MTP) -+-> base ---------> RL-Zero
                                               +-> SFT ----------> RL          each evaluated on held-out problems
 
-Every step is the script that also trains 7B, run as a process of its own with one thread; after pre-training the two
-branches run side by side. What a step prints goes to out/tiny/logs, its numbers to metrics.jsonl in its folder. The
-end: one table (the report's Table 5, small), MTP acceptance, the time of each phase, figures, out/tiny/summary.json.
+Every step is the script that also trains 7B, in processes of one thread each: pre-training on two ranks where there
+are two cores, then the two branches side by side. What a step prints goes to out/tiny/logs, its numbers to
+metrics.jsonl in its folder. The end: one table (the report's Table 5, small), MTP acceptance, the time of each phase,
+figures, out/tiny/summary.json.
 
 A step that is done is not done again: after Ctrl-C, `make demo` goes on where it was (out/tiny/base etc. resume from
 their last checkpoint; --fresh starts over). The closing screen prints time and peak memory; results/demo has those of
@@ -17,6 +18,8 @@ our run.
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -56,7 +59,7 @@ def main(cfg: Config) -> None:
     print("1/5  the tiny world: problems, HTML pages, extraction, dedup, tags, shards")
     run(clock, "prepare", ["-m", "data.prepare"], out / "data/valid/synth.json", show=True)
     print("2/5  pre-training in three stages, then two more MTP layers")
-    run(clock, "pretrain", ["pretrain.py", "config/tiny.py"], None, show=True)
+    run(clock, "pretrain", ["pretrain.py", "config/tiny.py"], None, show=True, ranks=min(2, cores()))
     print("3/5  SFT; the RL problems' difficulty from answers of base and SFT model; held-out evaluation of both")
     side_by_side(clock, out, [
         [("eval_base", evaluate("base", cfg.base_samples, ["problems", "mtp"]), out / "base/eval.json"),
@@ -126,26 +129,58 @@ def resident_mb(pid: int) -> float:
         return 0.0
 
 
-def start(words: list[str], log: Path | None) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start(words: list[str], log: Path | None, **env: str) -> subprocess.Popen:
+    """A step in a session of its own: Ctrl-C reaches this process alone, which then lets the step save and end."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | env
     target = open(log, "ab") if log else None
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=target,
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=target, start_new_session=True,
                             stderr=subprocess.STDOUT if log else None)
 
 
-def run(clock: Clock, name: str, words: list[str], product: Path | None, show: bool) -> None:
+def start_ranks(words: list[str], log: Path | None, ranks: int) -> list[subprocess.Popen]:
+    """What torchrun does on one machine. Rank 0 speaks, the others write to a log."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [start(words, log if r == 0 else OUT / f"logs/rank{r}.log", RANK=str(r), LOCAL_RANK=str(r), **where)
+            for r in range(ranks)]
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """SIGTERM: training scripts save and end. What does not end within 20 seconds has nothing to save."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def run(clock: Clock, name: str, words: list[str], product: Path | None, show: bool, ranks: int = 1) -> None:
     """One step, its output on the screen (show) or in logs/<name>.log; skipped when its product is already there."""
     if product is not None and product.exists():
         return
     log = clock.path.parent / f"logs/{name}.log"
-    t0 = time.perf_counter()
-    process = start(words, None if show else log)
+    t0, target = time.perf_counter(), None if show else log
+    processes = start_ranks(words, target, ranks) if ranks > 1 else [start(words, target)]
     try:
-        code = process.wait()
+        while None in (codes := [p.poll() for p in processes]) and not any(codes):
+            time.sleep(0.1)
     except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
+        end(processes)
         raise SystemExit("\ninterrupted; `make demo` goes on from the last checkpoint") from None
+    if failed := [p for p in processes if p.returncode]:
+        time.sleep(1)                                        # the others may just be saying why
+        end(processes)
+    # gloo may abort a rank while the process group is torn down, after all is saved and rank 0 has ended well
+    forgiven = processes[0].returncode == 0 and all(p.returncode == -signal.SIGABRT for p in failed)
+    code = 0 if forgiven else failed[0].returncode if failed else 0
     clock.add(name, time.perf_counter() - t0)
     if code:
         raise SystemExit(f"demo: step {name!r} ({' '.join(words)}) ended with status {code}"
@@ -191,10 +226,9 @@ def side_by_side(clock: Clock, out: Path, branches: list[list[tuple]]) -> None:
                 t.join(0.2)
     except KeyboardInterrupt:
         failed.append("interrupted")
-        for process in filter(None, running):
-            process.terminate()
+        end([process for process in running if process])
         for t in threads:
-            t.join(20)
+            t.join(2)
         raise SystemExit("\ninterrupted; `make demo` goes on from the last checkpoints") from None
     finally:
         for bar in bars:

@@ -37,10 +37,19 @@ def keep_top(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     p [N,V] with everything outside top-k and top-p set to 0, renormalised. top_p fp32 [N], top_k int64 [N], 0
     = all. By hand: p = (.5, .3, .2) and top_p = .6 keep .5 (mass before it 0) and .3 (mass before it .5) ->
     (.625, .375, 0).
+
+    On a CPU only tokens above (1 - top_p) / V are sorted, a few dozen of them: all others together weigh less than
+    1 - top_p, so at least top_p comes before each of them.
     """
-    sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
+    if p.is_cuda:                                                   # in a graph: no look at the values
+        sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
+    else:
+        n = int((p > ((1 - top_p) / p.shape[-1])[:, None]).sum(-1).max().clamp_min(1))
+        order = p.topk(n, sorted=False).indices.sort(-1).values     # by id, for ties to fall as in the full sort
+        sorted_p, by_size = p.gather(1, order).sort(dim=-1, descending=True, stable=True)
+        order = order.gather(1, by_size)
     before = sorted_p.cumsum(-1) - sorted_p                         # mass of the more likely tokens
-    rank = torch.arange(p.shape[-1], device=p.device)
+    rank = torch.arange(sorted_p.shape[-1], device=p.device)
     keep = (before < top_p[:, None]) & (rank < torch.where(top_k > 0, top_k, p.shape[-1])[:, None])
     keep[:, 0] = True
     kept = torch.zeros_like(p).scatter_(1, order, sorted_p * keep)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from cache import ROWS, Blocks, Plan, Rows
 from draw import draw, signed64, uniform
-from fast import Weights, block_forward, mtp_input, normed, prepare, rotations
+from fast import Forward, library, up16
 from kernels.rope import rope_tables
 from model import MiMo
 from mtp import accept_greedy
@@ -98,7 +98,12 @@ class Engine:
         # writes there and nobody reads it
         self.S, columns = slots + ROWS, max_len + n_draft + 2
         K, d = cfg.n_kv_head, cfg.head_dim
-        shape = (cfg.n_layer + n_draft, self.S, K, cfg.n_head // K, columns, d)
+        possible = layout == "rows" and w.dtype == torch.float32 and w.device.type == "cpu"
+        if fast and not possible:
+            raise ValueError("fast = True should be with layout rows, fp32 weights, on a CPU")
+        lib = library() if fast is not False and possible else None
+        self.fast = lib is not None
+        shape = (cfg.n_layer + n_draft, self.S, K, cfg.n_head // K, columns, up16(d) if self.fast else d)
         if layout == "rows":
             self.cache, self.memory = Rows(*shape, w.dtype, w.device), slots * columns
         else:
@@ -107,10 +112,9 @@ class Engine:
             self.memory = memory or slots * (max_len + n_draft + block)
             self.cache = Blocks(*shape, w.dtype, w.device, block, self.memory // block)
         self.column, self.columns = self.cache.column, self.cache.columns
-        self.fast = layout == "rows" and w.dtype == torch.float32 if fast is None else fast
-        self.weights = Weights(model, n_draft, self.cache.R) if self.fast else None
         self.ring = 4 * (n_draft + 1)                     # trunk states kept for the MTP layers, per sequence
         self.state, self.views = self.new_state(cfg), (0, {})
+        self.forward = Forward(model, n_draft, self.cache, self.state, lib) if self.fast else None
         self.queue: deque[Request] = deque()
         self.decoding: list[Request] = []                           # row i belongs to decoding[i]
         self.reading: list[list[Request]] = []           # requests with one prompt; row S-1-j is reading[j]'s
@@ -177,14 +181,16 @@ class Engine:
         if not self.decoding:
             return []
         A, cuda = len(self.decoding), self.device.type == "cuda"
-        # a product needs ROWS rows (cache.py): so many sequences of n_draft + 1 tokens; graphs want few sizes
-        R = min(1 << (A - 1).bit_length(), self.S) if cuda else max(A, -(-ROWS // (self.n_draft + 1)))
-        self.state["n"][A:R] = 1                                    # rows that only make up the number
+        # torch's products need ROWS rows (cache.py): so many sequences of n_draft + 1 tokens; graphs want few sizes
+        need = 1 if self.fast else -(-ROWS // (self.n_draft + 1))
+        R = min(1 << (A - 1).bit_length(), self.S) if cuda else max(A, need)
+        if R > A:
+            self.state["n"][A:R] = 1                                # rows that only make up the number
         self.steps, self.rows = self.steps + 1, self.rows + A
         if cuda:
             return self.retire(self.replay(R)[:A])
         ended, E = self.decode(R)
-        samples = self.retire(ended[:A])
+        samples = [] if ended is None else self.retire(ended[:A])
         if self.n_draft and self.decoding:
             self.draft(0, len(self.decoding), E)
         return samples
@@ -228,9 +234,8 @@ class Engine:
         if self.rope_base != self.model.cfg.rope_base:
             self.rope_base, self.graphs = self.model.cfg.rope_base, {}
             self.cos, self.sin = rope_tables(self.column, self.model.cfg.head_dim, self.rope_base)
-            self.turn = rotations(self.cos, self.sin, self.model.cfg, self.cache.R) if self.fast else None
         if self.fast:
-            self.weights.refresh()
+            self.forward.refresh(self.cos, self.sin)
 
     # -- prompts
 
@@ -284,11 +289,11 @@ class Engine:
         h = self.trunk(ids, self.plan(first, positions), fill)      # [B,T,D]
         if self.n_draft == 0:
             return
-        plan, hidden = self.plan(first, positions), self.mtp_hidden(h)
+        plan = self.plan(first, positions)
         for k in range(self.n_draft):
             # slot p of layer k takes x_{p+k+1}, from the prompt where known; draft() re-runs the last k slots
             ahead = tokens[first:].gather(1, (positions + k + 1).clamp_max(C - 1))
-            self.mtp(k, hidden, ahead, plan, "none")
+            self.mtp(k, h, ahead, plan, "none")
         for j in range(B):                                       # the last states of each, not of its padding
             first, end, row = max(new[j] - self.ring, done[j]), new[j], B - 1 - j
             slots = self.column[first:end] % self.ring
@@ -338,12 +343,13 @@ class Engine:
     # -- decoding
 
     def plan(self, first: int, positions: Tensor, write: Tensor | None = None) -> Plan:
+        if self.fast:                                               # decode_cpu.c looks up and masks by itself
+            plan = Plan()
+            plan.first, plan.shape, plan.positions = first, positions.shape, positions
+            plan.columns = positions if write is None else write
+            return plan
         plan = self.cache.plan(first, positions, write)
-        if self.fast:
-            cfg = self.model.cfg
-            prepare(plan, self.turn[positions.flatten()], self.cache.R, cfg.n_kv_head, cfg.head_dim)
-        else:
-            plan.cos, plan.sin = self.cos[positions], self.sin[positions]       # [B,Q,d]
+        plan.cos, plan.sin = self.cos[positions], self.sin[positions]           # [B,Q,d]
         return plan
 
     def trunk(self, ids: Tensor, plan: Plan, fill: bool = False) -> Tensor | None:
@@ -351,40 +357,29 @@ class Engine:
         ids [B,Q] through the blocks over the cache -> h [B,Q,D] before the final norm. fill: nobody wants h,
         only the cache is to be filled, so the last block may stop at its keys and values.
         """
-        cfg, x = self.model.cfg, self.model.embed_tokens(ids)
-        for i, (block, cache) in enumerate(zip(self.model.layers, self.cache.layers, strict=False)):
+        if self.fast:
+            return self.forward.trunk(ids, plan, fill)
+        x = self.model.embed_tokens(ids)
+        for block, cache in zip(self.model.layers, self.cache.layers, strict=False):
             cache.plan = plan
-            if self.fast:
-                want = "none" if fill and i == cfg.n_layer - 1 else "all"
-                x = x.view(-1, cfg.d_model)
-                x = block_forward(x, self.weights.merged[i], cache, self.weights.eps, want)
-            else:
-                x = block(x, plan.cos, plan.sin, None, cache)
-        return None if fill else x.view(*ids.shape, -1)
-
-    def mtp_hidden(self, h: Tensor) -> Tensor:
-        """What all MTP layers share of their input: h [B,Q,D] from BEFORE the final norm."""
-        return normed(h, self.weights.eps) if self.fast else h
+            x = block(x, plan.cos, plan.sin, None, cache)
+        return x
 
     def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan, want: str = "all") -> Tensor | None:
         """
-        MTP layer k over its own cache; h from mtp_hidden, ahead [B,Q] the tokens k+1 places after h's. want:
-        "all" -> z [B,Q,D]; "last" of each sequence -> [B,D]; "none": only the cache is to be filled.
+        MTP layer k over its own cache; h [B,Q,D] from BEFORE the final norm, ahead [B,Q] the tokens k+1 places
+        after h's. want: "all" -> z [B,Q,D]; "last" of each sequence -> [B,D]; "none": only the cache is to be filled.
         """
-        cfg, layer = self.model.cfg, self.model.mtp_layers[k]
-        cache = self.cache.layers[cfg.n_layer + k]
+        if self.fast:
+            return self.forward.mtp(k, h, ahead, plan, want)
+        cache = self.cache.layers[self.model.cfg.n_layer + k]
         cache.plan = plan
-        if not self.fast:
-            z = layer(h, self.model.embed_tokens(ahead), plan.cos, plan.sin, None, cache)
-            return z[:, -1] if want == "last" else z
-        z = mtp_input(self.weights.entry[k], h.flatten(0, 1), ahead.flatten(), self.model)
-        z = block_forward(z, self.weights.merged[cfg.n_layer + k], cache, self.weights.eps, want)
-        return z.view(h.shape) if want == "all" else z
+        z = self.model.mtp_layers[k](h, self.model.embed_tokens(ahead), plan.cos, plan.sin, None, cache)
+        return z[:, -1] if want == "last" else z
 
     def head(self, x: Tensor, norm) -> Tensor:
         """The shared head behind the trunk's norm or an MTP layer's. x [N,D] -> fp32 [N,V]."""
-        x = normed(x, self.weights.eps) * self.weights.gains[norm] if self.fast else norm(x)
-        return F.linear(x, self.model.lm_head.weight).float()
+        return self.forward.head(x, norm) if self.fast else F.linear(norm(x), self.model.lm_head.weight).float()
 
     def settings(self) -> int:
         """How many of temperature, top_p, top_k this batch's draw() has to be given."""
@@ -401,8 +396,10 @@ class Engine:
         """
         Each of the first R rows: its last certain token and its drafts through the trunk, a token drawn at
         each of these Q = n_draft + 1 places, and as many kept as the drafts before them were right. -> (has
-        ended, bool [R]; most tokens a row has gained).
+        ended, bool [R]; most tokens a row has gained). The steps below are those of decode_cpu.c too.
         """
+        if self.fast:
+            return self.forward.decode(R)
         s, Q = self.rows_of_state(R), self.n_draft + 1
         n = s["n"]
         positions = n[:, None] - 1 + self.column[:Q]                # [R,Q]
@@ -441,13 +438,15 @@ class Engine:
 
             slots   n-E-n_draft ............ n-3  n-2             slot p of layer k takes the token x_{p+k+1}
         """
+        if self.fast:
+            return self.forward.draft(first, B, E)
         rows, s, W = slice(first, first + B), self.state, E + self.n_draft - 1
         n, tokens = s["n"][rows, None], s["tokens"][rows]
         slots = n - 1 + self.column[:W] - W                         # [B,W], the last one is n-2
         real = slots.clamp_min(0)
         plan = self.plan(first, real, torch.where(slots < 0, self.columns - 1, real))
         ring = (real % self.ring)[..., None].expand(-1, -1, self.model.cfg.d_model)
-        h = self.mtp_hidden(s["h"][rows].gather(1, ring))           # [B,W,D]
+        h = s["h"][rows].gather(1, ring)                            # [B,W,D]
         for k, layer in enumerate(self.model.mtp_layers[:self.n_draft]):
             z = self.mtp(k, h, tokens.gather(1, real + k + 1), plan, "last")            # [B,W,D] -> [B,D]
             tokens.scatter_(1, n + k, self.head(z, layer.final_layernorm).argmax(-1, keepdim=True))

@@ -15,7 +15,6 @@ eval_answers.jsonl beside it.
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,15 +22,17 @@ import torch
 import configurator
 import mtp
 import runtime
+from data.jsonl import write_jsonl
 from data.loader import make_batch
 from data.problems import read_problems
 from data.tiny import probes
 from data.tiny.world import make_world
 from engine import Engine, Request, generate
-from grade import prompt_ids, save_answers, solve, stop_ids, summary
+from grade import answer_rows, prompt_ids, solve, stop_ids, summary
 from judge import Judge
 from kernels.attention import doc_bounds
 from model import MiMo, ModelConfig
+from sandbox import JudgeError
 from tokenizer import Tokenizer
 
 
@@ -55,55 +56,70 @@ class Config:
     out: str = ""                         # result file; default <run>/eval.json
 
     def __post_init__(self):
-        for name in ("samples", "max_tokens", "probe_count"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        configurator.at_least(self, 1, "samples", "max_tokens", "probe_count", "slots", "judge_workers", "threads")
+        configurator.at_least(self, 0, "limit", "temperature")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} should be in (0, 1]")
+        if not self.tasks or not self.probe_lengths:
+            raise ValueError("tasks and probe_lengths should not be empty")
 
 
 def main(cfg: Config) -> dict:
     rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
     ckpt = runtime.find(cfg.ckpt)
-    tokenizer, meta = Tokenizer.load(ckpt), runtime.read_meta(ckpt)
-    model = mtp.build(ModelConfig(**runtime.read_shape(ckpt)), "meta")
-    model = runtime.materialise(model, rt, ckpt=ckpt).eval()
-    chat, run = meta["chat"], ckpt.parent
+    with runtime.reading():
+        tokenizer = Tokenizer.load(ckpt)
+        shape = configurator.from_dict(ModelConfig, runtime.read_shape(ckpt), f"{ckpt}/model.json")
+        problems = read_problems(cfg.problems) if {"problems", "mtp"} & set(cfg.tasks) else []
+    model = runtime.materialise(mtp.build(shape, "meta"), rt, ckpt=ckpt).eval()
+    chat, run = runtime.read_meta(ckpt).get("chat", False), ckpt.parent
     found = {"ckpt": str(ckpt), "chat": chat, "commit": runtime.git_commit(), "config": configurator.to_dict(cfg)}
-    path = Path(cfg.out) if cfg.out else run / "eval.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = runtime.target(cfg.out or run / "eval.json")
+    if problems:
+        check_context(problems, tokenizer, chat, shape.max_seq_len, cfg)
+    with runtime.reading():
+        asked = asked_probes(tokenizer, shape.max_seq_len, cfg) if "probes" in cfg.tasks else {}
     t0 = time.perf_counter()
     if "problems" in cfg.tasks:
-        with runtime.reading():
-            problems = read_problems(cfg.problems)
-        found["problems"] = {}
-        answers_path = path.with_name(f"{path.stem}_answers.jsonl")
-        with Judge(workers=cfg.judge_workers) as judge, open(answers_path, "w", encoding="utf-8") as every:
+        found["problems"], lines = {}, []
+        with runtime.reading(JudgeError):
+            judge = Judge(workers=cfg.judge_workers)
+        with judge:
             for kind in sorted({p.kind for p in problems}):
                 some = [p for p in problems if p.kind == kind][:cfg.limit or None]
                 longest = max(len(prompt_ids(tokenizer, p, chat)) for p in some)
-                if longest + cfg.max_tokens > model.cfg.max_seq_len:
-                    runtime.die(f"{cfg.problems}: longest prompt {longest} + max_tokens {cfg.max_tokens} exceed the "
-                                f"context of {ckpt}, max_seq_len = {model.cfg.max_seq_len}")
                 engine = Engine(model, slots=cfg.slots, max_len=longest + cfg.max_tokens)
                 answers = solve(engine, tokenizer, judge, some, chat=chat, n=cfg.samples, max_tokens=cfg.max_tokens,
                                 temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
                 found["problems"][kind] = row = summary(answers)
-                save_answers(every, some, answers)
+                lines += answer_rows(some, answers)
                 print(f"{kind:6} avg@{cfg.samples} {row['avg']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  "
                       + "  ".join(f"{k} {v:.1%}" for k, v in row.items() if k.startswith("pass@"))
                       + f"  {row['tokens']:.0f} tokens an answer, {row['truncated']:.1%} truncated, "
                         f"{row['n']} problems")
+        write_jsonl(path.with_name(f"{path.stem}_answers.jsonl"), lines)
     if "mtp" in cfg.tasks:
-        found["mtp"] = measure_mtp(model, tokenizer, read_problems(cfg.problems), chat, cfg)
+        found["mtp"] = measure_mtp(model, tokenizer, problems, chat, cfg)
         print("MTP acceptance per layer: teacher-forced " + shares(found["mtp"]["teacher_forced"])
               + ", speculative decoding " + shares(found["mtp"]["online"]))
     if "probes" in cfg.tasks:
-        found["probes"] = measure_probes(model, tokenizer, cfg)
+        found["probes"] = measure_probes(model, tokenizer, asked)
         for kind, by_length in found["probes"].items():
             print(f"{kind:24}" + "  ".join(f"{n} tokens {share:.0%}" for n, share in by_length.items()))
     found["seconds"] = time.perf_counter() - t0
-    path.write_text(json.dumps(found, indent=1))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    temporary.replace(path)                                  # whole or not at all: demo.py takes it as done
     print(f"{path} ({found['seconds']:.0f} s)")
     return found
+
+
+def check_context(problems, tokenizer, chat: bool, context: int, cfg: Config) -> None:
+    """Ends the run before it begins when the longest prompt and its answer do not fit the model's context."""
+    longest = max(len(prompt_ids(tokenizer, p, chat)) for p in problems)
+    if longest + cfg.max_tokens > context:
+        runtime.die(f"{cfg.problems}: longest prompt {longest} + max_tokens {cfg.max_tokens} exceed the context of "
+                    f"{cfg.ckpt}, max_seq_len = {context}")
 
 
 def shares(values: list[float]) -> str:
@@ -147,24 +163,33 @@ def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> di
             "answers": len(fast)}
 
 
+REPLY = 24                                                   # tokens of a probe's answer, part of its length
+
+
+def asked_probes(tokenizer, context: int, cfg: Config) -> dict[tuple[int, str], list[probes.Probe]]:
+    """(length in tokens, kind) -> probes. ValueError for a length that is too short, or longer than the context."""
+    world, asked = make_world(cfg.seed), {}
+    for length in cfg.probe_lengths:
+        if length > context:
+            raise ValueError(f"probe_lengths: {length} tokens exceed the context of {cfg.ckpt}, {context}")
+        for kind in probes.KINDS:
+            asked[length, kind] = [fitting_probe(kind, cfg.seed * 1000 + i, length - REPLY, tokenizer, world)
+                                   for i in range(cfg.probe_count)]
+    return asked
+
+
 @torch.no_grad()
-def measure_probes(model: MiMo, tokenizer, cfg: Config) -> dict[str, dict[int, float]]:
+def measure_probes(model: MiMo, tokenizer, asked: dict) -> dict[str, dict[int, float]]:
     """Mean score of RULER-like probes (greedy), per kind and context length in tokens [report Fig. 4]."""
     found: dict[str, dict[int, float]] = {}
-    world, stop = make_world(cfg.seed), stop_ids(tokenizer, True)
-    reply = 24                                               # tokens, part of the length
-    for length in cfg.probe_lengths:
-        if length > model.cfg.max_seq_len:
-            runtime.die(f"probe_lengths: {length} tokens exceed the context of {cfg.ckpt}, {model.cfg.max_seq_len}")
+    stop = stop_ids(tokenizer, True)
+    for (length, kind), some in asked.items():
         engine = Engine(model, slots=8, max_len=length)
-        for kind in probes.KINDS:
-            asked = [fitting_probe(kind, cfg.seed * 1000 + i, length - reply, tokenizer, world)
-                     for i in range(cfg.probe_count)]
-            replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), reply, temperature=0.0, stop=stop)
-                                        for i, p in enumerate(asked)])
-            scores = [probes.score(p, tokenizer.decode(s.tokens, skip_control=True))
-                      for p, s in zip(asked, replies, strict=True)]
-            found.setdefault(kind, {})[length] = sum(scores) / len(scores)
+        replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), REPLY, temperature=0.0, stop=stop)
+                                    for i, p in enumerate(some)])
+        scores = [probes.score(p, tokenizer.decode(s.tokens, skip_control=True))
+                  for p, s in zip(some, replies, strict=True)]
+        found.setdefault(kind, {})[length] = sum(scores) / len(scores)
     return found
 
 
@@ -174,9 +199,9 @@ def fitting_probe(kind: str, seed: int, tokens: int, tokenizer, world) -> probes
     while len(tokenizer.encode((p := probes.probe(kind, seed, words, world=world)).prompt)) > tokens:
         words = int(words * 0.9)
         if words < 8:
-            raise ValueError(f"a {kind} probe does not fit {tokens} tokens")
+            raise ValueError(f"probe_lengths: a {kind} probe does not fit {tokens} tokens and an answer of {REPLY}")
     return p
 
 
 if __name__ == "__main__":
-    main(configurator.load(Config))
+    configurator.run(main, Config)

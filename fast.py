@@ -1,141 +1,231 @@
 """
-The forward pass for generation in fp32 on a CPU: model.py's and mtp.py's functions in fewer, larger
-operations.
+The forward pass for generation in fp32 on a CPU: kernels/decode_cpu.c, compiled, its weights packed, and called.
 
-At batch 1 a small model spends its time between operations, not in them: Block.forward needs some 60 kernels
-a layer, this file 24, and a step takes about half as long (docs/engine.md). It computes the same function up
-to rounding; tests/test_engine.py holds it against model.py. On a GPU the engine runs model.py in a CUDA
-graph.
+At batch 1 a small model spends its time between operations, not in them: model.py makes some 60 calls into torch
+a layer. Here a forward is one call into C, an order of magnitude faster (docs/engine.md). It computes the same
+function up to rounding; tests/test_native.py holds it against model.py. On a GPU the engine runs model.py in a
+CUDA graph.
 
-What is merged, on a private copy of the weights:
-  q, k and v in one product, 1/sqrt(d) folded into q; gate and up in one product; the gain of each RMSNorm
-  folded into the product behind it; residual adds inside the products; RoPE as one complex product: the pairs
-  (i, i + d/2) that it rotates are made neighbours by permuting the rows of W_q and W_k, which no dot product
-  of a query with a key can notice:
+The C file is compiled once for each machine (`cc -O3 -march=native`, two seconds) into out/native/. Without a
+compiler the engine runs model.py's own forward, and says so once: everything works, generation is several times
+slower. CC names another compiler; CC=none does without.
 
-      (x1 cos - x2 sin, x2 cos + x1 sin)  =  (x1 + i x2) (cos + i sin)
-
-  v heads pass through the same product with factor 1, so q, k, v need no splitting before it;
-  MTP input: W [hidden ; embedding] = W_h hidden + W_e embedding, and the second term is a function of the
-  token alone: a table, where the vocabulary is small.
+ctypes releases Python's lock during a call, so a rollout thread and a training thread run side by side.
 """
+import ctypes
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Block, MiMo, ModelConfig
-from mtp import MTPLayer
+from model import Block, MiMo
 
-TABLE = 1 << 22    # most entries of a table of embedding terms, per MTP layer
+SOURCE = Path(__file__).resolve().parent / "kernels" / "decode_cpu.c"
+FOLDER = Path(__file__).resolve().parent / "out" / "native"
+# no -ffast-math: sums keep their order, -inf and NaN their meaning. A fused multiply-add wherever a b + c stands,
+# by the same rule in every loop: a row's bits must not depend on which loop it went through
+FLAGS = ["-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
+MACHINE = ["-march=native"], ["-mcpu=native"], []       # the first one the compiler knows (clang on arm64: the second)
 
 
-class Weights:
-    """The merged weights of one model, made again after any parameter was written to (an optimizer step, a
-load)."""
-    def __init__(self, model: MiMo, n_mtp: int, R: int):
-        self.model, self.mtp, self.R = model, model.mtp_layers[:n_mtp], R
-        self.params = list(model.parameters())
-        self.version, self.merged, self.entry, self.gains = None, [], [], {}
-        self.eps = model_eps(model.cfg)
+def struct(name: str, **fields):
+    """A struct of decode_cpu.c, field for field."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+def pointers(*names: str) -> dict:
+    return dict.fromkeys(names, c_void_p)
+
+
+Shape = struct("Shape", **dict.fromkeys(("D", "Dp", "d", "dp", "H", "K", "Fp", "V", "Vp", "C"), c_int32), eps=c_float)
+Packed = struct("Block", **pointers("norm1", "q", "q_bias", "kv", "kv_bias", "o", "norm2", "gate_up", "down"))
+Entry = struct("Entry", **pointers("input_proj", "hidden_norm", "token_norm", "final_norm"))
+Model = struct("Model", s=Shape, n_layer=c_int64, n_draft=c_int64, blocks=POINTER(Packed), caches=POINTER(c_void_p),
+               mtp=POINTER(Entry), **pointers("embedding", "norm", "lm_head", "cos", "sin", "scratch"))
+Places = struct("Plan", first=c_int64, Q=c_int64, **pointers("position", "column"))
+STATE = ("tokens", "logp", "u", "n", "limit", "stop", "temperature", "top_p", "top_k", "h", "drafted", "accepted")
+ROOM = ("ended", "position", "column", "ids", "x", "states", "logits")
+State = struct("State", columns=c_int64, ring=c_int64, stops=c_int64, **pointers(*STATE, *ROOM))
+
+
+# ---- the compiler --------------------------------------------------------------------------------------------------
+
+@cache
+def library():
+    """decode_cpu.c as a ctypes library, compiled if need be; None without a compiler, after one line that says so."""
+    compiler = os.environ.get("CC", "cc")
+    try:
+        path = build(compiler)
+        lib = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as e:
+        why = (getattr(e, "stderr", "") or str(e)).strip().splitlines()
+        print(f"note: {compiler} did not compile {SOURCE.name} ({why[0] if why else e}): generation on the CPU is several "
+              "times slower; a C compiler (apt install gcc, xcode-select --install) is all that is missing",
+              file=sys.stderr)
+        return None
+    p, i = c_void_p, c_int64
+    for name, result, *arguments in (("scratch_floats", i, p), ("trunk", None, p, p, i, p, i, p),
+                                     ("mtp", None, p, i, p, i, p, p, i, p), ("head", None, p, i, i, p, p),
+                                     ("decode", i, p, p, i, p), ("draft", None, p, p, i, i, i), ("exp_of", None, i, p, p)):
+        f = getattr(lib, name)
+        f.restype, f.argtypes = result, arguments
+    return lib
+
+
+def build(compiler: str) -> Path:
+    """
+    -> the compiled library, made if this source, compiler and processor have none yet: its name is a hash of the
+    source, the flags, and all macros the compiler defines for this processor, its own version among them.
+    """
+    for machine in MACHINE:
+        flags = [*FLAGS, *machine]
+        probe = subprocess.run([compiler, *flags, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True)
+        if probe.returncode == 0:
+            break
+    probe.check_returncode()
+    name = hashlib.sha256(SOURCE.read_bytes() + repr(flags).encode() + probe.stdout.encode()).hexdigest()[:16]
+    path = FOLDER / f"decode_cpu-{name}.so"
+    if not path.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:     # whole or not at all, whoever else compiles it now
+            made = Path(folder) / path.name
+            subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True,
+                           text=True)
+            os.replace(made, path)
+    return path
+
+
+# ---- packed weights ------------------------------------------------------------------------------------------------
+
+def up16(n: int) -> int:
+    return -(-n // 16) * 16
+
+
+def pad(x: Tensor, *sizes: int) -> Tensor:
+    """x with zeros behind its last axes up to the sizes."""
+    widths = [w for have, want in zip(x.shape[::-1], sizes[::-1], strict=False) for w in (0, want - have)]
+    return F.pad(x, widths)
+
+
+def panels(w: Tensor) -> Tensor:
+    """A weight [out,in], both multiples of 16 -> [out/16, in, 16], what the products of decode_cpu.c read."""
+    return w.unflatten(0, (-1, 16)).transpose(1, 2)
+
+
+class Forward:
+    """
+    The forward of one model over one cache (cache.Rows), and the engine's decode and draft, which work on the tensors
+    of its state in place. The packed weights are a private copy, made again after any parameter was written to (an
+    optimizer step, a load).
+    """
+    def __init__(self, model: MiMo, n_draft: int, rows, state: dict[str, Tensor], lib):
+        cfg, self.model, self.lib = model.cfg, model, lib
+        self.mtp_layers = list(model.mtp_layers[:n_draft])
+        self.params, self.version = list(model.parameters()), None
+        self.kept: dict[str, Tensor] = {}                           # all tensors of which C holds the addresses
+        s = Shape(cfg.d_model, up16(cfg.d_model), cfg.head_dim, up16(cfg.head_dim), cfg.n_head, cfg.n_kv_head,
+                  up16(cfg.d_ff), cfg.vocab_size, up16(cfg.vocab_size), rows.columns, cfg.rms_eps)
+        n = len(rows.kv)
+        self.blocks, self.entries = (Packed * n)(), (Entry * max(1, n_draft))()
+        caches = (c_void_p * n)(*(kv.data_ptr() for kv in rows.kv))
+        self.c = Model(s, cfg.n_layer, n_draft, self.blocks, caches, self.entries)
+        self.shape, self.at = self.c.s, byref(self.c)
+        self.c.scratch = self.keep("scratch", torch.empty(lib.scratch_floats(byref(s))))
+        # a forward has n_draft + 1 tokens a sequence, or draft()'s window: at most 2 n_draft
+        S, N = len(state["n"]), len(state["n"]) * max(n_draft + 1, 2 * n_draft)
+        self.ended, self.logits = torch.zeros(S, dtype=torch.bool), torch.empty(S * (n_draft + 1), s.Vp)
+        places = [torch.empty(N, dtype=torch.int64) for _ in range(3)]
+        room = [self.ended, *places, torch.empty(N, s.Dp), torch.empty(N, s.D), self.logits]
+        tensors = {**{name: state[name] for name in STATE}, **dict(zip(ROOM, room, strict=True))}
+        self.kept |= tensors
+        self.state = State(state["tokens"].shape[1], state["h"].shape[1], state["stop"].shape[1],
+                           *(t.data_ptr() for t in tensors.values()))
+        self.rows, self.done = byref(self.state), c_int64()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        version = sum(p._version for p in self.params)              # in-place writes count up
+    def refresh(self, cos: Tensor, sin: Tensor) -> None:
+        """New rotations, and the weights packed again if they have changed."""
+        self.c.cos, self.c.sin = cos.data_ptr(), sin.data_ptr()
+        version = sum(map(attrgetter("_version"), self.params))     # in-place writes count up
         if version == self.version:
             return
-        self.version = version
-        self.merged = [merge(b, self.model.cfg, self.R) for b in [*self.model.layers, *self.mtp]]
-        self.entry = [merge_entry(layer, self.model) for layer in self.mtp]
-        norms = [self.model.norm, *(layer.final_layernorm for layer in self.mtp)]
-        self.gains = {norm: norm.weight * self.model.cfg.d_model ** 0.5 for norm in norms}
+        self.version, model, c, s = version, self.model, self.c, self.shape
+        for i, block in enumerate([*model.layers, *self.mtp_layers]):
+            for name, value in packed(block, s).items():
+                setattr(self.blocks[i], name, self.keep(f"{i}.{name}", value))
+        for k, layer in enumerate(self.mtp_layers):
+            halves = layer.input_proj.weight.unflatten(1, (2, -1))  # [D,2,D]
+            for name, value in (("input_proj", panels(pad(halves, s.Dp, 2, s.Dp).flatten(1))),
+                                ("hidden_norm", pad(layer.hidden_layernorm.weight, s.Dp)),
+                                ("token_norm", pad(layer.token_layernorm.weight, s.Dp)),
+                                ("final_norm", pad(layer.final_layernorm.weight, s.Dp))):
+                setattr(self.entries[k], name, self.keep(f"mtp {k}.{name}", value))
+        c.norm, c.embedding = self.keep("norm", pad(model.norm.weight, s.Dp)), model.embed_tokens.weight.data_ptr()
+        c.lm_head = self.keep("head", panels(pad(model.lm_head.weight, s.Vp, s.Dp)))
+
+    def keep(self, name: str, value: Tensor) -> int:
+        """A contiguous copy under this name, always at the same address -> the address."""
+        if name not in self.kept:
+            self.kept[name] = torch.empty(value.shape)
+        return self.kept[name].copy_(value).data_ptr()
+
+    def places(self, plan):
+        """Where the plan's tokens stand; its tensors stay alive in the plan."""
+        return byref(Places(plan.first, plan.shape[1], plan.positions.data_ptr(), plan.columns.data_ptr()))
+
+    def trunk(self, ids: Tensor, plan, fill: bool) -> Tensor | None:
+        """ids int64 [B,Q] -> h [B,Q,D] before the final norm; fill: only the caches are filled."""
+        x, ids = torch.empty(*ids.shape, self.shape.Dp), ids.contiguous()
+        self.lib.trunk(self.at, self.places(plan), ids.numel(), ids.data_ptr(), fill, x.data_ptr())
+        return None if fill else x[..., :self.shape.D]
+
+    def mtp(self, k: int, h: Tensor, ahead: Tensor, plan, want: str) -> Tensor | None:
+        """MTP layer k; h [B,Q,D] before the final norm, ahead [B,Q]. want "all" -> [B,Q,D], "last" -> [B,D], "none"."""
+        s, (B, Q) = self.shape, ahead.shape
+        x, h, ahead = torch.empty(B, Q, s.Dp), h.contiguous(), ahead.contiguous()
+        every = {"all": 1, "last": Q, "none": 0}[want]
+        self.lib.mtp(self.at, k, self.places(plan), B * Q, h.data_ptr(), ahead.data_ptr(), every, x.data_ptr())
+        return None if want == "none" else x[..., :s.D] if want == "all" else x.view(-1, s.Dp)[:B, :s.D]
+
+    def head(self, x: Tensor, norm) -> Tensor:
+        """x [N,D] -> logits [N,V], behind the trunk's norm or an MTP layer's."""
+        s, norms = self.shape, [layer.final_layernorm for layer in self.mtp_layers]
+        x, logits = pad(x, s.Dp).contiguous(), torch.empty(len(x), s.Vp)
+        layer = next((k for k, own in enumerate(norms) if own is norm), -1)
+        self.lib.head(self.at, layer, len(x), x.data_ptr(), logits.data_ptr())
+        return logits[:, :s.V]
+
+    def decode(self, R: int) -> tuple[Tensor | None, int]:
+        """Engine.decode: -> (ended [R], None if no row has; most tokens a row has gained)."""
+        most = self.lib.decode(self.at, self.rows, R, byref(self.done))
+        return self.ended[:R] if self.done.value else None, most
+
+    def draft(self, first: int, B: int, E: int) -> None:
+        """Engine.draft."""
+        self.lib.draft(self.at, self.rows, first, B, E)
 
 
-def merge(block: Block, cfg: ModelConfig, R: int) -> tuple[Tensor, ...]:
-    """
-    Weights ready to be multiplied from the right: qkv [D, K (R + 2) d], for each KV head its G query heads
-    (repeated to R rows: cache.py), then its k and v; qkv's bias; o [H d, D]; gate|up [D, 2F]; down [F, D].
-    """
-    K, d, G, a, mlp = cfg.n_kv_head, cfg.head_dim, cfg.n_head // cfg.n_kv_head, block.self_attn, block.mlp
-    # 0, d/2, 1, d/2 + 1 ...
-    pairs = torch.arange(d, device=a.q_proj.weight.device).view(2, d // 2).T.flatten()
-    root = cfg.d_model ** 0.5                                       # normed() leaves it out
+def packed(block: Block, s: Shape) -> dict[str, Tensor]:
+    """One block's weights as decode_cpu.c reads them, heads and widths padded with zeros to multiples of 16."""
+    a, mlp, H, K, d, dp = block.self_attn, block.mlp, s.H, s.K, s.d, s.dp
 
-    def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = q.view(K, G, d, -1)[:, :, pairs].repeat(1, R // G, 1, 1) * d ** -0.5        # [K,R,d,D or 1]
-        k, v = k.view(K, 1, d, -1)[:, :, pairs], v.view(K, 1, d, -1)
-        return torch.cat([q, k, v], 1).flatten(0, 2)                # [K (R + 2) d, D or 1]
-    w = rows(a.q_proj.weight, a.k_proj.weight, a.v_proj.weight) * block.input_layernorm.weight * root
-    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * root
-    gate_up *= block.post_attention_layernorm.weight
-    bias = rows(a.q_proj.bias, a.k_proj.bias, a.v_proj.bias)[:, 0]
-    return w.T, bias, a.o_proj.weight.T, gate_up.T, mlp.down_proj.weight.T
-
-
-def merge_entry(layer: MTPLayer, model: MiMo) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W_h and W_e with their norms' gains [D,D], and W_e embedding for each token [V,D] or None."""
-    w_h, w_e = layer.input_proj.weight.chunk(2, 1)
-    emb, (V, D) = model.embed_tokens.weight, model.embed_tokens.weight.shape
-    w_h, w_e = ((w * norm.weight * D ** 0.5).T for w, norm in
-                ((w_h, layer.hidden_layernorm), (w_e, layer.token_layernorm)))
-    return w_h, w_e, normed(emb, model_eps(model.cfg)) @ w_e if V * D <= TABLE else None
-
-
-def model_eps(cfg: ModelConfig) -> Tensor:
-    """What normed() takes: sqrt(D eps)."""
-    return torch.tensor((cfg.d_model * cfg.rms_eps) ** 0.5)
-
-
-def rotations(cos: Tensor, sin: Tensor, cfg: ModelConfig, R: int) -> Tensor:
-    """cos, sin [C,d] -> complex [C, K (R + 2), d/2], 1 for v."""
-    half = cfg.head_dim // 2
-    turn = torch.complex(cos[:, :half], sin[:, :half])[:, None]     # [C,1,d/2]
-    return torch.cat([turn.expand(-1, R + 1, -1), torch.ones_like(turn)], 1).repeat(1, cfg.n_kv_head, 1)
-
-
-def normed(x: Tensor, eps: Tensor) -> Tensor:
-    """
-    RMSNorm without its gain and without the factor sqrt(D), which the merged weights carry; eps holds sqrt(D
-    eps):
-        x / sqrt(|x|^2 + D eps)  =  x / sqrt(mean(x^2) + eps) / sqrt(D)
-    """
-    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), eps)
-
-
-def prepare(plan, turn: Tensor, R: int, K: int, d: int) -> None:
-    """
-    Room for the qkv of one layer at a time, [N, K (R + 2) d], with all its views made once a forward: a view
-    costs as much as a small product. turn [N, K (R + 2), d/2] from rotations().
-    """
-    (B, Q), N = plan.shape, turn.shape[0]
-    plan.turn, plan.qkv = turn, torch.empty(N, K * (R + 2) * d)
-    plan.pairs = torch.view_as_complex(plan.qkv.view(N, K * (R + 2), d // 2, 2))
-    heads = plan.qkv.view(N * K, R + 2, d)
-    plan.new = heads[:, R:].flatten(1)                              # [N*K,2d], in the order of plan.where
-    plan.q = heads[:, :R] if Q == 1 else plan.qkv.view(B, Q, K, R + 2, d)
-
-
-def block_forward(x: Tensor, merged: tuple, cache, eps: Tensor, want: str = "all") -> Tensor | None:
-    """
-    Block.forward for x [N,D], N = B*Q tokens in the order of cache.plan; may write to x. Keys and values are
-    stored for all of them; the rest is done for what is wanted: "all" -> [N,D], "last" of each sequence ->
-    [B,D], "none".
-    """
-    (w_qkv, b_qkv, w_o, w_gate_up, w_down), plan = merged, cache.plan
-    torch.addmm(b_qkv, normed(x, eps), w_qkv, out=plan.qkv)         # [N, K (R + 2) d]
-    plan.pairs.mul_(plan.turn)
-    cache.flat.index_copy_(0, plan.where, plan.new)
-    if want == "none":
-        return None
-    if want == "last":
-        x = x.view(*plan.shape, -1)[:, -1].contiguous()             # [B,D]
-    x.addmm_(cache.attend_merged(want == "last"), w_o)
-    gate, up = torch.mm(normed(x, eps), w_gate_up).chunk(2, -1)     # [N,F] each
-    return x.addmm_(F.silu(gate).mul_(up), w_down)
-
-
-def mtp_input(entry: tuple, h: Tensor, ahead: Tensor, model: MiMo) -> Tensor:
-    """MTPLayer's entry: h [N,D] without the gain of its norm, ahead [N] the tokens. -> [N,D]."""
-    w_h, w_e, table = entry
-    if table is None:
-        return torch.addmm(normed(model.embed_tokens(ahead), model_eps(model.cfg)) @ w_e, h, w_h)
-    return torch.addmm(F.embedding(ahead, table), h, w_h)
+    def heads(*parts: Tensor) -> Tensor:
+        """[heads d, ...] each -> [heads, parts, dp, ...] flattened: k and v of one head lie side by side."""
+        parts = [F.pad(p.unflatten(0, (-1, d)), (0, 0) * (p.ndim - 1) + (0, dp - d)) for p in parts]
+        return torch.stack(parts, 1).flatten(0, 2)
+    gate_up = torch.cat([pad(w, s.Fp, s.Dp) for w in (mlp.gate_proj.weight, mlp.up_proj.weight)])
+    o = pad(a.o_proj.weight.unflatten(1, (H, d)), s.Dp, H, dp).flatten(1)
+    return {"norm1": pad(block.input_layernorm.weight, s.Dp), "norm2": pad(block.post_attention_layernorm.weight, s.Dp),
+            "q": panels(pad(heads(a.q_proj.weight), H * dp, s.Dp)), "q_bias": heads(a.q_proj.bias),
+            "kv": panels(pad(heads(a.k_proj.weight, a.v_proj.weight), 2 * K * dp, s.Dp)),
+            "kv_bias": heads(a.k_proj.bias, a.v_proj.bias), "o": panels(o), "gate_up": panels(gate_up),
+            "down": panels(pad(mlp.down_proj.weight, s.Dp, s.Fp))}

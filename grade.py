@@ -8,14 +8,13 @@ weighing them by difficulty. No format reward, no length penalty. Grading is asy
     avg@n     mean of the pass rates over n samples a problem; reported with a bootstrap 95% interval over problems
     pass@k    1 - C(n-c, k) / C(n, k), the unbiased estimate from c correct of n (Chen et al., arXiv 2107.03374)
 """
-import json
 import math
 import random
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from data.problems import PLAIN, Problem, messages
-from engine import Engine, Request, generate
+from engine import Engine, Request
 from judge import Judge
 from reward import difficulty_reward, extract_program, math_reward
 
@@ -115,14 +114,17 @@ def solve(engine: Engine, tokenizer, judge: Judge, problems: list[Problem], *, c
         rng = random.Random(f"{seed} {problem.id}")
         requests += [Request((i, j), ids, max_tokens, temperature=temperature, top_p=top_p,
                              stop=stop_ids(tokenizer, chat), seed=rng.getrandbits(62)) for j in range(n)]
-    samples = generate(engine, requests)
-    for s in samples:
-        grader.submit(s.id, Task(s.id[0]), s)
-    graded: dict = {}
-    while len(graded) < len(samples):
-        for key, _, info in grader.poll():
-            graded[key] = info
-        time.sleep(0.005)                        # leave the core to the judge's workers
+    for request in requests:
+        engine.add(request)
+    samples, graded = [], {}
+    while len(graded) < len(requests):           # programs run while other answers are still being written
+        if finished := engine.step():
+            samples += finished
+            for s in finished:
+                grader.submit(s.id, Task(s.id[0]), s)
+        graded |= {key: info for key, _, info in grader.poll()}
+        if len(samples) == len(requests):
+            time.sleep(0.005)                    # nothing left to decode: leave the core to the judge's workers
     grader.close()
     found = [[{}] * n for _ in problems]
     for s in samples:
@@ -144,8 +146,7 @@ def summary(found: list[list[dict]], ks: tuple[int, ...] = (1, 4, 8, 16)) -> dic
             "truncated": sum(s["finish"] == "length" for s in every) / len(every)}
 
 
-def save_answers(file, problems: list[Problem], found: list[list[dict]]) -> None:
-    """Every answer with its verdicts as JSONL, for reading and for difficulty estimation."""
-    for problem, row in zip(problems, found, strict=True):
-        line = {"id": problem.id, "question": problem.question, "answers": row}
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def answer_rows(problems: list[Problem], found: list[list[dict]]) -> list[dict]:
+    """Every answer with its verdicts, an object a problem, for reading and for difficulty estimation (rl_data.py)."""
+    return [{"id": problem.id, "question": problem.question, "answers": row}
+            for problem, row in zip(problems, found, strict=True)]

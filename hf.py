@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 import checkpoint
 import mtp
 from checkpoint import die, opened, read_json, write_json
+from configurator import from_dict, one_line
 from model import ModelConfig
 from tokenizer import Tokenizer
 
@@ -68,7 +69,10 @@ def tensors_in(folder):
     """
     folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
     there = {p.name for p in folder.glob("*.safetensors")}
-    weight_map = read_json(index)["weight_map"] if index.is_file() else {}
+    listing = read_json(index) if index.is_file() else {"weight_map": {}}
+    weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
+    if not isinstance(weight_map, dict):
+        die(f"{index}: should be an object with weight_map, tensor name -> file")
     listed = set(weight_map.values()) if weight_map else there
     if not listed:
         die(f"{folder}: no .safetensors file")
@@ -213,6 +217,8 @@ def import_folder(source, run, mtps=None, dtype=None, shard_bytes=5e9, chat="aut
     if checkpoint.steps_in(run):
         die(f"{run} holds {checkpoint.steps_in(run)[0].name} already: give another folder, or remove it")
     hf = read_json(source / "config.json")
+    if not isinstance(hf, dict):
+        die(f"{source / 'config.json'} should be a JSON object, is a {type(hf).__name__}")
     cfg, files = model_config(hf, source / "config.json"), tensors_in(source)
     if mtps:
         files, cfg = extra_layers(mtps, files, cfg)
@@ -330,7 +336,7 @@ def export_folder(source, target, flavour, mtps=None, dtype=None, fold="auto", s
     none. -> (checkpoint folder, tensors, bytes, folded).
     """
     ckpt, target = checkpoint.find(source), Path(target)
-    cfg, meta = ModelConfig(**checkpoint.read_shape(ckpt)), checkpoint.read_meta(ckpt)
+    cfg, meta = from_dict(ModelConfig, checkpoint.read_shape(ckpt), f"{ckpt}/model.json"), checkpoint.read_meta(ckpt)
     have = {hub_name(n): (p, n) for n, p in checkpoint.weight_files(ckpt).items()}
     want = expected(cfg)
     check_tensors(have, want, ckpt)
@@ -407,4 +413,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with one_line():
+        main()

@@ -51,6 +51,10 @@ class Test:
     def __post_init__(self):
         if self.kind not in ("stdio", "call"):
             raise ValueError(f"test kind {self.kind!r}: should be 'stdio' or 'call'")
+        for name, right in (("input", str), ("expected", str), ("level", int)):
+            if type(getattr(self, name)) is not right:
+                raise ValueError(f"test {name} {getattr(self, name)!r:.60}: should be {right.__name__}"
+                                 + (", JSON as text" if self.kind == "call" and right is str else ""))
         if self.kind == "call":
             try:
                 arguments, _ = read_json(self.input), read_json(self.expected)

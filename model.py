@@ -46,13 +46,16 @@ class ModelConfig:
     n_mtp: int = 1                # MTP layers: 1 in pre-training, 3 for inference [paper 2.2]
 
     def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ff", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        for name in ("rms_eps", "rope_base"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head = {self.n_head} must be a multiple of n_kv_head = {self.n_kv_head}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} must be even: RoPE rotates pairs of channels")
-        for name in ("vocab_size", "n_layer", "d_model", "d_ff", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if not 0 <= self.n_mtp <= 8:
             raise ValueError(f"n_mtp = {self.n_mtp} must be between 0 and 8")
 

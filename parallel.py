@@ -5,6 +5,8 @@ Not in the report, which trained on Xiaomi's own cluster; needed to train 7B par
 gradients and Adam states: 16 bytes each, 125 GB) on GPUs of 80 GB.
 
     world size 1 on CPU       nothing is wrapped, the model stays what mtp.build made
+    shard_ranks = 1 on CPU    nothing is wrapped: a copy per rank, gradients averaged once a step (plain data
+                              parallelism; for a model this small, gathering every block costs more than it saves)
     anything else             fully_shard per Block, per MTP layer and at the root
 
 On CUDA the master weights are fp32, blocks compute in bf16 and gradients are reduced in fp32
@@ -108,6 +110,22 @@ def sync_gradients(model: nn.Module, last: bool, rt) -> None:
     if rt.sharded:
         model.set_requires_gradient_sync(last or rt.world == 1)      # alone there is nothing to wait for
         model.set_is_last_backward(last)
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module, rt) -> None:
+    """
+    After the last micro-batch's backward: plain copies average their gradients over the ranks, all in one
+    message. FSDP has done so in its backward, and one process has nothing to average.
+    """
+    if rt.sharded or rt.world == 1:
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]      # the same ones on every rank
+    flat = torch.cat([g.flatten() for g in grads])
+    torch.distributed.all_reduce(flat)
+    flat /= rt.world
+    for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(part.view_as(g))
 
 
 # ---- weights in: seed, checkpoint, another model -----------------------------------------------------------

@@ -30,7 +30,7 @@ import configurator
 import mtp
 import runtime
 from data.loader import Batch, MixtureLoader
-from data.shards import sources
+from data.shards import Shards, sources
 from kernels.attention import doc_bounds
 from model import MiMo, ModelConfig
 from schedule import Stage, batch_size_at, lr_at, mtp_weight_at, stage_at, total_tokens
@@ -71,6 +71,17 @@ class Config:
     dry_run_tflops: float = 989.0         # peak dense bf16 TFLOP/s of a GPU (H100/H200: 989)
 
     def __post_init__(self):
+        if not self.stages:
+            raise ValueError("stages = []: a run needs at least one Stage")
+        configurator.at_least(self, 1, "micro_batch", "valid_tokens", "save_every", "keep", "threads", "n_mtp_final",
+                              "dry_run_world")
+        configurator.at_least(self, 0, "weight_decay", "grad_clip", "sample_every", "shard_ranks", "skip_spikes")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
+        if not 0 < self.dry_run_mfu <= 1 or self.dry_run_tflops <= 0:
+            raise ValueError(f"dry_run_mfu = {self.dry_run_mfu} should be in (0, 1], dry_run_tflops = "
+                             f"{self.dry_run_tflops} above 0")
         for s in self.all_stages():
             if s.seq_len > self.model.max_seq_len:
                 raise ValueError(f"stage {s.name}: seq_len = {s.seq_len} is longer than model.max_seq_len = "
@@ -102,7 +113,7 @@ def main(cfg: Config) -> None:
         return
 
     # ---- where we run, what we read ----------------------------------------------------------------------------
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
     with runtime.reading():
         tokenizer = Tokenizer.load(cfg.tokenizer)
@@ -117,17 +128,22 @@ def main(cfg: Config) -> None:
     with runtime.reading():
         loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=ahead, seed=cfg.seed,
                                max_seq_len=cfg.model.max_seq_len)
+        for name in sources(Path(cfg.data) / "valid"):       # a stage's end is no time to find these broken
+            Shards(Path(cfg.data) / "valid", name, cfg.model.vocab_size)
 
     # ---- start or resume ---------------------------------------------------------------------------------------
     seen, step, at = 0, 0, -1                                # tokens, optimizer steps, stage we are set up for
     ckpt = runtime.latest(run)
-    saved = runtime.read_state(ckpt) if ckpt else None
+    saved = runtime.read_state(ckpt, "seen", "loader", "spikes") if ckpt else None
     if saved:
         seen, step, at = saved["seen"], saved["step"], saved["stage"]
-        loader.load_state_dict(saved["loader"])
+        if at >= len(stages):
+            runtime.die(f"{ckpt} is in stage {at + 1} of its table, this configuration has {len(stages)}")
+        with runtime.reading():
+            loader.load_state_dict(saved["loader"])
         shape = runtime.read_shape(ckpt)
         runtime.same_shape(shape, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
-        model = mtp.build(ModelConfig(**shape), "meta")
+        model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{ckpt}/model.json"), "meta")
     else:
         model = mtp.build(cfg.model, "meta")
     model, optimizer = prepare(model, stages, at, cfg, rt, ckpt)
@@ -182,6 +198,7 @@ def main(cfg: Config) -> None:
             (loss * rt.world).backward()                     # FSDP averages over ranks; the counts are global already
             total += sums.detach()
         total = runtime.all_reduce_sum(total, rt) / counts.clamp_min(1)
+        runtime.average_gradients(model, rt)
         norm = runtime.clip_grad_norm(model, cfg.grad_clip)
         runtime.check_finite({"loss": total, "gradient norm": norm}, model, step)
         skipped = spikes.skip(float(norm))
@@ -278,4 +295,4 @@ def continue_text(model: MiMo, tokenizer: Tokenizer, prompt: str, n: int = 40) -
 
 
 if __name__ == "__main__":
-    main(configurator.load(Config))
+    configurator.run(main, Config)

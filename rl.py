@@ -42,6 +42,7 @@ from judge import Judge
 from kernels.linear_cross_entropy import logprob_entropy
 from model import MiMo, ModelConfig
 from rollout import Group, RolloutThread, Scheduler, hash64
+from sandbox import JudgeError
 from tokenizer import Tokenizer
 
 
@@ -87,6 +88,18 @@ class Config:
     shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
 
     def __post_init__(self):
+        configurator.at_least(self, 1, "steps", "batch_size", "mini_batch", "group_size", "slots", "judge_workers",
+                              "micro_tokens", "eval_samples", "save_every", "keep", "threads", "is_cap")
+        configurator.at_least(self, 0, "lr", "warmup_steps", "easy_alpha", "reward_lag", "n_draft", "weight_decay",
+                              "grad_clip", "eval_every", "max_staleness", "shard_ranks")
+        for name, high in (("easy_alpha", 1), ("max_staleness", 1), ("beta1", 0.999999), ("beta2", 0.999999)):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name} = {getattr(self, name)} should be from 0 to {round(high)}")
+        if self.dynamic_sampling and self.group_size < 2:
+            raise ValueError(f"group_size = {self.group_size} has no reward range: dynamic sampling would drop every "
+                             "group; should be at least 2")
+        if self.max_groups < self.batch_size:
+            raise ValueError(f"max_groups = {self.max_groups} should be at least batch_size = {self.batch_size}")
         if self.temperature != 1.0:
             raise ValueError(f"temperature = {self.temperature} should be 1.0: "
                              "the ratio of Eq. 1 compares full softmaxes")
@@ -96,7 +109,8 @@ class Config:
         if self.batch_size % self.mini_batch:
             raise ValueError(f"batch_size = {self.batch_size} must be a multiple of "
                              f"mini_batch = {self.mini_batch} (groups)")
-        if not self.budget or self.budget[0][0] != 0 or sorted(self.budget) != self.budget:
+        if not self.budget or self.budget[0][0] != 0 or sorted(self.budget) != self.budget \
+                or min(tokens for _, tokens in self.budget) < 1:
             raise ValueError(f"budget = {self.budget} should be [(0, tokens), (iteration, tokens), ...] in order")
 
     def budget_at(self, step: int) -> int:
@@ -178,12 +192,18 @@ def token_logprobs(model: MiMo, rows: list[Row], device) -> tuple[Tensor, Tensor
 
 def main(cfg: Config) -> None:
     # ---- start or resume -----------------------------------------------------------------------------------------
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
     ckpt = runtime.latest(run)
-    saved = runtime.read_state(ckpt) if ckpt else None
+    saved = runtime.read_state(ckpt, "schedulers") if ckpt else None
+    if ckpt:
+        runtime.same_start(ckpt, cfg.init)
     start = ckpt or runtime.find(cfg.init)
-    shape, tokenizer, meta = ModelConfig(**runtime.read_shape(start)), Tokenizer.load(start), runtime.read_meta(start)
+    with runtime.reading():
+        shape = configurator.from_dict(ModelConfig, runtime.read_shape(start), f"{start}/model.json")
+        tokenizer = Tokenizer.load(start)
+        problems = read_problems(cfg.problems)
+        held = read_problems(cfg.valid) if cfg.valid else []
     model = mtp.build(shape, "meta")
     model.mtp_layers.requires_grad_(False)                          # frozen in RL [paper 2.2]
     model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks)
@@ -191,21 +211,22 @@ def main(cfg: Config) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                   fused=True)
-    chat = meta["chat"]
-
-    with runtime.reading():
-        problems = read_problems(cfg.problems)
-        held = read_problems(cfg.valid) if cfg.valid else []
-    if not problems:
-        runtime.die(f"{cfg.problems}: no problems in it")
+    chat = runtime.read_meta(start).get("chat", False)
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
     prompt_len, budget = max(map(len, prompts)), max(tokens for _, tokens in cfg.budget)
     if prompt_len + budget > shape.max_seq_len:
         runtime.die(f"{cfg.problems}: longest prompt {prompt_len} + budget {budget} tokens exceed "
                     f"the context of {start}, max_seq_len = {shape.max_seq_len}")
+    longest = max([len(prompt_ids(tokenizer, p, chat)) for p in held] or [0])
+    if longest + budget > shape.max_seq_len:
+        runtime.die(f"{cfg.valid}: longest prompt {longest} + budget {budget} tokens exceed the context of {start}, "
+                    f"max_seq_len = {shape.max_seq_len}")
+    if not 0 <= cfg.n_draft <= shape.n_mtp:
+        runtime.die(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {start}")
 
     # ---- the two threads: rollout there, updates here ---------------------------------------------------------------
-    judge = Judge(workers=cfg.judge_workers)
+    with runtime.reading(JudgeError):
+        judge = Judge(workers=cfg.judge_workers)
     grader = Grader(problems, tokenizer, judge, cfg.scheme)
     if cfg.batch_size % rt.world or cfg.max_groups % rt.world:
         runtime.die(f"batch_size = {cfg.batch_size} and max_groups = {cfg.max_groups} must be multiples of the "
@@ -218,7 +239,8 @@ def main(cfg: Config) -> None:
         if len(saved["schedulers"]) != rt.world:
             runtime.die(f"{ckpt} was written by {len(saved['schedulers'])} process(es), this run has {rt.world}: "
                         "the prompt queues of RL are per process")
-        scheduler.load_state_dict(saved["schedulers"][rt.rank])
+        with runtime.reading():
+            scheduler.load_state_dict(saved["schedulers"][rt.rank])
         runtime.load_optimizer(ckpt, model, optimizer)
     # a plain copy decodes, whatever the trainer is sharded over
     replica = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
@@ -331,6 +353,7 @@ def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
                                          (clipped & (A < 0)).sum(), (clipped & (A > 0)).sum(), gap.abs().sum(),
                                          (gap.exp() - 1 - gap).sum()])
                     worst = torch.maximum(worst, torch.stack([rho.max(), gap.abs().max()]))
+        runtime.average_gradients(model, rt)
         norm = runtime.clip_grad_norm(model, cfg.grad_clip)
         runtime.check_finite({"gradient norm": norm}, model, step)
         optimizer.step()
@@ -384,4 +407,4 @@ def evaluate(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> dict[
 
 
 if __name__ == "__main__":
-    main(configurator.load(Config))
+    configurator.run(main, Config)

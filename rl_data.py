@@ -12,12 +12,12 @@ all models, and the tests of a problem clustered into easy, medium and hard (Fig
 levels 0, 1, 2. The report is silent on the clustering; its Fig. 5 fits edges near 0.3 and 0.7. An answer without a
 program passes no test. The report draws 16 answers a problem, and also drops what strong models never solve.
 """
-import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import configurator
 import runtime
+from data.jsonl import line_of, read_jsonl
 from data.problems import Problem, read_problems, write_problems
 from reward import difficulty_levels, estimate_pass_rates
 
@@ -33,17 +33,27 @@ class Config:
     max_code_rate: float = 1.0                            # code: solved this often goes [paper 3.2]
     levels: int = 3                                       # difficulty groups [paper Fig. 5]
 
+    def __post_init__(self):
+        configurator.at_least(self, 1, "levels")
+        for name in ("max_maths_rate", "max_code_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1]")
+        if not self.answers:
+            raise ValueError("answers = []: difficulty is estimated from the answers of at least one model")
+
 
 def read_answers(path: str) -> dict[str, list[dict]]:
     """problem id -> its graded answers. ValueError with file and line for what eval.py did not write."""
-    found = {}
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                row = json.loads(line.decode("utf-8"))
-                found[row["id"]] = row["answers"]
-            except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f"{path}, line {n}: not a line of eval.py's answers ({e})") from None
+    found: dict[str, list[dict]] = {}
+    right = "eval.py writes such files"
+    for n, row in read_jsonl(path, right):
+        with line_of(path, n, right):
+            answers = row["answers"]
+            if not isinstance(answers, list) or not answers:
+                raise ValueError(f"problem {row['id']} has no answers")
+            if not all(isinstance(a["verdicts"], list) and isinstance(a["passed"], bool) for a in answers):
+                raise ValueError("each answer needs passed (a bool) and verdicts (a list)")
+            found[row["id"]] = answers
     return found
 
 
@@ -60,8 +70,6 @@ def main(cfg: Config) -> None:
     with runtime.reading():
         problems = read_problems(cfg.problems)
         models = [read_answers(path) for path in cfg.answers]
-    if not models:
-        runtime.die("answers = []: difficulty is estimated from the answers of at least one model")
     kept, dropped, spread = [], Counter(), Counter()
     for p in problems:
         missing = [path for path, found in zip(cfg.answers, models, strict=True) if p.id not in found]
@@ -73,7 +81,8 @@ def main(cfg: Config) -> None:
             dropped[p.kind] += 1
             continue
         if p.kind == "code":
-            p = with_levels(p, [a for found in models for a in found[p.id]], cfg.levels)
+            with runtime.reading():
+                p = with_levels(p, [a for found in models for a in found[p.id]], cfg.levels)
             spread[len({t.level for t in p.tests})] += 1
         kept.append(p)
     if not kept:
@@ -85,4 +94,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(configurator.load(Config))
+    configurator.run(main, Config)

@@ -48,12 +48,15 @@ from checkpoint import (  # noqa: F401  (the scripts say runtime.latest, runtime
     read_state,
     read_weights,
     same_shape,
+    same_start,
     save_checkpoint,
     shared,
 )
+from configurator import os_words
 from memory import flops_per_token
 from parallel import (  # noqa: F401
     assign,
+    average_gradients,
     fill,
     full,
     full_state,
@@ -79,16 +82,16 @@ class Runtime:
     world: int
     local_rank: int
     is_main: bool               # rank 0: prints, logs, names checkpoints
-    sharded: bool               # parameters become FSDP2 shards: with several ranks, and on CUDA (precision)
+    sharded: bool               # parameters become FSDP2 shards: over several ranks, and on CUDA (precision)
     save_group: Any = None      # gloo group of background saves, apart from the one training uses
 
 
 # ---- beginning and end -------------------------------------------------------------------------------------
 
-def setup(threads: int = 1, seed: int = 0, device: str = "auto") -> Runtime:
+def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: int = 0) -> Runtime:
     """
     threads: torch threads on CPU. seed: Python, numpy and torch. device: "cpu", "cuda" or "auto" (CUDA when
-    there is one). A process group is made when torchrun's variables are there (nccl on CUDA, gloo on CPU),
+    there is one). shard_ranks: 1 on CPU means that every rank keeps a plain copy (parallel.py). A process group is made when torchrun's variables are there (nccl on CUDA, gloo on CPU),
     and for one GPU, whose mixed precision is FSDP2's on a mesh of one. Ends the run with one line if CUDA is
     asked for and absent.
     """
@@ -117,7 +120,7 @@ def setup(threads: int = 1, seed: int = 0, device: str = "auto") -> Runtime:
     torch.manual_seed(seed)
     catch_sigterm()
     return Runtime(where, torch.bfloat16 if cuda else torch.float32, rank, world, local_rank, rank == 0,
-                   cuda or world > 1, save_group)
+                   cuda or world > 1 and shard_ranks != 1, save_group)
 
 
 def teardown(rt: Runtime) -> None:
@@ -163,15 +166,32 @@ def stop_requested(rt: Runtime) -> bool:
 
 
 @contextmanager
-def reading():
+def reading(*more: type[Exception]):
     """
-    What a person gave is read inside: a ValueError or a missing file ends the run with one line, not a
-    traceback.
+    What a person gave is read inside: a ValueError, a file that cannot be read, or one of `more` ends the run
+    with one line, not a traceback.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
+    except OSError as e:
+        die(os_words(e))
+    except (ValueError, *more) as e:
         die(str(e))
+
+
+def target(path) -> Path:
+    """
+    Where a result will be written: its folder is made and looked at now, so that a run ends before its work
+    and not after it when the result could not be kept. -> path.
+    """
+    path = Path(path)
+    with reading():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; a file is to be written there")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path}: no permission to write in {path.parent}")
+    return path
 
 
 # ---- over the ranks ----------------------------------------------------------------------------------------
@@ -253,8 +273,9 @@ def check_finite(values: dict[str, Tensor | float], model: nn.Module | None = No
     bad = [k for k, v in values.items() if not bool(torch.isfinite(torch.as_tensor(v)).all())]
     if not bad:
         return
-    named = [] if model is None else [(f"{kind} of {name}", t) for name, p in model.named_parameters()
-                                      for kind, t in (("weight", p), ("gradient", p.grad)) if t is not None]
+    params = [] if model is None else list(model.named_parameters())
+    named = [(f"weight of {name}", p) for name, p in params]     # first: one bad weight spoils every gradient
+    named += [(f"gradient of {name}", p.grad) for name, p in params if p.grad is not None]
     first = next((name for name, t in named if not bool(torch.isfinite(local(t.detach())).all())), None)
     if dist.is_initialized() and dist.get_world_size() > 1:
         found: list = [None] * dist.get_world_size()

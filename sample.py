@@ -19,7 +19,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,6 +27,8 @@ import configurator
 import mtp
 import runtime
 from checkpoint import find, newest, read_meta, read_shape
+from data.jsonl import line_of, read_jsonl, write_jsonl
+from data.sft_data import check_turns
 from engine import Engine, Request, Sample
 from model import MiMo, ModelConfig
 from tokenizer import Tokenizer
@@ -38,8 +39,8 @@ COLOURS = ("32", "36", "35", "33")      # ANSI: layer 1 green, 2 cyan, 3 magenta
 @dataclass(frozen=True)
 class Config:
     ckpt: str = ""                        # a checkpoint or a run folder; "" = the newest under out/
-    prompt: str = ""                  # one prompt; "" and no file = chat (chat models) or lines (base models)
-    file: str = ""                # JSONL in: {"prompt": text} or {"messages": [...]}, any other keys are kept
+    prompt: str = ""                      # one prompt; "" and no file = chat (chat models) or lines (base models)
+    file: str = ""                        # JSONL in: {"prompt": text} or {"messages": [...]}, any other keys are kept
     out: str = ""                         # JSONL out for --file; "" = stdout
     system: str = ""                      # system prompt of a chat model, "" = none
     n: int = 1                            # answers per prompt
@@ -61,8 +62,12 @@ class Config:
             raise ValueError("prompt and file: one of the two")
         if self.compare and not (self.prompt or self.file):
             raise ValueError("compare needs --prompt or --file")
-        if self.n < 1 or self.max_tokens < 1 or self.slots < 1:
-            raise ValueError("n, max_tokens and slots should be at least 1")
+        if self.out and not self.file:
+            raise ValueError("out goes with file: it takes the answers to the prompts of --file")
+        configurator.at_least(self, 1, "n", "max_tokens", "slots", "threads")
+        configurator.at_least(self, 0, "temperature", "top_k", "n_draft", "max_len")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} should be in (0, 1]")
 
 
 def main(cfg: Config) -> None:
@@ -71,7 +76,10 @@ def main(cfg: Config) -> None:
     if ckpt is None:
         raise SystemExit("error: no checkpoint under out/: `make demo` trains one in a quarter of an hour")
     tokenizer, chat = Tokenizer.load(ckpt), bool(read_meta(ckpt).get("chat", False))
-    model = mtp.build(ModelConfig(**read_shape(ckpt)), "meta").to(rt.dtype)
+    model = mtp.build(configurator.from_dict(ModelConfig, read_shape(ckpt), f"{ckpt}/model.json"), "meta").to(rt.dtype)
+    if cfg.max_len > model.cfg.max_seq_len:
+        raise SystemExit(f"error: max_len = {cfg.max_len} is longer than the context of {ckpt}, max_seq_len = "
+                         f"{model.cfg.max_seq_len}")
     model = runtime.materialise(model, rt, ckpt=ckpt).to(rt.device)
     layers = len(model.mtp_layers)
     if (cfg.mtp or cfg.compare) and layers == 0:
@@ -98,22 +106,17 @@ def note(text: str) -> None:
 
 def read_file(path: str) -> list[dict]:
     """One JSON object a line with "prompt" or "messages". Ends the run naming file and line."""
-    rows = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as e:
-        raise SystemExit(f"error: {path}: {e.strerror}") from None
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise SystemExit(f"error: {path}:{i}: not JSON ({e})") from None
-        prompt, turns = (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
-        if not isinstance(prompt, str) and not isinstance(turns, list):
-            raise SystemExit(f'error: {path}:{i}: should have "prompt": text or "messages": [...]')
-        rows.append(row)
+    rows, right = [], 'should have "prompt": text or "messages": [{"role", "content"}, ...]'
+    with runtime.reading():
+        for n, row in read_jsonl(path, right):
+            with line_of(path, n, right):
+                if "messages" in row:
+                    check_turns(row["messages"])
+                elif not isinstance(row["prompt"], str) or not row["prompt"]:
+                    raise ValueError(f"prompt = {row['prompt']!r} is no text")
+            rows.append(row)
+        if not rows:
+            raise ValueError(f"{path}: no prompts in it; a line {right}")
     return rows
 
 
@@ -169,6 +172,8 @@ def answer(model: MiMo, requests: list[Request], rows: list[dict], tokenizer: To
            cfg: Config) -> None:
     """All prompts; one alone is streamed, a file becomes JSON lines."""
     engine = engine_for(model, requests, n_draft, cfg)
+    if cfg.out:
+        runtime.target(cfg.out)
     if not cfg.file:
         for request in requests:
             sample, seconds = stream(engine, request, tokenizer)
@@ -178,15 +183,13 @@ def answer(model: MiMo, requests: list[Request], rows: list[dict], tokenizer: To
     lines = []
     for i, row in enumerate(rows):
         mine = [done[i, j] for j in range(cfg.n)]
-        row = row | {"answers": [tokenizer.decode(s.tokens, skip_control=True) for s in mine],
-                     "finish": [s.finish for s in mine]}
-        lines.append(json.dumps(row, ensure_ascii=False))
+        lines.append(row | {"answers": [tokenizer.decode(s.tokens, skip_control=True) for s in mine],
+                            "finish": [s.finish for s in mine]})
     if cfg.out:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(cfg.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_jsonl(cfg.out, lines)
         note(f"{cfg.out}: {len(lines)} lines")
     else:
-        print("\n".join(lines))
+        print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     note(figures(list(done.values()), seconds, engine))
 
 
@@ -331,4 +334,4 @@ def talk(model: MiMo, tokenizer: Tokenizer, chat: bool, n_draft: int, cfg: Confi
 
 if __name__ == "__main__":
     with torch.no_grad():
-        main(configurator.load(Config))
+        configurator.run(main, Config)

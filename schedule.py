@@ -40,8 +40,14 @@ class Stage:
     mix: dict[str, float] = field(default_factory=lambda: {"web": 1.0})   # source -> share of tokens, normalised
 
     def __post_init__(self):
-        if self.tokens <= 0:
+        if not 0 < self.tokens < math.inf:
             raise ValueError(f"stage {self.name}: tokens = {self.tokens} must be positive")
+        for name in ("batch_size_start", "batch_warmup_tokens", "lr", "lr_start", "warmup_tokens", "lr_end",
+                     "decay_tokens", "mtp_weight", "mtp_weight_end", "mtp_switch_tokens"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"stage {self.name}: {name} = {getattr(self, name)} must be at least 0")
+        if not 0 < self.rope_base < math.inf:
+            raise ValueError(f"stage {self.name}: rope_base = {self.rope_base} must be positive")
         if self.seq_len < 2 or self.batch_size < 1:
             raise ValueError(f"stage {self.name}: seq_len = {self.seq_len} and batch_size = {self.batch_size} "
                              "must be at least 2 and 1")

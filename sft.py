@@ -58,24 +58,30 @@ class Config:
     shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
 
     def __post_init__(self):
-        for name in ("seq_len", "batch_size", "micro_batch", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        configurator.at_least(self, 2, "seq_len")
+        configurator.at_least(self, 1, "batch_size", "micro_batch", "steps", "max_per_query", "save_every", "keep",
+                              "threads")
+        configurator.at_least(self, 0, "warmup_steps", "lr", "mtp_weight", "weight_decay", "grad_clip", "shard_ranks")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
 
 
 def main(cfg: Config) -> None:
     # ---- start or resume ---------------------------------------------------------------------------------------
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
     ckpt = runtime.latest(run)
-    saved = runtime.read_state(ckpt) if ckpt else None
+    saved = runtime.read_state(ckpt, "step", "loader") if ckpt else None
+    if ckpt:
+        runtime.same_start(ckpt, cfg.init)
     start = ckpt or runtime.find(cfg.init)                   # a folder of checkpoints or one checkpoint
     with runtime.reading():
         shape, tokenizer = runtime.read_shape(start), Tokenizer.load(start)
     if cfg.seq_len > shape["max_seq_len"]:
         runtime.die(f"seq_len = {cfg.seq_len} is longer than the context of {start}, "
                     f"max_seq_len = {shape['max_seq_len']}")
-    model = mtp.build(ModelConfig(**shape), "meta")
+    model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{start}/model.json"), "meta")
     model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
     model = runtime.materialise(model, rt, ckpt=start)       # each rank reads its own rows
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": cfg.weight_decay},
@@ -91,7 +97,8 @@ def main(cfg: Config) -> None:
     step = 0
     if saved:
         step = saved["step"]
-        loader.load_state_dict(saved["loader"])
+        with runtime.reading():
+            loader.load_state_dict(saved["loader"])
         runtime.load_optimizer(ckpt, model, optimizer)
     if rt.is_main:
         print(configurator.show(cfg))
@@ -119,6 +126,7 @@ def main(cfg: Config) -> None:
             (loss * rt.world).backward()
             total += sums.detach()
         total = runtime.all_reduce_sum(total, rt) / counts.clamp_min(1)
+        runtime.average_gradients(model, rt)
         norm = runtime.clip_grad_norm(model, cfg.grad_clip)
         runtime.check_finite({"loss": total, "gradient norm": norm}, model, step)
         for group in optimizer.param_groups:
@@ -147,4 +155,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(configurator.load(Config))
+    configurator.run(main, Config)

@@ -240,7 +240,13 @@ class Tokenizer:
         "tiny" or a folder -> Tokenizer. Raises ValueError that names the file, FileNotFoundError if there is
         none.
         """
-        return _load_tiny() if str(name) == "tiny" else _load_folder(os.fspath(name))
+        if str(name) == "tiny":
+            return _load_tiny()
+        try:
+            return _load_folder(os.fspath(name))
+        except (KeyError, TypeError, AttributeError, IndexError) as e:
+            raise ValueError(f"{name}: the tokenizer's files are not of Qwen2's form "
+                             f"({type(e).__name__}: {e})") from None
 
     def save(self, folder):
         """

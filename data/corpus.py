@@ -223,6 +223,9 @@ def main() -> None:
     parser.add_argument("--maths", type=int, default=3000, help="training problems in maths")
     parser.add_argument("--code", type=int, default=2000, help="training problems in code")
     args = parser.parse_args()
+    if args.pages < 20 or args.maths < 1 or args.code < 1:
+        raise SystemExit(f"corpus error: pages = {args.pages} should be at least 20, maths = {args.maths} and code = "
+                         f"{args.code} at least 1")
     torch.set_num_threads(1)
     start = time.perf_counter()
     pairs = lambda ps: [(p.question, f"{p.reasoning}\n{p.solution}".strip()) for p in ps]

@@ -30,8 +30,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from configurator import os_words
 from data import tag as tagging
 from data.corpus import SOURCE_OF, Corpus, Record, clean
+from data.jsonl import read_jsonl
 from data.problems import Problem, identity, read_problems
 from data.shards import write_source
 from judge import Test
@@ -62,17 +64,11 @@ def read_rows(path: Path) -> Iterator[dict]:
             file = io.BufferedReader(zstandard.open(path, "rb"))
         else:
             file = gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb")
-        with file:
-            for n, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except ValueError as e:
-                    raise ValueError(f"{path}, line {n}: not JSON: {e}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{path}, line {n}: a row must be a JSON object, not {type(row).__name__}"
-                    )
+        try:
+            for _, row in read_jsonl(path, file=file):
                 yield row
+        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+            raise ValueError(f"{path}: cut off or damaged: {e}") from None
 
 
 def rows(source: str, split: str = "train", name: str | None = None) -> Iterator[dict]:
@@ -94,12 +90,12 @@ def rows(source: str, split: str = "train", name: str | None = None) -> Iterator
     yield from load_dataset(source, name, split=split, streaming=True)
 
 
-def need(row: dict, field: str, kind: type | tuple = str):
+def need(row: dict, field: str, kind: type = str):
     """row[field]; ValueError with the columns that are there when it is missing or of another type."""
     value = row.get(field)
     if not isinstance(value, kind):
         raise ValueError(
-            f"row needs {field!r} ({kind}), has {type(value).__name__}; columns: {', '.join(sorted(row))}"
+            f"row needs {field!r} ({kind.__name__}), has {type(value).__name__}; columns: {', '.join(sorted(row))}"
         )
     return value
 
@@ -343,16 +339,17 @@ def convert(
     """Rows -> items of the adapter, without exact repeats of a problem. `dropped` counts what was left out
     and why.
 
-    ValueError for an unknown adapter, and for a row whose columns do not fit, with the row's number.
+    ValueError for an unknown adapter, and for a row whose columns do not fit, with the row's number, from 1.
     """
     if adapter not in ADAPTERS:
         raise ValueError(f"adapter {adapter!r}: must be one of {', '.join(sorted(ADAPTERS))}")
     dropped, seen = {} if dropped is None else dropped, set()
-    for n, row in enumerate(given):
+    for n, row in enumerate(given, 1):
         try:
             made = ADAPTERS[adapter](row)
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{adapter}, row {n}: {e}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, zlib.error, pickle.UnpicklingError) as e:
+            what = f"no field {e}" if isinstance(e, KeyError) else e
+            raise ValueError(f"adapter {adapter}, row {n}: {what}") from None
         if not made:
             dropped["filtered"] = dropped.get("filtered", 0) + 1
             continue
@@ -403,6 +400,8 @@ def main() -> None:
     parser.add_argument("--labels", default="", help="JSONL of a teacher's labels, for the tagger")
     parser.add_argument("--heldout", default="", help="problems no document may hold (JSONL)")
     args = parser.parse_args()
+    if args.limit is not None and args.limit < 1:
+        raise SystemExit(f"hub error: limit = {args.limit} should be at least 1")
     dropped: dict[str, int] = {}
     items = convert(args.adapter, rows(args.source, args.split), dropped)
     temporary, count = args.out.with_name(args.out.name + ".tmp"), 0
@@ -415,6 +414,9 @@ def main() -> None:
                     f"{args.source}: no documents to write (adapter {args.adapter}, {len(records)} items)"
                 )
             return to_shards(records, args.out, args.tokenizer, args.name, held, args.labels)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        if args.out.is_dir():
+            raise ValueError(f"{args.out} is a folder; out should be a .jsonl file, or add --tokenizer for shards")
         with open(temporary, "w", encoding="utf-8") as f:
             for item in tqdm(islice(items, args.limit), unit="row", disable=None):
                 if isinstance(item, Record):
@@ -427,10 +429,13 @@ def main() -> None:
                     json.dumps(asdict(item) if isinstance(item, Problem) else item, ensure_ascii=False) + "\n"
                 )
                 count += 1
+        if not count:
+            raise ValueError(f"{args.source}: nothing left to write: {dropped or 'there is no row'}")
         temporary.replace(args.out)
     except (ValueError, OSError, ImportError) as e:
+        raise SystemExit(f"hub error: {os_words(e) if isinstance(e, OSError) else e}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise SystemExit(f"hub: {e}") from None
     print(f"{args.out}: {count:,} written", *(f"{n:,} {why}" for why, n in dropped.items()), sep=", ")
 
 

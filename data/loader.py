@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from configurator import one_line
 from data.shards import Shards
 
 
@@ -214,8 +215,8 @@ class MixtureLoader:
 
 
 def main(folder, *weights):
-    mix = {name: float(w) for name, w in (s.split("=") for s in weights)}
     try:
+        mix = {name: float(w) for name, w in (s.split("=") for s in weights)}
         loader = MixtureLoader(folder, list(mix), vocab_size=1 << 32, n_mtp=1)
     except ValueError as e:
         raise SystemExit(f"loader error: {e}") from None
@@ -228,4 +229,7 @@ def main(folder, *weights):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) < 3 or not all("=" in word for word in sys.argv[2:]):
+        raise SystemExit("usage: python -m data.loader FOLDER SOURCE=WEIGHT ...")
+    with one_line():
+        main(*sys.argv[1:])

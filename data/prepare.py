@@ -17,7 +17,6 @@ with its steps inside <think>, code as the program alone) is for stage 3 only, a
 
 Differs from the report: the reasoning is written by the problem generators, not by a stronger model.
 """
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 import configurator
 import runtime
 from data import corpus
+from data.jsonl import write_jsonl
 from data.problems import PLAIN, Problem, identity, messages, response, split_of, write_problems
 from data.shards import write_source
 from data.tiny import code, maths
@@ -48,7 +48,7 @@ class Config:
     careless_share: float = 0.35          # share of code pages' answers that forget something
     tables: int = 500                     # pages of number facts
     synth: int = 3_000                    # synthetic reasoning answers for stage 3, half maths, half code
-    sft: int = 4_000                      # chat samples, two thirds maths, one third code
+    sft: int = 4_000                      # chat samples, half maths, half code
     rl_maths: int = 1_000                 # RL training problems
     rl_code: int = 500                    # RL training problems with tests
     test: int = 300                       # held-out problems of each kind, eval.py
@@ -56,6 +56,17 @@ class Config:
     tests: int = 12                       # unit tests per code problem
     valid_share: float = 0.04             # share of documents kept back for the validation loss
     threads: int = 1                      # torch threads (the tagger)
+
+    def __post_init__(self):
+        configurator.at_least(self, 1, "book_words", "maths_problems", "code_problems", "synth", "sft", "rl_maths",
+                              "rl_code", "test", "valid", "tests", "threads")
+        configurator.at_least(self, 0, "books", "tables")
+        configurator.at_least(self, 20, "pages")
+        for name in ("steps_share", "careless_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1]")
+        if not 0 < self.valid_share < 1:
+            raise ValueError(f"valid_share = {self.valid_share} should be above 0 and below 1")
 
 
 GENERATORS = {"maths": maths, "code": code}
@@ -111,12 +122,10 @@ def main(cfg: Config) -> None:
     print(f"problems: {2 * cfg.test} test, {2 * cfg.valid} valid, {len(rl)} for RL")
 
     # ---- chat samples for SFT ------------------------------------------------------------------------------------
-    samples = training("maths", cfg.sft * 2 // 3, rng) + training("code", cfg.sft // 3, rng)
+    samples = training("maths", cfg.sft // 2, rng) + training("code", cfg.sft // 2, rng)
     rng.shuffle(samples)
-    with open(out / "sft.jsonl", "w", encoding="utf-8") as f:
-        for p in samples:
-            row = {"id": p.id, "source": p.kind, "messages": messages(p, answer(p))}
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_jsonl(out / "sft.jsonl", ({"id": p.id, "source": p.kind, "messages": messages(p, answer(p))}
+                                    for p in samples))
 
     # ---- documents: the crawl through the pipeline, books, synthetic reasoning -------------------------------------
     pages = {kind: [(p.question, page_answer(p, rng, cfg)) for p in training(kind, n, rng)]
@@ -149,4 +158,4 @@ def answer(p: Problem) -> str:
 
 
 if __name__ == "__main__":
-    main(configurator.load(Config))
+    configurator.run(main, Config)

@@ -7,12 +7,12 @@ RL-Zero), and `messages`, the chat form (SFT, RL).
 """
 import dataclasses
 import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data.jsonl import line_of, read_jsonl, write_jsonl
 from judge import Test
 
 PLAIN = "Problem: {question}\nSolution:"     # what a base model continues, up to the end of the document
@@ -32,7 +32,7 @@ class Problem:
 
     def __post_init__(self):
         if self.kind == "code" and not self.tests and not self.solution:
-            raise ValueError(f"problem {self.id}: a code problem needs tests (field 'tests' is empty)")
+            raise ValueError(f"problem {self.id} has no tests; a code problem needs at least one")
         if self.kind == "maths" and not self.answer:
             raise ValueError(f"problem {self.id}: a maths problem needs an answer (field 'answer' is empty)")
 
@@ -63,33 +63,48 @@ def messages(p: Problem, answer: str | None = None) -> list[dict[str, str]]:
 
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
     """JSONL, atomically: a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(".tmp")
-    with open(tmp, "w", encoding="utf-8") as f:
-        for p in problems:
-            f.write(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n")
-    tmp.replace(path)
+    write_jsonl(path, map(dataclasses.asdict, problems))
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """Raises ValueError with file and line for a line that is no problem, FileNotFoundError when there is no file."""
-    return list(_lines(Path(path)))
+    """
+    ValueError names file and line of what is no problem (a field of another type or unknown, no tests, an id that came
+    before), and a file without any; OSError if it cannot be read.
+    """
+    found: dict[str, tuple[int, Problem]] = {}
+    for n, row in read_jsonl(path):
+        with line_of(path, n):
+            problem = parsed(row)
+            if problem.id in found:
+                raise ValueError(f"problem {problem.id} stands in line {found[problem.id][0]} already; ids should "
+                                 "be unique")
+        found[problem.id] = n, problem
+    if not found:
+        raise ValueError(f"{path}: no problems in it; `python -m data.prepare` and data/hub.py write such files")
+    return [problem for _, problem in found.values()]
 
 
-def _lines(path: Path) -> Iterator[Problem]:
-    fields = {f.name for f in dataclasses.fields(Problem)}
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                row = json.loads(line.decode("utf-8"))
-                extra = set(row) - fields
-                if extra:
-                    raise ValueError(f"unknown field {sorted(extra)[0]!r}, known are {', '.join(sorted(fields))}")
-                row["tests"] = tuple(Test(**t) for t in row.get("tests", ()))
-                problem = Problem(**row)
-                if problem.kind == "code" and not problem.tests:
-                    raise ValueError(f"problem {problem.id} has no tests")
-            except (ValueError, TypeError, AttributeError) as e:
-                raise ValueError(f"{path}, line {n}: {e}") from None
-            yield problem
+def parsed(row: dict) -> Problem:
+    """A line of a problems file -> Problem. ValueError or TypeError in words."""
+    fields = {f.name: f for f in dataclasses.fields(Problem)}
+    if extra := sorted(set(row) - set(fields)):
+        raise ValueError(f"unknown field {extra[0]!r}, known are {', '.join(fields)}")
+    if lacking := [k for k in ("id", "kind", "question") if k not in row]:
+        raise ValueError(f"no field {lacking[0]!r}; a problem needs id, kind, question, and an answer or tests")
+    for key, value in row.items():
+        right = {"level": int, "tests": list}.get(key, str)
+        if type(value) is not right:
+            raise ValueError(f"{key} = {value!r} should be {right.__name__}")
+    if row["kind"] not in ("maths", "code"):
+        raise ValueError(f"kind = {row['kind']!r} should be 'maths' or 'code'")
+    if not row["question"].strip():
+        raise ValueError(f"problem {row['id']} has no question")
+    problem = Problem(**row | {"tests": tuple(Test(**t) for t in row.get("tests", ()))})
+    if problem.kind == "code":
+        if not problem.tests:
+            raise ValueError(f"problem {problem.id} has no tests; a code problem needs at least one")
+        if len({t.kind for t in problem.tests}) > 1:
+            raise ValueError(f"problem {problem.id}: its tests should be all 'call' or all 'stdio'")
+        if problem.tests[0].kind == "call" and not problem.entry:
+            raise ValueError(f"problem {problem.id}: call tests need `entry`, the function to call")
+    return problem

@@ -16,7 +16,6 @@ report names the filters, not their rules; the thresholds below are ours.
     python -m data.sft_data samples.jsonl out/sft --tokenizer=MiMo-7B-Base --workers=32    # as token shards
 """
 import argparse
-import json
 import multiprocessing
 import re
 from collections import Counter
@@ -24,8 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
+from configurator import os_words
 from data import decontaminate
 from data.decontaminate import build_index
+from data.jsonl import line_of, read_jsonl, write_jsonl
 from data.shards import Shards, write_source
 from tokenizer import Tokenizer
 
@@ -127,27 +128,32 @@ def filter_samples(rows, contaminated=lambda query: False, cap=8):
     return [row for k, row in enumerate(rows) if k in kept], dropped
 
 
+SAMPLE = 'a sample is {"messages": [{"role": ..., "content": text}, ...]}'
+
+
 def read_samples(path):
-    """JSONL -> list of rows. ValueError with file, line and what would be right."""
+    """JSONL -> list of rows. ValueError with file, line and what would be right; also if there is none."""
     rows = []
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-                turns = row["messages"]
-                if not turns or not all(isinstance(m[k], str) for m in turns for k in ("role", "content")):
-                    raise ValueError("messages must be a list of {role, content}, both text")
-            except (ValueError, KeyError, TypeError) as e:
-                why = f"no field {e}" if isinstance(e, KeyError) else e
-                raise ValueError(f'{path}, line {n}: {why}; a sample is {{"messages": [...]}}') from None
-            rows.append(row)
+    for n, row in read_jsonl(path, SAMPLE):
+        with line_of(path, n, SAMPLE):
+            check_turns(row["messages"])
+            if type(row.get("score", 0.0)) not in (int, float):
+                raise ValueError(f"score = {row['score']!r} should be a number")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no samples in it; {SAMPLE}, one a line")
     return rows
 
 
-def write_samples(path, rows):
-    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+def check_turns(turns):
+    """ValueError for what is no conversation that Tokenizer.chat takes."""
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("messages should be a list with a turn at least")
+    for k, m in enumerate(turns):
+        if not isinstance(m, dict) or not isinstance(m.get("content"), str):
+            raise ValueError(f"messages[{k}] should be an object with role and content, both text")
+        if m.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f"messages[{k}]: role {m.get('role')!r} should be system, user or assistant")
 
 
 def filtered(path, heldout="", max_per_query=8):
@@ -231,12 +237,11 @@ def _tokenise(row):
 def read_questions(path):
     """Evaluation questions of a JSONL file: problems ("question") or chats ("messages")."""
     questions = []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
+    for n, row in read_jsonl(path):
+        with line_of(path, n, 'should be JSON with "question" or "messages"'):
             questions.append(row["question"] if "question" in row else query_of(row))
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{path}, line {n}: should be JSON with "question" or "messages"') from None
+            if not isinstance(questions[-1], str):
+                raise ValueError(f"question = {questions[-1]!r} is no text")
     return questions
 
 
@@ -249,16 +254,18 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
     parser.add_argument("--cap", type=int, default=8, help="answers kept per query [paper 3.1]")
     a = parser.parse_args(argv)
+    if a.workers < 1 or a.cap < 1:
+        raise SystemExit(f"sft_data error: workers = {a.workers} and cap = {a.cap} should be at least 1")
     try:
         kept, report = filtered(a.source, a.heldout, a.cap)
         print(report)
         if a.target.endswith(".jsonl"):
-            write_samples(a.target, kept)
+            write_jsonl(a.target, kept)
         else:
             info = write_tokenised(a.target, kept, a.tokenizer, a.workers)
             print(f"{a.target}: {info['documents']:,} samples, {info['tokens']:,} tokens")
     except (ValueError, OSError) as e:
-        raise SystemExit(f"sft_data error: {e}") from None
+        raise SystemExit(f"sft_data error: {os_words(e) if isinstance(e, OSError) else e}") from None
 
 
 if __name__ == "__main__":

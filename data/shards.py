@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from configurator import one_line
+
 MAGIC, VERSION, HEADER_WORDS = 0x6D694D6F, 1, 128          # header = 128 little-endian int64 words = 1 KiB
 SMALL = 64 << 20                                           # bytes; smaller shards are checksummed on opening
 
@@ -154,7 +156,8 @@ class Shards:
             have = ", ".join(sources(folder)) or "none"
             raise ValueError(f"source {name!r}: no {manifest}; sources there: {have}")
         try:
-            listed = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+            listed = [{k: s[k] for k in ("file", "crc32", "tokens")}
+                      for s in json.loads(manifest.read_text(encoding="utf-8"))["shards"]]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{manifest}: corrupt, not a list of shards; write the source again") from None
         self.name, self.shards = name, []
@@ -189,6 +192,8 @@ class Shards:
 
 
 def main(folder):
+    if not sources(folder):
+        raise SystemExit(f"shards error: {folder}: no finished source there (NAME.json beside NAME_00000.bin)")
     for name in sources(folder):
         try:
             s = Shards(folder, name, verify=True)
@@ -199,4 +204,7 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m data.shards FOLDER")
+    with one_line():
+        main(sys.argv[1])

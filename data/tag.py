@@ -13,7 +13,6 @@ always measured on labels that were kept out of training.
 """
 
 import hashlib
-import json
 import sys
 from dataclasses import dataclass
 
@@ -22,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configurator import one_line
 from data.dedup import mix, word_hashes
+from data.jsonl import line_of, read_jsonl
 
 DOMAINS = ("encyclopedia", "forum", "maths", "code", "books", "news", "ads", "jobs", "shallow")
 SCORES = ("quality", "depth", "ad")
@@ -157,22 +158,31 @@ def copies(doc_id: str, w: float) -> int:
 def read_labels(path: str) -> tuple[list[str], list[Tags]]:
     """JSONL of a teacher's labels -> (texts, tags). ValueError names the file and the line."""
     texts, labels = [], []
-    with open(path, encoding="utf-8") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-                texts.append(row["text"])
-                labels.append(Tags(row["domain"], *(int(row[s]) for s in SCORES)))
-            except (KeyError, ValueError, TypeError) as e:
-                raise ValueError(
-                    f"{path}:{n}: {e!r}; a line needs text, domain, quality, depth, ad"
-                ) from None
+    for n, row in read_jsonl(path, right := "a line needs text, domain, quality, depth, ad"):
+        with line_of(path, n, right):
+            if not isinstance(row["text"], str):
+                raise ValueError(f"text = {row['text']!r:.40} should be text")
+            if row["domain"] not in DOMAINS:
+                raise ValueError(f"domain {row['domain']!r} should be one of {', '.join(DOMAINS)}")
+            if not all(type(row[s]) is int and 0 <= row[s] <= 3 for s in SCORES):
+                raise ValueError(f"{', '.join(SCORES)} should be whole numbers from 0 to 3")
+            texts.append(row["text"])
+            labels.append(Tags(row["domain"], *(row[s] for s in SCORES)))
     return texts, labels
 
 
-if __name__ == "__main__":
+def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit("usage: python -m data.tag labels.jsonl")
     torch.set_num_threads(1)
-    for name, value in train(*read_labels(sys.argv[1]))[1].items():
+    try:
+        report = train(*read_labels(sys.argv[1]))[1]
+    except ValueError as e:
+        raise SystemExit(f"tag error: {e}") from None
+    for name, value in report.items():
         print(f"{name:12s} {value:.3f}")
+
+
+if __name__ == "__main__":
+    with one_line():
+        main()

@@ -279,6 +279,8 @@ def sweep(world: World, seeds: int) -> tuple[list[dict], list[dict]]:
 
 
 if __name__ == "__main__":
+    if not all(word.isdigit() and int(word) for word in sys.argv[1:]):
+        raise SystemExit(f"usage: python paper/table2.py [SEEDS, 8 if not given]; got {' '.join(sys.argv[1:])}")
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     rows = table(World(), seeds)
     print(show(rows))

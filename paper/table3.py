@@ -44,6 +44,8 @@ def table(world: World, seeds: int, batches=(1, 2, 3, 4, 6, 8)) -> list[dict]:
 
 
 if __name__ == "__main__":
+    if not all(word.isdigit() and int(word) for word in sys.argv[1:]):
+        raise SystemExit(f"usage: python paper/table3.py [SEEDS, 8 if not given]; got {' '.join(sys.argv[1:])}")
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     rows = table(World(), seeds)
     print(f"{'batches':>14}{'samples':>10}{'speed-up':>10}{'idle before':>13}{'idle now':>10}")

@@ -58,7 +58,7 @@ def main(
     starve=0,
     one_gpu=0,
 ):
-    rt = runtime.setup(seed=1, device="cpu")
+    rt = runtime.setup(seed=1, device="cpu", shard_ranks=shard_ranks)
     if one_gpu:                                        # what setup() does for one GPU, on the CPU
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -94,6 +94,7 @@ def main(
             total += sums.detach()
         total = runtime.all_reduce_sum(total, rt) / counts
         assert {p.grad.dtype for p in trained} == {torch.float32}      # also where blocks compute in bf16
+        runtime.average_gradients(model, rt)
         norm = runtime.clip_grad_norm(model, 0.5)
         runtime.check_finite({"loss": total}, model, step)
         optimizer.step()

@@ -1,7 +1,10 @@
 """Typed configuration: what is taken, and that everything else ends the run with status 1 and one helpful line."""
 import ast
+import importlib
 import inspect
-from dataclasses import dataclass, field
+import runpy
+import sys
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +12,8 @@ import pytest
 
 import configurator
 from configurator import ConfigError, from_dict, load, show, to_dict
+from model import ModelConfig
+from schedule import Stage
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +46,7 @@ class Config:
     model: Model = Model()
     stages: list[Part] = field(default_factory=lambda: [Part(), Part()])
     betas: tuple[float, float] = (0.9, 0.95)
+    second: Part | None = None
 
 
 def test_defaults_file_flags_in_that_order(tmp_path):
@@ -96,6 +102,25 @@ def test_accepted(flag, name, value):
     (["--stages.0.mix={'web':'x'}"], "stages.0.mix"),
     (["nowhere.py"], "cannot read config file 'nowhere.py'"),
     (["lr=3"], "a flag starts with --"),
+    (["--steps", "3"], "cannot read config file '3'"),
+    (["-steps=3"], "a flag starts with --"),
+    (["."], "a config file ends in .py"),
+    (["--"], "unknown key"),
+    (["--steps"], "steps = True should be int"),
+    (["--steps="], "steps = '' should be int"),
+    (["--steps=nan"], "steps = 'nan' should be int"),
+    (["--steps=1e999"], "should be int"),
+    (["--lr_max=None"], "lr_max = None should be float"),
+    (["--resume=3"], "resume = 3 should be str | None"),
+    (["--stages=3"], "stages = 3 should be list[Part]"),
+    (["--stages=[3]"], "stages.0 = 3 should be Part"),
+    (["--stages=[{'tokenz': 1}]"], "unknown key tokenz"),
+    (["--stages.-1.tokens=3"], "should be an index"),
+    (["--stages.0=3"], "stages.0 = 3 should be Part"),
+    (["--stages.0.mix.web.x=3"], "is a plain value"),
+    (["--betas=('a', 0.9)"], "betas.0 = 'a' should be float"),
+    (["--model.n_head.x=3"], "is a plain value"),
+    (["--second.tokens=3"], "second is None"),
 ])
 def test_rejected_with_status_1_and_one_line(argv, message):
     with pytest.raises(ConfigError) as e:
@@ -129,6 +154,44 @@ def test_help_prints_every_field(capsys):
     assert e.value.code == 0
     out = capsys.readouterr().out
     assert "--lr_max=0.001" in out and "learning rate" in out and "--stages" in out
+    rows = {line.split("=")[0].split()[0]: line for line in out.splitlines() if line.startswith("  --")}
+    assert set(rows) == {"--lr_max", "--steps", "--out", "--resume", "--compile", "--dtype", "--betas", "--model",
+                         "--model.n_layer", "--model.n_head", "--stages", "--stages.0.tokens", "--stages.0.seq_len",
+                         "--stages.0.mix", "--second"}
+    assert rows["--lr_max"].split() == ["--lr_max=0.001", "float", "learning", "rate"]
+    assert "fp32|bf16" in rows["--dtype"] and "str | None" in rows["--resume"] and "bool" in rows["--compile"]
+    assert "list[Part]" in rows["--stages"] and "fields as --stages.0.*" in rows["--second"]
+
+
+SCRIPTS = ["pretrain", "sft", "rl", "rl_data", "eval", "sample", "demo", "data.prepare"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_a_script_is_for_a_person(script, capsys):
+    """What it does, how to call it, and every field, nested ones too, with its meaning."""
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit):
+        load(module.Config, ["config/tiny.py", "--help"])
+    out = capsys.readouterr().out
+    assert out.startswith(module.__doc__.strip()[:40])
+    assert f"usage: python {'-m data.prepare' if '.' in script else script + '.py'} " in out
+    rows = [line.split(maxsplit=2) for line in out.splitlines() if line.startswith("  --")]
+    assert {row[0][2:].split("=")[0] for row in rows} >= {f.name for f in fields(module.Config)}
+    without = [row[0] for row in rows if len(row) < 3 and ".name" not in row[0]]
+    assert not without, f"no comment: {without}"
+    if script == "pretrain":
+        assert "--model.n_kv_head=2" in out and "--stages.0.warmup_tokens=0.0" in out
+
+
+@pytest.mark.parametrize("words", [["hf.py", "export", "--help"], ["data/hub.py", "--help"],
+                                   ["data/corpus.py", "--help"], ["data/sft_data.py", "--help"],
+                                   ["paper/figures.py", "--help"]])
+def test_help_of_the_others(words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.syspath_prepend(str(ROOT))
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    assert e.value.code == 0 and "usage" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["pretrain", "sft", "rl", "rl_data", "eval", "sample", "demo", "data/prepare"])
@@ -141,6 +204,22 @@ def test_every_field_is_read_somewhere(script):
     used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
             and n.value.id in ("cfg", "self")}
     assert fields and set(fields) <= used, f"never read: {sorted(set(fields) - used)}"
+
+
+@pytest.mark.parametrize("cls, files", [(Stage, ["schedule.py", "pretrain.py", "data/loader.py"]),
+                                        (ModelConfig, ["model.py", "mtp.py", "pretrain.py"])], ids=["Stage", "ModelConfig"])
+def test_every_nested_field_is_read_somewhere(cls, files):
+    used = {n.attr for f in files for n in ast.walk(ast.parse((ROOT / f).read_text())) if isinstance(n, ast.Attribute)
+            and isinstance(n.value, (ast.Name, ast.Attribute)) and isinstance(n.ctx, ast.Load)
+            and ast.unparse(n.value) in ("s", "stage", "cfg", "self.cfg", "cfg.model", "self.model")}
+    assert {f.name for f in fields(cls)} <= used, {f.name for f in fields(cls)} - used
+
+
+@pytest.mark.parametrize("script", ["sft", "rl", "rl_data", "eval", "sample"])
+def test_the_shape_of_the_model_comes_from_the_checkpoint(script):
+    """No flag can contradict it."""
+    with pytest.raises(ConfigError, match="unknown key model.n_layer"):
+        load(importlib.import_module(script).Config, ["--model.n_layer=3"])
 
 
 def test_every_field_has_a_comment():

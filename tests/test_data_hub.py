@@ -47,7 +47,7 @@ def test_documents(tmp_path):
         ("a.py", "print(1)", ""),
         ("http://b.org", "", "<p>hi</p>"),
     ]
-    with pytest.raises(ValueError, match="row 0: row needs text, html or content; columns: body"):
+    with pytest.raises(ValueError, match="row 1: row needs text, html or content; columns: body"):
         made("fineweb_edu", [{"body": "x"}])
 
 
@@ -80,10 +80,10 @@ def test_missing_and_broken_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         list(hub.rows("/no/such/folder"))
     (tmp_path / "a.jsonl").write_text('{"text": "1"}\n{oops')
-    with pytest.raises(ValueError, match="a.jsonl, line 2: not JSON"):
+    with pytest.raises(ValueError, match="a.jsonl:2: not JSON"):
         list(hub.rows(str(tmp_path)))
     (tmp_path / "a.jsonl").write_text("[1]")
-    with pytest.raises(ValueError, match="line 1: a row must be a JSON object"):
+    with pytest.raises(ValueError, match=":1: a list where a JSON object should be"):
         list(hub.rows(str(tmp_path)))
     with pytest.raises(ValueError, match="must be one of apps"):
         made("nonsense", [])
@@ -293,7 +293,7 @@ def test_command_writes_what_the_recipe_reads(tmp_path, monkeypatch, capsys):
     assert [p.answer for p in read_problems(tmp_path / "out.jsonl")] == ["2"]
     assert "1 written, 1 repeat" in capsys.readouterr().out
     write(tmp_path / "in" / "a.jsonl", [{"prompt": "text"}])
-    with pytest.raises(SystemExit, match="hub: dapo, row 0: row needs 'prompt'"):
+    with pytest.raises(SystemExit, match=r"hub error: adapter dapo, row 1: row needs 'prompt'"):
         run(monkeypatch, "dapo", tmp_path / "in", tmp_path / "other.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.jsonl"]
 

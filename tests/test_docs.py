@@ -65,7 +65,7 @@ def check_script(script, argv, monkeypatch):
     assert "__main__" in source, f"{script} is not a script"
     module = script.removesuffix(".py").replace("/", ".")
     monkeypatch.chdir(ROOT)
-    if "configurator.load(" in source:
+    if re.search(r"configurator\.(load|run)\(", source):
         configurator.load(importlib.import_module(module).Config, list(argv))
     elif ".parse_args(" in source:
         real = argparse.ArgumentParser.parse_args

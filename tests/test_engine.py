@@ -292,7 +292,11 @@ def test_cached_logits_equal_the_full_forward(model, options, monkeypatch):
     seen = []
     engine = Engine(model, 64, 128, **options)
     head = engine.head
-    monkeypatch.setattr(engine, "head", lambda *a: seen.append(head(*a)) or seen[-1])
+    if engine.fast:
+        step = engine.forward.decode
+        monkeypatch.setattr(engine.forward, "decode", lambda R: (step(R), seen.append(engine.forward.logits.clone()))[0])
+    else:
+        monkeypatch.setattr(engine, "head", lambda *a: seen.append(head(*a)) or seen[-1])
     prompts = [text(n, 900 + n) for n in range(1, 65)]
     for i, p in enumerate(prompts):
         engine.add(Request(i, p, 50, temperature=0.0))  # long enough that none ends while we look
@@ -382,8 +386,8 @@ def test_acceptance_is_what_teacher_forcing_says(model, temperature):
 
 
 class PostNorm(Engine):
-    def mtp_hidden(self, h):
-        return super().mtp_hidden(self.model.norm(h))
+    def mtp(self, k, h, ahead, plan, want="all"):
+        return super().mtp(k, self.model.norm(h), ahead, plan, want)
 
 
 class Shifted(Engine):
@@ -427,8 +431,8 @@ def test_bugs_that_only_lower_acceptance_are_seen(model):
 
     best = tokens_per_round(good)
     found = {}
-    for cls in (PostNorm, Shifted, Stale):
-        bad = generate(cls(model, 16, 96, 3), runs)
+    for cls in (PostNorm, Shifted, Stale):                          # in torch: the C code has no place to put a bug in
+        bad = generate(cls(model, 16, 96, 3, fast=False), runs)
         assert [s.tokens for s in bad] == [s.tokens for s in good]
         found[cls.__name__] = tokens_per_round(bad)
     found["swapped"] = tokens_per_round(generate(Engine(swapped_halves(model), 16, 96, 3), runs))

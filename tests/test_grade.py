@@ -92,7 +92,7 @@ def test_problem_files_round_trip_and_name_the_bad_line(tmp_path):
     assert read_problems(tmp_path / "p.jsonl") == [MATHS, CODE]
     with open(tmp_path / "p.jsonl", "a") as f:
         f.write(json.dumps({"id": "c3", "kind": "code", "question": "q", "solution": "s"}) + "\n")
-    with pytest.raises(ValueError, match="line 3.*no tests"):
+    with pytest.raises(ValueError, match="p.jsonl:3: .*no tests"):
         read_problems(tmp_path / "p.jsonl")
 
 

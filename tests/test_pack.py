@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data import sft_data
+from data.jsonl import write_jsonl
 from data.pack import PackedLoader, best_fit
 from data.sft_data import (
     REASONS,
@@ -14,7 +15,6 @@ from data.sft_data import (
     is_mixed,
     load_samples,
     read_samples,
-    write_samples,
 )
 from data.shards import write_source
 from tokenizer import Tokenizer
@@ -183,24 +183,24 @@ def test_load_samples(tmp_path):
     held = tmp_path / "test.jsonl"
     held.write_text(json.dumps({"id": 1, "question": " ".join(words)}) + "\n")
     rows = [sample("x " + " ".join(words[:16]), GOOD), sample("x " + " ".join(words[:15]), GOOD)]
-    write_samples(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "a.jsonl", rows)
     tok = Tokenizer.load("tiny")
     got, report = load_samples(tmp_path / "a.jsonl", tok, held)
     assert [(ids.tolist(), mask.tolist()) for ids, mask in got] == [tok.chat(rows[1]["messages"])]
     assert report.startswith("1 of 2 kept; dropped: contaminated 1,")
     assert len(load_samples(tmp_path / "a.jsonl", tok)[0]) == 2
-    write_samples(tmp_path / "a.jsonl", rows[:1])
+    write_jsonl(tmp_path / "a.jsonl", rows[:1])
     with pytest.raises(ValueError, match="none of 1 samples is left"):
         load_samples(tmp_path / "a.jsonl", tok, held)
     held.write_text("{}\n")
-    with pytest.raises(ValueError, match='test.jsonl, line 1: should be JSON with "question"'):
+    with pytest.raises(ValueError, match='test.jsonl:1: .*should be JSON with "question"'):
         load_samples(tmp_path / "a.jsonl", tok, held)
 
 
 def test_tokenised_shards_are_the_same_samples(tmp_path, capsys):
     """The command's folder of shards packs to the same batches as the JSONL file itself."""
     rows = [sample(f"question {k}", f"answer {k} " * (k % 7 + 1)) for k in range(100)]
-    write_samples(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "a.jsonl", rows)
     sft_data.main([str(tmp_path / "a.jsonl"), str(tmp_path / "shards"), "--workers=2"])
     assert "100 of 100 kept" in capsys.readouterr().out
     tok = Tokenizer.load("tiny")
@@ -219,9 +219,9 @@ def test_tokenised_shards_are_the_same_samples(tmp_path, capsys):
 
 def test_files(tmp_path):
     rows = [sample("q", GOOD), sample("é", "中文")]
-    write_samples(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "a.jsonl", rows)
     assert read_samples(tmp_path / "a.jsonl") == rows
     for bad in ("{", '{"text": "x"}', '{"messages": []}', '{"messages": [{"role": "user"}]}', '[1]'):
         (tmp_path / "b.jsonl").write_text(json.dumps(rows[0]) + "\n" + bad + "\n")
-        with pytest.raises(ValueError, match=r"b.jsonl, line 2: .*a sample is"):
+        with pytest.raises(ValueError, match=r"b.jsonl:2: .*a sample is"):
             read_samples(tmp_path / "b.jsonl")

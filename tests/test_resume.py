@@ -1,6 +1,6 @@
 """
 kill -9 at a random moment of pretrain, sft and rl, then the same command again: the final weights are those of a run
-that nobody disturbed, bit for bit. And what a person sees when something is missing or broken: one line, status 1.
+that nobody disturbed, bit for bit.
 """
 import json
 import os
@@ -128,53 +128,3 @@ def test_sigterm_saves_and_exits_0(world, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert (tmp_path / "run/latest").is_file()
-
-
-def cases(world, tmp):
-    pre = pretrain_flags(world, tmp / "x")
-    bad = tmp / "bad"
-    bad.mkdir(exist_ok=True)
-    (bad / "no_tests.jsonl").write_text('{"id": "00", "kind": "code", "question": "q", "tests": []}\n')
-    (bad / "latin.jsonl").write_bytes(b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}\n')
-    (bad / "empty.jsonl").write_text("")
-    return {
-        "no shards": (["pretrain.py", "--data=nowhere", f"--out={tmp}/x"], ["nowhere", "data.prepare"]),
-        "no such source": (pre + ["--stages.0.mix={'poems':1.0}"], ["poems"]),
-        "vocabulary": (pre + ["--model.vocab_size=500"], ["1,024", "500"]),
-        "too long for the context": (pre + ["--stages.0.seq_len=4096"], ["seq_len = 4096", "max_seq_len = 160"]),
-        "no checkpoint": (["sft.py", "--init=nowhere", f"--out={tmp}/y"], ["nowhere"]),
-        "no checkpoint to evaluate": (["eval.py", "--ckpt=nowhere"], ["nowhere"]),
-        "unknown key": (["rl.py", "--bach_size=3"], ["bach_size", "batch_size"]),
-    }
-
-
-@pytest.mark.parametrize("name", ["no shards", "no such source", "vocabulary", "too long for the context",
-                                  "no checkpoint", "no checkpoint to evaluate", "unknown key"])
-def test_bad_input_ends_in_one_clear_line(world, tmp_path, name):
-    command, told = cases(world, tmp_path)[name]
-    code, out, err = script(*command)
-    assert code == 1 and "Traceback" not in err, err
-    for word in told:
-        assert word in err, err
-    assert not list(tmp_path.glob("*/step_*")), "nothing is written by a run that cannot start"
-
-
-def test_bad_data_for_sft_and_rl(world, tmp_path):
-    """With a real checkpoint to start from: samples and problems that cannot be used name file and line."""
-    base = tmp_path / "base"
-    code, _, err = script(*pretrain_flags(world, base))
-    assert code == 0, err
-    cases(world, tmp_path)
-    for command, told in (
-        (sft_flags(world, tmp_path / "s", base) + [f"--data={tmp_path}/bad/latin.jsonl"], ["latin.jsonl", "line 1"]),
-        (sft_flags(world, tmp_path / "s", base) + [f"--data={tmp_path}/bad/empty.jsonl"], ["empty.jsonl"]),
-        (sft_flags(world, tmp_path / "s", base) + [f"--data={tmp_path}/bad/none.jsonl"], ["none.jsonl"]),
-        (sft_flags(world, tmp_path / "s", base) + ["--seq_len=999"], ["999", "128"]),
-        (rl_flags(world, tmp_path / "r", base) + [f"--problems={tmp_path}/bad/no_tests.jsonl"],
-         ["no_tests.jsonl", "line 1", "tests"]),
-        (rl_flags(world, tmp_path / "r", base) + ["--budget=[(0,500)]"], ["500", "128"]),
-    ):
-        code, _, err = script(*command)
-        assert code == 1 and "Traceback" not in err, err
-        for word in told:
-            assert word in err, (word, err)

@@ -46,6 +46,16 @@ def test_two_ranks_with_uneven_shares(alone, tmp_path):
     same(alone, read(tmp_path / "out.json"))
 
 
+def test_two_plain_copies(alone, tmp_path):
+    """shard_ranks = 1 on a CPU: no FSDP, gradients averaged after the last micro-batch; saved on 2, loaded on 1."""
+    run = str(tmp_path / "run")
+    run_ranks(2, tmp_path, train, str(tmp_path / "two.json"), uneven=1, validate=1, shard_ranks=1, run=run, save_at=9)
+    same(alone, read(tmp_path / "two.json"))
+    assert not (tmp_path / "run/step_00000010/optimizer").exists()
+    train(tmp_path / "one.json", run=run, resume=1)
+    same(alone, read(tmp_path / "one.json"))
+
+
 def test_four_ranks_hybrid_then_saved_and_loaded_on_two_and_one(alone, tmp_path):
     """
     4 x 2 on a 2 x 2 mesh with selective recomputation, written in the background at step 10, resumed on 2 and

@@ -92,15 +92,20 @@ def make_tests(rng: random.Random, clauses: list[Clause], core: Clause, n: int) 
     golden = compiled(source(clauses, core))
     mutants = [compiled(source(clauses[:i] + clauses[i + 1:], core)) for i in range(len(clauses))]
     by_level: dict[int, list[list[int]]] = {0: [], 1: [], 2: []}
+    share = {0: n // 3, 1: n // 3 if len(clauses) > 1 else 0}        # a third each, level 1 empty for one clause
+    share[2] = n - share[0] - share[1]
     edges = [[], [0], [-3, 0, 5], [2, 2, 2]]                 # boundary inputs come first
     for t in range(60 * n):
         xs = edges[t] if t < len(edges) else [rng.randint(-9, 12) for _ in range(rng.randint(1, 8))]
-        matters = sum(mutant(list(xs)) != golden(list(xs)) for mutant in mutants)
+        right = golden(list(xs))
+        matters = sum(mutant(list(xs)) != right for mutant in mutants)
         bucket = by_level[0 if matters == 0 else 1 if matters == 1 and len(clauses) > 1 else 2]
         if xs not in bucket and len(bucket) < n:
             bucket.append(xs)
+            if all(len(by_level[level]) >= most for level, most in share.items()):
+                break
     chosen = []
-    for level, bucket in by_level.items():                   # a third each, level 1 empty for one-clause problems
+    for level, bucket in by_level.items():
         chosen += [(xs, level) for xs in bucket[:n // 3 if level < 2 else n - len(chosen)]]
     caught = [any(m(list(xs)) != golden(list(xs)) for xs, _ in chosen) for m in mutants]
     results = {json.dumps(golden(list(xs))) for xs, _ in chosen}
