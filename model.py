@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.rmsnorm import rmsnorm, rmsnorm_residual
-from kernels.rope import rope, rope_tables
+from kernels.rope import rope, rope_tables, wide_tables
 from kernels.swiglu import swiglu
 
 
@@ -126,7 +126,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None = None, cache=None) -> Tensor:
         """
-        x [B,T,D]; cos, sin [B or 1,T,d] from rope_tables; bounds int32 [2,B,T] keeps attention inside each document
+        x [B,T,D]; cos, sin [B or 1,T,d] from rope_at; bounds int32 [2,B,T] keeps attention inside each document
         (kernels.attention.doc_bounds); cache is any object with attend(q, k, v) -> o (engine.py), None in training.
         """
         a = self.self_attn(self.input_layernorm(x), cos, sin, bounds, cache)
@@ -162,10 +162,10 @@ class MiMo(nn.Module):
         return x
 
     def rope_at(self, ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos, sin fp32 [1 or B,T,d] for the given positions under the current RoPE base."""
+        """cos, sin fp32 [1 or B,T,d], on a CPU [1 or B,T,H d], for the given positions under the current RoPE base."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        return rope_tables(positions, self.cfg.head_dim, self.cfg.rope_base)
+        return wide_tables(*rope_tables(positions, self.cfg.head_dim, self.cfg.rope_base), self.cfg.n_head)
 
     def logits(self, h: Tensor) -> Tensor:
         """h [...,D] -> fp32 [...,V]. The head runs in the weights' dtype, the softmax that follows never does."""

@@ -146,13 +146,19 @@ def cross_entropy_(z, targets, w, grad):
                                    GRAD=grad is not None, **_options(z))
         return nll, dz
     valid, t = targets != IGNORE, targets.clamp_min(0)[:, None]
-    lse = z.logsumexp(-1, keepdim=True)
-    nll = torch.where(valid, (lse - z.gather(1, t))[:, 0], 0.0)
+    zt, m, total = _exp_(z, t)                         # z is exp(z - m) now: one exponential a logit, not two
+    nll = torch.where(valid, (m + total.log() - zt)[:, 0], 0.0)
     if grad is None:
         return nll, z
     w = torch.where(valid, w, 0.0)[:, None]
-    z.sub_(lse).exp_().mul_(w).scatter_add_(1, t, -w)
+    z.mul_(w / total).scatter_add_(1, t, -w)
     return nll, z.to(dtype)
+
+
+def _exp_(z, t):
+    """z [n, V] becomes exp(z - m), m its row maximum. -> z at t, m, sum of the new z, each [n, 1]."""
+    zt, m = z.gather(1, t), z.amax(-1, keepdim=True)
+    return zt, m, z.sub_(m).exp_().sum(-1, keepdim=True)
 
 
 def logprob_(z, targets, temperature):
@@ -162,12 +168,15 @@ def logprob_(z, targets, temperature):
         logprob_kernel[(z.shape[0],)](z, targets, *out, z.shape[1], z.stride(0), SCALE=1.0 / temperature,
                                       **_options(z))
         return out
-    z = z.mul_(1.0 / temperature)
-    lse = z.logsumexp(-1, keepdim=True)
-    z = z.sub_(lse)  # log p
-    logp = torch.where(targets != IGNORE, z.gather(1, targets.clamp_min(0)[:, None])[:, 0], 0.0)
-    # H = -sum_v p_v log p_v
-    return logp, -torch.linalg.vecdot(z.exp(), z), lse[:, 0]
+    z = z.mul_(1.0 / temperature) if temperature != 1.0 else z
+    m = z.amax(-1, keepdim=True)
+    e = z.sub_(m).exp()
+    total = e.sum(-1)
+    log_total = total.log()
+    logp = z.gather(1, targets.clamp_min(0)[:, None])[:, 0] - log_total
+    # H = -sum_v p_v log p_v = log l - e / l, as in the kernel: relative to the maximum
+    entropy = log_total - torch.linalg.vecdot(e, z) / total
+    return torch.where(targets != IGNORE, logp, 0.0), entropy, m[:, 0] + log_total
 
 
 def logprob_grad_(z, targets, lse, dlogp, temperature, dtype):
@@ -178,7 +187,8 @@ def logprob_grad_(z, targets, lse, dlogp, temperature, dtype):
                                            SCALE=1.0 / temperature, **_options(z))
         return dz
     g = torch.where(targets != IGNORE, dlogp, 0.0)[:, None] / temperature
-    z.mul_(1.0 / temperature).sub_(lse[:, None]).exp_().mul_(-g)
+    z = z.mul_(1.0 / temperature) if temperature != 1.0 else z
+    z.sub_(lse[:, None]).exp_().mul_(-g)
     return z.scatter_add_(1, targets.clamp_min(0)[:, None], g).to(dtype)
 
 

@@ -148,7 +148,7 @@ def rmsnorm_reference(x, weight, eps):
 
 
 class NormOnCPU(torch.autograd.Function):
-    """The reference's forward, to the bit, with its gradient in closed form: 13 passes over memory less."""
+    """The reference's forward, to the bit, with its gradient in closed form: 15 passes over memory less."""
     @staticmethod
     def forward(ctx, x, weight, eps):
         r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
@@ -159,10 +159,10 @@ class NormOnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         h, r, weight = ctx.saved_tensors
-        # dh = dy w ;  dx = r (dh - h mean(dh h)) ;  dw = sum over rows of dy h
-        dh = dy * weight
-        dx = dh.addcmul(h, (dh * h).mean(-1, keepdim=True), value=-1).mul_(r)
-        return dx, (dy * h).flatten(0, -2).sum(0), None
+        # t = dy h ;  dw = sum over rows of t ;  dx = r (dy w - h (t w) / D)
+        t = dy * h
+        dx = (dy * weight).addcmul_(h, (t @ weight)[..., None], value=-1 / h.shape[-1]).mul_(r)
+        return dx, t.flatten(0, -2).sum(0), None
 
 
 def _norm(x, weight, eps):
