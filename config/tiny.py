@@ -10,18 +10,18 @@ stages = [
     Stage("stage 1", tokens=800e3, seq_len=256, batch_size=8, batch_size_start=4, batch_warmup_tokens=80e3,
           lr=3e-3, warmup_tokens=40e3, lr_end=2e-3, decay_tokens=300e3,
           mtp_weight=0.3, mtp_weight_end=0.1, mtp_switch_tokens=500e3,
-          mix=dict(web=0.22, maths=0.42, code=0.24, books=0.12)),
+          mix=dict(web=0.22, maths=0.48, code=0.18, books=0.12)),
     # maths and code at 70%
     Stage("stage 2", tokens=800e3, seq_len=256, batch_size=8, lr=2e-3, mtp_weight=0.1,
-          mix=dict(web=0.20, maths=0.46, code=0.24, books=0.10)),
+          mix=dict(web=0.20, maths=0.52, code=0.18, books=0.10)),
     # 10% synthetic reasoning; context and RoPE base raised, a quarter of the rows
     Stage("stage 3", tokens=600e3, seq_len=1024, batch_size=2, lr=2e-3, lr_end=2e-4, decay_tokens=350e3,
-          rope_base=640_000.0, mtp_weight=0.1, mix=dict(web=0.10, maths=0.42, code=0.23, books=0.15, synth=0.10)),
+          rope_base=640_000.0, mtp_weight=0.1, mix=dict(web=0.10, maths=0.48, code=0.17, books=0.15, synth=0.10)),
 ]
 # the trained MTP layer copied into two more, these fine-tuned with everything else frozen
 mtp_stage = Stage("mtp", tokens=150e3, seq_len=256, batch_size=8, lr=2e-3, lr_end=2e-4, decay_tokens=150e3,
                   rope_base=640_000.0, mtp_weight=1.0,
-                  mix=dict(web=0.10, maths=0.42, code=0.23, books=0.15, synth=0.10))
+                  mix=dict(web=0.10, maths=0.48, code=0.17, books=0.15, synth=0.10))
 micro_batch = 8
 shard_ranks = 1                 # on several ranks: a copy each, gradients averaged; the demo uses two where there are cores
 threads = 1                     # a process: two threads on busy cores are many times slower (docs/lab_log.md)
