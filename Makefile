@@ -16,7 +16,7 @@ lint: .venv/dev
 figures: .venv/run               # the report's tables and figures, remade from the runs under out/
 	$(PY) paper/figures.py
 
-bench: .venv/bench               # speed and memory as ratios against named alternatives; hours, see docs/bench.md
+bench: .venv/bench               # speed and memory as ratios against named alternatives; hours; each script says what to expect
 	for f in bench/generate.py bench/judge.py bench/extract.py; do if [ -f $$f ]; then $(PY) $$f || exit 1; fi; done
 
 .venv/run: requirements.txt

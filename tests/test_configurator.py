@@ -207,7 +207,8 @@ def test_every_field_is_read_somewhere(script):
 
 
 @pytest.mark.parametrize("cls, files", [(Stage, ["schedule.py", "pretrain.py", "data/loader.py"]),
-                                        (ModelConfig, ["model.py", "mtp.py", "pretrain.py"])], ids=["Stage", "ModelConfig"])
+                                        (ModelConfig, ["model.py", "mtp.py", "pretrain.py"])],
+                         ids=["Stage", "ModelConfig"])
 def test_every_nested_field_is_read_somewhere(cls, files):
     used = {n.attr for f in files for n in ast.walk(ast.parse((ROOT / f).read_text())) if isinstance(n, ast.Attribute)
             and isinstance(n.value, (ast.Name, ast.Attribute)) and isinstance(n.ctx, ast.Load)

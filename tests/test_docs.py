@@ -66,7 +66,7 @@ def check_script(script, argv, monkeypatch):
     module = script.removesuffix(".py").replace("/", ".")
     monkeypatch.chdir(ROOT)
     if re.search(r"configurator\.(load|run)\(", source):
-        configurator.load(importlib.import_module(module).Config, list(argv))
+        configurator.load(importlib.import_module(module).Config, [word for word in argv if word != "--help"])
     elif ".parse_args(" in source:
         real = argparse.ArgumentParser.parse_args
 
@@ -149,6 +149,33 @@ def test_every_symbol_exists(page, file, symbol):
     assert symbol in symbols_of(path), f"{page} names {file}:{symbol}, which {file} does not define"
 
 
+NAMED = sorted({(name(p), t) for p, text in TEXTS.items() for t in re.findall(r"\btest_\w+", text)})
+DEFINED = {t for p in (ROOT / "tests").glob("test_*.py")
+           for t in [p.stem, *re.findall(r"def (test_\w+)", p.read_text(encoding="utf-8"))]}
+
+
+@pytest.mark.parametrize("page, test", NAMED, ids=[f"{p}: {t}" for p, t in NAMED])
+def test_every_test_that_a_page_names_exists(page, test):
+    assert test in DEFINED, f"{page} names {test}, which is not in tests/"
+
+
+@pytest.mark.parametrize("page", [name(p) for p in PAGES if "tutorial" in p.parts])
+def test_every_page_of_the_tutorial_has_its_parts(page):
+    """The idea or its subject, code to read, something to run, exercises with answers; and the README leads to it."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.startswith("# ") and "Code: `" in text and "Report: " in text
+    assert "## Try" in text and "```" in text.split("## Try")[1], "nothing to run"
+    exercises = text.split("## Exercises")[1]
+    assert exercises.count("\n1. ") == exercises.count("\n2. ") == 1 and "(" in exercises
+    assert f"({page})" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_page_names_a_place_of_one_machine():
+    """A command must work in anybody's checkout."""
+    for page, text in TEXTS.items():
+        assert not re.search(r"(?<![\w./])/(?:home|root|work|Users|mnt)/", text), name(page)
+
+
 def map_rows():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     part = text[text.index("## From the report to the code"):text.index("## Reading order")]
@@ -172,7 +199,7 @@ def test_the_map_is_whole():
     labels = {label.strip() for row in map_rows() for label in row.split("|")[1].split(",")}
     assert labels >= {"2.1", "2.2", "2.3", "2.4", "3.1", "3.2", "3.3", "3.3.1", "3.3.2", "3.3.3", "3.4.1",
                       "3.5", "3.6", "Eq. 1", "Eq. 2", *(f"Fig. {i}" for i in range(2, 9)),
-                      "Table 2", "Table 3", "Table 5"}
+                      "Table 2", "Table 3", "Table 5", "Table 6"}
 
 
 # ---- links, results, headers -------------------------------------------------------------------------------
