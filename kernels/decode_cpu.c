@@ -163,11 +163,9 @@ static void rotate(float *x, const float *cos, const float *sin, int d, float sc
     }
 }
 
-// s [L] -> e^(s - max) in place, for the first n; the rest 0. -> their sum. L, a multiple of 16, depends on n alone.
-static float softmax(float *s, int n, int L) {
-    for (int i = n; i < L; i++) s[i] = -INFINITY;
-    vec most[NV], total[NV];
-    for (int v = 0; v < NV; v++) most[v] = load(s + LANES * v), total[v] = (vec){0};
+static float largest(const float *s, int L) {        // of L floats, L a multiple of 16
+    vec most[NV];
+    for (int v = 0; v < NV; v++) most[v] = load(s + LANES * v);
     for (int i = 16; i < L; i += 16)
         for (int v = 0; v < NV; v++) {
             vec x = load(s + i + LANES * v);
@@ -176,6 +174,14 @@ static float softmax(float *s, int n, int L) {
     float max = most[0][0];
     for (int v = 0; v < NV; v++)
         for (int i = 0; i < LANES; i++) max = most[v][i] > max ? most[v][i] : max;
+    return max;
+}
+
+// s [L] -> e^(s - max) in place, for the first n; the rest 0. -> their sum. L, a multiple of 16, depends on n alone.
+static float softmax(float *s, int n, int L) {
+    for (int i = n; i < L; i++) s[i] = -INFINITY;
+    float max = largest(s, L);
+    vec total[NV] = {{0}};
     for (int i = 0; i < L; i += 16)
         for (int v = 0; v < NV; v++) {
             vec e = exp_negative(load(s + i + LANES * v) - max);
@@ -345,6 +351,15 @@ void head(const Model *m, int64_t layer, int64_t N, const float *x, float *logit
     }
 }
 
+// The first of the largest logits [Vp]; the padding is made -inf. 0 if all are NaN.
+static int argmax(const Shape *s, float *logits) {
+    for (int i = s->V; i < s->Vp; i++) logits[i] = -INFINITY;
+    float max = largest(logits, s->Vp);
+    for (int i = 0; i < s->V; i++)
+        if (logits[i] == max) return i;
+    return 0;
+}
+
 // for the test: y [n] = exp_negative(x), n a multiple of 16
 void exp_of(int64_t n, const float *x, float *y) {
     for (int i = 0; i < n; i += LANES) store(y + i, exp_negative(load(x + i)));
@@ -388,8 +403,7 @@ static int draw(const Model *m, const float *logits, float u, float temperature,
     int V = m->s.V, id = 0;
     float *e = m->scratch + scratch_floats(&m->s) - 3L * m->s.Vp;   // [Vp], behind it [V] candidates
     for (int i = 0; i < V; i++) e[i] = temperature > 0 ? logits[i] / temperature : logits[i];
-    if (temperature == 0)
-        for (int i = 1; i < V; i++) id = e[i] > e[id] ? i : id;
+    if (temperature == 0) id = argmax(&m->s, e);
     float total = softmax(e, V, m->s.Vp), sum = 0;
     if (temperature > 0) {
         if (top_p < 1 || top_k > 0) total = keep_top(V, e, (Candidate *)(e + m->s.Vp), total, top_p, top_k);
@@ -472,10 +486,8 @@ void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) 
         mtp(m, k, &at, B * W, t->states, t->ids, W, t->x);
         head(m, k, B, t->x, t->logits);
         for (int r = 0; r < B; r++) {
-            const float *row = t->logits + (long)r * m->s.Vp;
-            int best = 0;
-            for (int i = 1; i < m->s.V; i++) best = row[i] > row[best] ? i : best;
-            t->tokens[(first + r) * t->columns + t->n[first + r] + k] = best;
+            int64_t place = (first + r) * t->columns + t->n[first + r] + k;
+            t->tokens[place] = argmax(&m->s, t->logits + (long)r * m->s.Vp);
         }
     }
 }
