@@ -141,13 +141,13 @@ def start(words: list[str], log: Path | None, **env: str) -> subprocess.Popen:
                             stderr=subprocess.STDOUT if log else None)
 
 
-def start_ranks(words: list[str], log: Path | None, ranks: int) -> list[subprocess.Popen]:
-    """What torchrun does on one machine. Rank 0 speaks, the others write to a log."""
+def start_ranks(words: list[str], log: Path | None, ranks: int, folder: Path) -> list[subprocess.Popen]:
+    """What torchrun does on one machine. Rank 0 speaks, the others write to folder/rank<r>.log."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    return [start(words, log if r == 0 else OUT / f"logs/rank{r}.log", RANK=str(r), LOCAL_RANK=str(r), **where)
+    return [start(words, log if r == 0 else folder / f"rank{r}.log", RANK=str(r), LOCAL_RANK=str(r), **where)
             for r in range(ranks)]
 
 
@@ -168,7 +168,7 @@ def run(clock: Clock, name: str, words: list[str], product: Path | None, show: b
         return
     log = clock.path.parent / f"logs/{name}.log"
     t0, target = time.perf_counter(), None if show else log
-    processes = start_ranks(words, target, ranks) if ranks > 1 else [start(words, target)]
+    processes = start_ranks(words, target, ranks, log.parent) if ranks > 1 else [start(words, target)]
     try:
         while None in (codes := [p.poll() for p in processes]) and not any(codes):
             time.sleep(0.1)
@@ -333,4 +333,4 @@ def screen(s: dict, out: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(configurator.load(Config))
+    configurator.run(main, Config)
