@@ -3,9 +3,9 @@ Pre-training of the toy on one rank, on two ranks under FSDP2, and on two ranks 
 
     python -m data.prepare && python bench/ranks.py          # two idle cores; a few minutes
 
-The variants run in turns, `rounds` times, each with a fresh model on config/tiny.py's first stage; tokens per second are
-the median over steps and rounds, the first five steps of a run left out. The last line is the ratio that the demo lives
-on: plain copies over one rank. docs/lab_log.md has our numbers.
+The variants run in turns, `rounds` times, each with a fresh model on rows of config/tiny.py's first stage; tokens per
+second are the median over steps and rounds, the first five steps of a run left out. The last line is the ratio that the
+demo lives on: plain copies over one rank. docs/lab_log.md has our numbers.
 """
 import json
 import platform

@@ -23,5 +23,5 @@ mtp_stage = Stage("mtp", tokens=150e3, seq_len=256, batch_size=8, lr=2e-3, lr_en
                   rope_base=640_000.0, mtp_weight=1.0,
                   mix=dict(web=0.10, maths=0.48, code=0.17, books=0.15, synth=0.10))
 micro_batch = 8
-shard_ranks = 1                 # on several ranks: a copy each, gradients averaged; the demo uses two where there are cores
+shard_ranks = 1                 # on several ranks a copy each, gradients averaged; the demo uses two ranks
 threads = 1                     # a process: two threads on busy cores are many times slower (docs/lab_log.md)
