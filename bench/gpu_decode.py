@@ -104,7 +104,8 @@ def decode(run) -> None:
     """The part `decode` of bench/gpu.py."""
     found = main(Config(shape="7b" if run.cuda else "tiny", steps=64 if run.cuda else 2,
                         out="out/bench/gpu_decode.json"))
-    for name, value in zip(TARGETS, (found["single"]["share"], found["batch"]["share"], found["mtp"]["ratio"]), strict=True):
+    values = found["single"]["share"], found["batch"]["share"], found["mtp"]["ratio"]
+    for name, value in zip(TARGETS, values, strict=True):
         run.row(name, value, TARGETS[name][0])
 
 

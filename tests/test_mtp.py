@@ -141,7 +141,8 @@ def test_agreement_walks_in_rounds(monkeypatch):
     looked at: layer 0 four times, 2 right; layer 1 two times, 1 right. With a mask from token 4 on, slots 0 and 1 have
     no draft to look at: rounds at 2 (both right), 5, 6.
     """
-    m = mtp.build(ModelConfig(vocab_size=16, n_layer=1, d_model=16, n_head=1, n_kv_head=1, head_dim=16, d_ff=16, n_mtp=2))
+    m = mtp.build(ModelConfig(vocab_size=16, n_layer=1, d_model=16, n_head=1, n_kv_head=1, head_dim=16, d_ff=16,
+                              n_mtp=2))
     T, plan = 8, ([1, 0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 1, 0, 0])
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 0, 0]])
     docs = torch.tensor([[0] * 9 + [1] * 2])
