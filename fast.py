@@ -68,14 +68,15 @@ def library():
         lib = ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as e:
         why = (getattr(e, "stderr", "") or str(e)).strip().splitlines()
-        print(f"note: {compiler} did not compile {SOURCE.name} ({why[0] if why else e}): generation on the CPU is several "
-              "times slower; a C compiler (apt install gcc, xcode-select --install) is all that is missing",
+        print(f"note: {compiler} did not compile {SOURCE.name} ({why[0] if why else e}): generation on the CPU is "
+              "several times slower; a C compiler (apt install gcc, xcode-select --install) is all that is missing",
               file=sys.stderr)
         return None
     p, i = c_void_p, c_int64
     for name, result, *arguments in (("scratch_floats", i, p), ("trunk", None, p, p, i, p, i, p),
                                      ("mtp", None, p, i, p, i, p, p, i, p), ("head", None, p, i, i, p, p),
-                                     ("decode", i, p, p, i, p), ("draft", None, p, p, i, i, i), ("exp_of", None, i, p, p)):
+                                     ("decode", i, p, p, i, p), ("draft", None, p, p, i, i, i),
+                                     ("exp_of", None, i, p, p)):
         f = getattr(lib, name)
         f.restype, f.argtypes = result, arguments
     return lib

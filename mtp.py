@@ -133,30 +133,41 @@ def head_loss(model: MiMo, x: Tensor, targets: Tensor) -> Tensor:
 def agreement(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor, mask: Tensor | None = None,
               ) -> list[tuple[int, int]]:
     """
-    Teacher-forced acceptance per MTP layer: how often argmax of layer k equals argmax of the trunk for the same token,
-    given that all layers before it agreed too (a draft after a rejected one is never looked at). Greedy online
-    acceptance must come out the same (tests/test_engine.py). -> [(agreed, looked at) per layer]; shapes as in losses.
+    Teacher-forced acceptance per MTP layer: of the drafts that speculative decoding would look at while it writes this
+    text, how many are the text's own token; the quantity that the engine counts online. One forward gives all drafts;
+    then each row is walked in rounds, as the engine goes: a round looks at layer 0, 1, .. up to the first wrong draft,
+    and the next round starts behind the token that corrected it. A plain average over all places is another quantity:
+    rounds start where the last one failed, which is no fair sample of places.
+    Equal to the online count, per layer, where the text is the model's own, greedy or sampled, down to near-ties of
+    rounding; stop ids end rows of either alike (tests/test_engine.py). Elsewhere it answers "as if it had said this".
+    mask: 1 on the tokens that the model wrote, default all. -> [(kept, looked at) per layer]; shapes as in losses.
     """
-    B, T = positions.shape
+    T, n = positions.shape[1], len(model.mtp_layers)
     h = model(ids[:, :T], positions, bounds)
-    trunk = model.logits(h).argmax(-1)                              # trunk[i] is the trunk's choice for x_{i+1}
     cos, sin = model.rope_at(ids[:, :T], positions)
-    alive = torch.ones(B, T, dtype=torch.bool, device=ids.device)
-    counts = []
+    right, there = [], []                                           # [n][B,T]: draft of x_{i+k+2}, and is there one
     for k, layer in enumerate(model.mtp_layers):
         z = layer(h, model.embed_tokens(ids[:, k + 1:T + k + 1]), cos, sin, bounds)
-        draft = (layer.final_layernorm(z) @ model.lm_head.weight.T).argmax(-1)   # [B,T]: choice for x_{i+k+2}
-        # the trunk must have written the text so far (x_{i+k+1} is its own choice), else the engine is never here
-        valid = torch.zeros_like(alive)
-        valid[:, :T - k - 1] = (docs[:, :T - k - 1] == docs[:, k + 2:T + 1]) & (trunk[:, k:T - 1] == ids[:, k + 1:T])
-        if mask is not None:
-            valid[:, :T - k - 1] &= mask[:, k + 2:T + 1] > 0
-        alive &= valid
-        agree = torch.zeros_like(alive)
-        agree[:, :T - k - 1] = draft[:, :T - k - 1] == trunk[:, k + 1:]
-        counts.append((int((alive & agree).sum()), int(alive.sum())))
-        alive &= agree
-    return counts
+        draft = (layer.final_layernorm(z) @ model.lm_head.weight.T).argmax(-1)      # [B,T]
+        target = ids[:, k + 2:T + k + 2]
+        same = docs[:, :T] == docs[:, k + 2:T + k + 2]
+        right.append((draft == target).tolist())
+        there.append((same if mask is None else same & (mask[:, k + 2:T + k + 2] > 0)).tolist())
+    counts = [[0, 0] for _ in range(n)]
+    for row in range(len(ids)):
+        i = 0
+        while i < T:
+            step = 1
+            for k in range(n):
+                if not there[k][row][i]:
+                    break
+                counts[k][1] += 1
+                if not right[k][row][i]:
+                    break
+                counts[k][0] += 1
+                step += 1
+            i += step
+    return [(kept, looked) for kept, looked in counts]
 
 
 # ---- acceptance rules, pure functions (Leviathan et al., arXiv 2211.17192) -------------------------------------------

@@ -21,6 +21,7 @@ docs/engine.md.
 """
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,6 @@ import torch  # noqa: E402
 
 import configurator  # noqa: E402
 import mtp  # noqa: E402
-from cache import ROWS  # noqa: E402
 from checkpoint import find, newest, read_shape, read_weights  # noqa: E402
 from data.problems import PLAIN, read_problems  # noqa: E402
 from engine import Engine, Request, generate  # noqa: E402
@@ -171,8 +171,7 @@ def question3(model, prompts, cfg: Config, n_draft: int) -> list[dict]:
 
         speed-up(B) = tokens per round * plain(B) / (verify(B) + draft(B) + rest(B))
 
-    each cost a straight line through its values at the smallest and the largest batch. Rows of a product are
-    at least ROWS: plain steps of 1 to 4 sequences cost the same.
+    each cost a straight line through its values at the smallest and the largest batch.
     """
     best: dict[tuple, tuple] = {}                                   # (B, n) -> what serve() gave, the fastest
     for _ in range(cfg.rounds):
@@ -180,13 +179,13 @@ def question3(model, prompts, cfg: Config, n_draft: int) -> list[dict]:
             new = serve(model, prompts, *key, cfg.tokens)
             best[key] = min(new, best.get(key, new), key=lambda found: found[0]["token"])
     ends = cfg.batches[0], cfg.batches[-1]
-    plain = line({max(B, ROWS): best[B, 0][0]["decode"] + best[B, 0][0]["rest"] for B in ends})
+    plain = line({B: best[B, 0][0]["decode"] + best[B, 0][0]["rest"] for B in ends})
     verify, draft, rest = (line({B: best[B, n_draft][0][name] for B in ends})
                            for name in ("decode", "draft", "rest"))
     rows = []
     for B in cfg.batches:
         per_round, share = tokens_per_round(best[B, n_draft][1], cfg.tokens)
-        before, cost = plain(max(B, ROWS)), verify(B) + draft(B) + rest(B)
+        before, cost = plain(B), verify(B) + draft(B) + rest(B)
         row = {"batch": B, "measured": best[B, 0][0]["token"] / best[B, n_draft][0]["token"],
                "predicted": per_round * before / cost, "tokens_per_round": per_round, "acceptance": share,
                "plain_ms": 1e3 * before, "verify_ms": 1e3 * verify(B), "draft_ms": 1e3 * draft(B),
@@ -260,6 +259,7 @@ def main(cfg: Config) -> None:
     assert texts["ours"] == texts["ours + MTP"], "speculation changed a text"
     times = alternate(sides, cfg.rounds)
     rate = {name: cfg.singles * cfg.tokens / min(t) for name, t in times.items()}
+    result["median_seconds"] = {name: statistics.median(t) for name, t in times.items()}
     single, spec = ratio(times, "ours", "transformers"), ratio(times, "ours + MTP", "ours")
     result["one_request"] = {"tokens_per_second": rate, "ratio": single, "mtp_ratio": spec,
                              "same_text": f"{same}/{len(runs)}"}
@@ -275,6 +275,7 @@ def main(cfg: Config) -> None:
     texts = {name: f() for name, f in sides.items()}
     same = sum(b[:len(a)] == a for a, b in zip(texts["ours"], texts["transformers"], strict=True))
     times = alternate(sides, max(3, cfg.rounds // 2))
+    result["median_seconds_skewed"] = {name: statistics.median(t) for name, t in times.items()}
     many = ratio(times, "ours", "transformers")
     rate = {name: sum(lengths) / min(t) for name, t in times.items()}
     mean = sum(lengths) / len(lengths)
@@ -288,7 +289,8 @@ def main(cfg: Config) -> None:
     # 3: where MTP pays
     print("3  speed-up by MTP against batch size")
     result["mtp"] = rows = question3(model, prompts, cfg, n_draft) if n_draft else []
-    result["ratio"] = {"one_request": single, "skewed_batch": many, "mtp": spec}
+    result |= {"ratio": single, "ratios": {"one_request": single, "one_request_mtp": single * spec,
+                                           "skewed_batch": many, "mtp_over_plain": spec}}
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))

@@ -3,6 +3,7 @@ Measurements that need a GPU. One command checks first, then times, each row bes
 
     python bench/gpu.py kernels              # an H200; writes results/gpu/kernels.csv and .json
     python bench/gpu.py train                # training at the 7B's layer shapes (gpu_train.py)
+    python bench/gpu.py decode               # generation at the 7B's shape (gpu_decode.py)
     python bench/gpu.py kernels --dry_run    # any machine: tiny shapes, numbers mean nothing; out/bench/gpu/
 
 All sides of a comparison run in one process on the same tensors. Shares are of ceilings measured in the same
@@ -29,6 +30,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from gpu_decode import TARGETS as DECODE_TARGETS  # noqa: E402
+from gpu_decode import decode  # noqa: E402, F401  (the part `decode`)
 from gpu_train import TARGETS as TRAIN_TARGETS  # noqa: E402
 from gpu_train import train  # noqa: E402, F401  (the part `train`)
 
@@ -57,7 +60,7 @@ TARGETS = {
     "swiglu forward": ("share", ">=", 0.8),
     "swiglu backward": ("share", ">=", 0.8),
     "rope": ("share", ">=", 0.8),
-} | TRAIN_TARGETS
+} | TRAIN_TARGETS | DECODE_TARGETS
 
 
 class Run:

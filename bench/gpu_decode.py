@@ -2,6 +2,7 @@
 Decoding at the 7B shape on one GPU: share of the measured copy bandwidth, and what three MTP layers bring.
 
     python bench/gpu_decode.py                        # random weights, bf16; about three minutes on an H200
+    python bench/gpu.py decode                        # the same beside all other GPU rows and their targets
     python bench/gpu_decode.py --shape=tiny           # the same code on any machine, numbers without meaning
 
 Targets: plain decode of one sequence at 75% of copy bandwidth or more (gpt-fast reports 68.5% of an A100's
@@ -93,6 +94,19 @@ def measure(model, kind, batch: int, context: int, n_draft: int, steps: int) -> 
         engine.step()
     took = clock(engine.device) - begin
     return took / steps, (engine.state["n"][:batch].sum().item() - before) / steps / batch
+
+
+TARGETS = {"decode 7B, 1 sequence": ("share", ">=", 0.75), "decode 7B, 64 sequences at 8k": ("share", ">=", 0.70),
+           "decode 7B, 3 MTP layers over plain, acceptance imposed": ("x", ">=", 1.8)}
+
+
+def decode(run) -> None:
+    """The part `decode` of bench/gpu.py."""
+    found = main(Config(shape="7b" if run.cuda else "tiny", steps=64 if run.cuda else 2,
+                        out="out/bench/gpu_decode.json"))
+    values = found["single"]["share"], found["batch"]["share"], found["mtp"]["ratio"]
+    for name, value in zip(TARGETS, values, strict=True):
+        run.row(name, value, TARGETS[name][0])
 
 
 def main(cfg: Config) -> dict:

@@ -133,26 +133,25 @@ def test_sampled_acceptance_with_one_hot_drafts_and_all_kept():
     assert kept.item() == 0 and nxt.tolist() == [[1.0, 0.0]]         # residual: p without the rejected token
 
 
-def test_agreement_counts_by_brute_force():
-    m, b = model(), batch(T=16)
-    bounds = doc_bounds(b.cu_seqlens, 2, 16)
-    got = mtp.agreement(m, b.ids, b.docs, b.positions, bounds)
-    h = m(b.ids[:, :16], b.positions, bounds)
-    trunk, ids, docs = m.logits(h).argmax(-1), b.ids, b.docs
-    cos, sin = m.rope_at(ids[:, :16], b.positions)
-    drafts = []
+def test_agreement_walks_in_rounds(monkeypatch):
+    """
+    By hand, one document of 9 tokens, T = 8, two layers, drafts right (1) or wrong (0) at slot i = 0..6:
+        layer 0:  1 0 1 1 1 0 0      round at 0: layer 0 right, layer 1 wrong -> next at 2
+        layer 1:  0 1 1 1 0 1 -      at 2: both right -> 5;  at 5: wrong -> 6;  at 6: wrong -> 7, where the text ends
+    looked at: layer 0 four times, 2 right; layer 1 two times, 1 right. With a mask from token 4 on, slots 0 and 1 have
+    no draft to look at: rounds at 2 (both right), 5, 6.
+    """
+    m = mtp.build(ModelConfig(vocab_size=16, n_layer=1, d_model=16, n_head=1, n_kv_head=1, head_dim=16, d_ff=16,
+                              n_mtp=2))
+    T, plan = 8, ([1, 0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 1, 0, 0])
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 0, 0]])
+    docs = torch.tensor([[0] * 9 + [1] * 2])
+    monkeypatch.setattr(m.lm_head, "weight", torch.nn.Parameter(torch.eye(16)))
     for k, layer in enumerate(m.mtp_layers):
-        z = layer(h, m.embed_tokens(ids[:, k + 1:17 + k]), cos, sin, bounds)
-        drafts.append((layer.final_layernorm(z) @ m.lm_head.weight.T).argmax(-1))
-    want = [[0, 0] for _ in range(3)]
-    for r in range(2):
-        for i in range(16):
-            for k in range(3):
-                inside = i + k + 1 < 16 and docs[r, i] == docs[r, i + k + 2] and trunk[r, i + k] == ids[r, i + k + 1]
-                if not inside:
-                    break
-                want[k][1] += 1
-                if drafts[k][r, i] != trunk[r, i + k + 1]:
-                    break
-                want[k][0] += 1
-    assert got == [tuple(w) for w in want]
+        said = [ids[0, i + k + 2].item() if plan[k][i] else 15 for i in range(T)]
+        monkeypatch.setattr(layer, "forward", lambda *a, said=said: torch.eye(16)[said][None])
+        monkeypatch.setattr(layer.final_layernorm, "forward", lambda z: z)
+    bounds = doc_bounds(torch.tensor([0, 8], dtype=torch.int32), 1, T)
+    at = ids, docs, torch.arange(T)[None], bounds
+    assert mtp.agreement(m, *at) == [(2, 4), (1, 2)]
+    assert mtp.agreement(m, *at, torch.tensor([[0] * 4 + [1] * 7])) == [(1, 3), (1, 1)]

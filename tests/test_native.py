@@ -31,7 +31,7 @@ def make(shape: dict):
     model = build(ModelConfig(n_layer=2, n_mtp=3, max_seq_len=128, **shape))
     model.init_weights(3)
     with torch.no_grad():
-        for name, p in model.named_parameters():                    # uneven gains, biases that are not 0
+        for p in model.parameters():                                  # uneven gains, biases that are not 0
             p.mul_(1.4) if p.ndim > 1 else p.add_(torch.randn(p.shape) * 0.3)
     return model.requires_grad_(False)
 
