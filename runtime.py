@@ -91,9 +91,9 @@ class Runtime:
 def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: int = 0) -> Runtime:
     """
     threads: torch threads on CPU. seed: Python, numpy and torch. device: "cpu", "cuda" or "auto" (CUDA when
-    there is one). shard_ranks: 1 on CPU means that every rank keeps a plain copy (parallel.py). A process group is made when torchrun's variables are there (nccl on CUDA, gloo on CPU),
-    and for one GPU, whose mixed precision is FSDP2's on a mesh of one. Ends the run with one line if CUDA is
-    asked for and absent.
+    there is one). shard_ranks: 1 on CPU means that every rank keeps a plain copy (parallel.py). A process
+    group is made when torchrun's variables are there (nccl on CUDA, gloo on CPU), and for one GPU, whose mixed
+    precision is FSDP2's on a mesh of one. Ends the run with one line if CUDA is asked for and absent.
     """
     torchrun = "MASTER_ADDR" in os.environ and "RANK" in os.environ
     rank, world, local_rank = ((int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if torchrun
