@@ -10,13 +10,14 @@ Memory is what one rank holds at the end of a forward pass, its worst moment, by
     optimizer    Adam's two moments, fp32 shards
     activations  what autograd keeps for the backward pass, from the kernels' own lists (block_floats)
     logits       gradients of the loss head, made in the forward, and one chunk of logits
-    KV           an engine replica's weights and cache (RL), 0 in training
+    KV           an engine replica's weights in bf16 and its cache (rl.py --dry_run=True), 0 in training
 
 Not counted: CUDA context, NCCL buffers and fragmentation, 2 to 4 GB. The figures agree within 10% with what a
 real step allocates (tests/test_memory.py measures it on CPU, and block by block with the GPU kernels' own
 save lists). The report gives no memory figures; parameters and schedule are its sections 2.2 and 2.3.
 """
 import math
+from dataclasses import replace
 
 GB = 1e9
 
@@ -161,6 +162,35 @@ def plan(shape, stages, world: int, *, micro_batch: int = 1, checkpointing: str 
 def kv_bytes_per_token(shape, element: int = 2) -> int:
     """K and V of every trunk layer: 147,456 bytes at 7B in bf16."""
     return 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * element
+
+
+def rl_memory(shape, n_mtp: int, world: int, *, micro_tokens: int, kv_tokens: int, checkpointing: str = "none",
+              shard_ranks: int = 0, reduce_each: bool = False, n_draft: int = 0, copies: int = 0,
+              device: str = "cuda") -> dict[str, float]:
+    """
+    Bytes per rank by kind in RL: the trunk trains on micro_tokens a forward, n_mtp MTP layers lie frozen, and a plain
+    replica with a cache of kv_tokens decodes. The replica takes new weights parameter by parameter; copies = 1: they
+    are published whole as well (max_staleness 1).
+    """
+    from schedule import Stage
+    e, trunk = (2 if device == "cuda" else 4), replace(shape, n_mtp=0)
+    (row,) = plan(trunk, [Stage(tokens=1e9, seq_len=micro_tokens)], world, checkpointing=checkpointing, device=device,
+                  shard_ranks=shard_ranks, reduce_each=reduce_each)
+    frozen, P = parameters(shape, n_mtp)["MTP layers"], parameters(shape, n_mtp)["all"]
+    cache = kv_tokens * kv_bytes_per_token(replace(shape, n_layer=shape.n_layer + n_draft), e)
+    return row["memory"] | {"weights": row["memory"]["weights"] + 4 * frozen / (shard_ranks or world),
+                            "KV": (1 + copies) * P * e + cache}
+
+
+def rl_report(shape, n_mtp: int, world: int, **how) -> str:
+    """What rl.py --dry_run=True prints; how: as in rl_memory."""
+    kinds = rl_memory(shape, n_mtp, world, **how)
+    return "\n".join([f"parameters with {n_mtp} MTP layers: {parameters(shape, n_mtp)['all']:,}",
+                      f"memory per GPU in GB, {world} GPU(s), {how['micro_tokens']:,} tokens a forward, "
+                      f"{how['kv_tokens']:,} tokens in the KV cache",
+                      "  " + "".join(f"{k:>13}" for k in kinds) + f"{'total':>10}",
+                      "  " + "".join(f"{v / GB:>13.2f}" for v in kinds.values())
+                      + f"{sum(kinds.values()) / GB:>10.2f}"])
 
 
 def steps_of(stage) -> float:

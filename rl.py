@@ -86,12 +86,17 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
     checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing
     shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
+    reduce_each: bool = False             # FSDP reduces every micro-batch: 4 bytes x parameters less, more traffic
+    kv_tokens: int = 0                    # tokens in the engine's KV cache on a GPU; 0 = slots x longest answer
+    dry_run: bool = False                 # print memory per GPU by kind, train nothing
+    dry_run_world: int = 8                # GPUs the dry run plans for
+    dry_run_model: str = "config/tiny.py"   # pre-training config whose model, with its final MTP layers, it plans for
 
     def __post_init__(self):
         configurator.at_least(self, 1, "steps", "batch_size", "mini_batch", "group_size", "slots", "judge_workers",
                               "micro_tokens", "eval_samples", "save_every", "keep", "threads", "is_cap")
         configurator.at_least(self, 0, "lr", "warmup_steps", "easy_alpha", "reward_lag", "n_draft", "weight_decay",
-                              "grad_clip", "eval_every", "max_staleness", "shard_ranks")
+                              "grad_clip", "eval_every", "max_staleness", "shard_ranks", "kv_tokens")
         for name, high in (("easy_alpha", 1), ("max_staleness", 1), ("beta1", 0.999999), ("beta2", 0.999999)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} = {getattr(self, name)} should be from 0 to {round(high)}")
@@ -191,6 +196,15 @@ def token_logprobs(model: MiMo, rows: list[Row], device) -> tuple[Tensor, Tensor
 
 
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        import memory
+        import pretrain
+        base = configurator.load(pretrain.Config, [cfg.dry_run_model])
+        kv_tokens = cfg.kv_tokens or cfg.slots * base.model.max_seq_len
+        print(memory.rl_report(base.model, base.n_mtp_final, cfg.dry_run_world, micro_tokens=cfg.micro_tokens,
+                               checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks, n_draft=cfg.n_draft,
+                               reduce_each=cfg.reduce_each, kv_tokens=kv_tokens, copies=cfg.max_staleness))
+        return
     # ---- start or resume -----------------------------------------------------------------------------------------
     rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
@@ -244,7 +258,8 @@ def main(cfg: Config) -> None:
         runtime.load_optimizer(ckpt, model, optimizer)
     # a plain copy decodes, whatever the trainer is sharded over
     replica = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
-    engine = Engine(replica, slots=cfg.slots, max_len=prompt_len + budget, n_draft=cfg.n_draft)
+    engine = Engine(replica, slots=cfg.slots, max_len=prompt_len + budget, n_draft=cfg.n_draft,
+                    memory=cfg.kv_tokens or None)
 
     def make_request(task, i: int, seed: int) -> Request:
         return Request(task.key(i), prompts[task.prompt], cfg.budget_at(task.step), temperature=cfg.temperature,
@@ -277,14 +292,19 @@ def main(cfg: Config) -> None:
                 group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else cfg.lr
             stats = update(model, optimizer, batch, cfg, rt, step)
             t2 = time.perf_counter()
+            # while the thread rests (max_staleness 0) its replica takes the new weights one parameter at a time, each
+            # cast to the replica's dtype; while it decodes (1), they are published as a second copy in that dtype
+            if not cfg.max_staleness:
+                runtime.fill(replica, runtime.replica_state(model))
             heldout = {}
             if held and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
-                twin = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
+                twin = replica
+                if cfg.max_staleness:
+                    twin = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
                 heldout = {"heldout": evaluate(twin, tokenizer, held, chat, cfg)} if rt.is_main else {}
             if step + 1 < cfg.steps:
-                # a copy when the thread may still be reading while the next update writes
-                state = runtime.replica_state(model)
-                rollout.publish({name: w.clone() if cfg.max_staleness else w for name, w in state})
+                weights = runtime.replica_state(model)
+                rollout.publish({name: w.to(rt.dtype, copy=True) for name, w in weights} if cfg.max_staleness else None)
             verdicts = Counter(v for g in batch.groups for info in g.infos for v in info["verdicts"])
             samples = [s for g in batch.groups for s in g.samples]
             lengths = sorted(len(s.tokens) for s in samples) or [0]
@@ -344,7 +364,7 @@ def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
             summand, rho, clipped = surrogate(logp, old, A, cfg.eps_low, cfg.eps_high)
             if cfg.max_staleness:                                   # truncated importance weights [ours]
                 summand = summand * (old - behaviour).exp().clamp_max(cfg.is_cap)
-            runtime.sync_gradients(model, m == len(parts) - 1, rt)
+            runtime.sync_gradients(model, m == len(parts) - 1 or cfg.reduce_each, rt)
             (-(summand.sum() / count) * rt.world).backward()
             if micro is not NOTHING:
                 with torch.no_grad():
@@ -382,6 +402,8 @@ def remember_old(model: MiMo, rows: list[Row], cfg: Config, rt) -> None:
     """Fill row.old: log-probs under pi_old, the policy before the first update."""
     for micro in same_number(micro_batches(rows, cfg.micro_tokens), rt):
         logp, _ = token_logprobs(model, micro, rt.device)
+        if micro is NOTHING:                                        # shared by all updates: it remembers nothing
+            continue
         for row, old in zip(micro, logp.split([len(r.tokens) for r in micro]), strict=True):
             row.old = old
 

@@ -17,3 +17,4 @@ max_groups = 256
 slots = 256
 judge_workers = 6
 micro_tokens = 16_384
+dry_run_model = "config/mimo_100m.py"

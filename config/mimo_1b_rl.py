@@ -16,3 +16,4 @@ max_groups = 512
 budget = [(0, 4_096)]
 slots = 256
 checkpointing = "selective"
+dry_run_model = "config/mimo_1b.py"

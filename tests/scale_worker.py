@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -212,6 +213,108 @@ def train_sft(folder, init):
             ],
         )
     )
+
+
+def rl_model(rt, shard_ranks=0):
+    import rl
+    model = mtp.build(SHAPE, "meta")
+    model.mtp_layers.requires_grad_(False)
+    model = runtime.materialise(runtime.shard(model, rt, shard_ranks=shard_ranks), rt, seed=3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return rl, model, torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def train_rl_updates(out, steps=20, mini_batch=8, uneven=0, shard_ranks=0):
+    """
+    rl.update on 8 groups of 4 answers of 1 to 14 tokens, on any number of ranks. The groups are dealt out in the order
+    in which mini_batches() sorts them, so that a mini-batch holds the same groups for every number of ranks.
+    """
+    from rollout import Group, Task, hash64
+    rt = runtime.setup(seed=1, device="cpu", shard_ranks=shard_ranks)
+    rl, model, optimizer = rl_model(rt, shard_ranks)
+    cfg = replace(rl.Config(), batch_size=8, mini_batch=mini_batch, group_size=4, lr=1e-3, micro_tokens=48,
+                  grad_clip=0.5)
+    seen = []
+    for step in range(steps):
+        groups = []
+        for index in range(8):
+            g = np.random.default_rng([step, index])
+            prompt = g.integers(0, SHAPE.vocab_size, int(g.integers(1, 8))).tolist()
+            answers = [g.integers(0, SHAPE.vocab_size, int(g.integers(1, 15))).tolist() for _ in range(4)]
+            samples = [SimpleNamespace(prompt=prompt, tokens=a, logprobs=[-4.8] * len(a)) for a in answers]
+            groups.append(Group(Task(step, index, index, False), (0, 0), samples, g.random(4).tolist(), [{}] * 4, 0))
+        groups.sort(key=lambda g: hash64(cfg.seed, "order", step, g.task.index))
+        mine = [g for i, g in enumerate(groups) if i % rt.world == rt.rank]
+        if uneven:                                     # the first rank has all but one group for each other rank
+            mine = groups[rt.world - 1:] if rt.rank == 0 else groups[rt.rank - 1:rt.rank]
+        stats = rl.update(model, optimizer, SimpleNamespace(groups=mine), cfg, rt, step)
+        seen.append([stats[k] for k in ("objective", "entropy", "ratio", "clip_low", "clip_high", "grad_norm",
+                                        "ratio_max", "engine_gap", "trained_tokens")])
+    assert rl.NOTHING[0].old is None
+    weights = {name: float(w.double().norm()) for name, w in runtime.replica_state(model)}
+    if rt.is_main:
+        Path(out).write_text(json.dumps({"seen": seen, "weights": weights}))
+    runtime.teardown(rt)
+
+
+class ParityGrader:
+    """Rewards that a random model earns too: the share of even tokens. Decoded answers differ, so do rewards."""
+    def __init__(self, *_):
+        self.ready = []
+
+    def submit(self, key, task, sample):
+        reward = sum(t % 2 == 0 for t in sample.tokens) / max(1, len(sample.tokens))
+        self.ready.append((key, reward, {"passed": False, "verdicts": ["right"]}))
+
+    def poll(self):
+        done, self.ready = self.ready, []
+        return done
+
+    def close(self):
+        pass
+
+
+def write_base(folder: Path) -> None:
+    """A checkpoint of a random model with the tiny tokenizer, and 30 maths problems."""
+    from data.problems import Problem, write_problems
+    from tokenizer import Tokenizer
+    shape = replace(SHAPE, vocab_size=1024, max_seq_len=128)
+    model = mtp.build(shape)
+    model.init_weights(seed=3)
+    runtime.save_checkpoint(folder / "base", 1, model, tokenizer=Tokenizer.load("tiny"), config={}, state={},
+                            meta={"stage": "sft", "chat": True}, shape=vars(shape))
+    write_problems(folder / "problems.jsonl", [Problem(f"{i:016x}", "maths", f"What is {i} + {i * i}?",
+                                                       answer=str(i + i * i)) for i in range(30)])
+
+
+def train_rl(folder, out, *flags, term_after=-1, dtype=""):
+    """
+    rl.py from write_base's checkpoint: 4 iterations of 4 groups of 4 answers. Answers end by chance, at another moment
+    on every rank. term_after: SIGTERM comes in that iteration. dtype: of the replicas, as on a GPU.
+    """
+    import configurator
+    import rl
+    rl.Grader = ParityGrader
+    setup, asked, calls = runtime.setup, runtime.stop_requested, iter(range(1, 1000))
+
+    def in_dtype(**how):
+        rt = setup(**how)
+        return replace(rt, dtype=getattr(torch, dtype)) if dtype else rt
+
+    def stop_requested(rt):
+        if next(calls) == term_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(rt)
+
+    runtime.setup, runtime.stop_requested = in_dtype, stop_requested
+    try:
+        rl.main(configurator.load(rl.Config, [
+            f"--init={folder}/base", f"--out={out}", f"--problems={folder}/problems.jsonl", "--valid=", "--steps=4",
+            "--batch_size=4", "--mini_batch=2", "--group_size=4", "--max_groups=8", "--budget=[(0,24)]", "--slots=8",
+            "--lr=1e-3", "--save_every=1", "--judge_workers=1", "--reward_lag=2", "--micro_tokens=256", "--device=cpu",
+            *flags]))
+    finally:
+        runtime.setup, runtime.stop_requested = setup, asked
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import kernels
 import memory
 import mtp
 import runtime
+from engine import Engine
 from model import Block, ModelConfig
 from schedule import Stage
 
@@ -218,3 +219,22 @@ def test_every_config_loads_and_plans(path, capsys):
     else:
         cfg = configurator.load(kind.Config, [str(path)])
         assert cfg.init != cfg.out and cfg.out.startswith("out/")
+    if kind is rl:
+        rl.main(configurator.load(rl.Config, [str(path), "--dry_run=True"]))
+        told = capsys.readouterr().out
+        assert "KV" in told and ("8,254,990,336" in told) == path.stem.startswith("mimo_7b")
+
+
+def test_rl_memory_counts_what_the_engine_allocates():
+    """A bf16 replica with three MTP layers and a cache of 2,048 tokens in blocks, as on a GPU; two of them draft."""
+    shape = ModelConfig(vocab_size=512, n_layer=4, d_model=64, n_head=4, n_kv_head=2, head_dim=16, d_ff=160, n_mtp=3)
+    replica = runtime.replica(mtp.build(shape), "cpu", torch.bfloat16)
+    engine = Engine(replica, slots=4, max_len=1024, n_draft=2, layout="blocks", memory=2048, fast=False)
+    cache = sum(t.nbytes for t in vars(engine.cache).values() if isinstance(t, torch.Tensor) and t.is_floating_point())
+    weights = sum(p.nbytes for p in replica.parameters())
+    how = dict(micro_tokens=64, n_draft=2, kv_tokens=2048)
+    kinds = memory.rl_memory(shape, 3, 8, **how)
+    assert cache > 0 and kinds["KV"] == pytest.approx(weights + cache, rel=0.10)
+    assert memory.rl_memory(shape, 3, 8, copies=1, **how)["KV"] - kinds["KV"] == weights
+    trunk = sum(p.numel() for n, p in replica.named_parameters() if not n.startswith("mtp_layers"))
+    assert kinds["optimizer"] == 8 * trunk / 8                      # MTP layers are frozen
