@@ -132,7 +132,7 @@ def find(path) -> Path:
     if not path.exists():
         there = sorted(str(p.parent) for p in Path("out").glob("**/latest"))
         die(f"no checkpoint at {path}: no such folder; "
-            + (f"there are {', '.join(there[:6])}" if there else "`make demo` trains some in a quarter of an hour"))
+            + (f"there are {', '.join(there[:6])}" if there else "`make demo` trains some"))
     written = re.fullmatch(r"step_\d+", path.name) is not None
     if not written and not (path / "model.json").is_file():
         return latest(path) or die(f"no checkpoint in {path}")
