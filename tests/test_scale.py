@@ -8,12 +8,13 @@ masks.
 """
 import json
 import re
+import time
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, start
 from scale_worker import main as train
-from scale_worker import train_pretrain, train_rl_updates, train_sft
+from scale_worker import train_pretrain, train_rl, train_rl_updates, train_sft, write_base
 
 import runtime
 
@@ -157,7 +158,7 @@ def test_pretrain_and_sft_do_not_depend_on_the_number_of_ranks(tmp_path):
         assert y == pytest.approx(x, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("mini_batch", [8])
+@pytest.mark.parametrize("mini_batch", [8, 4])
 def test_rl_updates_do_not_depend_on_the_number_of_ranks(tmp_path, mini_batch):
     """
     rl.update on the same groups, each rank its share: on-policy, and two updates per batch, whose ratio is not 1.
@@ -174,6 +175,80 @@ def test_rl_updates_do_not_depend_on_the_number_of_ranks(tmp_path, mini_batch):
         assert len(many["seen"]) == len(one["seen"]) == 20
         for step, (x, y) in enumerate(zip(one["seen"], many["seen"], strict=True)):
             assert y == pytest.approx(x, rel=1e-5, abs=1e-5), f"{world} ranks, step {step}"
+
+
+def rl_log(folder):
+    """metrics.jsonl without what the clock decides."""
+    timed = ("judge_queue_max", "decode_tokens_per_second")
+    return [{k: v for k, v in r.items() if k not in timed and not k.endswith("_s")}
+            for _, r in runtime.read_rows(folder / "metrics.jsonl")]
+
+
+def weights_of(run):
+    newest = run / (run / "latest").read_text().strip()
+    return newest.name, [p.read_bytes() for p in sorted(newest.glob("model*.safetensors"))]
+
+
+def test_rl_on_two_ranks_killed_and_resumed_ends_bit_equal(tmp_path):
+    """
+    rl.py, whole: two ranks decode different numbers of steps, train one policy. kill -9 of both, the same command: the
+    same weights and log. SIGTERM on one rank: both save and exit with 0, and the same command ends the same.
+    """
+    write_base(tmp_path)
+    whole, killed, stopped = (tmp_path / name for name in ("whole", "killed", "stopped"))
+    codes = run_ranks(2, tmp_path, train_rl, str(tmp_path), str(whole))
+    assert set(codes) <= {0, -6}, (tmp_path / "rank0.log").read_text()
+    want, log = weights_of(whole), rl_log(whole)
+    assert want[0] == "step_00000004" and len(want[1]) == 2 and [r["step"] for r in log] == [1, 2, 3, 4]
+    assert all(r["grad_norm"] > 0 and r["updates"] == 2 for r in log) and log[-1]["ratio_max"] > 1
+
+    processes = start(2, tmp_path, train_rl, str(tmp_path), str(killed))
+    while not (killed / "step_00000002").is_dir() and any(p.is_alive() for p in processes):
+        time.sleep(0.01)
+    for p in processes:
+        p.kill()
+        p.join()
+    assert weights_of(killed)[0] < want[0], "the run ended before it could be killed"
+    run_ranks(2, tmp_path, train_rl, str(tmp_path), str(killed))
+    assert weights_of(killed) == want and rl_log(killed) == log
+
+    codes = run_ranks(2, tmp_path, train_rl, str(tmp_path), str(stopped), "--save_every=100", term_after=2)
+    assert set(codes) <= {0, -6} and weights_of(stopped)[0] == "step_00000002"
+    run_ranks(2, tmp_path, train_rl, str(tmp_path), str(stopped), "--save_every=100")
+    assert weights_of(stopped) == want and rl_log(stopped) == log
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_rl_publishes_in_the_replicas_dtype(tmp_path, monkeypatch, staleness):
+    """
+    bf16 replicas, as on a GPU: what the engine decodes with after an update is the trainer's fp32 weights, rounded. At
+    no time does a whole fp32 copy exist: with staleness 0 nothing is copied but the replica itself.
+    """
+    import rl
+    write_base(tmp_path)
+    published, engines = [], []
+
+    class Rollout(rl.RolloutThread):
+        def publish(self, weights=None):
+            published.append(weights)
+            super().publish(weights)
+
+    class Engine(rl.Engine):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            engines.append(self)
+
+    monkeypatch.setattr(rl, "RolloutThread", Rollout)
+    monkeypatch.setattr(rl, "Engine", Engine)
+    train_rl(tmp_path, tmp_path / "run", f"--max_staleness={staleness}", "--steps=2", dtype="bfloat16")
+    (engine,), state = engines, runtime.load_model(tmp_path / "run/step_00000001")[1]
+    if staleness:
+        assert {w.dtype for w in published[0].values()} == {torch.bfloat16}
+        got = published[0]
+    else:
+        assert published == [None]
+        got, state = engine.model.state_dict(), runtime.load_model(tmp_path / "run/step_00000002")[1]
+    assert all(torch.equal(got[name], w.bfloat16()) for name, w in state.items()) and len(got) == len(state)
 
 
 # ---- parts -------------------------------------------------------------------------------------------------
