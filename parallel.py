@@ -6,7 +6,7 @@ gradients and Adam states: 16 bytes each, 125 GB) on GPUs of 80 GB.
 
     world size 1 on CPU       nothing is wrapped, the model stays what mtp.build made
     shard_ranks = 1 on CPU    nothing is wrapped: a copy per rank, gradients averaged once a step (plain data
-                              parallelism; for a model this small, gathering every block costs more than it saves)
+                              parallelism; for a small model, gathering every block eats most of what a rank adds)
     anything else             fully_shard per Block, per MTP layer and at the root
 
 On CUDA the master weights are fp32, blocks compute in bf16 and gradients are reduced in fp32
