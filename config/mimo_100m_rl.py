@@ -15,6 +15,7 @@ lr = 5e-6
 budget = [(0, 1_024)]
 max_groups = 256
 slots = 256
+kv_tokens = 262_144                             # 3 GB, for a 24 GB card; answers beyond it wait for room
 judge_workers = 6
 micro_tokens = 16_384
 dry_run_model = "config/mimo_100m.py"
