@@ -163,7 +163,8 @@ def main() -> None:
               f"x{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})")
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"command": " ".join("--nanogpt=../nanoGPT" if a.startswith("--nanogpt=") else a for a in sys.argv), "threads": args.threads, "torch": torch.__version__,
+    words = ["--nanogpt=../nanoGPT" if w.startswith("--nanogpt=") else w for w in sys.argv]    # nobody's own folder
+    about = {"command": " ".join(words), "threads": args.threads, "torch": torch.__version__,
              "python": platform.python_version(), "machine": platform.processor() or platform.machine()}
     out.write_text(json.dumps({"ratio": rows["ours"]["ratio"], "sides": rows, **about}, indent=1) + "\n")
     print(f"ratio ours / nanoGPT, tokens per second, MTP off: {rows['ours']['ratio']:.3f}")
