@@ -37,8 +37,9 @@ from torch import Tensor
 from cache import ROWS, Blocks, Plan, Rows
 from draw import draw, signed64, uniform
 from fast import Forward, library, up16
+from kernels.gemv import block_step, gemv, serves
 from kernels.rope import rope_tables
-from model import MiMo
+from model import Block, MiMo
 from mtp import accept_greedy
 
 STOPS = 8          # most stop ids of a request
@@ -361,9 +362,15 @@ class Engine:
             return self.forward.trunk(ids, plan, fill)
         x = self.model.embed_tokens(ids)
         for block, cache in zip(self.model.layers, self.cache.layers, strict=False):
-            cache.plan = plan
-            x = block(x, plan.cos, plan.sin, None, cache)
+            x = self.block(block, x, plan, cache)
         return x
+
+    def block(self, block, x: Tensor, plan: Plan, cache) -> Tensor:
+        """x [B,Q,D] through one block and its part of the cache; few rows on a GPU take the fused kernels."""
+        cache.plan = plan
+        if self.cache.static and serves(block, *x.shape[:2]):
+            return block_step(block, x, plan.cos, plan.sin, cache)
+        return Block.forward(block, x, plan.cos, plan.sin, None, cache)
 
     def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan, want: str = "all") -> Tensor | None:
         """
@@ -372,14 +379,18 @@ class Engine:
         """
         if self.fast:
             return self.forward.mtp(k, h, ahead, plan, want)
-        cache = self.cache.layers[self.model.cfg.n_layer + k]
-        cache.plan = plan
-        z = self.model.mtp_layers[k](h, self.model.embed_tokens(ahead), plan.cos, plan.sin, None, cache)
+        layer, cache = self.model.mtp_layers[k], self.cache.layers[self.model.cfg.n_layer + k]
+        z = self.block(layer, layer.enter(h, self.model.embed_tokens(ahead)), plan, cache)
         return z[:, -1] if want == "last" else z
 
     def head(self, x: Tensor, norm) -> Tensor:
         """The shared head behind the trunk's norm or an MTP layer's. x [N,D] -> fp32 [N,V]."""
-        return self.forward.head(x, norm) if self.fast else F.linear(norm(x), self.model.lm_head.weight).float()
+        if self.fast:
+            return self.forward.head(x, norm)
+        w = self.model.lm_head.weight
+        if serves(self.model.layers[0], len(x), 1) and len(w) % 16 == 0:
+            return gemv(x, [w], norm=norm, dtype=torch.float32)
+        return F.linear(norm(x), w).float()
 
     def settings(self) -> int:
         """How many of temperature, top_p, top_k this batch's draw() has to be given."""

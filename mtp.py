@@ -39,8 +39,11 @@ class MTPLayer(Block):
     def forward(self, h: Tensor, emb: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None = None,
                 cache=None) -> Tensor:
         """h [B,T,D] trunk state before the final norm; emb [B,T,D] embedding of the token k+1 ahead. -> z [B,T,D]."""
-        z = torch.cat([self.hidden_layernorm(h), self.token_layernorm(emb)], -1)    # [B,T,2D]
-        return super().forward(self.input_proj(z), cos, sin, bounds, cache)         # [B,T,2D] -> [B,T,D]
+        return super().forward(self.enter(h, emb), cos, sin, bounds, cache)
+
+    def enter(self, h: Tensor, emb: Tensor) -> Tensor:
+        """What the block reads, [B,T,D]."""
+        return self.input_proj(torch.cat([self.hidden_layernorm(h), self.token_layernorm(emb)], -1))   # [B,T,2D] -> D
 
 
 def build(cfg: ModelConfig, device: str | torch.device | None = None) -> MiMo:

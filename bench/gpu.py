@@ -17,11 +17,12 @@ import contextlib
 import csv
 import json
 import math
+import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -36,8 +37,10 @@ from gpu_train import TARGETS as TRAIN_TARGETS  # noqa: E402
 from gpu_train import train  # noqa: E402, F401  (the part `train`)
 
 import kernels as K  # noqa: E402
+from checkpoint import git_commit  # noqa: E402
 from kernels import attention as A  # noqa: E402
 from kernels import decode as D  # noqa: E402
+from kernels import gemv as GV  # noqa: E402
 from kernels import linear_cross_entropy as L  # noqa: E402
 from kernels import rmsnorm as N  # noqa: E402
 from kernels import rope as R  # noqa: E402
@@ -69,7 +72,7 @@ class Run:
         self.cuda = torch.cuda.is_available() and not dry
         self.device = torch.device("cuda" if self.cuda else "cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.rows, self.matrix, self.copy = [], None, None
+        self.rows, self.faults, self.matrix, self.copy = [], [], None, None
         self.flush = torch.empty(256 << 20 if self.cuda else 16, dtype=torch.int8, device=self.device)
 
     def ms(self, f, reps=20):
@@ -103,6 +106,11 @@ class Run:
         took = "" if ms is None else f"{ms:9.3f} ms"
         print(f"{name:66} {value:10.4g} {unit:8} {took:12} {verdict} {note}".rstrip(), flush=True)
 
+    def check(self, name, error):
+        self.row(f"check: {name}, worst relative error", error, "")
+        if not error <= 1e-2:
+            self.faults.append(f"{name}: relative error {error:.1e} over 1e-2")
+
     def bandwidth(self, name, f, n_bytes):
         """A row in share of the copy ceiling, for work that memory bounds."""
         t = self.ms(f)
@@ -123,6 +131,9 @@ def ceilings(run):
     t = run.ms(lambda: target.copy_(source))
     run.copy = 2 * source.numel() / t / 1e6
     run.row("ceiling: copy", run.copy, "GB/s", t, "read plus written bytes")
+    if run.cuda:
+        del a, b, source, target
+        torch.cuda.empty_cache()                                     # the parts want the whole card
 
 
 def attempt(run, name, f):
@@ -163,37 +174,54 @@ def every_config(run, d, kinds=("forward", "dq", "dkv")):
             yield kind, config, only(A.CONFIGS, (kind, target, max(d, 64)), config)
 
 
-def check(run):
-    """Every attention configuration against fp64 on ragged packed shapes, and the same bits 20 times."""
+def check_attention(run, d, repeats=20):
+    """
+    Every attention configuration of head width d against fp64 on ragged packed shapes, and the same bits `repeats`
+    times. -> worst relative error; what is wrong goes to run.faults.
+    """
     worst = 0.0
-    for d in (64, 128, 256) if run.cuda else (16,):
-        B, T, H, Kv = (2, 777, 8, 2) if run.cuda else (1, 19, 2, 1)
-        cuts = torch.tensor([0, 1, T // 3, T, B * T], device=run.device, dtype=torch.int32)
-        for docs in (True, False):
-            bounds = A.doc_bounds(cuts if docs else cuts[:1], B, T)
-            q, k, v = (run.randn(B, T, n, d, grad=True) for n in (H, Kv, Kv))
-            do = run.randn(B, T, H, d)
-            want = exact_attention(q, k, v, bounds)
-            exact = (want, *torch.autograd.grad(want, (q, k, v), do.double()))
-            for kind, config, chosen in every_config(run, d):
-                if docs and config and config[2] < 0:
+    B, T, H, Kv = (2, 777, 8, 2) if run.cuda else (1, 19, 2, 1)
+    cuts = torch.tensor([0, 1, T // 3, T, B * T], device=run.device, dtype=torch.int32)
+    for docs in (True, False):
+        bounds = A.doc_bounds(cuts if docs else cuts[:1], B, T)
+        q, k, v = (run.randn(B, T, n, d, grad=True) for n in (H, Kv, Kv))
+        do = run.randn(B, T, H, d)
+        want = exact_attention(q, k, v, bounds)
+        exact = (want, *torch.autograd.grad(want, (q, k, v), do.double()))
+
+        def ours():
+            o = A.attention(q, k, v, bounds if docs else None)  # noqa: B023
+            return o, *torch.autograd.grad(o, (q, k, v), do)  # noqa: B023
+
+        for kind, config, chosen in every_config(run, d):
+            if docs and config and config[2] < 0:
+                continue
+            name = f"attention {kind} {config} d={d} docs={docs}"
+            with chosen:
+                got = attempt(run, name, ours)
+                if got is None:
+                    run.faults.append(f"{name}: does not run")
                     continue
-                with chosen:
-                    got = A.attention(q, k, v, bounds if docs else None)
-                    got = (got, *torch.autograd.grad(got, (q, k, v), do))
-                    for g, e in zip(got, exact, strict=True):
-                        error = ((g.double() - e).norm() / e.norm()).item()
-                        worst = max(worst, error)
-                        if not error <= 1e-2:
-                            raise SystemExit(f"bench/gpu.py: attention {kind} {config} d={d} docs={docs}: "
-                                             f"relative error {error:.1e} over 1e-2")
-                    for _ in range(20 if run.cuda else 1):
-                        again = A.attention(q, k, v, bounds if docs else None)
-                        again = (again, *torch.autograd.grad(again, (q, k, v), do))
-                        if not all(torch.equal(a, g) for a, g in zip(again, got, strict=True)):
-                            raise SystemExit(f"bench/gpu.py: attention {kind} {config} d={d}: runs differ")
-    run.row("check: attention, all configurations, worst relative error", worst, "")
+                errors = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(got, exact, strict=True)]
+                worst = max(worst, *errors)
+                if not max(errors) <= 1e-2:
+                    run.faults.append(f"{name}: relative errors {errors} over 1e-2")
+                if not all(torch.equal(a, g) for _ in range(repeats) for a, g in zip(ours(), got, strict=True)):
+                    run.faults.append(f"{name}: runs differ")
+    return worst
+
+
+def check(run):
+    """The defaults of the 7B's head width, then the other kernels; all configurations: tests/test_kernels_gpu.py."""
+    d, kinds = (128, ("forward", "dq", "dkv")) if run.cuda else (16, ())
+    with contextlib.ExitStack() as defaults:
+        for kind in kinds:
+            key = kind, K.arch(run.device), d
+            defaults.enter_context(only(A.CONFIGS, key, A.CONFIGS[key][0]))
+        run.check("attention", check_attention(run, d))
     check_others(run)
+    check_decode(run)
+    check_gemv(run)
 
 
 def check_others(run):
@@ -224,10 +252,7 @@ def check_others(run):
         pairs = [(got, want), *zip(torch.autograd.grad(got, inputs, g.to(got.dtype)),
                                    torch.autograd.grad(want, exact, g), strict=True)]
         error = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
-        if not error <= 1e-2:
-            raise SystemExit(f"bench/gpu.py: {name} is wrong: relative error {error:.1e} over 1e-2")
-        run.row(f"check: {name}, worst relative error", error, "")
-    check_decode(run)
+        run.check(name, error)
 
 
 def check_decode(run):
@@ -241,9 +266,30 @@ def check_decode(run):
         want = D.decode_reference(q.double(), k.double(), v.double(), table, lengths)
         got = D.decode_attention(q, k, v, table, lengths)
         worst = max(worst, ((got.double() - want).norm() / want.norm()).item())
-    if not worst <= 1e-2:
-        raise SystemExit(f"bench/gpu.py: decode attention is wrong: relative error {worst:.1e} over 1e-2")
-    run.row("check: decode, worst relative error", worst, "")
+    run.check("decode", worst)
+
+
+def check_gemv(run):
+    """Each form against fp64, and one row alone with the bits that it has among 16."""
+    D_, F_, worst = 1024, 2816, 0.0
+    x, residual, norm = run.randn(16, D_), run.randn(16, D_), types.SimpleNamespace(weight=run.randn(D_), eps=1e-5)
+    exact = types.SimpleNamespace(weight=norm.weight.double(), eps=1e-5)
+    square, up, down = ([run.randn(*shape) * D_**-0.5] for shape in ((D_, D_), (F_, D_), (F_, D_)))
+    biases = [run.randn(D_) for _ in range(3)]
+    for args, whole in (((square, None, None, residual), (None, None, residual.double())),
+                        ((square * 3, biases, norm), ([b.double() for b in biases], exact)),
+                        ((up + down, None, norm, None, True), (None, exact, None, True))):
+        want = GV.gemv_reference(x.double(), [w.double() for w in args[0]], *whole)
+        for config in GV.CONFIGS if run.cuda else GV.CONFIGS[:1]:
+            kept, GV.CONFIGS[:] = GV.CONFIGS[:], [config]
+            f = GV.gemv if run.cuda else GV.gemv_reference           # the kernel needs a GPU or the interpreter
+            got = f(x, *args)
+            first = f(x[:1], *args[:3], *[t if t is None else t[:1] for t in args[3:4]], *args[4:])
+            GV.CONFIGS[:] = kept
+            worst = max(worst, ((got.double() - want).norm() / want.norm()).item())
+            if run.cuda and not torch.equal(first, got[:1]):
+                run.faults.append(f"gemv {config}: a row alone differs from the same row among 16")
+    run.check("gemv", worst)
 
 
 def sides(run, q, k, v):
@@ -265,9 +311,11 @@ def sides(run, q, k, v):
         return lambda: call(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask,
                             enable_gqa=True).transpose(1, 2)
 
-    return {"ours": lambda: A.attention(q, k, v), "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
-            "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
-            "FlexAttention": attempt(run, "FlexAttention", flex)}
+    all_sides = {"ours": lambda: A.attention(q, k, v), "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+                 "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
+    if q.shape[1] <= 8192:                                           # it compiles anew for each length
+        all_sides["FlexAttention"] = attempt(run, "FlexAttention", flex)
+    return all_sides
 
 
 def time_attention(run):
@@ -377,6 +425,32 @@ def time_decode(run):
             run.bandwidth(f"decode B={B} 8k Q={Q}", f, 2 * B * T * Kv * d * caches[0].element_size())
 
 
+def time_gemv(run):
+    """The products of one 7B block and the head for one row and four: ours, all configurations, beside cuBLAS."""
+    d, ff, V = (4096, 11_008, 151_680) if run.cuda else (64, 96, 256)
+    copies = 4 if run.cuda else 1            # a block's weights would stay in the L2 cache between calls
+    with torch.no_grad():
+        for name, N, K_, parts in (("o", d, d, 1), ("q, k, v", d, d, 3), ("gate, up", ff, d, 2), ("down", d, ff, 1),
+                                   ("head", V, d, 1)):
+            sizes = (N, N // 4, N // 4) if parts == 3 else (N,) * parts
+            sets = [[run.randn(n, K_) * K_**-0.5 for n in sizes] for _ in range(1 if name == "head" else copies)]
+            n_bytes, turn = sum(w.numel() * w.element_size() for w in sets[0]), [0]
+
+            def next_set():
+                turn[0] += 1  # noqa: B023
+                return sets[turn[0] % len(sets)]  # noqa: B023
+
+            for M in (1, 4):
+                x = run.randn(M, K_)
+                run.bandwidth(f"gemv {name}, {M} rows: cuBLAS",
+                              lambda: [F.linear(x, w) for w in next_set()], n_bytes)  # noqa: B023
+                for config in GV.CONFIGS if run.cuda else ():
+                    kept, GV.CONFIGS[:] = GV.CONFIGS[:], [config]
+                    run.bandwidth(f"gemv {name}, {M} rows: {config}",
+                                  lambda: GV.gemv(x, next_set(), glu=parts == 2), n_bytes)  # noqa: B023
+                    GV.CONFIGS[:] = kept
+
+
 def time_elementwise(run):
     T, d, ff = (8192, 4096, 11_008) if run.cuda else (64, 32, 48)
     size = torch.empty(0, dtype=run.dtype).element_size()
@@ -413,6 +487,7 @@ def kernels(run):
         time_attention(run)
         time_head(run)
         time_decode(run)
+        time_gemv(run)
         time_elementwise(run)
 
 
@@ -425,8 +500,8 @@ def main(argv):
     if not dry and not torch.cuda.is_available():
         raise SystemExit("bench/gpu.py: no CUDA device; --dry_run runs all of it on the CPU with tiny shapes")
     run = Run(dry)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    about = dict(command=f"python bench/gpu.py {' '.join(argv)}", commit=git.stdout.strip(), dry_run=dry,
+    commit = os.environ.get("COMMIT") or git_commit()               # COMMIT: where the code came without its .git
+    about = dict(command=f"python bench/gpu.py {' '.join(argv)}", commit=commit, dry_run=dry,
                  device=torch.cuda.get_device_name() if run.cuda else "cpu",
                  torch=torch.__version__, triton=getattr(K.triton, "__version__", None),
                  cuda=torch.version.cuda,
@@ -438,6 +513,7 @@ def main(argv):
     parts[name](run)
     about["seconds"] = round(time.time() - start, 1)
     aims = [r for r in run.rows if r["met"] is not None]
+    about["faults"] = run.faults
     about["targets_met"], about["targets"] = sum(r["met"] for r in aims), len(aims)
     folder = ROOT / ("out/bench/gpu" if dry else "results/gpu")
     folder.mkdir(parents=True, exist_ok=True)
@@ -446,11 +522,12 @@ def main(argv):
         writer = csv.DictWriter(f, list(run.rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(run.rows)
-    if any(not math.isfinite(r["value"]) for r in run.rows):
-        raise SystemExit("bench/gpu.py: a value is not finite")
+    run.faults += [f"{r['name']} is not finite" for r in run.rows if not math.isfinite(r["value"])]
     print(f"wrote {folder / name}.json and .csv in {about['seconds']} s")
     print("dry run: every line ran, the numbers mean nothing" if dry else
           f"{about['targets_met']} of {about['targets']} targets met")
+    if run.faults:
+        raise SystemExit("bench/gpu.py: WRONG:\n  " + "\n  ".join(run.faults))
 
 
 if __name__ == "__main__":

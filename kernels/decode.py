@@ -15,7 +15,8 @@ has 16 rows and 4 heads x 4 tokens fill it, so verifying 4 tokens reads, and tak
 
 The report's engine is vLLM with MTP support; this kernel is ours, and so is the rule that numbers do not
 depend on the neighbours: on CPU a sequence gives the same bits whatever else is in the batch. On CUDA that
-holds for a given number of splits, which is chosen from the batch's shape.
+holds for a given number of splits, which is chosen from the batch's shape; and a row's bits do not depend on
+the tokens after it, so verifying drafts gives what generating without them gives.
 """
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,11 @@ def split_kernel(q, k_cache, v_cache, table, lengths, part_o, part_lse, Q, n_tab
     split, n_split = tl.program_id(1), tl.num_programs(1)
     b64 = b.to(tl.int64)
     length = tl.load(lengths + b)
-    # this split's share of the keys: whole tiles of BN, as even as possible
-    tiles = tl.cdiv(length, BN)
-    share = tl.cdiv(tiles, n_split)
+    # this split's share of the keys: whole tiles of BN, cut by the table's capacity and not by the length, so that
+    # a row's sums do not depend on how many tokens come after it
+    share = tl.cdiv(tl.cdiv(n_table * S, BN), n_split)
     lo = split * share
-    hi = tl.minimum(lo + share, tiles)
+    hi = tl.minimum(lo + share, tl.cdiv(length, BN))
     r = tl.arange(0, ROWS)
     qi, g = r // G, r % G
     real = qi < Q
@@ -104,8 +105,12 @@ CPU_TILE = (32, 4, 1)
 
 
 def n_splits(B, K, capacity, device):
-    """Splits per sequence, from shapes alone, so a CUDA graph of the call stays valid while lengths grow."""
-    return max(1, min(-(-8 * sm_count(device) // (B * K)), -(-capacity // 256), 128))
+    """
+    Splits per sequence, from shapes alone, so a CUDA graph of the call stays valid while lengths grow: enough to fill
+    the machine, of 128 to 1,024 keys.
+    """
+    fill = -(-8 * sm_count(device) // (B * K))
+    return max(1, min(max(fill, -(-capacity // 1024)), -(-capacity // 128), 128))
 
 
 @torch.library.custom_op("nanomimo::decode_attention", mutates_args=())

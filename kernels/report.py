@@ -29,7 +29,7 @@ if kernels.triton is None:  # a CPU build of torch: ask for triton all the same
     os.environ["NANOMIMO_TRITON"] = "1"
     importlib.reload(kernels)
 
-from kernels import attention, decode, linear_cross_entropy, rmsnorm, rope, swiglu, tl, triton  # noqa: E402
+from kernels import attention, decode, gemv, linear_cross_entropy, rmsnorm, rope, swiglu, tl, triton  # noqa: E402
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may take [CUDA programming guide]
 FIELDS = ["kernel", "target", "config", "regs", "stack", "shared", "warps", "matrix", "bulk"]
@@ -38,8 +38,9 @@ TABLES = Path(__file__).resolve().parent.parent / "results" / "kernels"
 # argument types by name, shared by all kernels; what is missing is bf16 memory
 FP32 = "lse delta part_o part_lse z weights nll logp entropy lse_out dlogp r r_out dw_part cos sin"
 KINDS = {name: "*fp32" for name in FP32.split()}
-KINDS |= {name: "*i32" for name in ("bounds", "table", "lengths")} | {"targets": "*i64"}
-KINDS |= {name: "i32" for name in ("B", "T", "H", "N", "D", "V", "F_", "Q", "n_table", "n_split", "per")}
+KINDS |= {name: "*i32" for name in ("bounds", "table", "lengths")} | dict.fromkeys(("targets", "where"), "*i64")
+KINDS |= {name: "i32" for name in ("B", "T", "H", "N", "D", "V", "F_", "Q", "n_table", "n_split", "per",
+                                      "M", "K", "N0", "N1")} | {"EPS": "fp32"}
 STRIDE = re.compile(r"s[qkvdcor][btsh]$|sr[bth]$|stride_")
 
 
@@ -71,6 +72,14 @@ def other_cases():
                    dict(num_warps=warps, num_stages=stages), False, quick and i == 0)
         yield ("decode merge", decode.merge_kernel, target, "32 splits w4",
                dict(K=8, G=4, D=128, ROWS=16, NS=32), dict(num_warps=4), False, quick)
+        for i, (BN, BK, warps, stages) in enumerate(gemv.CONFIGS):
+            forms = [("gemv residual", dict(NORM=False, PARTS=1, BIAS=False, GLU=False, RES=True)),
+                     ("gemv norm qkv", dict(NORM=True, PARTS=3, BIAS=True, GLU=False, RES=False)),
+                     ("gemv norm glu", dict(NORM=True, PARTS=1, BIAS=False, GLU=True, RES=False))]
+            for name, form in forms:
+                yield (name, gemv.gemv_kernel, target, f"{BN}x{BK} w{warps} s{stages}",
+                       dict(form, EVEN=True, ROWS=16, BN=BN, BK=BK, **f32),
+                       dict(num_warps=warps, num_stages=stages), False, quick and i == 0)
         heads = [("loss", linear_cross_entropy.loss_kernel, dict(GRAD=True)),
                  ("logprob", linear_cross_entropy.logprob_kernel, dict(SCALE=1.25)),
                  ("logprob grad", linear_cross_entropy.logprob_grad_kernel, dict(SCALE=1.25))]
@@ -89,6 +98,8 @@ def other_cases():
                    dict(num_warps=swiglu.WARPS), False, quick)
         yield ("rope", rope.rope_kernel, target, "H32 K8 d128 w4",
                dict(H=32, K=8, D=128, HEADS=32, SIGN=1.0, **f32), dict(num_warps=4), False, quick)
+        yield ("rope store", rope.store_kernel, target, "H32 K8 d128 w4",
+               dict(H=32, K=8, D=128, HEADS=32, **f32), dict(num_warps=4), False, quick)
 
 
 def build(kernel, target, consts, options):

@@ -61,6 +61,44 @@ def _launch(q, k, cos, sin, q_out, k_out, sign):
                           HEADS=next_pow2(max(H, K)), SIGN=sign, ACC=acc_type(q), num_warps=4)
 
 
+@jit
+def store_kernel(qkv, cos, sin, q_out, k_cache, v_cache, where, scb, H: tl.constexpr, K: tl.constexpr,
+                 D: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr):
+    """One program: one token of qkv [N, (H + 2K) D]; its slot in the caches [slots, K, D] is where[n]."""
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, D // 2)
+    c = tl.load(cos + n * scb + i).to(ACC)[None, :]
+    s = tl.load(sin + n * scb + i).to(ACC)[None, :]
+    h = tl.arange(0, HEADS)[:, None]
+    at = h * D + i[None, :]
+    token = qkv + n * (H + 2 * K) * D
+    slot = tl.load(where + n) * K * D
+    rotate_heads(token + at, q_out + n * H * D + at, h < H, c, s, D, ACC)
+    rotate_heads(token + H * D + at, k_cache + slot + at, h < K, c, s, D, ACC)
+    wide = h * D + tl.arange(0, D)[None, :]
+    v = tl.load(token + (H + K) * D + wide, mask=h < K, other=0.0)
+    tl.store(v_cache + slot + wide, v.to(v_cache.dtype.element_ty), mask=h < K)
+
+
+def rope_store(qkv, cos, sin, k_cache, v_cache, where):
+    """
+    For decoding: qkv [N, (H + 2K) d], cos and sin fp32 [N, d] -> rotated q [N, H, d]; rotated k and v are written to
+    the caches [n_blocks, block, K, d], contiguous, at the flat slots where, int64 [N]. No gradients.
+    """
+    (N, width), (K, d) = qkv.shape, k_cache.shape[2:]
+    H = width // d - 2 * K
+    if use_triton(qkv):
+        q = torch.empty((N, H, d), dtype=qkv.dtype, device=qkv.device)
+        store_kernel[(N,)](qkv, cos, sin, q, k_cache, v_cache, where, cos.stride(0), H=H, K=K, D=d,
+                           HEADS=next_pow2(max(H, K)), ACC=acc_type(qkv), num_warps=4)
+        return q
+    q, k, v = qkv.view(N, -1, d).split((H, K, K), 1)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache.flatten(0, 1).index_copy_(0, where, new)
+    return q
+
+
 def _dense(t):
     return t if t.stride(3) == 1 else t.contiguous()
 

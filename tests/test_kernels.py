@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import kernels
 from kernels import attention as A
 from kernels import decode as D
+from kernels import gemv as G
 from kernels import linear_cross_entropy as L
 from kernels import rmsnorm as N
 from kernels import rope as R
@@ -187,6 +188,79 @@ def test_decode_blocks_as_long_as_a_tile_and_sequences_of_nothing():
     close(one, D.decode_reference(q, k, v, table, lengths), 1e-5)
     close(many, one, 1e-5)
     assert torch.equal(one[1], torch.zeros(2, 4, 16))
+
+
+def test_a_row_does_not_depend_on_the_tokens_after_it():
+    """Verifying four tokens gives each the bits it has as the last of one: where keys are split depends on shapes."""
+    torch.manual_seed(0)
+    k, v, q = randn(8, 16, 1, 16, grad=False), randn(8, 16, 1, 16, grad=False), randn(1, 4, 4, 16, grad=False)
+    table = torch.arange(8, dtype=torch.int32)[None]
+    for n in (61, 63, 64, 97):
+        four = D.decode_op(q, k, v, table, torch.tensor([n + 3], dtype=torch.int32), 0.25, 3)
+        one = D.decode_op(q[:, :1], k, v, table, torch.tensor([n], dtype=torch.int32), 0.25, 3)
+        assert torch.equal(four[:, :1], one)
+
+
+class Norm(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.eps = weight, 1e-5
+
+
+@dtypes
+@pytest.mark.parametrize("M, K", [(1, 64), (5, 48), (19, 80)])
+def test_gemv(M, K, dtype):
+    """One weight with a residual, three with biases behind a norm, SwiGLU; K that is no multiple of the tile."""
+    torch.manual_seed(M)
+    weights = [randn(n, K, dtype=dtype, grad=False) * K**-0.5 for n in (64, 32, 32)]
+    biases = [randn(n, dtype=dtype, grad=False) for n in (64, 32, 32)]
+    x, gain, residual = (randn(*shape, dtype=dtype, grad=False) for shape in ((M, K), (K,), (M, 64)))
+    wide = lambda ts: [t.double() for t in ts]
+    norm, exact = Norm(gain), Norm(gain.double())
+    for ours, theirs in (((weights[:1], None, None, residual), (wide(weights[:1]), None, None, residual.double())),
+                         ((weights, biases, norm), (wide(weights), wide(biases), exact)),
+                         ((weights[1:], None, norm, None, True), (wide(weights[1:]), None, exact, None, True))):
+        close(G.gemv(x, *ours), G.gemv_reference(x.double(), *theirs), max(DTYPES[dtype], 1e-12))
+        alone = torch.cat([G.gemv(x[i:i + 1], *ours[:3], *(t[i:i + 1] for t in ours[3:4] if t is not None),
+                                  **({"glu": True} if len(ours) == 5 else {})) for i in range(M)])
+        if M <= 16:                                                  # one shape of the tile
+            assert torch.equal(G.gemv(x, *ours), alone)
+
+
+def test_gemv_refuses_what_its_tiles_cannot_cut():
+    with pytest.raises(ValueError, match="multiples of 16 rows"):
+        G.gemv(torch.zeros(1, 32), [torch.zeros(24, 32)])
+    with pytest.raises(ValueError, match="at most 64"):
+        G.gemv(torch.zeros(65, 32), [torch.zeros(32, 32)])
+
+
+@pytest.mark.parametrize("Q", [1, 4])
+def test_block_step_equals_the_block(Q, through_triton):
+    """A whole block over a cache in blocks, and what it leaves in the cache."""
+    from cache import Blocks
+    from model import Block, ModelConfig
+    torch.manual_seed(Q)
+    cfg = ModelConfig(n_layer=1, d_model=64, n_head=4, n_kv_head=2, head_dim=16, d_ff=96)
+    block = Block(cfg).requires_grad_(False)
+    for p in block.parameters():
+        p.normal_(0, 0.3)
+    caches, outputs = [], []
+    for fused in (True, False):
+        cache = Blocks(1, 3, 2, 2, 64, 16, torch.float32, torch.device("cpu"), 16, 12)
+        cache.kv.copy_(randn(*cache.kv.shape, grad=False, gen=torch.Generator().manual_seed(1)))
+        for row in range(3):
+            cache.take(row, 64)
+            cache.assign(row, row)
+        positions = torch.tensor([[5], [30], [17]]) + torch.arange(Q)
+        layer = cache.layers[0]
+        layer.plan = cache.plan(0, positions)
+        cos, sin = R.rope_tables(positions, 16, 1e4)
+        x = randn(3, Q, 64, grad=False, gen=torch.Generator().manual_seed(2))
+        assert G.serves(block, 3, Q)
+        outputs.append(G.block_step(block, x, cos, sin, layer) if fused else block(x, cos, sin, None, layer))
+        caches.append(cache.kv)
+    close(outputs[0], outputs[1], 1e-5)
+    close(caches[0], caches[1], 1e-6)
 
 
 @dtypes

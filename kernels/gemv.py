@@ -1,0 +1,153 @@
+"""
+Products of a few rows with a large weight, for decoding: norm before, residual or SwiGLU after, in one kernel.
+
+    y = [ norm(x) ] W^T [ + bias ] [ + residual ]            x [M, K], M <= 64 rows; W [N, K]
+    y = silu(norm(x) Wgate^T) * (norm(x) Wup^T)
+
+A decode step of one sequence multiplies one row with every weight: 2 operations per weight of 2 bytes, so the time
+is that of reading the weights once (14.0 GB at 7B), if the kernels between the products take none. A block is
+seven kernels here (norm and q, k, v; RoPE and cache; two of attention; o; norm, gate and up; down) where
+model.py's takes sixteen. Each program owns BN rows of W and walks along K in tiles that are on their way while
+the one before is multiplied; the x rows are padded to ROWS, the tensor core's smallest width, so that verifying
+four tokens reads what one reads.
+
+The norm costs no pass of its own: with x_i scaled by the gain g alone,
+
+    norm(x) W^T = (x * g) W^T / sqrt(mean(x^2) + eps)
+
+the sum of squares is collected beside the product and divides at the end.
+
+A row's numbers do not depend on the other rows: the tile's shape is fixed for 1..16 rows, and no sum crosses
+rows. So with kernels.decode, whose split of the keys depends on shapes alone, a text comes out the same with
+and without MTP's drafts beside it. The report's engine is vLLM; this kernel is ours.
+"""
+import torch
+import torch.nn.functional as F
+
+from kernels import acc_type, jit, next_pow2, tl, tune, use_triton
+from kernels.decode import HEAD_DIMS, decode_attention
+from kernels.rope import rope_store
+
+MOST_ROWS = 64
+# (BN rows of W, BK columns, warps, stages)
+CONFIGS = [(16, 256, 1, 4), (32, 128, 2, 5), (32, 256, 4, 4), (16, 256, 4, 5), (64, 128, 4, 4)]
+CPU_TILE = (16, 32, 1, 1)
+
+
+@jit
+def gemv_kernel(x, gain, w0, w1, w2, b0, b1, b2, residual, y, M, K, N0, N1, N, EPS, NORM: tl.constexpr,
+                PARTS: tl.constexpr, BIAS: tl.constexpr, GLU: tl.constexpr, RES: tl.constexpr,
+                EVEN: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
+    """One program: BN columns of y. PARTS 3: the weights w0 [N0,K], w1 [N1,K], w2 lie below each other."""
+    n = tl.program_id(0) * BN
+    w, b, at = w0, b0, n
+    if PARTS == 3:
+        if n >= N0 + N1:
+            w = w2
+            b = b2
+            at = n - N0 - N1
+        elif n >= N0:
+            w = w1
+            b = b1
+            at = n - N0
+    rows, cols, k = tl.arange(0, ROWS), tl.arange(0, BN), tl.arange(0, BK)
+    live = rows < M
+    place = (at + cols).to(tl.int64)[:, None] * K + k[None, :]
+    acc = tl.zeros([BN, ROWS], ACC)
+    up = tl.zeros([BN, ROWS], ACC)
+    squares = tl.zeros([ROWS], ACC)
+    for k0 in tl.range(0, K, BK):
+        inside = k0 + k < K
+        if EVEN:
+            wt = tl.load(w + place + k0)
+            xt = tl.load(x + rows[:, None] * K + (k0 + k)[None, :], mask=live[:, None], other=0.0)
+        else:
+            wt = tl.load(w + place + k0, mask=inside[None, :], other=0.0)
+            xt = tl.load(x + rows[:, None] * K + (k0 + k)[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+        if NORM:
+            wide = xt.to(ACC)
+            squares += tl.sum(wide * wide, 1)
+            g = tl.load(gain + k0 + k, mask=inside, other=0.0).to(ACC)
+            xt = (wide * g[None, :]).to(xt.dtype)
+        acc = tl.dot(wt, tl.trans(xt), acc, out_dtype=ACC, input_precision="ieee")  # [BN, ROWS]
+        if GLU:
+            if EVEN:
+                ut = tl.load(w1 + place + k0)
+            else:
+                ut = tl.load(w1 + place + k0, mask=inside[None, :], other=0.0)
+            up = tl.dot(ut, tl.trans(xt), up, out_dtype=ACC, input_precision="ieee")
+    if NORM:
+        r = tl.rsqrt(squares / K + EPS)[None, :]
+        acc = acc * r
+        up = up * r
+    if BIAS:
+        acc += tl.load(b + at + cols).to(ACC)[:, None]
+    if GLU:
+        acc = acc / (1 + tl.exp(-acc)) * up
+    to = rows.to(tl.int64)[None, :] * N + n + cols[:, None]
+    if RES:
+        acc += tl.load(residual + to, mask=live[None, :], other=0.0).to(ACC)
+    tl.store(y + to, acc.to(y.dtype.element_ty), mask=live[None, :])
+
+
+def gemv(x, weights, biases=None, norm=None, residual=None, glu=False, dtype=None):
+    """
+    x [M,K] contiguous, M <= 64 -> [M,N], N the rows of all weights together (glu: of one). weights: one, three that
+    lie side by side in y, or with glu (gate, up), each [N_i,K] contiguous; biases: one each; norm: a module with
+    weight [K] and eps; residual [M,N]; dtype of y, default x's. No gradients. ValueError where N_i is no multiple
+    of the kernel's tile.
+    """
+    (M, K), N = x.shape, weights[0].shape[0] if glu else sum(w.shape[0] for w in weights)
+    y = torch.empty((M, N), dtype=dtype or x.dtype, device=x.device)
+    w, b = [*weights, *weights[:1] * 2][:3], [*(biases or weights), *weights[:1] * 2][:3]
+    parts = 1 if glu else len(weights)
+    if M > MOST_ROWS or parts not in (1, 3) or any(t.shape[0] % 16 for t in weights):
+        raise ValueError(f"gemv: {M} rows should be at most {MOST_ROWS}, weights {[tuple(t.shape) for t in weights]} "
+                         "one or three with multiples of 16 rows")
+
+    def launch(config):
+        BN, BK, warps, stages = config
+        gemv_kernel[(N // BN,)](x, norm.weight if norm else x, *w, *b, residual if residual is not None else x, y, M, K,
+                                w[0].shape[0], w[1].shape[0], N, norm.eps if norm else 0.0, NORM=norm is not None,
+                                PARTS=parts, BIAS=biases is not None, GLU=glu, RES=residual is not None,
+                                EVEN=K % BK == 0, ROWS=max(16, next_pow2(M)), BN=BN, BK=BK, ACC=acc_type(x),
+                                num_warps=warps, num_stages=stages)
+
+    small = x.device.type == "cpu" or x.dtype == torch.float32
+    fit = [c for c in CONFIGS if all(t.shape[0] % c[0] == 0 for t in weights)]
+    launch(tune(("gemv", x.dtype, M > 16, K, N, glu), [CPU_TILE] if small else fit, launch))
+    return y
+
+
+def gemv_reference(x, weights, biases=None, norm=None, residual=None, glu=False, dtype=None):
+    if norm is not None:
+        h = x.float() if x.dtype != torch.float64 else x
+        x = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + norm.eps)).to(x.dtype) * norm.weight
+    y = [F.linear(x, w, biases[i] if biases else None) for i, w in enumerate(weights)]
+    y = F.silu(y[0]) * y[1] if glu else torch.cat(y, -1)
+    return (y if residual is None else y + residual).to(dtype or x.dtype)
+
+
+def serves(block, B, Q):
+    """True if block_step may run B sequences of Q tokens: on a GPU in 16 bits, few rows, widths of whole tiles."""
+    w, a = block.mlp.gate_proj.weight, block.self_attn
+    wide = (a.q_proj, a.k_proj, a.o_proj, block.mlp.gate_proj)
+    return (B * Q <= MOST_ROWS and Q <= 8 and use_triton(w) and (not w.is_cuda or w.element_size() == 2)
+            and a.head_dim in HEAD_DIMS and not any(p.out_features % 16 for p in wide))
+
+
+def block_step(block, x, cos, sin, cache):
+    """
+    What block(x, cos, sin, None, cache) computes, for a cache in blocks (cache.BlockLayer): x [B,Q,D], B Q <= 64, cos
+    and sin [B,Q,d] -> [B,Q,D]. Up to rounding: q, k, v, gate and up are not rounded between norm, product and what
+    follows.
+    """
+    a, mlp, shape, plan = block.self_attn, block.mlp, x.shape, cache.plan
+    x = x.reshape(-1, shape[-1])                                                    # [N,D], N = B Q
+    qkv = (a.q_proj, a.k_proj, a.v_proj)
+    qkv = gemv(x, [p.weight for p in qkv], [p.bias for p in qkv], block.input_layernorm)     # [N,(H+2K)d]
+    q = rope_store(qkv, cos.flatten(0, 1), sin.flatten(0, 1), cache.k, cache.v, plan.where)  # [N,H,d]
+    o = decode_attention(q.view(*shape[:2], *q.shape[1:]), cache.k, cache.v, plan.table, plan.lengths)
+    x = gemv(o.view(len(x), -1), [a.o_proj.weight], residual=x)
+    h = gemv(x, [mlp.gate_proj.weight, mlp.up_proj.weight], norm=block.post_attention_layernorm, glu=True)    # [N,F]
+    return gemv(h, [mlp.down_proj.weight], residual=x).view(shape)
