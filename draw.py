@@ -53,6 +53,8 @@ def keep_top(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     keep = (before < top_p[:, None]) & (rank < torch.where(top_k > 0, top_k, p.shape[-1])[:, None])
     keep[:, 0] = True
     kept = torch.zeros_like(p).scatter_(1, order, sorted_p * keep)
+    if p.is_cuda:                                                   # a GPU's sum() depends on the number of rows
+        return kept / kept.cumsum(-1)[:, -1:]
     return kept / kept.sum(-1, keepdim=True)
 
 

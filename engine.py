@@ -384,11 +384,11 @@ class Engine:
         return z[:, -1] if want == "last" else z
 
     def head(self, x: Tensor, norm) -> Tensor:
-        """The shared head behind the trunk's norm or an MTP layer's. x [N,D] -> fp32 [N,V]."""
+        """The shared head behind the trunk's norm or an MTP layer's. x [B,Q,D] -> fp32 [B Q,V]."""
+        (B, Q), x, w = x.shape[:2], x.flatten(0, 1), self.model.lm_head.weight
         if self.fast:
             return self.forward.head(x, norm)
-        w = self.model.lm_head.weight
-        if serves(self.model.layers[0], len(x), 1) and len(w) % 16 == 0:
+        if self.cache.static and serves(self.model.layers[0], B, Q) and len(w) % 16 == 0:
             return gemv(x, [w], norm=norm, dtype=torch.float32)
         return F.linear(norm(x), w).float()
 
@@ -420,7 +420,7 @@ class Engine:
         settings = [s[name].repeat_interleave(Q) if Q > 1 else s[name] for name in names]
         places = positions + 1
         u = s["u"].gather(1, places).flatten()
-        drawn, logp = (t.view(R, Q) for t in draw(self.head(h.flatten(0, 1), self.model.norm), u, *settings))
+        drawn, logp = (t.view(R, Q) for t in draw(self.head(h, self.model.norm), u, *settings))
         s["tokens"].scatter_(1, places, drawn)
         s["logp"].scatter_(1, places, logp)
         is_stop = (drawn[:, :, None] == s["stop"][:, None, :]).any(-1)          # [R,Q]
@@ -460,7 +460,7 @@ class Engine:
         h = s["h"][rows].gather(1, ring)                            # [B,W,D]
         for k, layer in enumerate(self.model.mtp_layers[:self.n_draft]):
             z = self.mtp(k, h, tokens.gather(1, real + k + 1), plan, "last")            # [B,W,D] -> [B,D]
-            tokens.scatter_(1, n + k, self.head(z, layer.final_layernorm).argmax(-1, keepdim=True))
+            tokens.scatter_(1, n + k, self.head(z[:, None], layer.final_layernorm).argmax(-1, keepdim=True))
 
     def replay(self, R: int) -> Tensor:
         """decode() and draft() as one CUDA graph per number of rows (a power of two) and kind of sampling."""

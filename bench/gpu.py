@@ -73,22 +73,37 @@ class Run:
         self.device = torch.device("cuda" if self.cuda else "cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.rows, self.faults, self.matrix, self.copy = [], [], None, None
+        if self.cuda:
+            torch.cuda.set_stream(torch.cuda.Stream())              # graphs cannot be captured on the default stream
         self.flush = torch.empty(256 << 20 if self.cuda else 16, dtype=torch.int8, device=self.device)
 
     def ms(self, f, reps=20):
-        """Median milliseconds of f(), L2 cold, after a warm-up that also compiles."""
+        """
+        Median milliseconds of f(), L2 cold, after a warm-up that also compiles. f is captured as a CUDA graph, so that
+        the host's time to launch it does not count; where it cannot be, its launches do.
+        """
         f()
-        times = []
-        for _ in range(reps if self.cuda else 1):
-            if not self.cuda:
-                start = time.perf_counter()
+        if not self.cuda:
+            start = time.perf_counter()
+            f()
+            return (time.perf_counter() - start) * 1e3
+        f()
+        torch.cuda.synchronize()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 f()
-                times.append((time.perf_counter() - start) * 1e3)
-                continue
+            go = graph.replay
+        except RuntimeError as e:
+            print(f"    not captured: {str(e).splitlines()[0][:100]}", flush=True)
+            torch.cuda.synchronize()
+            go = f
+        times = []
+        for _ in range(reps):
             self.flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            f()
+            go()
             end.record()
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end))
@@ -269,26 +284,39 @@ def check_decode(run):
     run.check("decode", worst)
 
 
+@contextlib.contextmanager
+def first(configs, config):
+    """Make `config` the first of the list."""
+    kept = configs[:]
+    configs[:] = [config, *(c for c in kept if c != config)]
+    try:
+        yield
+    finally:
+        configs[:] = kept
+
+
 def check_gemv(run):
-    """Each form against fp64, and one row alone with the bits that it has among 16."""
-    D_, F_, worst = 1024, 2816, 0.0
-    x, residual, norm = run.randn(16, D_), run.randn(16, D_), types.SimpleNamespace(weight=run.randn(D_), eps=1e-5)
-    exact = types.SimpleNamespace(weight=norm.weight.double(), eps=1e-5)
-    square, up, down = ([run.randn(*shape) * D_**-0.5] for shape in ((D_, D_), (F_, D_), (F_, D_)))
-    biases = [run.randn(D_) for _ in range(3)]
-    for args, whole in (((square, None, None, residual), (None, None, residual.double())),
-                        ((square * 3, biases, norm), ([b.double() for b in biases], exact)),
-                        ((up + down, None, norm, None, True), (None, exact, None, True))):
-        want = GV.gemv_reference(x.double(), [w.double() for w in args[0]], *whole)
-        for config in GV.CONFIGS if run.cuda else GV.CONFIGS[:1]:
-            kept, GV.CONFIGS[:] = GV.CONFIGS[:], [config]
-            f = GV.gemv if run.cuda else GV.gemv_reference           # the kernel needs a GPU or the interpreter
-            got = f(x, *args)
-            first = f(x[:1], *args[:3], *[t if t is None else t[:1] for t in args[3:4]], *args[4:])
-            GV.CONFIGS[:] = kept
-            worst = max(worst, ((got.double() - want).norm() / want.norm()).item())
-            if run.cuda and not torch.equal(first, got[:1]):
-                run.faults.append(f"gemv {config}: a row alone differs from the same row among 16")
+    """Each form in all configurations against fp64, and one row alone with the bits that it has among others."""
+    d, ff, worst = 1024, 2816, 0.0
+    norm, exact = (types.SimpleNamespace(weight=w, eps=1e-5) for w in (lambda w: (w, w.double()))(run.randn(d)))
+    square, gate, up = (run.randn(n, d) * d**-0.5 for n in (d, ff, ff))
+    biases, residual = [run.randn(d) for _ in range(3)], run.randn(16, d)
+    wide = dict(residual=residual.double(), biases=[b.double() for b in biases], norm=exact)
+    f = GV.gemv if run.cuda else GV.gemv_reference                   # the kernel needs a GPU or the interpreter
+    for ws, form in (([square], dict(residual=residual)), ([square] * 3, dict(biases=biases, norm=norm)),
+                     ([gate, up], dict(norm=norm, glu=True))):
+        for few in (False, True)[:1 if "glu" in form else 2]:
+            x = run.randn(4 if few else 16, d)
+            cut = lambda n: form | ({"residual": residual[:n]} if "residual" in form else {})  # noqa: B023
+            want = GV.gemv_reference(x.double(), [w.double() for w in ws],
+                                     **{k: wide.get(k, v) if k != "residual" else v.double()
+                                        for k, v in cut(len(x)).items()})
+            for config in (GV.FEW_CONFIGS if few else GV.CONFIGS)[:None if run.cuda else 1]:
+                with first(GV.FEW_CONFIGS if few else GV.CONFIGS, config):
+                    got, one = f(x, ws, few=few, **cut(len(x))), f(x[:1], ws, few=few, **cut(1))
+                worst = max(worst, ((got.double() - want).norm() / want.norm()).item())
+                if run.cuda and not torch.equal(one, got[:1]):
+                    run.faults.append(f"gemv {config}: a row alone differs from the same row among {len(x)}")
     run.check("gemv", worst)
 
 
@@ -338,7 +366,7 @@ def time_attention(run):
             if t:
                 run.row(name("backward", who), 2.5 * flops / t / 1e9, "TFLOP/s", t,
                         f"{2.5 * flops / t / 1e9 / run.matrix:.0%}")
-        if T == 8192:  # which configuration should come first in its list
+        if T == 8192 and run.cuda:  # which configuration should come first in its list
             o = A.attention(q, k, v)
             for kind, config, chosen in every_config(run, d):
                 with chosen:
@@ -428,27 +456,21 @@ def time_decode(run):
 def time_gemv(run):
     """The products of one 7B block and the head for one row and four: ours, all configurations, beside cuBLAS."""
     d, ff, V = (4096, 11_008, 151_680) if run.cuda else (64, 96, 256)
-    copies = 4 if run.cuda else 1            # a block's weights would stay in the L2 cache between calls
     with torch.no_grad():
         for name, N, K_, parts in (("o", d, d, 1), ("q, k, v", d, d, 3), ("gate, up", ff, d, 2), ("down", d, ff, 1),
                                    ("head", V, d, 1)):
-            sizes = (N, N // 4, N // 4) if parts == 3 else (N,) * parts
-            sets = [[run.randn(n, K_) * K_**-0.5 for n in sizes] for _ in range(1 if name == "head" else copies)]
-            n_bytes, turn = sum(w.numel() * w.element_size() for w in sets[0]), [0]
-
-            def next_set():
-                turn[0] += 1  # noqa: B023
-                return sets[turn[0] % len(sets)]  # noqa: B023
-
+            ws = [run.randn(n, K_) * K_**-0.5 for n in ((N, N // 4, N // 4) if parts == 3 else (N,) * parts)]
+            n_bytes = sum(w.numel() * w.element_size() for w in ws)
             for M in (1, 4):
                 x = run.randn(M, K_)
-                run.bandwidth(f"gemv {name}, {M} rows: cuBLAS",
-                              lambda: [F.linear(x, w) for w in next_set()], n_bytes)  # noqa: B023
-                for config in GV.CONFIGS if run.cuda else ():
-                    kept, GV.CONFIGS[:] = GV.CONFIGS[:], [config]
-                    run.bandwidth(f"gemv {name}, {M} rows: {config}",
-                                  lambda: GV.gemv(x, next_set(), glu=parts == 2), n_bytes)  # noqa: B023
-                    GV.CONFIGS[:] = kept
+                run.bandwidth(f"gemv {name}, {M} rows: cuBLAS", lambda: [F.linear(x, w) for w in ws],  # noqa: B023
+                              n_bytes)
+                for few in (False, True)[:1 if parts == 2 else 2]:
+                    table = GV.FEW_CONFIGS if few else GV.CONFIGS
+                    for config in table[:] if run.cuda else ():
+                        with first(table, config):
+                            run.bandwidth(f"gemv {name}, {M} rows: {'multiply-add' if few else 'tensor'} {config}",
+                                          lambda: GV.gemv(x, ws, glu=parts == 2, few=few), n_bytes)  # noqa: B023
 
 
 def time_elementwise(run):
@@ -509,21 +531,22 @@ def main(argv):
                  started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
     print(json.dumps(about))
     start = time.time()
-    ceilings(run)
-    parts[name](run)
-    about["seconds"] = round(time.time() - start, 1)
-    aims = [r for r in run.rows if r["met"] is not None]
-    about["faults"] = run.faults
-    about["targets_met"], about["targets"] = sum(r["met"] for r in aims), len(aims)
-    folder = ROOT / ("out/bench/gpu" if dry else "results/gpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(about | dict(rows=run.rows), indent=1) + "\n")
-    with (folder / f"{name}.csv").open("w", newline="") as f:
-        writer = csv.DictWriter(f, list(run.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(run.rows)
-    run.faults += [f"{r['name']} is not finite" for r in run.rows if not math.isfinite(r["value"])]
-    print(f"wrote {folder / name}.json and .csv in {about['seconds']} s")
+    try:
+        ceilings(run)
+        parts[name](run)
+    finally:                                                         # Ctrl-C keeps what has been measured
+        about["seconds"] = round(time.time() - start, 1)
+        run.faults += [f"{r['name']} is not finite" for r in run.rows if not math.isfinite(r["value"])]
+        aims = [r for r in run.rows if r["met"] is not None]
+        about |= dict(faults=run.faults, targets_met=sum(r["met"] for r in aims), targets=len(aims))
+        folder = ROOT / ("out/bench/gpu" if dry else "results/gpu")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(about | dict(rows=run.rows), indent=1) + "\n")
+        with (folder / f"{name}.csv").open("w", newline="") as f:
+            writer = csv.DictWriter(f, list(run.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(run.rows)
+        print(f"wrote {folder / name}.json and .csv in {about['seconds']} s")
     print("dry run: every line ran, the numbers mean nothing" if dry else
           f"{about['targets_met']} of {about['targets']} targets met")
     if run.faults:

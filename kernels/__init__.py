@@ -76,12 +76,10 @@ def tune(key, configs, launch):
     return _best[key]
 
 
-_scratch_ready = False
-
-
 def scratch():
-    """Descriptors made inside a kernel live in global memory: tell triton, once, where to get it."""
-    global _scratch_ready
-    if not _scratch_ready and not INTERPRET:
+    """
+    Descriptors made inside a kernel live in global memory: tell triton where to get it. Its setting is per thread,
+    and backward passes run in autograd's own, so this is called before every launch that needs it.
+    """
+    if not INTERPRET:
         triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-        _scratch_ready = True

@@ -72,14 +72,20 @@ def other_cases():
                    dict(num_warps=warps, num_stages=stages), False, quick and i == 0)
         yield ("decode merge", decode.merge_kernel, target, "32 splits w4",
                dict(K=8, G=4, D=128, ROWS=16, NS=32), dict(num_warps=4), False, quick)
+        forms = [("gemv residual", dict(NORM=False, PARTS=1, BIAS=False, GLU=False, RES=True)),
+                 ("gemv norm qkv", dict(NORM=True, PARTS=3, BIAS=True, GLU=False, RES=False)),
+                 ("gemv norm glu", dict(NORM=True, PARTS=1, BIAS=False, GLU=True, RES=False))]
         for i, (BN, BK, warps, stages) in enumerate(gemv.CONFIGS):
-            forms = [("gemv residual", dict(NORM=False, PARTS=1, BIAS=False, GLU=False, RES=True)),
-                     ("gemv norm qkv", dict(NORM=True, PARTS=3, BIAS=True, GLU=False, RES=False)),
-                     ("gemv norm glu", dict(NORM=True, PARTS=1, BIAS=False, GLU=True, RES=False))]
             for name, form in forms:
                 yield (name, gemv.gemv_kernel, target, f"{BN}x{BK} w{warps} s{stages}",
                        dict(form, EVEN=True, ROWS=16, BN=BN, BK=BK, **f32),
                        dict(num_warps=warps, num_stages=stages), False, quick and i == 0)
+        for i, (BN, BK, warps, unroll) in enumerate(gemv.FEW_CONFIGS):
+            for name, form in forms[:2]:
+                for M in (1, 4):
+                    yield (name, gemv.few_kernel, target, f"{M} x {BN}x{BK} w{warps} u{unroll}",
+                           dict(form, EVEN=True, M=M, BN=BN, BK=BK, UNROLL=unroll, **f32), dict(num_warps=warps),
+                           False, quick and i == 0)
         heads = [("loss", linear_cross_entropy.loss_kernel, dict(GRAD=True)),
                  ("logprob", linear_cross_entropy.logprob_kernel, dict(SCALE=1.25)),
                  ("logprob grad", linear_cross_entropy.logprob_grad_kernel, dict(SCALE=1.25))]

@@ -71,7 +71,7 @@ def requests(n, **more):
             for i, k in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("batch", [1, 7, 16])
+@pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("how", [dict(temperature=0.0), dict(temperature=1.0), dict(temperature=0.8, top_p=0.9)],
                          ids=["greedy", "plain", "top-p"])
 def test_drafts_change_nothing(batch, how):
