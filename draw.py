@@ -42,6 +42,7 @@ def keep_top(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     1 - top_p, so at least top_p comes before each of them.
     """
     if p.is_cuda:                                                   # in a graph: no look at the values
+        p = p.double()                                              # as in draw()
         sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
     else:
         n = int((p > ((1 - top_p) / p.shape[-1])[:, None]).sum(-1).max().clamp_min(1))
@@ -53,9 +54,7 @@ def keep_top(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     keep = (before < top_p[:, None]) & (rank < torch.where(top_k > 0, top_k, p.shape[-1])[:, None])
     keep[:, 0] = True
     kept = torch.zeros_like(p).scatter_(1, order, sorted_p * keep)
-    if p.is_cuda:                                                   # a GPU's sum() depends on the number of rows
-        return kept / kept.cumsum(-1)[:, -1:]
-    return kept / kept.sum(-1, keepdim=True)
+    return (kept / kept.sum(-1, keepdim=True)).float()
 
 
 def draw(logits: Tensor, u: Tensor, temperature: Tensor | None = None, top_p: Tensor | None = None,
@@ -77,7 +76,8 @@ def draw(logits: Tensor, u: Tensor, temperature: Tensor | None = None, top_p: Te
             p = keep_top(p, top_p, top_k)
         elif (cut := (top_p < 1) | (top_k > 0)).any():
             p[cut] = keep_top(p[cut], top_p[cut], top_k[cut])
-    cdf = p.cumsum(-1)
+    # on a GPU the order of a sum depends on the number of rows: in fp64 that does not reach the token
+    cdf = (p.double() if p.is_cuda else p).cumsum(-1)
     # u <= 1 - 2^-24 keeps u * total below total in fp32, so a token of probability 0 is never drawn
     ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(p.shape[-1] - 1)
     if temperature is not None:

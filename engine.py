@@ -389,7 +389,7 @@ class Engine:
         if self.fast:
             return self.forward.head(x, norm)
         if self.cache.static and serves(self.model.layers[0], B, Q) and len(w) % 16 == 0:
-            return gemv(x, [w], norm=norm, dtype=torch.float32)
+            return gemv(norm(x), [w], dtype=torch.float32)
         return F.linear(norm(x), w).float()
 
     def settings(self) -> int:
@@ -479,7 +479,8 @@ class Engine:
                     work()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # thread_local: the trainer's thread may be using the GPU meanwhile (rl.py, max_staleness = 1)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 ended = work()
             for name, t in saved.items():
                 self.state[name].copy_(t)

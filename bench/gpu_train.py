@@ -128,7 +128,7 @@ def one_case(run, rt, shape: ModelConfig, T: int, compile: bool, checkpointing: 
     peak = runtime.peak_tflops(rt.device)
     if peak:
         speed = T / s / (peak * 1e12)
-        causal, whole = (memory.flops_per_token(shape, T, causal=c) * speed for c in (True, False))
+        causal, whole = (memory.flops_per_token(shape, documents or T, causal=c) * speed for c in (True, False))
         run.row(f"{name}: MFU", causal, "share", note=f"of {peak:g} TFLOP/s, causal FLOPs")
         run.row(f"{name}: MFU by torchtitan's convention", whole, "share")
         run.row(f"{name}: FLOPs over the measured matrix ceiling", causal * peak / run.matrix, "share")

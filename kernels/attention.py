@@ -46,10 +46,14 @@ def attend(q, k_desc, v_desc, j0, col, rows, first, acc, m, l, SCALE2: tl.conste
         if DOCS:
             see = see & (keys[None, :] >= first[:, None])
         # finite, so a row that sees nothing of this block yields numbers (wiped out by a = 0 later), not NaN;
-        # its own diagonal is in the last block, so every row sees something in the end
-        s = tl.where(see, s, -1e30)
-    m_new = tl.maximum(m, tl.max(s, 1) * SCALE2)
-    p = tl.exp2(s * SCALE2 - m_new[:, None])
+        # its own diagonal is in the last block, so every row sees something in the end. Scaled before the mask:
+        # as one multiply-add, s * SCALE2 - m_new of a masked row is the rounding error of 1e29, and 2^that is inf
+        s = tl.where(see, s * SCALE2, -1e30)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - m_new[:, None])
+    else:
+        m_new = tl.maximum(m, tl.max(s, 1) * SCALE2)
+        p = tl.exp2(s * SCALE2 - m_new[:, None])
     shrink = tl.exp2(m - m_new)
     l = l * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
@@ -82,7 +86,7 @@ def block_ranges(bounds, b, m0, T, DOCS: tl.constexpr, BM: tl.constexpr, BN: tl.
 @jit
 def forward_kernel(q, k, v, bounds, o, lse, T, H, sqb, sqt, skb, skt, svb, svt, G: tl.constexpr,
                    SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-                   BN: tl.constexpr, ACC: tl.constexpr, WS: tl.constexpr):
+                   BN: tl.constexpr, ACC: tl.constexpr):
     """One program: BM query rows of one head. Strides s?b, s?t: to the next batch row, to the next time."""
     # heads vary fastest, and the last rows, which see most keys, come first: long programs start before short
     bh = tl.program_id(0)
@@ -104,21 +108,13 @@ def forward_kernel(q, k, v, bounds, o, lse, T, H, sqb, sqt, skb, skt, svb, svt, 
     l = tl.zeros([BM], ACC)
     acc = tl.zeros([BM, D], ACC)
     lo, full_lo, full_hi, hi = block_ranges(bounds, b, m0, T, DOCS, BM, BN)
-    if WS:
-        # one loop, always masked: the only form that the compiler splits into loading and computing warps
-        for j in tl.range(lo, hi, warp_specialize=True):
-            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS,
-                               BN, ACC)
-    else:
-        for j in tl.range(full_lo, full_hi):
-            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, False, DOCS,
-                               BN, ACC)
-        # the blocks that a document's start cuts, then those on the diagonal
-        head = full_lo - lo
-        for i in tl.range(0, head + hi - full_hi):
-            j = tl.where(i < head, lo + i, full_hi + i - head)
-            acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS,
-                               BN, ACC)
+    for j in tl.range(full_lo, full_hi):
+        acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, False, DOCS, BN, ACC)
+    # the blocks that a document's start cuts, then those on the diagonal
+    head = full_lo - lo
+    for i in tl.range(0, head + hi - full_hi):
+        j = tl.where(i < head, lo + i, full_hi + i - head)
+        acc, m, l = attend(qt, k_desc, v_desc, j * BN, col, rows, first, acc, m, l, SCALE2, True, DOCS, BN, ACC)
     o_desc = tl.make_tensor_descriptor(o + b64 * T * H * D, [T, H * D], [H * D, 1], [BM, D])
     o_desc.store([m0, h * D], (acc / l[:, None]).to(o.dtype.element_ty))
     tl.store(lse + bh.to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
@@ -280,14 +276,14 @@ def attention_reference(q, k, v, bounds=None, scale=None):
 
 # (BM rows, BN keys, warps, stages) by kernel, target and head_dim; none spills under triton 3.6 or 3.9
 # (`python -m kernels.report`; dkv 64x128 would suit sm_90 best, but spills 8 bytes under 3.6).
-# The first is the default, NANOMIMO_AUTOTUNE=1 times the others too. Negative warps: warp specialised, which
-# the compiler takes only without document bounds.
+# The first is the default, NANOMIMO_AUTOTUNE=1 times the others too. sm_90 at 128 holds only what an H200 has
+# shown to be right (docs/lab_log.md).
 CONFIGS = {
     ("forward", 80, 64): [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
     ("forward", 80, 128): [(128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)],
     ("forward", 80, 256): [(64, 32, 8, 2)],
     ("forward", 90, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
-    ("forward", 90, 128): [(128, 128, -4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, -4, 3)],
+    ("forward", 90, 128): [(128, 64, 8, 3), (128, 128, 8, 2)],
     ("forward", 90, 256): [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
     ("forward", 100, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
     ("forward", 100, 128): [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)],
@@ -296,7 +292,7 @@ CONFIGS = {
     ("dq", 80, 128): [(128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
     ("dq", 80, 256): [(64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)],
     ("dq", 90, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
-    ("dq", 90, 128): [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2)],
+    ("dq", 90, 128): [(128, 64, 8, 3), (128, 64, 8, 2)],
     ("dq", 90, 256): [(128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
     ("dq", 100, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
     ("dq", 100, 128): [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)],
@@ -305,7 +301,7 @@ CONFIGS = {
     ("dkv", 80, 128): [(64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 4, 2)],
     ("dkv", 80, 256): [(64, 32, 8, 2), (32, 32, 8, 2)],
     ("dkv", 90, 64): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)],
-    ("dkv", 90, 128): [(64, 64, 4, 2), (32, 128, 8, 3), (32, 128, 8, 2)],
+    ("dkv", 90, 128): [(64, 64, 4, 2)],
     ("dkv", 90, 256): [(16, 64, 8, 2)],
     ("dkv", 100, 64): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)],
     ("dkv", 100, 128): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 3)],
@@ -315,12 +311,12 @@ CPU_TILES = (32, 32, 4, 1)  # interpreter; tests change it
 FP32_TILES = (32, 32, 4, 1)  # fp32 on CUDA: exact, small tiles, not a fast path
 
 
-def configs(kernel, device, dtype, d, docs):
+def configs(kernel, device, dtype, d):
     if device.type == "cpu":
         return [CPU_TILES]
     if dtype == torch.float32:
         return [FP32_TILES]
-    return [c for c in CONFIGS[kernel, arch(device), max(d, 64)] if c[2] > 0 or not docs]
+    return CONFIGS[kernel, arch(device), max(d, 64)]
 
 
 def rowwise(t):
@@ -358,9 +354,9 @@ def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torc
         forward_kernel[(B * H, -(-T // BM))](
             q, k, v, bounds, o, lse, T, H, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
             v.stride(1), G=H // k.shape[2], SCALE2=scale * LOG2E, DOCS=bounds is not None, D=d, BM=BM, BN=BN,
-            ACC=acc_type(q), WS=warps < 0, num_warps=abs(warps), num_stages=stages)
+            ACC=acc_type(q), num_warps=warps, num_stages=stages)
 
-    options = configs("forward", q.device, q.dtype, d, bounds is not None)
+    options = configs("forward", q.device, q.dtype, d)
     launch(tune(("forward", q.dtype, d, next_pow2(T), bounds is not None), options, launch))
     return o, lse
 
@@ -398,7 +394,7 @@ def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
                                          BN=BN, num_warps=warps, num_stages=stages, **shared)
 
     for name, launch in (("dq", launch_dq), ("dkv", launch_dkv)):
-        options = configs(name, q.device, q.dtype, d, bounds is not None)
+        options = configs(name, q.device, q.dtype, d)
         launch(tune((name, q.dtype, d, next_pow2(T), bounds is not None), options, launch))
     return dq, dk, dv
 

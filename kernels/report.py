@@ -40,7 +40,7 @@ FP32 = "lse delta part_o part_lse z weights nll logp entropy lse_out dlogp r r_o
 KINDS = {name: "*fp32" for name in FP32.split()}
 KINDS |= {name: "*i32" for name in ("bounds", "table", "lengths")} | dict.fromkeys(("targets", "where"), "*i64")
 KINDS |= {name: "i32" for name in ("B", "T", "H", "N", "D", "V", "F_", "Q", "n_table", "n_split", "per",
-                                      "M", "K", "N0", "N1")} | {"EPS": "fp32"}
+                                      "M", "K", "N0", "N1")}
 STRIDE = re.compile(r"s[qkvdcor][btsh]$|sr[bth]$|stride_")
 
 
@@ -49,16 +49,11 @@ def attention_cases():
     kernels = {"forward": attention.forward_kernel, "dq": attention.dq_kernel, "dkv": attention.dkv_kernel}
     for (name, target, d), configs in attention.CONFIGS.items():
         for i, (BM, BN, warps, stages) in enumerate(configs):
-            # document bounds are the heavier variant; warp specialisation exists only without them
-            docs = warps > 0
-            scale = d**-0.5
-            consts = dict(G=4, SCALE=scale, SCALE2=scale * attention.LOG2E, DOCS=docs, D=d, BM=BM, BN=BN,
-                          ACC=tl.float32, WS=warps < 0)
-            if not docs:
-                consts["bounds"] = None
-            label = f"d{d} {BM}x{BN} w{abs(warps)} s{stages}" + ("" if docs else " ws")
-            yield (f"attention {name}", kernels[name], target, label, consts,
-                   dict(num_warps=abs(warps), num_stages=stages), True,
+            scale = d**-0.5                              # document bounds are the heavier variant
+            consts = dict(G=4, SCALE=scale, SCALE2=scale * attention.LOG2E, DOCS=True, D=d, BM=BM, BN=BN,
+                          ACC=tl.float32)
+            yield (f"attention {name}", kernels[name], target, f"d{d} {BM}x{BN} w{warps} s{stages}", consts,
+                   dict(num_warps=warps, num_stages=stages), True,
                    i == 0 and d == 128 and (target == 90 or name == "forward"))
 
 
@@ -72,20 +67,14 @@ def other_cases():
                    dict(num_warps=warps, num_stages=stages), False, quick and i == 0)
         yield ("decode merge", decode.merge_kernel, target, "32 splits w4",
                dict(K=8, G=4, D=128, ROWS=16, NS=32), dict(num_warps=4), False, quick)
-        forms = [("gemv residual", dict(NORM=False, PARTS=1, BIAS=False, GLU=False, RES=True)),
-                 ("gemv norm qkv", dict(NORM=True, PARTS=3, BIAS=True, GLU=False, RES=False)),
-                 ("gemv norm glu", dict(NORM=True, PARTS=1, BIAS=False, GLU=True, RES=False))]
+        forms = [("gemv residual", dict(PARTS=1, BIAS=False, GLU=False, RES=True)),
+                 ("gemv qkv", dict(PARTS=3, BIAS=True, GLU=False, RES=False)),
+                 ("gemv gate up", dict(PARTS=1, BIAS=False, GLU=True, RES=False))]
         for i, (BN, BK, warps, stages) in enumerate(gemv.CONFIGS):
             for name, form in forms:
                 yield (name, gemv.gemv_kernel, target, f"{BN}x{BK} w{warps} s{stages}",
-                       dict(form, EVEN=True, ROWS=16, BN=BN, BK=BK, **f32),
+                       dict(form, EVEN=True, ROWS=gemv.ROWS, BN=BN, BK=BK, **f32),
                        dict(num_warps=warps, num_stages=stages), False, quick and i == 0)
-        for i, (BN, BK, warps, unroll) in enumerate(gemv.FEW_CONFIGS):
-            for name, form in forms[:2]:
-                for M in (1, 4):
-                    yield (name, gemv.few_kernel, target, f"{M} x {BN}x{BK} w{warps} u{unroll}",
-                           dict(form, EVEN=True, M=M, BN=BN, BK=BK, UNROLL=unroll, **f32), dict(num_warps=warps),
-                           False, quick and i == 0)
         heads = [("loss", linear_cross_entropy.loss_kernel, dict(GRAD=True)),
                  ("logprob", linear_cross_entropy.logprob_kernel, dict(SCALE=1.25)),
                  ("logprob grad", linear_cross_entropy.logprob_grad_kernel, dict(SCALE=1.25))]
