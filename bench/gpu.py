@@ -7,9 +7,9 @@ Measurements that need a GPU. One command checks first, then times, each row bes
     python bench/gpu.py kernels --dry_run    # any machine: tiny shapes, numbers mean nothing; out/bench/gpu/
 
 All sides of a comparison run in one process on the same tensors. Shares are of ceilings measured in the same
-run: a large bf16 matrix product and a large copy. Times are medians of CUDA-event times with a cold L2 cache.
-Without a GPU the script refuses, unless it is told to dry-run. To expect on an H200: matrix ceiling near 790
-TFLOP/s, copy ceiling near 4.3 TB/s. The targets stand in TARGETS; as of this commit none has been measured.
+run: a large bf16 matrix product and a large copy. Times are medians over replays of a CUDA graph with a cold L2
+cache. Without a GPU the script refuses, unless it is told to dry-run. To expect on an H200: matrix ceiling near
+800 TFLOP/s, copy ceiling near 4.28 TB/s. The targets stand in TARGETS, what came out in results/gpu and docs/.
 
 A further part is a further function here, named as its command: part(run) -> None, which calls run.row(...).
 """

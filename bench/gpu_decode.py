@@ -1,7 +1,7 @@
 """
 Decoding at the 7B shape on one GPU: share of the measured copy bandwidth, and what three MTP layers bring.
 
-    python bench/gpu_decode.py                        # random weights, bf16; about three minutes on an H200
+    python bench/gpu_decode.py                        # random weights, bf16; 15 seconds on an H200
     python bench/gpu.py decode                        # the same beside all other GPU rows and their targets
     python bench/gpu_decode.py --shape=tiny           # the same code on any machine, numbers without meaning
 
@@ -12,8 +12,7 @@ IS IMPOSED: random weights cannot guess, so a draft is kept by a coin with the r
 comparison is replaced.
 
 A step must read the blocks and the head once (14.0 GB at 7B) and the keys and values of every sequence;
-bandwidth is those bytes over the step's time. Not yet run on a GPU; on a CPU the path is covered by
-tests/test_engine.py (layout "blocks").
+bandwidth is those bytes over the step's time. What an H200 gave: docs/engine.md.
 """
 import json
 import sys

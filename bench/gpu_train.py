@@ -1,7 +1,7 @@
 """
 Training speed at the 7B's layer shapes on one GPU: the part `train` of bench/gpu.py.
 
-    python bench/gpu.py train             # about 10 minutes on an H200; results/gpu/train.csv and .json
+    python bench/gpu.py train             # under two minutes on an H200; results/gpu/train.csv and .json
     python bench/gpu.py train --dry_run   # any machine: a toy, checks the script, the numbers mean nothing
 
 As many 7B layers as fit the card (memory.plan decides; fp32 master weights and AdamW on the GPU), one MTP
