@@ -11,6 +11,7 @@ FLOPs in memory.py; the scripts import them all from here.
 
 Not in the report. Precision: fp32 on CPU; bf16 compute with fp32 master weights and reductions on CUDA.
 """
+import atexit
 import ctypes
 import json
 import math
@@ -115,6 +116,7 @@ def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: in
         save_group = dist.new_group(backend="gloo")
     elif cuda and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=where)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())     # else NCCL warns
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
