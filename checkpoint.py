@@ -100,11 +100,11 @@ def problem_with(ckpt: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def shared(value) -> list:
-    """value of every rank, in rank order. A collective."""
+def shared(value, group=None) -> list:
+    """value of every rank, in rank order. A collective, of the default group or of another one with all ranks."""
     values = [value] * ranks()[1]
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -4,6 +4,7 @@ test-difficulty-driven rewards, the easy data pool, and the Seamless Rollout Eng
 
     python rl.py config/tiny_rl.py                                 # RL from out/tiny/sft, minutes on a CPU
     python rl.py config/tiny_rl_zero.py                            # RL-Zero: from out/tiny/base, no SFT before it
+    torchrun --nproc_per_node=8 rl.py config/mimo_7b_rl.py         # 8 GPUs, one launch order (rollout.py)
 
 One iteration: the rollout thread (rollout.py) delivers `batch_size` groups of G answers to one prompt each, all with a
 reward range above zero; here they get advantages (Eq. 2) and the policy is updated on mini-batches of whole groups
@@ -69,8 +70,9 @@ class Config:
     budget: list[tuple[int, int]] = field(default_factory=lambda: [(0, 128)])   # (from iteration, tokens) [paper 3.6]
     max_staleness: int = 0                # 0: rollout rests during the update [paper 3.4.1]; 1: one batch ahead [ours]
     is_cap: float = 2.0                   # truncation of the importance weights when max_staleness = 1 [ours]
-    reward_lag: int = 16                  # decode steps between the end of a group and the use of its rewards [ours]
-    slots: int = 128                      # answers decoded at a time
+    reward_lag: int = 16                  # decode steps between the end of a group and the use of its rewards [ours];
+                                          # several processes: also between two exchanges of what ended
+    slots: int = 128                      # answers decoded at a time, per process
     n_draft: int = 0                      # MTP layers that draft during rollouts; exact, but slower on large batches
     judge_workers: int = 2                # sandboxed test runners
     micro_tokens: int = 8192              # tokens per forward of the trainer; never changes the result
@@ -167,9 +169,37 @@ class Row:
     old: Tensor | None = None     # trainer log-probs under pi_old, [len(tokens)]
 
 
-def rows_of(group: Group) -> list[Row]:
-    return [Row(list(s.prompt), list(s.tokens), list(s.logprobs), a)
-            for s, a in zip(group.samples, advantages(group.rewards), strict=True)]
+def mini_batches(groups: list[Group], cfg: Config, step: int, rt) -> list[list[Row]]:
+    """
+    This rank's rows of the batch_size / mini_batch mini-batches, in which groups, shuffled once, are never cut. The
+    answers of a mini-batch, sorted by length, are dealt to the ranks one by one, whoever generated them (group.rank):
+    each trains on about as many tokens. A collective: prompts, answers and log-probs travel, 8 bytes per token of an
+    answer; their lengths and rewards are known everywhere.
+    """
+    groups = sorted(groups, key=lambda g: hash64(cfg.seed, "order", step, g.task.index))
+    n = cfg.batch_size // cfg.mini_batch
+    ends = [len(groups) * i // n for i in range(n + 1)]             # the judge or the cap may have left fewer groups
+    pieces, parts, sizes = [], [[torch.empty(0, dtype=torch.int32)] for _ in range(rt.world)], [0] * rt.world
+    for a, b in zip(ends, ends[1:], strict=False):
+        answers = [(g.rank, s, A) for g in groups[a:b] for s, A in zip(g.samples, advantages(g.rewards), strict=True)]
+        answers.sort(key=lambda x: len(x[1].prompt) + len(x[1].tokens))
+        pieces.append(answers[rt.rank::rt.world])
+        for i, (home, s, _) in enumerate(answers):
+            if home == rt.rank:
+                ids = torch.tensor([*s.prompt, *s.tokens], dtype=torch.int32)
+                parts[i % rt.world] += [ids, torch.tensor(s.logprobs, dtype=torch.float32).view(torch.int32)]
+            if i % rt.world == rt.rank:
+                sizes[home] += len(s.prompt) + 2 * len(s.tokens)
+    came, at = runtime.deal([torch.cat(p) for p in parts], sizes, rt), [0] * rt.world
+    out = []
+    for piece in pieces:
+        out.append([])
+        for home, s, A in piece:
+            P, N, start = len(s.prompt), len(s.tokens), at[home]
+            at[home] += P + 2 * N
+            prompt, tokens, logprobs = came[home][start:at[home]].split([P, N, N])
+            out[-1].append(Row(prompt.tolist(), tokens.tolist(), logprobs.view(torch.float32).tolist(), A))
+    return out
 
 
 def micro_batches(rows: list[Row], budget: int) -> list[list[Row]]:
@@ -215,7 +245,7 @@ def main(cfg: Config) -> None:
     rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
     ckpt = runtime.latest(run)
-    saved = runtime.read_state(ckpt, "schedulers") if ckpt else None
+    saved = runtime.read_state(ckpt, "scheduler") if ckpt else None
     if ckpt:
         runtime.same_start(ckpt, cfg.init)
     start = ckpt or runtime.find(cfg.init)
@@ -248,19 +278,11 @@ def main(cfg: Config) -> None:
     with runtime.reading(JudgeError):
         judge = Judge(workers=cfg.judge_workers)
     grader = Grader(problems, tokenizer, judge, cfg.scheme)
-    if cfg.batch_size % rt.world or cfg.max_groups % rt.world:
-        runtime.die(f"batch_size = {cfg.batch_size} and max_groups = {cfg.max_groups} must be multiples of the "
-                    f"{rt.world} processes: each rolls out its share")
-    # several ranks: each rolls out its share of the batch from its share of the problems; the update is one for all
-    scheduler = Scheduler(len(problems), cfg.batch_size // rt.world, cfg.group_size, seed=cfg.seed,
-                          alpha=cfg.easy_alpha, dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups // rt.world,
-                          reward_lag=cfg.reward_lag, rank=rt.rank, world=rt.world)
+    scheduler = Scheduler(len(problems), cfg.batch_size, cfg.group_size, seed=cfg.seed, alpha=cfg.easy_alpha,
+                          dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups, reward_lag=cfg.reward_lag)
     if saved:
-        if len(saved["schedulers"]) != rt.world:
-            runtime.die(f"{ckpt} was written by {len(saved['schedulers'])} process(es), this run has {rt.world}: "
-                        "the prompt queues of RL are per process")
         with runtime.reading():
-            scheduler.load_state_dict(saved["schedulers"][rt.rank])
+            scheduler.load_state_dict(saved["scheduler"])
         runtime.load_optimizer(ckpt, model, optimizer)
     # a plain copy decodes, whatever the trainer is sharded over
     replica = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
@@ -280,7 +302,11 @@ def main(cfg: Config) -> None:
     bar = tqdm(total=cfg.steps, initial=scheduler.step, unit="it", desc="rl", disable=None if rt.is_main else True)
     if held and not saved and rt.is_main:
         metrics.log(step=0, heldout=evaluate(replica, tokenizer, held, chat, cfg))
-    rollout = RolloutThread(scheduler, engine, grader, make_request, max_staleness=cfg.max_staleness)
+    # each rank's thread decodes by itself, reward_lag steps at a time: what ends in one such round has its rewards used
+    # at the end of the next
+    exchange = runtime.Exchange(rt, max(1, cfg.reward_lag)) if rt.world > 1 else None
+    rollout = RolloutThread(scheduler, engine, grader, make_request, max_staleness=cfg.max_staleness,
+                            exchange=exchange)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     try:
@@ -288,11 +314,12 @@ def main(cfg: Config) -> None:
             t0 = time.perf_counter()
             batch = rollout.take()
             t1 = time.perf_counter()
-            if batch.note:
+            if batch.note and rt.is_main:
                 bar.write("  " + batch.note)
             broken = [g for g in batch.groups if any("JE" in info["verdicts"] for info in g.infos)]
             if broken:                                              # the judge failed: no reward is known
-                bar.write(f"  {len(broken)} of {len(batch.groups)} groups left out: the judge failed on them twice")
+                if rt.is_main:
+                    bar.write(f"  {len(broken)} of {len(batch.groups)} groups left out: the judge failed on them twice")
                 batch.groups = [g for g in batch.groups if g not in broken]
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr_at(step)
@@ -324,8 +351,8 @@ def main(cfg: Config) -> None:
             bar.set_postfix_str(f"reward {row['reward_launched']:.3f} all-0 {row['all0']:.0%} all-1 {row['all1']:.0%} "
                                 f"entropy {stats.get('entropy', 0):.2f} length {row['length_mean']:.0f} "
                                 f"pool {row['pool_size']}")
-            if step % 10 == 0 and batch.groups:
-                g = batch.groups[0]
+            g = next((g for g in batch.groups if g.rank == rt.rank), None)
+            if step % 10 == 0 and g and rt.is_main:
                 text = tokenizer.decode(g.samples[0].tokens, skip_control=True)
                 bar.write(f"  {problems[g.task.prompt].question!r} -> {text!r}: reward {g.rewards[0]:.2f}")
             stop = runtime.stop_requested(rt)
@@ -333,7 +360,7 @@ def main(cfg: Config) -> None:
                 runtime.save_checkpoint(run, step + 1, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
                                         meta={"stage": "rl", "chat": chat, "init": cfg.init}, optimizer=optimizer,
                                         keep=cfg.keep, shape=vars(model.cfg), rt=rt,
-                                        state={"schedulers": runtime.shared(batch.state)})
+                                        state={"scheduler": batch.state})
             if stop:
                 break
     finally:
@@ -346,11 +373,11 @@ def main(cfg: Config) -> None:
 
 def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
     """
-    All updates of one batch (Eq. 1). -> numbers for the log, averaged over the tokens of all ranks. A rank may have
-    fewer groups or micro-batches than another; where it has none left it runs NOTHING, a row that adds 0, because each
-    forward is a collective under FSDP.
+    All updates of one batch (Eq. 1), the same on every rank. -> numbers for the log, averaged over the tokens of all
+    ranks. A rank may have fewer rows or micro-batches than another; where it has none left it runs NOTHING, a row that
+    adds 0, because each forward is a collective under FSDP.
     """
-    pieces = mini_batches(batch.groups, cfg, step)
+    pieces = mini_batches(batch.groups, cfg, step, rt)
     if len(pieces) > 1 or cfg.max_staleness:
         remember_old(model, [r for piece in pieces for r in piece], cfg, rt)
     sums, worst, norms = torch.zeros(8, device=rt.device), torch.zeros(2, device=rt.device), []
@@ -393,14 +420,6 @@ def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
     return {"updates": len(norms), "grad_norm": sum(norms) / len(norms), "ratio_max": float(worst[0]),
             "engine_gap_max": float(worst[1]), "trained_tokens": int(tokens),
             **{name: v / tokens for name, v in zip(names, means, strict=True)}}
-
-
-def mini_batches(groups: list[Group], cfg: Config, step: int) -> list[list[Row]]:
-    """The batch as batch_size / mini_batch lists of rows: groups shuffled once, never cut."""
-    groups = sorted(groups, key=lambda g: hash64(cfg.seed, "order", step, g.task.index))
-    n = cfg.batch_size // cfg.mini_batch
-    ends = [len(groups) * i // n for i in range(n + 1)]             # the judge or the cap may have left fewer groups
-    return [[row for g in groups[a:b] for row in rows_of(g)] for a, b in zip(ends, ends[1:], strict=False)]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ engine is imported: the scheduler drives a real engine, or a fake one with a vir
     make_request(task, i, seed) -> Request with id = task.key(i); seed = hash(run seed, step, launch, sample)
     judge: submit(key, task, sample); poll() -> [(key, reward, info), ...], non-blocking, in any order
     engine: add(request), step() -> finished samples, abort(id), load(weights); counts slots, active, waiting
+    sample: id, prompt, tokens, finish ("abort" for one that abort() cut)
 
 THE RULE that makes a run bit-equal for every judge latency and any number of judge workers: no decision looks
 at when a reward arrived. The rewards of a group are applied when the engine has made exactly `reward_lag`
@@ -29,6 +30,13 @@ commits only launches 0..L, L the last selected one. Later launches were specula
 prompts go back to the front of the queue (the cursor steps back), their results touch neither pool nor
 statistics. Hence no prompt is lost, and long answers are not selected against.
 
+SEVERAL PROCESSES, ONE SCHEDULER. Each rank has an engine and a judge, and a replica of the one scheduler. After a
+round of decode steps the ranks exchange what happened (which samples ended, the rewards that came), and every
+replica is told the same, in the same order: so all take the same decisions, and there is no master. A launch goes
+to the rank with the fewest samples; by the second rule it does not matter which. So prompts, launch order, pool,
+batches and checkpoints are global, and in exact arithmetic the same for every number of ranks. Alone, a round is
+one step and nothing is exchanged.
+
 Differs from the report: it is silent on a cap, on aborted prompts, on a pool problem that is solved again
 (here it stays, its group is dropped), and on reproducibility. Tables 2 and 3: python paper/table2.py.
 """
@@ -38,6 +46,7 @@ import math
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 Key = tuple[int, int, int]  # (step, launch index, sample index): names a sample for ever, whatever its text
@@ -74,6 +83,16 @@ class Group:
     due: int | None = None  # the clock at which its rewards are applied
     applied: bool = False  # its rewards have entered the statistics
     valid: bool = False  # has a learning signal: reward range > tol (without dynamic sampling: all)
+    rank: int = 0  # whose engine generates it
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What a rank knows of a sample in another rank's memory: its sizes, and how it ended."""
+
+    prompt: range
+    tokens: range
+    finish: str
 
 
 @dataclass
@@ -101,17 +120,13 @@ class Scheduler:
     reward_lag  decode steps from the end of a group to the use of its rewards; None: as they come (header)
     max_groups  cap on launches per step, default 8 * batch: then the step trains on what is there
     rate        expected share of valid groups before anything is known; later the last step's share
-    rank, world with several processes, each has its own scheduler, engine and judge: every world-th problem
-                of an epoch is its own (give it batch / world groups), and so is its easy pool
     Raises ValueError for settings out of range, unknown or repeated results, rewards outside [0, 1].
     """
 
     def __init__(self, n_prompts: int, batch: int, G: int, seed: int = 0, alpha: float | None = 0.1,
                  dynamic: bool = True, launch: str = "continuous", stop: str = "fifo",
                  reward_lag: int | None = 16, max_groups: int | None = None, tol: float = 1e-6,
-                 rate: float = 0.5, rank: int = 0, world: int = 1):
-        if not 0 <= rank < world <= n_prompts:
-            raise ValueError(f"rank {rank} of {world} should be below it, with a prompt at least per rank")
+                 rate: float = 0.5):
         if min(n_prompts, batch, G) < 1:
             raise ValueError(f"n_prompts, batch, G = {n_prompts}, {batch}, {G} should all be at least 1")
         if dynamic and G < 2:
@@ -124,7 +139,7 @@ class Scheduler:
             raise ValueError(f"reward_lag = {reward_lag} should be None or >= 0")
         self.n_prompts, self.batch_size, self.G, self.seed = n_prompts, batch, G, seed
         self.alpha, self.dynamic, self.launch_mode, self.stop_mode = alpha, dynamic, launch, stop
-        self.reward_lag, self.tol, self.rank, self.world = reward_lag, tol, rank, world
+        self.reward_lag, self.tol = reward_lag, tol
         self.max_groups = (8 * batch if dynamic else batch) if max_groups is None else max_groups
         if self.max_groups < batch:
             raise ValueError(f"max_groups = {self.max_groups} should be at least batch = {batch}")
@@ -139,7 +154,7 @@ class Scheduler:
     def _begin(self):
         """Nothing in flight: the only state a checkpoint ever sees."""
         self.groups: list[Group] = []  # by launch index
-        self.decoding = 0  # samples in the engine
+        self.decoding = 0  # samples in the engine, or engines
         self.ungraded: list[Group] = []  # decoded, rewards not applied yet
         self.order: list[int] = []  # launch indices in the order in which they were applied
         self.head = 0  # groups[:head] have all completed: the front of first-in-first-out
@@ -154,11 +169,11 @@ class Scheduler:
         """The front of the prompt queue: a seeded permutation per epoch, without the pool's problems."""
         while True:
             epoch, position = self.cursor
-            if position == len(range(self.rank, self.n_prompts, self.world)):
+            if position == self.n_prompts:
                 epoch, position = epoch + 1, 0
             if self._perm[0] != epoch:
                 ids = sorted(range(self.n_prompts), key=lambda i: hash64(self.seed, "epoch", epoch, i))
-                self._perm = (epoch, ids[self.rank :: self.world])
+                self._perm = (epoch, ids)
             self.cursor = (epoch, position + 1)
             if (prompt := self._perm[1][position]) not in self.pool:
                 return prompt
@@ -167,10 +182,10 @@ class Scheduler:
         # 3.3.2: with probability alpha a rollout draws from the pool. Coin and place are hashes of the launch
         # index, and the pool does not change within a step: a function of (state at step start, index)
         index = len(self.groups)
-        coin = hash64(self.seed, self.rank, "coin", self.step, index) / 2**64
+        coin = hash64(self.seed, 0, "coin", self.step, index) / 2**64  # the 0 only keeps old runs repeatable
         pool = bool(self.pool) and (coin < self.alpha or len(self.pool) == self.n_prompts)
         if pool:
-            place = hash64(self.seed, self.rank, "place", self.step, index) % len(self.pool)
+            place = hash64(self.seed, 0, "place", self.step, index) % len(self.pool)
             prompt = list(self.pool)[place]
         else:
             prompt = self._next_prompt()
@@ -212,16 +227,16 @@ class Scheduler:
 
     def sample_seed(self, key: Key) -> int:
         """Seed of one sample's generator, independent of scheduling and of the sample's neighbours."""
-        return hash64(self.seed, self.rank, "sample", *key) >> 1  # 63 bits, torch's range
+        return hash64(self.seed, 0, "sample", *key) >> 1  # 63 bits, torch's range
 
     # ---- what came back --------------------------------------------------------------------------
 
-    def advance(self, finished: list, active: int = 0, steps: int = 1):
-        """The engine made one step (or `steps` with nothing finished before the last).
+    def advance(self, finished: list, busy: int = 0, steps: int = 1):
+        """The engine made one step, or several ones between two decisions.
 
-        finished: [(key, sample)], any object with a sized .tokens; active: slots busy in each step."""
+        finished: [(key, sample)], any object with a sized .tokens; busy: slot-steps used, over all steps."""
         self.clock += steps
-        self.busy += active * steps
+        self.busy += busy
         for key, sample in finished:
             group, i = self._find(key)
             if group.samples[i] is not None:
@@ -363,16 +378,32 @@ class Scheduler:
         """JSON-able; only between steps (else RuntimeError), so nothing is in flight that could be lost."""
         if self.groups:
             raise RuntimeError(f"step {self.step} is in flight: checkpoint after batch()")
-        return {"n_prompts": self.n_prompts, "seed": self.seed, "rank": self.rank, "world": self.world,
-                "step": self.step, "cursor": list(self.cursor), "pool": list(self.pool), "rate": self.rate}
+        return {"n_prompts": self.n_prompts, "seed": self.seed, "step": self.step,
+                "cursor": list(self.cursor), "pool": list(self.pool), "rate": self.rate}
 
     def load_state_dict(self, state: dict):
-        for name in ("n_prompts", "seed", "rank", "world"):
+        for name in ("n_prompts", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"{name} = {getattr(self, name)}, but the checkpoint has {state[name]}")
         self.step, self.cursor = state["step"], tuple(state["cursor"])
         self.pool, self.rate = dict.fromkeys(state["pool"]), state["rate"]
         self._begin()
+
+
+class Alone:
+    """The exchange of a process without others. runtime.Exchange is the one between processes.
+
+    exchange(facts) -> the facts of all ranks, by rank, the same on each; they are compact and can be pickled.
+    steps: decode steps between two exchanges, the same on all ranks; its size never changes a batch."""
+
+    rank, world, steps = 0, 1, 1
+
+    def __call__(self, facts) -> list:
+        return [facts]
+
+
+class Ended(Exception):
+    """The rollout is over on all ranks: one of them was closed, failed or is gone. Empty: it was this one's close()."""
 
 
 class RolloutThread:
@@ -384,14 +415,19 @@ class RolloutThread:
     by version k-1, during the update that makes version k; exactly k-1, never "the newest", so this too is
     reproducible. The trainer weighs by batch.version. What the thread raises comes out of take() and
     publish(); a judge that says nothing for judge_timeout seconds while rewards are due is such an error.
+
+    exchange (Alone) joins the threads of several ranks. take() then gives the same batch on each; of a group's
+    samples those of other ranks (group.rank) are Elsewhere. What one rank's thread raises, all raise; to close()
+    one is to end all.
     """
 
     def __init__(self, scheduler: Scheduler, engine, judge, make_request, max_staleness: int = 0,
-                 judge_timeout: float = 600.0):
+                 judge_timeout: float = 600.0, exchange=None):
         if max_staleness not in (0, 1):
             raise ValueError(f"max_staleness = {max_staleness} should be 0 or 1")
         self.sched, self.engine, self.judge, self.make_request = scheduler, engine, judge, make_request
         self.max_staleness, self.judge_timeout = max_staleness, judge_timeout
+        self.exchange = exchange or Alone()
         self.first = self.version = scheduler.step  # weights are named by the updates behind them
         self.weights = {}  # published and not yet loaded, by version
         self.ready: list[Batch] = []
@@ -423,76 +459,116 @@ class RolloutThread:
             self.changed.notify_all()
 
     def close(self, timeout: float = 10.0):
-        """Stop the thread, aborting what runs. Returns within `timeout` seconds even if the engine hangs."""
+        """Stop the thread, aborting what runs. Returns within `timeout` seconds even if the engine hangs, or
+        another rank that does not close()."""
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
         self.thread.join(timeout)
         if self.thread.is_alive():
-            print(f"rollout: the engine did not return within {timeout:.0f} s; left behind", file=sys.stderr)
+            print(f"rollout: the thread did not end within {timeout:.0f} s; left behind", file=sys.stderr)
 
     def _check(self):
         if self.error is not None:
-            raise RuntimeError(f"the rollout thread failed: {self.error!r}") from self.error
+            raise RuntimeError(self._says(self.error)) from self.error
         if self.stopping:
             raise RuntimeError("the rollout thread is closed")
+
+    def _says(self, error: BaseException) -> str:
+        of_rank = f" of rank {self.exchange.rank}" if self.exchange.world > 1 else ""
+        return str(error) if isinstance(error, Ended) else f"the rollout thread{of_rank} failed: {error!r}"
 
     # ---- the thread's side -----------------------------------------------------------------------
 
     def _run(self):
+        error = None
         try:
-            while True:
-                wanted = max(self.first, self.sched.step - self.max_staleness)  # the version for this batch
-                with self.changed:
-                    while wanted != self.first and wanted not in self.weights and not self.stopping:
-                        self.changed.wait()
-                    if self.stopping:
-                        return
-                    weights = self.weights.pop(wanted, None)
-                if weights is not None:
-                    self.engine.load(weights)
-                    weights = None  # a copy of the model: do not keep it while generating
-                if (batch := self._one_batch(wanted)) is None:
-                    return
-                with self.changed:
-                    self.ready.append(batch)
-                    self.changed.notify_all()
+            self._work()
+        except Ended as e:
+            error = e if str(e) else None
+            for key in self._mine(self.sched.aborts()):
+                self.engine.abort(key)
         except BaseException as e:  # noqa: B036  it is raised again in the trainer
+            error = e
+            with suppress(Ended):  # instead of the facts that the other ranks wait for: there it ends them
+                self._share(self._says(e))
+        finally:
             with self.changed:
-                self.error = e
+                self.error = error
                 self.changed.notify_all()
 
-    def _one_batch(self, version: int) -> Batch | None:
-        """One step of the scheduler, start to end. None when close() was called meanwhile."""
-        sched, engine, started = self.sched, self.engine, time.perf_counter()
+    def _work(self):
+        while True:
+            wanted = max(self.first, self.sched.step - self.max_staleness)  # the version for this batch
+            with self.changed:
+                while wanted != self.first and wanted not in self.weights and not self.stopping:
+                    self.changed.wait()
+                weights = self.weights.pop(wanted, None)
+            if weights is not None and not self.stopping:
+                self.engine.load(weights)
+                weights = None  # a copy of the model: do not keep it while generating
+            batch = self._one_batch(wanted)
+            with self.changed:
+                self.ready.append(batch)
+                self.changed.notify_all()
+
+    def _share(self, facts) -> list:
+        """The facts of every rank, by rank. Every thread calls this equally often, to its end: a rank that has
+        to end puts in None (closed) or a str (why), and all ranks end at this call with Ended."""
+        try:
+            shared = self.exchange(None if self.stopping else facts)
+        except Exception as e:  # gloo: a process is gone
+            raise Ended(f"the rollout thread of rank {self.exchange.rank} lost the other ranks: {e}") from e
+        if why := [part for part in shared if isinstance(part, str)]:
+            raise Ended("; ".join(why))
+        if None in shared:
+            raise Ended("" if self.stopping else f"rank {shared.index(None)} has closed its rollout thread")
+        return shared
+
+    def _mine(self, keys: list[Key]) -> list[Key]:
+        return [key for key in keys if self.sched.groups[key[1]].rank == self.exchange.rank]
+
+    def _one_batch(self, version: int) -> Batch:
+        """One step of the scheduler, start to end."""
+        sched, engine, world, started = self.sched, self.engine, self.exchange.world, time.perf_counter()
         judge_wait, queue, queue_max = 0.0, 0, 0
-        while not self.stopping:
+        load = [0] * world  # samples in each rank's engine
+        steps, busy, ended = 0, 0, []  # this rank's last round
+        while True:
             outcomes = self.judge.poll()
-            sched.observe(outcomes)
             queue -= sum(key[0] == sched.step for key, _, _ in outcomes)
-            if sched.missing():  # the rule: the engine waits for rewards that are due
+            brief = [(s.id, Elsewhere(range(len(s.prompt)), range(len(s.tokens)), s.finish)) for s in ended]
+            shared = self._share((steps, busy, brief, outcomes))
+            finished = dict(pair for part in shared for pair in part[2]) | {s.id: s for s in ended}
+            # a rank whose engine ran dry made fewer steps and waited: the others' steps are the time that passed
+            sched.advance(sorted(finished.items(), key=lambda pair: pair[0]),
+                          busy=sum(part[1] for part in shared), steps=max(part[0] for part in shared))
+            for rank, part in enumerate(shared):
+                load[rank] -= len(part[2])
+                sched.observe(part[3])
+            if sched.missing():  # the rule: the engines wait for rewards that are due
                 waited = time.perf_counter()
                 queue -= self._wait_for_judge()
                 judge_wait += time.perf_counter() - waited
-                if self.stopping:
-                    break
-            tasks = sched.launch(free=engine.slots - engine.active - engine.waiting)
+            for task in sched.launch(free=sum(max(0, engine.slots - n) for n in load)):
+                group = sched.groups[task.index]
+                group.rank = load.index(min(load))  # the least loaded, by facts that all ranks share
+                load[group.rank] += sched.G
+                for key in self._mine([task.key(i) for i in range(sched.G)]):
+                    engine.add(self.make_request(task, key[2], sched.sample_seed(key)))
             if sched.done():
                 break
-            for task in tasks:
-                for i in range(sched.G):
-                    engine.add(self.make_request(task, i, sched.sample_seed(task.key(i))))
-            samples = [s for s in engine.step() if s.finish != "abort"]
-            for s in samples:
-                self.judge.submit(s.id, sched.groups[s.id[1]].task, s)
-            queue += len(samples)
-            queue_max = max(queue_max, queue)
-            sched.advance([(s.id, s) for s in samples], active=engine.active + len(samples))
-        partial = [engine.abort(key) for key in sched.aborts()]
-        if not sched.done():
-            return None
-        aborted_tokens = sum(len(s.tokens) for s in partial if s is not None)
-        groups, metrics = sched.batch(slots=engine.slots, aborted_tokens=aborted_tokens)
+            steps, busy, ended = 0, 0, []
+            while steps < self.exchange.steps and engine.active + engine.waiting:
+                samples = [s for s in engine.step() if s.finish != "abort"]
+                for s in samples:
+                    self.judge.submit(s.id, sched.groups[s.id[1]].task, s)
+                queue += len(samples)
+                queue_max = max(queue_max, queue)
+                steps, busy, ended = steps + 1, busy + engine.active + len(samples), ended + samples
+        partial = [engine.abort(key) for key in self._mine(sched.aborts())]
+        aborted_tokens = sum(self._share(sum(len(s.tokens) for s in partial if s is not None)))
+        groups, metrics = sched.batch(slots=engine.slots * world, aborted_tokens=aborted_tokens)
         note = ""
         if metrics["capped"]:
             note = (f"step {sched.step - 1}: {len(groups)} of {sched.batch_size} groups after the cap of "
@@ -503,15 +579,17 @@ class RolloutThread:
         return Batch(groups, metrics, timing, version, sched.state_dict(), note)
 
     def _wait_for_judge(self) -> int:
-        """Poll until nothing that is due is missing; returns how many rewards came."""
-        came, deadline = 0, time.perf_counter() + self.judge_timeout
-        while (missing := self.sched.missing()) and not self.stopping:
+        """Wait for the rewards of this rank's samples that are due, share them; returns how many came here."""
+        due, came, deadline = set(self._mine(self.sched.missing())), [], time.perf_counter() + self.judge_timeout
+        while due and not self.stopping:
             outcomes = self.judge.poll()
-            self.sched.observe(outcomes)
-            came += sum(key[0] == self.sched.step for key, _, _ in outcomes)
+            came += outcomes
+            due -= {key for key, _, _ in outcomes}
             if not outcomes:
                 if time.perf_counter() > deadline:
-                    raise RuntimeError(f"the judge owes {len(missing)} rewards, first {missing[0]}, for "
+                    raise RuntimeError(f"the judge owes {len(due)} rewards, first {min(due)}, for "
                                        f"{self.judge_timeout:.0f} s")
                 time.sleep(0.001)
-        return came
+        for outcomes in self._share(came):
+            self.sched.observe(outcomes)
+        return sum(key[0] == self.sched.step for key, _, _ in came)

@@ -215,6 +215,32 @@ def all_reduce_max(t: Tensor, rt: Runtime) -> Tensor:
     return t
 
 
+def deal(parts: list[Tensor], sizes: list[int], rt: Runtime) -> list[Tensor]:
+    """
+    parts[r], 1-d int32 on the CPU, goes to rank r. -> what came from each rank, in rank order; sizes: the numbers in
+    each of these, which the receiver has to know.
+    """
+    if rt.world == 1:
+        return parts
+    came = torch.empty(sum(sizes), dtype=torch.int32, device=rt.device)
+    dist.all_to_all_single(came, torch.cat(parts).to(rt.device), sizes, [len(p) for p in parts])
+    return list(came.cpu().split(sizes))
+
+
+class Exchange:
+    """
+    What joins the rollout threads of several processes (rollout.Alone: of one). exchange(facts) -> the facts of all
+    ranks, by rank; each rank must call it equally often. It has a gloo group of its own, because it runs beside the
+    trainer's collectives; to make it is a collective. RuntimeError when a process is gone. steps: decode steps
+    between two exchanges.
+    """
+    def __init__(self, rt: Runtime, steps: int):
+        self.rank, self.world, self.steps, self.group = rt.rank, rt.world, steps, dist.new_group(backend="gloo")
+
+    def __call__(self, facts) -> list:
+        return shared(facts, self.group)
+
+
 def micro_ranges(rows: int, per_micro: int, rt: Runtime) -> list[tuple[int, int, bool]]:
     """
     [(lo, hi, last)]: this rank's rows in pieces of per_micro. Every rank gets the same number of pieces,

@@ -146,7 +146,7 @@ def simulate_step(sched: Scheduler, world: World, grade_at_end: bool = False) ->
             heapq.heappush(places, place)
             finished.append((key, Answer(range(answers[key][0]))))
             spans[key][3] = wall
-        sched.advance(finished, active, steps)
+        sched.advance(finished, active * steps, steps)
         for key, _ in finished:
             held.append(key) if grade_at_end else judge.submit(wall, key, *answers[key][1:])
     left = {key: end - clock for end, key, _ in running}  # aborted samples: tokens they still had to make

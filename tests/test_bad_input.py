@@ -413,7 +413,7 @@ def test_a_folder_of_weights_with_a_wrong_shape(world):
 @pytest.mark.parametrize("module", [pretrain, sft, rl])
 def test_the_output_folder_holds_another_run(world, module):
     other = ModelConfig(**vars(SHAPE) | {"d_model": 64, "head_dim": 32})
-    state = {"seen": 1, "step": 1, "stage": 0, "loader": {}, "spikes": {}, "schedulers": [{}]}
+    state = {"seen": 1, "step": 1, "stage": 0, "loader": {}, "spikes": {}, "scheduler": {}}
     save(world / "run", "base", other, state=state)
     before = sorted(p for p in (world / "run").rglob("*") if p.is_file())
     # pretrain reads its data before the checkpoint: its loader state is looked at first

@@ -5,6 +5,7 @@ every step, as it does in floating point. So equality means that even the make-u
 equal. """
 
 import json
+import pickle
 import random
 import threading
 import time
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from rollout import RolloutThread, Scheduler, Task, hash64
+from rollout import Elsewhere, RolloutThread, Scheduler, Task, hash64
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Answer:
     tokens: range
     finish: str
     luck: int  # what the "model" said: depends on the seed, the prompt and, if wanted, on the neighbours
+    prompt: tuple = ()
 
 
 class FakeEngine:
@@ -235,17 +237,183 @@ def test_sample_seeds_differ_and_depend_on_the_name_alone():
     assert Scheduler(10, 2, 4, seed=2).sample_seed(keys[0]) != seeds[0]
 
 
-def test_ranks_share_every_epoch_and_nothing_else():
-    """10 problems, 3 ranks: 4 + 3 + 3, each problem once an epoch; seeds differ; states do not mix."""
-    ranks = [Scheduler(10, 4 if r == 0 else 3, 2, rank=r, world=3, rate=1.0, seed=7) for r in range(3)]
-    for epoch in range(2):
-        batches = [play(sched, lambda t, i: 1, lambda t, i: float(i))[0] for sched in ranks]
-        assert sorted(g.task.prompt for groups in batches for g in groups) == list(range(10))
-        assert all(sched.cursor == (epoch, len(groups)) for sched, groups in zip(ranks, batches, strict=True))
-    firsts = [sched.launch()[0] for sched in ranks]
-    assert len({sched.sample_seed(t.key(0)) for sched, t in zip(ranks, firsts, strict=True)}) == 3
-    with pytest.raises(ValueError, match="rank = 1, but the checkpoint has 0"):
-        Scheduler(10, 3, 2, rank=1, world=3).load_state_dict(Scheduler(10, 3, 2, world=3).state_dict())
+# ---- several ranks -----------------------------------------------------------------------------------------
+
+
+class Together:
+    """Exchanges of `world` threads in one process; like processes, they share no object."""
+
+    def __init__(self, world, steps):
+        self.world, self.steps, self.parts = world, steps, [None] * world
+        self.barrier = threading.Barrier(world, timeout=10)
+
+    def of(self, rank):
+        return OfRank(self, rank)
+
+
+class OfRank:
+    def __init__(self, all, rank):
+        self.all, self.rank, self.world, self.steps = all, rank, all.world, all.steps
+
+    def __call__(self, facts):
+        self.all.parts[self.rank] = pickle.dumps(facts)
+        self.all.barrier.wait()
+        shared = [pickle.loads(part) for part in self.all.parts]
+        self.all.barrier.wait()
+        return shared
+
+
+def ranks(world, rounds, judge, invariant=True, **flags):
+    """Rollout threads of `world` ranks, 20 places in all. judge(rank). -> (engines, threads)."""
+    together = Together(world, rounds)
+    engines = [FakeEngine(20 // world, lengths, invariant) for _ in range(world)]
+    flags = {"n_prompts": 60, "batch": 6, "G": 4, "seed": 5, "reward_lag": 8, **flags}
+    return engines, [RolloutThread(Scheduler(**flags), engine, judge(r), request, exchange=together.of(r))
+                     for r, engine in enumerate(engines)]
+
+
+def train_ranks(world, rounds, judge, steps=6, **how):
+    """-> (what every rank must see alike: tasks, rewards, infos, lengths, state, metrics, note), engines)."""
+    engines, threads = ranks(world, rounds, judge, **how)
+    out, luck = [[] for _ in threads], {}
+    for step in range(steps):
+        for rank, thread in enumerate(threads):
+            batch = thread.take()
+            out[rank].append(([(g.task, g.rewards, g.infos, [(len(s.tokens), s.finish) for s in g.samples])
+                               for g in batch.groups], batch.state, batch.metrics, batch.note))
+            for g in batch.groups:
+                assert all(isinstance(s, Elsewhere) == (g.rank != rank) for s in g.samples)
+                luck |= {s.id: s.luck for s in g.samples if g.rank == rank}
+        for thread in threads:
+            thread.publish(("weights", step + 1))
+    close_all(threads)
+    assert all(seen == out[0] for seen in out), "the ranks disagree"
+    return out[0], luck, engines
+
+
+def close_all(threads):
+    """As processes do: each closes its own, at about the same time."""
+    closing = [threading.Thread(target=t.close) for t in threads]
+    for t in closing:
+        t.start()
+    for t in closing:
+        t.join()
+    assert not any(t.thread.is_alive() for t in threads)
+
+
+@pytest.mark.parametrize("max_groups", [None, 8])
+def test_any_number_of_ranks_makes_the_same_batches(max_groups):
+    """
+    One launch order: tasks, rewards, answers, pool, cursor and pass rate are those of one rank, though the ranks make
+    different numbers of decode steps. 3 and 4 divide neither the batch nor the cap; under a cap of 8 some are short.
+    """
+    keep = lambda out: [(groups, state, note) for groups, state, _, note in out]
+    want, luck, _ = train_ranks(1, 1, lambda r: ShuffledJudge(0, patience=0.0), max_groups=max_groups)
+    assert want[-1][1]["pool"] and any(note for *_, note in want) == (max_groups == 8)
+    for world, rounds in ((2, 1), (2, 8), (3, 8), (4, 5)):
+        got, same, engines = train_ranks(world, rounds, lambda r: ShuffledJudge(r, 1 + r, r / 5), max_groups=max_groups)
+        assert keep(got) == keep(want) and same == luck
+        assert rounds == 1 or len({e.steps for e in engines}) > 1
+        assert all(m["tokens"] >= sum(n for g in groups for n, _ in g[3]) for groups, _, m, _ in got)
+
+
+@pytest.mark.parametrize("lag", [8, 0])
+def test_no_ranks_judge_changes_anything(lag):
+    """Answers depend on their neighbours, so each rank's every decode step is the same for slow and fast judges."""
+    runs = []
+    for seed in range(3):
+        out, luck, _ = train_ranks(2, 8, lambda r, seed=seed: ShuffledJudge(seed + r, patience=(seed + r) / 4),
+                                   invariant=False, reward_lag=lag)
+        runs.append((out, luck))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_rewards_as_they_come_are_the_same_news_on_every_rank():
+    train_ranks(3, 4, lambda r: ShuffledJudge(r, patience=r / 3), reward_lag=None)
+
+
+def test_a_launch_goes_to_the_rank_with_the_fewest_samples():
+    """
+    By hand: two ranks of two places, three groups of two. Launches 0 and 1 fill both; launch 0 takes 60 steps, launch 1
+    takes 3, then rank 1 waits for the end of the round of 8; launch 2 joins it and takes 10. The eighth round
+    ends after 4 steps, when rank 0 has nothing left: 60 in all. Busy 2 * (60 + 3 + 10) of 4 * 60 places.
+    """
+    together, threads = Together(2, 8), []
+    for r in range(2):
+        sched = Scheduler(9, 3, 2, rate=1.0, reward_lag=0, alpha=None)
+        order = [sched._next_prompt() for _ in range(3)]
+        sched.cursor = (0, 0)
+        length = lambda prompt, seed, order=order: dict(zip(order, (60, 3, 10), strict=True))[prompt]
+        judge = ShuffledJudge(0, patience=0)
+        judge.submit = lambda key, task, s, judge=judge: judge.inbox.append((key, float(key[2]), None))
+        threads.append(RolloutThread(sched, FakeEngine(2, length), judge, request, exchange=together.of(r)))
+    for thread in threads:
+        batch = thread.take()
+        assert [g.rank for g in batch.groups] == [0, 1, 1]
+        assert batch.metrics["engine_steps"] == 60
+        assert batch.metrics["slot_idle"] == pytest.approx(1 - 2 * 73 / (4 * 60))
+    assert threads[0].engine.steps == 60 and threads[1].engine.steps == 13
+    close_all(threads)
+
+
+@pytest.mark.parametrize("where", ["step", "add", "load", "submit", "poll", "reward"])
+def test_what_one_rank_raises_all_raise(where):
+    """In the middle of a round, between two, in the wait for rewards: nobody is left waiting, all name rank 1."""
+    engines, threads = ranks(3, 8, lambda r: ShuffledJudge(r, patience=0.5))
+    fail_at = engines[1] if where in ("step", "add", "load") else threads[1].judge
+    for thread in threads:
+        thread.take()
+    if where == "reward":
+        fail_at.submit = lambda key, task, sample: fail_at.inbox.append((key, float("nan"), None))
+    else:
+        setattr(fail_at, where, fail)
+    for thread in threads:
+        thread.publish("v1")
+    message = "should be a finite number" if where == "reward" else "rank 1 failed: ZeroDivisionError"
+    for thread in threads:
+        with pytest.raises(RuntimeError, match=message):
+            thread.take()
+    for thread in threads:
+        thread.close(timeout=1)
+        assert not thread.thread.is_alive()
+
+
+def test_a_silent_judge_of_one_rank_ends_all():
+    _, threads = ranks(2, 8, lambda r: ShuffledJudge(r, patience=1.1 * r))
+    threads[1].judge_timeout = 0.05
+    for thread in threads:
+        with pytest.raises(RuntimeError, match="rank 1 failed: .*the judge owes"):
+            thread.take()
+    close_all(threads)
+
+
+@pytest.mark.parametrize("when", ["at once", "resting", "one rests"])
+def test_to_close_one_rank_is_to_end_all(when):
+    engines, threads = ranks(3, 8, lambda r: ShuffledJudge(r, patience=0.5))
+    if when != "at once":
+        for thread in threads:
+            thread.take()
+    if when == "one rests":                   # the others have begun the next batch and wait for rank 2
+        for thread in threads[:2]:
+            thread.publish("v1")
+        wait_until(lambda: threads[0].exchange.all.barrier.n_waiting == 2)
+        threads[2].close()
+        for thread in threads[:2]:
+            with pytest.raises(RuntimeError, match="rank 2 has closed its rollout thread"):
+                thread.take()
+    close_all(threads)
+    assert all(engine.active == engine.waiting == 0 for engine in engines)
+
+
+def test_a_rank_that_is_gone_ends_the_others():
+    _, threads = ranks(2, 8, lambda r: ShuffledJudge(r))
+    for thread in threads:
+        thread.take()
+    threads[0].publish("v1")
+    threads[0].exchange.all.barrier.abort()   # gloo raises, too
+    with pytest.raises(RuntimeError, match="rank 0 lost the other ranks"):
+        threads[0].take()
+    close_all(threads)
 
 
 # ---- first in, first out -----------------------------------------------------------------------------------
@@ -534,7 +702,7 @@ def test_metrics_by_hand():
                 sched.observe([((0, 0, i), 0.0, None) for i in (0, 1)])
             else:
                 sched.advance([((0, 1, 1), Answer(None, range(1), "stop", 0))], 2)
-                sched.advance([((0, 1, 0), Answer(None, range(3), "stop", 0))], 1, steps=2)
+                sched.advance([((0, 1, 0), Answer(None, range(3), "stop", 0))], 2, steps=2)
                 sched.observe([((0, 1, i), float(i), None) for i in (0, 1)])
         assert sched.launch() == [] and sched.done() and sched.aborts() == []
         _, m = sched.batch(slots=2, aborted_tokens=aborted)
