@@ -23,7 +23,7 @@ The report does not describe its kernels; this file is ours. One form serves eve
 tensor descriptors, which become TMA on sm_90 and sm_100 and pointer arithmetic with cp.async on sm_80.
 See the registers and shared memory of each build:
 
-    python -m kernels.report      # forward sm_90 128x128: 211 registers, none spilled, 32 wgmma, 9 bulk loads
+    python -m kernels.report      # forward sm_90 128x64: 158 registers, none spilled, 24 wgmma, 13 bulk loads
 """
 import torch
 import torch.nn.functional as F
@@ -280,7 +280,7 @@ def attention_reference(q, k, v, bounds=None, scale=None):
 # shown to be right (docs/lab_log.md).
 CONFIGS = {
     ("forward", 80, 64): [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
-    ("forward", 80, 128): [(128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)],
+    ("forward", 80, 128): [(128, 32, 8, 3), (64, 32, 4, 2)],
     ("forward", 80, 256): [(64, 32, 8, 2)],
     ("forward", 90, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
     ("forward", 90, 128): [(128, 64, 8, 3), (128, 128, 8, 2)],

@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, without a GPU, and print what each build costs.
 
-    python -m kernels.report             all kernels, targets and configurations: 130 builds, minutes on one
+    python -m kernels.report             all kernels, targets and configurations: 172 builds, minutes on one
     core python -m kernels.report --quick     default configurations at head_dim 128, most of sm_90 (the tests
     run this) python -m kernels.report --write     also store the table as results/kernels/triton-VERSION.csv
 
