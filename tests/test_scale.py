@@ -211,25 +211,25 @@ def same_rl(one, many):
     a, b = (runtime.read_state(end)["scheduler"] for end in ends)
     assert a == b and a["step"] == 4
     a, b = (runtime.load_model(end)[1] for end in ends)
-    for name, w in a.items():           # a mean, 1/100 of a step: Adam makes much of rounding
-        assert (b[name] - w).pow(2).mean().sqrt() < 1e-6, name
+    for name, w in a.items():           # a mean, 1/100 of a step: Adam makes much of a gradient that is rounding
+        assert (b[name] - w).pow(2).mean().sqrt() < 1e-7, name
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_rl_does_not_depend_on_the_number_of_ranks(tmp_path, staleness):
     """
-    rl.py, whole, on 1, 2 and 4 ranks: the same groups in the same launch order, losses, weights and scheduler. With
-    staleness 1 the ranks exchange what they decode beside the collectives of the update. A run stopped on two ranks
-    goes on on one. A small lr: sums over ranks round differently, Adam makes the weights differ by 1e-3 of lr, and a
-    draw that lies so close between two tokens would take the other one.
+    rl.py, whole, on 1, 2 and 4 ranks (staleness 1: 1 and 2): the same groups in the same launch order, losses, weights
+    and scheduler. With staleness 1 the ranks exchange what they decode beside the collectives of the update. A run
+    stopped on two ranks goes on on one. A small lr: sums over ranks round differently, Adam makes the weights differ by
+    1e-3 of lr or more, and a draw that lies so close between two tokens would take the other one.
     """
     write_base(tmp_path)
-    flags = [f"--max_staleness={staleness}", "--lr=1e-4"]
+    flags = [f"--max_staleness={staleness}", "--lr=1e-5"]
     one = tmp_path / "one"
     train_rl(tmp_path, one, *flags)
     want = trained_groups(one, 1)
     assert [len(groups) for groups in want] == [4, 3, 4, 4]            # where the judge failed, on whichever rank
-    for world in (2, 4):
+    for world in (2,) if staleness else (2, 4):
         many = tmp_path / f"many{world}"
         codes = run_ranks(world, tmp_path, train_rl, str(tmp_path), str(many), *flags)
         assert set(codes) <= {0, -6}, (tmp_path / "rank0.log").read_text()
