@@ -59,7 +59,6 @@ class Config:
     group_size: int = 8                   # G, answers per prompt [ours]
     lr: float = 1e-6                      # constant [paper 3.3.3]
     warmup_steps: int = 0                 # linear warm-up, iterations [ours]
-    decay_steps: int = 0                  # linear decay towards 0 over the last iterations [ours; paper: constant]
     eps_low: float = 0.2                  # Eq. 1 [ours, as DAPO]
     eps_high: float = 0.28                # clip-higher: above eps_low [ours, as DAPO]
     scheme: Literal["vanilla", "strict", "soft"] = "soft"   # code reward [paper 3.3.1]
@@ -98,8 +97,8 @@ class Config:
     def __post_init__(self):
         configurator.at_least(self, 1, "steps", "batch_size", "mini_batch", "group_size", "slots", "judge_workers",
                               "micro_tokens", "eval_samples", "save_every", "keep", "threads", "is_cap")
-        configurator.at_least(self, 0, "lr", "warmup_steps", "decay_steps", "easy_alpha", "reward_lag", "n_draft",
-                              "weight_decay", "grad_clip", "eval_every", "max_staleness", "shard_ranks", "kv_tokens")
+        configurator.at_least(self, 0, "lr", "warmup_steps", "easy_alpha", "reward_lag", "n_draft", "weight_decay",
+                              "grad_clip", "eval_every", "max_staleness", "shard_ranks", "kv_tokens")
         for name, high in (("easy_alpha", 1), ("max_staleness", 1), ("beta1", 0.999999), ("beta2", 0.999999)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} = {getattr(self, name)} should be from 0 to {round(high)}")
@@ -123,11 +122,6 @@ class Config:
 
     def budget_at(self, step: int) -> int:
         return [tokens for start, tokens in self.budget if step >= start][-1]
-
-    def lr_at(self, step: int) -> float:
-        up = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
-        down = (self.steps - step) / (self.decay_steps + 1)         # 1 until the decay begins, never quite 0
-        return self.lr * min(1.0, up, down)
 
 
 # ---- the equations, pure functions ---------------------------------------------------------------------------------
@@ -322,7 +316,7 @@ def main(cfg: Config) -> None:
                     bar.write(f"  {len(broken)} of {len(batch.groups)} groups left out: the judge failed on them twice")
                 batch.groups = [g for g in batch.groups if g not in broken]
             for group in optimizer.param_groups:
-                group["lr"] = cfg.lr_at(step)
+                group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else cfg.lr
             stats = update(model, optimizer, batch, cfg, rt, step)
             t2 = time.perf_counter()
             # while the thread rests (max_staleness 0) its replica takes the new weights one parameter at a time, each

@@ -38,7 +38,7 @@ from tokenizer import Tokenizer
 class Config:
     out: str = "out/tiny"                 # everything goes below this folder
     tokenizer: str = "tiny"               # "tiny" (embedded) or a folder
-    seed: int = 2                         # world, pages, problems; the recipe was chosen on seed 1's (docs/lab_log.md)
+    seed: int = 1                         # world, pages, problems; the recipe was chosen on this one (docs/lab_log.md)
     pages: int = 5000                     # original pages of the crawl
     books: int = 150                      # long documents, for the long-context stage
     book_words: int = 500                 # words in each
