@@ -73,7 +73,7 @@ def test_forward_equals_model_py(model, pieces):
         plan = e.plan(2, torch.arange(done, done + n).expand(B, n).contiguous())
         got_h = e.trunk(ids[:, here], plan)
         torch.testing.assert_close(got_h, h[:, here], atol=1e-4, rtol=1e-5)
-        got = [e.head(got_h.flatten(0, 1), model.norm).view(B, n, -1)]
+        got = [e.head(got_h, model.norm).view(B, n, -1)]
         for k, layer in enumerate(model.mtp_layers):
             ahead, kind = ids[:, done + k + 1:done + n + k + 1], ("all", "last", "none")[(i + k) % 3]
             z = e.mtp(k, got_h, ahead, plan, kind)
@@ -81,7 +81,7 @@ def test_forward_equals_model_py(model, pieces):
                 got.append(want[k + 1][:, here])
                 continue
             assert z.shape == ((B, n, model.cfg.d_model) if kind == "all" else (B, model.cfg.d_model))
-            logits = e.head(z.flatten(0, -2), layer.final_layernorm).view(B, -1, model.cfg.vocab_size)
+            logits = e.head(z.view(B, -1, model.cfg.d_model), layer.final_layernorm).view(B, -1, model.cfg.vocab_size)
             got.append(torch.cat([want[k + 1][:, here][:, :-logits.shape[1]], logits], 1))
         for a, b in zip(got, want, strict=True):
             assert (a - b[:, here]).abs().max() < 1e-4
@@ -101,7 +101,7 @@ def test_a_rows_bits_depend_on_that_row_alone(model):
             plan = e.plan(0, torch.arange(done, done + n).expand(len(rows), n).contiguous())
             h = e.trunk(part, plan)
             z = e.mtp(1, h, part, plan)
-            found.append([h, z, e.head(h.flatten(0, 1), model.norm).view(len(rows), n, -1)])
+            found.append([h, z, e.head(h, model.norm).view(len(rows), n, -1)])
             done += n
         return [torch.cat(x, 1) for x in zip(*found, strict=True)]
     alone = run([5], [1] * T)
