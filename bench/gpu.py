@@ -158,6 +158,7 @@ def attempt(run, name, f):
         return f()
     except (RuntimeError, NotImplementedError, ImportError, AttributeError) as e:
         print(f"{name:66} not available here: {str(e).splitlines()[0][:80]}", flush=True)
+        return None
 
 
 def exact_attention(q, k, v, bounds):
