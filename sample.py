@@ -74,7 +74,7 @@ def main(cfg: Config) -> None:
     rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
     ckpt = find(cfg.ckpt) if cfg.ckpt else newest("out")
     if ckpt is None:
-        raise SystemExit("error: no checkpoint under out/: `make demo` trains one in a quarter of an hour")
+        raise SystemExit("error: no checkpoint under out/: `make demo` trains one in about twenty minutes")
     tokenizer, chat = Tokenizer.load(ckpt), bool(read_meta(ckpt).get("chat", False))
     model = mtp.build(configurator.from_dict(ModelConfig, read_shape(ckpt), f"{ckpt}/model.json"), "meta").to(rt.dtype)
     if cfg.max_len > model.cfg.max_seq_len:
