@@ -6,35 +6,20 @@ a layer. Here a forward is one call into C, an order of magnitude faster (docs/e
 function up to rounding; tests/test_native.py holds it against model.py. On a GPU the engine runs model.py in a
 CUDA graph.
 
-The C file is compiled once for each machine (`cc -O3 -march=native`, two seconds) into out/native/. Without a
-compiler the engine runs model.py's own forward, and says so once: everything works, generation is several times
-slower. CC names another compiler; CC=none does without.
-
-ctypes releases Python's lock during a call, so a rollout thread and a training thread run side by side.
+Without a C compiler (kernels/cpu.py) the engine runs model.py's own forward: everything works, generation is several
+times slower.
 """
 import ctypes
-import hashlib
-import os
-import subprocess
-import sys
-import tempfile
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from operator import attrgetter
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from model import Block, MiMo
-
-SOURCE = Path(__file__).resolve().parent / "kernels" / "decode_cpu.c"
-FOLDER = Path(__file__).resolve().parent / "out" / "native"
-# no -ffast-math: sums keep their order, -inf and NaN their meaning. A fused multiply-add wherever a b + c stands,
-# by the same rule in every loop: a row's bits must not depend on which loop it went through
-FLAGS = ["-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
-MACHINE = ["-march=native"], ["-mcpu=native"], []       # the first one the compiler knows (clang on arm64: the second)
 
 
 def struct(name: str, **fields):
@@ -57,52 +42,16 @@ ROOM = ("ended", "position", "column", "ids", "x", "states", "logits")
 State = struct("State", columns=c_int64, ring=c_int64, stops=c_int64, **pointers(*STATE, *ROOM))
 
 
-# ---- the compiler --------------------------------------------------------------------------------------------------
-
 @cache
 def library():
-    """decode_cpu.c as a ctypes library, compiled if need be; None without a compiler, after one line that says so."""
-    compiler = os.environ.get("CC", "cc")
-    try:
-        path = build(compiler)
-        lib = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as e:
-        why = (getattr(e, "stderr", "") or str(e)).strip().splitlines()
-        print(f"note: {compiler} did not compile {SOURCE.name} ({why[0] if why else e}): generation on the CPU is "
-              "several times slower; a C compiler (apt install gcc, xcode-select --install) is all that is missing",
-              file=sys.stderr)
-        return None
-    p, i = c_void_p, c_int64
-    for name, result, *arguments in (("scratch_floats", i, p), ("trunk", None, p, p, i, p, i, p),
-                                     ("mtp", None, p, i, p, i, p, p, i, p), ("head", None, p, i, i, p, p),
-                                     ("decode", i, p, p, i, p), ("draft", None, p, p, i, i, i),
-                                     ("exp_of", None, i, p, p)):
-        f = getattr(lib, name)
-        f.restype, f.argtypes = result, arguments
+    """The library of kernels/cpu.py with the functions of decode_cpu.c; None without a compiler."""
+    lib = cpu.library()
+    if lib is not None:
+        p, i = c_void_p, c_int64
+        cpu.bind(lib, scratch_floats=(i, p), trunk=(None, p, p, i, p, i, p), mtp=(None, p, i, p, i, p, p, i, p),
+                 head=(None, p, i, i, p, p), decode=(i, p, p, i, p), draft=(None, p, p, i, i, i),
+                 exp_of=(None, i, p, p))
     return lib
-
-
-def build(compiler: str) -> Path:
-    """
-    -> the compiled library, made if this source, compiler and processor have none yet: its name is a hash of the
-    source, the flags, and all macros the compiler defines for this processor, its own version among them.
-    """
-    for machine in MACHINE:
-        flags = [*FLAGS, *machine]
-        probe = subprocess.run([compiler, *flags, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True)
-        if probe.returncode == 0:
-            break
-    probe.check_returncode()
-    name = hashlib.sha256(SOURCE.read_bytes() + repr(flags).encode() + probe.stdout.encode()).hexdigest()[:16]
-    path = FOLDER / f"decode_cpu-{name}.so"
-    if not path.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:     # whole or not at all, whoever else compiles it now
-            made = Path(folder) / path.name
-            subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True,
-                           text=True)
-            os.replace(made, path)
-    return path
 
 
 # ---- packed weights ------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.rmsnorm import rmsnorm, rmsnorm_residual
-from kernels.rope import rope, rope_tables, wide_tables
+from kernels.rope import rope, rope_tables
 from kernels.swiglu import swiglu
 
 
@@ -162,10 +162,10 @@ class MiMo(nn.Module):
         return x
 
     def rope_at(self, ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos, sin fp32 [1 or B,T,d], on a CPU [1 or B,T,H d], for the given positions under the current RoPE base."""
+        """cos, sin fp32 [1 or B,T,d] for the given positions under the current RoPE base."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        return wide_tables(*rope_tables(positions, self.cfg.head_dim, self.cfg.rope_base), self.cfg.n_head)
+        return rope_tables(positions, self.cfg.head_dim, self.cfg.rope_base)
 
     def logits(self, h: Tensor) -> Tensor:
         """h [...,D] -> fp32 [...,V]. The head runs in the weights' dtype, the softmax that follows never does."""

@@ -25,10 +25,12 @@ See the registers and shared memory of each build:
 
     python -m kernels.report      # forward sm_90 128x64: 158 registers, none spilled, 24 wgmma, 13 bulk loads
 """
+from ctypes import Structure, byref, c_float, c_int64, c_void_p
+
 import torch
 import torch.nn.functional as F
 
-from kernels import acc_type, arch, jit, next_pow2, scratch, tl, tune, use_triton, wide
+from kernels import acc_type, arch, cpu, jit, next_pow2, scratch, tl, tune, use_triton, wide
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -272,6 +274,44 @@ def attention_reference(q, k, v, bounds=None, scale=None):
     return sdpa(q, k, v, mask=mask[:, None], scale=scale)
 
 
+# ---- on a CPU, in C -------------------------------------------------------------------------------------
+
+class Arguments(Structure):
+    """The struct Attention of train_cpu.c."""
+    _fields_ = [*((name, c_int64) for name in ("B", "T", "H", "K", "d")), ("scale", c_float),
+                *((name, c_void_p) for name in "bounds q k v o max total dout dq dk dv".split())]
+
+
+class AttentionOnCPU(torch.autograd.Function):
+    """
+    The same function and gradient, document by document (train_cpu.c); each row keeps its largest score and its sum
+    of exponentials for the backward pass.
+    """
+    @staticmethod
+    def forward(ctx, q, k, v, bounds, scale):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        bounds = bounds if bounds is None else bounds.contiguous()
+        (B, T, H, d), K, o = q.shape, k.shape[2], torch.empty_like(q)
+        top, total = q.new_empty(2, K * (B * T * (H // K) + 16))
+        ctx.arguments = B, T, H, K, d, scale
+        ctx.save_for_backward(q, k, v, bounds, top, total)
+        AttentionOnCPU.call("attention_forward", ctx.arguments, bounds, q, k, v, o, top, total)
+        return o
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, bounds, top, total = ctx.saved_tensors
+        grads, dout = [torch.empty_like(t) for t in (q, k, v)], dout.contiguous()
+        AttentionOnCPU.call("attention_backward", ctx.arguments, bounds, q, k, v, None, top, total, dout, *grads)
+        return *grads, None, None
+
+    @staticmethod
+    def call(name, arguments, *tensors):
+        _, T, _, _, d, _ = arguments
+        room = torch.empty(cpu.library().attention_floats(T, d))
+        getattr(cpu.library(), name)(byref(Arguments(*arguments, *map(cpu.at, tensors))), cpu.at(room))
+
+
 # ---- launching ------------------------------------------------------------------------------------------
 
 # (BM rows, BN keys, warps, stages) by kernel, target and head_dim; none spills under triton 3.6 or 3.9
@@ -431,4 +471,6 @@ def attention(q, k, v, bounds=None, scale=None):
     check(q, k, v, bounds)
     if use_triton(q) and q.shape[-1] in HEAD_DIMS:
         return attention_op(q, k, v, bounds, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+    if cpu.trains(q, k, v):
+        return AttentionOnCPU.apply(q, k, v, bounds, q.shape[-1] ** -0.5 if scale is None else scale)
     return attention_reference(q, k, v, bounds, scale)

@@ -10,14 +10,10 @@ the angle negated.
 
 rope() returns new tensors, since the gradient needs a pure function; rope_() writes over q and k, for the
 sampler.
-
-On a CPU the two halves of a narrow head are too short for its vector units: at 16 channels a step spends a
-tenth of its time here. RopeOnCPU swaps the halves with a product and multiplies whole rows of heads, to the
-same bits, in a third of the time (docs/scale.md).
 """
 import torch
 
-from kernels import acc_type, jit, next_pow2, tl, use_triton
+from kernels import acc_type, cpu, jit, next_pow2, tl, use_triton
 
 
 @jit
@@ -157,68 +153,37 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
 
 
-def swap(d):
-    """[1, d, d] with (x1, x2) swap = (-x2, x1): products with 0 and 1 are exact."""
-    half, P = torch.arange(d // 2), torch.zeros(1, d, d)
-    P[0, half + d // 2, half], P[0, half, half + d // 2] = -1.0, 1.0
-    return P
-
-
-SWAP = {d: swap(d) for d in (2, 4, 8, 16, 32, 64)}       # the narrow heads that RopeOnCPU serves
-
-
-def wide_tables(cos, sin, heads):
-    """
-    cos, sin [.., T, d] -> the same, repeated over the heads of a token, [.., T, heads d]: made once a forward, for
-    all layers. rope() takes them as they are; elsewhere than on a CPU and for wide heads they stay as they were.
-    """
-    if cos.device.type != "cpu" or cos.shape[-1] not in SWAP or use_triton(cos):
-        return cos, sin
-    return tuple(t.unsqueeze(-2).expand(*t.shape[:-1], heads, t.shape[-1]).flatten(-2) for t in (cos, sin))
-
-
 class RopeOnCPU(torch.autograd.Function):
-    """y = x C + (x swap) S and its transpose dx = dy C + (dy S) swap^T; C, S from wide_tables."""
+    """The same in C (train_cpu.c), for q and k."""
     @staticmethod
-    def forward(ctx, q, k, C, S):
-        ctx.save_for_backward(C, S)
-        return RopeOnCPU.turn(q, C, S), RopeOnCPU.turn(k, C, S)
+    def forward(ctx, q, k, cos, sin):
+        cos, sin = (t.expand(*q.shape[:2], q.shape[-1]).contiguous() for t in (cos, sin))
+        ctx.save_for_backward(cos, sin)
+        return RopeOnCPU.turn(q, cos, sin, 1.0), RopeOnCPU.turn(k, cos, sin, 1.0)
 
     @staticmethod
-    def turn(x, C, S):
-        B, T, heads, d = x.shape
-        n = heads * d                                                       # q's tables begin with k's
-        swapped = torch.bmm(x.reshape(1, -1, d), SWAP[d]).view(B, T, n)
-        return (x.reshape(B, T, n) * C[..., :n]).add_(swapped * S[..., :n]).view(x.shape)
+    def turn(x, cos, sin, sign):
+        x, (B, T, heads, d) = x.contiguous(), x.shape
+        y = torch.empty_like(x)
+        cpu.library().rope(B * T, heads, d, cpu.at(x), cpu.at(cos), cpu.at(sin), sign, cpu.at(y))
+        return y
 
     @staticmethod
-    def backward(ctx, *grads):
-        C, S = ctx.saved_tensors
-        out = []
-        for g in grads:
-            B, T, heads, d = g.shape
-            n = heads * d
-            g = g.reshape(B, T, n)
-            swapped = torch.bmm((g * S[..., :n]).view(1, -1, d), SWAP[d].mT).view(B, T, n)
-            out.append((g * C[..., :n]).add_(swapped).view(B, T, heads, d))
-        return *out, None, None
+    def backward(ctx, dq, dk):
+        return RopeOnCPU.turn(dq, *ctx.saved_tensors, -1.0), RopeOnCPU.turn(dk, *ctx.saved_tensors, -1.0), None, None
 
 
 def rope(q, k, cos, sin):
     """
-    q [B, T, H, d], k [B, T, K, d], cos and sin fp32 [T, d], [1, T, d] or [B, T, d], or those of wide_tables ->
-    rotated q, k, new tensors.
+    q [B, T, H, d], k [B, T, K, d], cos and sin fp32 [T, d], [1, T, d] or [B, T, d] -> rotated q, k, new
+    tensors.
 
     By hand: d = 2 and the angle pi/2 turn (1, 0) into (0, 1).
     """
     if use_triton(q) and not q.shape[-1] & (q.shape[-1] - 1):
         return rope_op(q, k, cos, sin, 1.0)
-    H, K, d = q.shape[2], k.shape[2], q.shape[3]
-    wide = cos.shape[-1] == H * d and d in SWAP and K <= H
-    if wide and q.device.type == "cpu" and q.dtype == k.dtype == torch.float32:
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-            return RopeOnCPU.apply(q, k, cos, sin)
-        return RopeOnCPU.turn(q, cos, sin), RopeOnCPU.turn(k, cos, sin)
+    if cpu.trains(q, k):
+        return RopeOnCPU.apply(q, k, cos, sin)
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 

@@ -13,6 +13,7 @@ import torch
 
 import fast
 from engine import Engine, Request, generate
+from kernels import cpu
 from model import ModelConfig
 from mtp import build
 
@@ -162,21 +163,21 @@ def test_without_a_compiler_it_says_so_once_and_works():
         return subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=120,
                               env=os.environ | {"CC": cc})
     without, with_ = run("none"), run(os.environ.get("CC", "cc"))
-    assert without.returncode == 0 and without.stderr.count("note: none did not compile decode_cpu.c") == 1
+    assert without.returncode == 0 and without.stderr.count("note: none did not compile kernels/*_cpu.c") == 1
     assert with_.returncode == 0 and with_.stderr == ""
     assert without.stdout.replace("False", "True") == with_.stdout and with_.stdout.startswith("True [")
 
 
 def test_compiled_once_whole_and_again_for_other_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(fast, "FOLDER", tmp_path / "native")
-    path = fast.build("cc")
+    monkeypatch.setattr(cpu, "FOLDER", tmp_path / "native")
+    path = cpu.build("cc")
     made = path.stat().st_mtime_ns
-    assert fast.build("cc") == path and path.stat().st_mtime_ns == made
+    assert cpu.build("cc") == path and path.stat().st_mtime_ns == made
     assert [p.name for p in (tmp_path / "native").iterdir()] == [path.name]     # nothing half-made lies about
     other = tmp_path / "decode_cpu.c"
-    other.write_bytes(fast.SOURCE.read_bytes() + b"\n")
-    monkeypatch.setattr(fast, "SOURCE", other)
-    assert fast.build("cc") != path
+    other.write_bytes(cpu.SOURCES[1].read_bytes() + b"\n")
+    monkeypatch.setattr(cpu, "SOURCES", [cpu.SOURCES[0], other])
+    assert cpu.build("cc") != path
     other.write_text("this is no C")
     with pytest.raises(subprocess.CalledProcessError):
-        fast.build("cc")
+        cpu.build("cc")

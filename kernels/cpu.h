@@ -1,0 +1,83 @@
+// Vectors of floats for decode_cpu.c and train_cpu.c: GCC's and clang's vector extension, no intrinsics, so that one
+// source serves AVX-512, AVX2, SSE and NEON. Compiled by kernels/cpu.py with -O3 -march=native -ffp-contract=fast
+// (a b + c is one instruction with one rounding, in every loop alike) and not with -ffast-math: sums keep their order,
+// NaN and -inf their meaning.
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define ALL(x) {ALL4(x), ALL4(x), ALL4(x), ALL4(x)}
+#elif defined(__AVX__)
+#define LANES 8
+#define ALL(x) {ALL4(x), ALL4(x)}
+#else
+#define LANES 4                                     // NEON, SSE
+#define ALL(x) {ALL4(x)}
+#endif
+#define NV (16 / LANES)                             // vectors in 16 floats
+#define ALL4(x) x, x, x, x
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float *p) { return *(const anywhere *)p; }
+INLINE vec all(float x) { return (vec)ALL(x); }      // one load that fills a vector
+INLINE void store(float *p, vec v) { *(anywhere *)p = v; }
+INLINE vec pick(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
+
+// e^x for x <= 0, relative error below 2e-7 (tests/test_native.py); 0 below -87, NaN for NaN. x = n ln 2 + r, and
+// e^r by the polynomial of Cephes' expf; adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+INLINE vec exp_negative(vec x) {
+    const vec zero = {0};
+    vec big = zero + 12582912.0f, shifted = x * 1.44269504088896341f + big, n = shifted - big;
+    vec r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vec p = zero + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vec scale = (vec)(((ivec)shifted << 23) + 0x3f800000);          // 2^n
+    return pick(x < -87.0f, zero, p * scale);
+}
+
+INLINE float sum_of(vec v) {
+    float total = v[0];
+    for (int i = 1; i < LANES; i++) total += v[i];
+    return total;
+}
+
+static inline float largest(const float *s, int L) { // of L floats, L a multiple of 16
+    vec most[NV];
+    for (int v = 0; v < NV; v++) most[v] = load(s + LANES * v);
+    for (int i = 16; i < L; i += 16)
+        for (int v = 0; v < NV; v++) {
+            vec x = load(s + i + LANES * v);
+            most[v] = pick(x > most[v], x, most[v]);
+        }
+    float max = most[0][0];
+    for (int v = 0; v < NV; v++)
+        for (int i = 0; i < LANES; i++) max = most[v][i] > max ? most[v][i] : max;
+    return max;
+}
+
+// s [L] -> e^(s - max) in place, for the first n; the rest 0. -> their sum. L, a multiple of 16, depends on n alone.
+static inline float softmax(float *s, int n, int L, float *max) {
+    for (int i = n; i < L; i++) s[i] = -INFINITY;
+    *max = largest(s, L);
+    vec total[NV] = {{0}};
+    for (int i = 0; i < L; i += 16)
+        for (int v = 0; v < NV; v++) {
+            vec e = exp_negative(load(s + i + LANES * v) - *max);
+            store(s + i + LANES * v, e);
+            total[v] += e;
+        }
+    for (int v = 1; v < NV; v++) total[0] += total[v];
+    return sum_of(total[0]);
+}
