@@ -90,7 +90,6 @@ class Rows:
 
     def copy(self, held: Tensor, targets: Tensor, used: int) -> None:
         """The first `used` columns of the held rows over rows targets; all is read before it is written."""
-        used = -(-used // KEYS) * KEYS                              # decode_cpu.c keeps pieces of 16 columns
         self.kv[:, targets, :, :used] = self.kv[:, held, :, :used]
 
     def room_for(self, n: int) -> bool:
@@ -101,6 +100,16 @@ class Rows:
     def give(self, key) -> None: ...
 
     def assign(self, row: int, key) -> None: ...
+
+
+class Pieces(Rows):
+    """The same memory as decode_cpu.c lays it out: 16 columns of all heads, then the next 16."""
+    def copy(self, held: Tensor, targets: Tensor, used: int) -> None:
+        pieces, used = self.kv.view(*self.kv.shape[:2], self.columns // KEYS, -1), -(-used // KEYS)
+        # a slice a row: indexing with a tensor takes several times as long
+        copies = {i: pieces[:, i, :used].clone() for i in set(held.tolist())}
+        for i, j in zip(held.tolist(), targets.tolist(), strict=True):
+            pieces[:, j, :used] = copies[i]
 
 
 class RowLayer:

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import ROWS, Blocks, Plan, Rows
+from cache import ROWS, Blocks, Pieces, Plan, Rows
 from draw import draw, signed64, uniform
 from fast import Forward, library, up16
 from kernels.gemv import block_step, gemv, serves
@@ -106,7 +106,7 @@ class Engine:
         self.fast = lib is not None
         shape = (cfg.n_layer + n_draft, self.S, K, cfg.n_head // K, columns, up16(d) if self.fast else d)
         if layout == "rows":
-            self.cache, self.memory = Rows(*shape, w.dtype, w.device), slots * columns
+            self.cache, self.memory = (Pieces if self.fast else Rows)(*shape, w.dtype, w.device), slots * columns
         else:
             if n_draft > 4:
                 raise ValueError(f"n_draft = {n_draft} should be at most 4: kernels.decode takes 8 tokens")
@@ -175,7 +175,8 @@ class Engine:
         """One round for everybody: admit, read a chunk of prompts, decode, retire. -> samples that ended."""
         if not self.ids:
             return []
-        self.tables()
+        if self.queue or self.reading:                              # a look at 150 weights takes 10 us
+            self.tables()
         self.admit()
         if self.reading:
             self.read_prompts()
@@ -229,6 +230,7 @@ class Engine:
     def load(self, state_dict: dict[str, Tensor]) -> None:
         """New weights, copied into the model in place. Sequences in flight go on, on the cache they have."""
         self.model.load_state_dict(state_dict)
+        self.tables()
 
     def tables(self) -> None:
         """cos and sin of every position [C,d], again after a change of the RoPE base; fast.py's weights."""

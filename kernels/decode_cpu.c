@@ -13,38 +13,13 @@
 // Everything is laid out in pieces of 16 x 16 floats, so that ONE product serves the weights, q k^T and p v:
 //
 //     weights W [out,in]   panel of 16 outputs, then input:      w[out/16][in][16]
-//     cache of one head    16 columns (tokens) at a time:        keys k[d][16], then values v[d/16][16 tokens][16]
+//     cache of a row       16 columns (tokens) at a time:        of each KV head keys k[d][16], then values
+//                                                                v[d/16][16 tokens][16]
 //
 // Widths that are no multiple of 16 (D, d, F, V) are padded with zeros, which change no sum: fast.py.
-// Compiled with -O3 -march=native -ffp-contract=fast (a b + c is one instruction with one rounding, in every loop
-// alike) and not with -ffast-math: sums keep their order, and NaN and -inf their meaning.
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "cpu.h"
 
-#if defined(__AVX512F__)
-#define LANES 16
-#define ALL(x) {ALL4(x), ALL4(x), ALL4(x), ALL4(x)}
-#elif defined(__AVX__)
-#define LANES 8
-#define ALL(x) {ALL4(x), ALL4(x)}
-#else
-#define LANES 4                                     // NEON, SSE
-#define ALL(x) {ALL4(x)}
-#endif
-#define NV (16 / LANES)                             // vectors in 16 floats
-#define ALL4(x) x, x, x, x
 #define MOST 48                                     // rows taken through a whole block at a time: fits the L2 cache
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vec load(const float *p) { return *(const anywhere *)p; }
-INLINE vec all(float x) { return (vec)ALL(x); }      // one load that fills a vector
-INLINE void store(float *p, vec v) { *(anywhere *)p = v; }
-INLINE vec pick(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
 
 // ---- one product for everything -------------------------------------------------------------------------------------
 
@@ -89,10 +64,11 @@ INLINE void tile(const int R, const int P, int K, const float *x, long ldx, cons
 }
 
 // y [M,16 panels] = base + x [M,K] w. base: 0, a bias (ldb 0) or y itself (a residual). A panel of weights stays in the
-// L1 cache while all rows pass; 1 to 3 rows take several panels at once, to have enough sums in flight.
+// L1 cache while all rows pass; 1 to 3 rows take several panels at once, to have enough sums in flight, but not 3 rows
+// with narrow vectors: their sums and columns would need 17 of AVX2's 16 registers.
 static void product(int M, int K, int panels, const float *x, long ldx, const float *w, long piece, long panel,
                     const float *base, long ldb, float *y, long ldy) {
-    int wide = M == 1 ? 4 : M <= 3 ? 2 : 1;
+    int wide = M == 1 ? 4 : M == 2 || (M == 3 && NV == 1) ? 2 : 1;
     for (int p = 0; p < panels; p += wide) {
         if (p + wide > panels) wide = 1;
         for (int r = 0, blocks = (M + 5) / 6; blocks; blocks--) {
@@ -119,30 +95,6 @@ static void linear(int M, int in, int out, const float *x, const float *w, const
 
 // ---- the small functions --------------------------------------------------------------------------------------------
 
-// e^x for x <= 0, relative error below 2e-7 (tests/test_native.py); 0 below -87, NaN for NaN. x = n ln 2 + r, and
-// e^r by the polynomial of Cephes' expf; adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-INLINE vec exp_negative(vec x) {
-    const vec zero = {0};
-    vec big = zero + 12582912.0f, shifted = x * 1.44269504088896341f + big, n = shifted - big;
-    vec r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    vec p = zero + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    vec scale = (vec)(((ivec)shifted << 23) + 0x3f800000);          // 2^n
-    return pick(x < -87.0f, zero, p * scale);
-}
-
-INLINE float sum_of(vec v) {
-    float total = v[0];
-    for (int i = 1; i < LANES; i++) total += v[i];
-    return total;
-}
-
 // y = x / sqrt(mean(x^2) + eps) * gain, over `width` floats of which D count
 static void rmsnorm(const float *x, const float *gain, int D, int width, float eps, float *y) {
     vec squares[4] = {{0}};
@@ -161,35 +113,6 @@ static void rotate(float *x, const float *cos, const float *sin, int d, float sc
         x1[i] = (a * cos[i] - b * sin[i]) * scale;
         x2[i] = (b * cos[i] + a * sin[i]) * scale;
     }
-}
-
-static float largest(const float *s, int L) {        // of L floats, L a multiple of 16
-    vec most[NV];
-    for (int v = 0; v < NV; v++) most[v] = load(s + LANES * v);
-    for (int i = 16; i < L; i += 16)
-        for (int v = 0; v < NV; v++) {
-            vec x = load(s + i + LANES * v);
-            most[v] = pick(x > most[v], x, most[v]);
-        }
-    float max = most[0][0];
-    for (int v = 0; v < NV; v++)
-        for (int i = 0; i < LANES; i++) max = most[v][i] > max ? most[v][i] : max;
-    return max;
-}
-
-// s [L] -> e^(s - max) in place, for the first n; the rest 0. -> their sum. L, a multiple of 16, depends on n alone.
-static float softmax(float *s, int n, int L) {
-    for (int i = n; i < L; i++) s[i] = -INFINITY;
-    float max = largest(s, L);
-    vec total[NV] = {{0}};
-    for (int i = 0; i < L; i += 16)
-        for (int v = 0; v < NV; v++) {
-            vec e = exp_negative(load(s + i + LANES * v) - max);
-            store(s + i + LANES * v, e);
-            total[v] += e;
-        }
-    for (int v = 1; v < NV; v++) total[0] += total[v];
-    return sum_of(total[0]);
 }
 
 // ---- a block of the trunk, or of an MTP layer -----------------------------------------------------------------------
@@ -227,29 +150,31 @@ int64_t scratch_floats(const Shape *s) {
     return rows + (long)s->H / s->K * s->C + 3L * s->Vp;
 }
 
-// keys and values kv [K][2][dp] of token r into the cache of its row: 16 columns at a time, keys [dp][16], then values
+// the cache of token r's row; pieces of 16 columns lie one behind the other, so that what is in use is in one place
+static float *row_of(const Shape *s, float *cache, const Plan *at, int r) {
+    return cache + (at->first + r / at->Q) * s->C * s->K * 2 * s->dp;
+}
+
+// keys and values kv [K][2][dp] of token r into the cache of its row
 static void append(const Shape *s, float *cache, const Plan *at, int r, const float *kv) {
     int64_t column = at->column[r], j = column % 16;
-    for (int k = 0; k < s->K; k++, kv += 2 * s->dp) {
-        float *key = cache + ((at->first + r / at->Q) * s->K + k) * s->C * 2 * s->dp + column / 16 * 32 * s->dp;
-        float *value = key + 16 * s->dp;
+    float *key = row_of(s, cache, at, r) + column / 16 * s->K * 32 * s->dp;
+    for (int k = 0; k < s->K; k++, kv += 2 * s->dp, key += 32 * s->dp) {
         for (int i = 0; i < s->dp; i++) key[16 * i + j] = kv[i];
-        for (int i = 0; i < s->dp; i += 16) memcpy(value + 16 * i + 16 * j, kv + s->dp + i, 64);
+        for (int i = 0; i < s->dp; i += 16) memcpy(key + 16 * s->dp + 16 * i + 16 * j, kv + s->dp + i, 64);
     }
 }
 
-// o = softmax(q k^T) v for one token, q [H][dp] rotated and scaled; the G query heads of a KV head are G rows
-static void attend(const Shape *s, const float *cache, const Plan *at, int r, const float *q, float *o, float *scores) {
+// o = softmax(q k^T) v for token r, q [H][dp] rotated and scaled; the G query heads of a KV head are G rows
+static void attend(const Shape *s, float *cache, const Plan *at, int r, const float *q, float *o, float *scores) {
     int G = s->H / s->K, n = at->position[r] + 1, L = (n + 15) / 16 * 16, dp = s->dp;
-    for (int k = 0; k < s->K; k++, q += G * dp, o += G * dp) {
-        const float *keys = cache + ((at->first + r / at->Q) * s->K + k) * s->C * 2 * dp, *values = keys + 16 * dp;
-        // the next head's lines come while this one computes: in a large batch they lie far away in memory
-        const float *next = keys + (long)s->C * 2 * dp;
-        for (int i = 0; i < L * 2 * dp && k + 1 < s->K; i += 16) __builtin_prefetch(next + i);
-        product(G, dp, L / 16, q, dp, keys, 256, 32L * dp, 0, 0, scores, s->C);
-        float total[G];
-        for (int g = 0; g < G; g++) total[g] = softmax(scores + (long)g * s->C, n, L);
-        product(G, L, dp / 16, scores, s->C, values, 32L * dp, 256, 0, 0, o, dp);
+    const float *keys = row_of(s, cache, at, r);
+    long piece = s->K * 32L * dp;                                   // from 16 columns to the next 16
+    for (int k = 0; k < s->K; k++, q += G * dp, o += G * dp, keys += 32 * dp) {
+        product(G, dp, L / 16, q, dp, keys, 256, piece, 0, 0, scores, s->C);
+        float total[G], max;
+        for (int g = 0; g < G; g++) total[g] = softmax(scores + (long)g * s->C, n, L, &max);
+        product(G, L, dp / 16, scores, s->C, keys + 16 * dp, piece, 256, 0, 0, o, dp);
         for (int g = 0; g < G; g++)
             for (int i = 0; i < dp; i += LANES) store(o + g * dp + i, load(o + g * dp + i) / total[g]);
     }
@@ -265,30 +190,30 @@ static void block(const Model *m, int64_t layer, const Plan *at, int N, int ever
     float *cache = m->caches[layer], *normed = m->scratch, *q = normed + MOST * 2 * Dp, *o = q + MOST * H * dp, *kv = o + MOST * H * dp;
     float *gate_up = kv + MOST * 2 * K * dp, *scores = gate_up + MOST * 2 * s->Fp;
     for (int first = 0; first < N; first += MOST) {
-        int M = N - first < MOST ? N - first : MOST, some = 0, which[MOST];
+        int M = N - first < MOST ? N - first : MOST, some = 0;
         for (int i = 0; i < M; i++) rmsnorm(x + (long)(first + i) * Dp, w->norm1, s->D, Dp, s->eps, normed + i * Dp);
         linear(M, Dp, 2 * K * dp, normed, w->kv, w->kv_bias, 0, kv);
-        for (int i = 0; i < M; i++) {
-            int64_t p = at->position[first + i] * s->d;
-            for (int k = 0; k < K; k++) rotate(kv + (2 * K * i + 2 * k) * dp, cos + p, sin + p, s->d, 1);
-            append(s, cache, at, first + i, kv + 2 * K * dp * i);
-        }
-        for (int i = 0; i < M; i++)
-            if (every && (first + i + 1) % every == 0) which[some++] = i;
-        if (!some) continue;
         float *xm = x + (long)wanted * Dp;                          // never overtakes the rows still to come
-        for (int j = 0; j < some && every > 1; j++) {
-            memcpy(normed + j * Dp, normed + which[j] * Dp, Dp * sizeof(float) * (j != which[j]));
-            memmove(xm + j * Dp, x + (long)(first + which[j]) * Dp, Dp * sizeof(float));
+        for (int i = 0; i < M; i++) {
+            if (!every || (first + i + 1) % every) continue;
+            if (every > 1) {
+                memmove(normed + some * Dp, normed + i * Dp, Dp * sizeof(float));
+                memmove(xm + some * Dp, x + (long)(first + i) * Dp, Dp * sizeof(float));
+            }
+            some++;
         }
         linear(some, Dp, H * dp, normed, w->q, w->q_bias, 0, q);
-        for (int j = 0; j < some; j++) {
-            int r = first + which[j];
+        for (int i = 0, j = 0; i < M; i++) {                        // in order: a token sees those before it
+            int r = first + i, here = every && (r + 1) % every == 0;
             int64_t p = at->position[r] * s->d;
-            for (int h = 0; h < H; h++)
-                rotate(q + (j * H + h) * dp, cos + p, sin + p, s->d, 1 / sqrtf(s->d));
+            for (int k = 0; k < K; k++) rotate(kv + (2 * K * i + 2 * k) * dp, cos + p, sin + p, s->d, 1);
+            append(s, cache, at, r, kv + 2 * K * dp * i);
+            if (!here) continue;
+            for (int h = 0; h < H; h++) rotate(q + (j * H + h) * dp, cos + p, sin + p, s->d, 1 / sqrtf(s->d));
             attend(s, cache, at, r, q + j * H * dp, o + j * H * dp, scores);
+            j++;
         }
+        if (!some) continue;
         linear(some, H * dp, Dp, o, w->o, xm, Dp, xm);                 // x += o W_o
         for (int j = 0; j < some; j++) rmsnorm(xm + j * Dp, w->norm2, s->D, Dp, s->eps, normed + j * Dp);
         linear(some, Dp, 2 * s->Fp, normed, w->gate_up, 0, 0, gate_up);
@@ -378,38 +303,46 @@ static int more_likely(const void *a, const void *b) {
 // Sorts only what can be kept: the tokens above a threshold that is lowered until they have the mass or the number.
 static float keep_top(int V, float *e, Candidate *found, float total, float top_p, int64_t top_k) {
     int n = 0;
-    for (float floor = 0.25f; ; floor *= 0.25f) {
+    for (float floor = 0.0625f; ; floor *= 0.0625f) {
         float mass = 0, limit = floor > 1e-12f ? floor * total : 0;
         n = 0;
-        for (int i = 0; i < V; i++)
-            if (e[i] >= limit) found[n++] = (Candidate){e[i], i}, mass += e[i];
+        for (int i = 0; i < V; i++) found[n] = (Candidate){e[i], i}, n += e[i] >= limit;    // no branch to mispredict
+        for (int i = 0; i < n; i++) mass += found[i].p;
         if (limit == 0 || mass >= top_p * 1.0001f * total || (top_k && n >= top_k)) break;
     }
     qsort(found, n, sizeof(Candidate), more_likely);
-    float before = 0, kept = 0;
-    for (int i = 0; i < V; i++) e[i] = 0;
+    float kept = 0;
+    memset(e, 0, V * sizeof(float));
     for (int rank = 0; rank < n; rank++) {
-        if (rank && (before >= top_p * total || (top_k && rank >= top_k))) break;
-        before += found[rank].p;
+        if (rank && (kept >= top_p * total || (top_k && rank >= top_k))) break;
+        kept += found[rank].p;
         e[found[rank].id] = found[rank].p;
     }
-    for (int i = 0; i < V; i++) kept += e[i];
     return kept;
+}
+
+static float sum16(const float *e) {
+    vec sum = load(e);
+    for (int v = 1; v < NV; v++) sum += load(e + LANES * v);
+    return sum_of(sum);
 }
 
 // The first id whose cumulated probability exceeds u; temperature 0: the most likely. -> id, and its log-probability.
 static int draw(const Model *m, const float *logits, float u, float temperature, float top_p, int64_t top_k,
                 float *logp) {
-    int V = m->s.V, id = 0;
-    float *e = m->scratch + scratch_floats(&m->s) - 3L * m->s.Vp;   // [Vp], behind it [V] candidates
+    int V = m->s.V, Vp = m->s.Vp, id = 0;
+    float *e = m->scratch + scratch_floats(&m->s) - 3L * Vp;        // [Vp], behind it [V] candidates
     for (int i = 0; i < V; i++) e[i] = temperature > 0 ? logits[i] / temperature : logits[i];
     if (temperature == 0) id = argmax(&m->s, e);
-    float total = softmax(e, V, m->s.Vp), sum = 0;
+    float max, total = softmax(e, V, Vp, &max), sum = 0, piece = 0, before = 0;
     if (temperature > 0) {
-        if (top_p < 1 || top_k > 0) total = keep_top(V, e, (Candidate *)(e + m->s.Vp), total, top_p, top_k);
-        for (int i = 0; i < V; i++) sum += e[i];                    // in the order of the search, to the same bits
+        if (top_p < 1 || top_k > 0) total = keep_top(V, e, (Candidate *)(e + Vp), total, top_p, top_k);
+        for (int i = 0; i < Vp; i += 16) sum += sum16(e + i);       // in the order of the search, to the same bits
         float target = u * sum;                                     // below sum, for u <= 1 - 2^-24
-        for (sum = e[0]; id < V - 1 && !(sum > target); ) sum += e[++id];
+        for (; id < Vp - 16 && !(before + (piece = sum16(e + id)) > target); id += 16) before += piece;
+        int first = id, end = V - first < 16 ? V : first + 16;      // 16 at a time, then one by one
+        while (!((before += e[id]) > target) && id < end - 1) id++;
+        while (id > first && !(e[id] > 0)) id--;                    // if rounding left none: the last that has a chance
     }
     *logp = logf(e[id] / total);
     return id;
