@@ -6,6 +6,7 @@ lr, warmup_steps = 3e-4, 3
 budget = [(0, 96)]
 max_groups = 120
 slots, judge_workers, reward_lag = 192, 1, 8
+micro_tokens = 2048                         # what stays in a CPU's cache
 save_every = 20
 eval_every, eval_samples = 20, 4
 scheme = "strict"

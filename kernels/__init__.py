@@ -1,9 +1,9 @@
 """
 Kernels: one file each, with the torch reference, the Triton kernel and the custom op side by side.
 
-CPU tensors take the reference, plain torch. CUDA tensors take the Triton kernel. Triton is imported only
-where a kernel can run: with a CUDA build of torch, or when the environment asks for it before the first
-import.
+CPU tensors take the reference, plain torch, and where gradients are wanted the C of train_cpu.c (cpu.py). CUDA
+tensors take the Triton kernel. Triton is imported only where a kernel can run: with a CUDA build of torch, or when the
+environment asks for it before the first import.
 
     TRITON_INTERPRET=1                      define the kernels for Triton's CPU interpreter (tests)
     TRITON_INTERPRET=1 NANOMIMO_TRITON=1    ... and let CPU tensors take them (slow: milliseconds per program)
