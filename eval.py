@@ -83,7 +83,7 @@ def main(cfg: Config) -> dict:
     if "problems" in cfg.tasks:
         found["problems"], lines = {}, []
         with runtime.reading(JudgeError):
-            judge = Judge(workers=cfg.judge_workers)
+            judge = Judge(workers=cfg.judge_workers, remember=10_000)
         with judge:
             for kind in sorted({p.kind for p in problems}):
                 some = [p for p in problems if p.kind == kind][:cfg.limit or None]

@@ -176,17 +176,22 @@ class Judge:
     busy machine. memory_mb: address space of a program. output_kb: bytes taken of each of its streams.
     stop_at_failed_level: run easier levels first and leave out (NR) the levels above a failed one; strict
     rewards only. max_timeouts: when so many tests of a program have timed out, the rest is TLE without being
-    run. tolerance: of stdio numbers; None compares text. level: "auto", or one of A, B, C to insist.
+    run. tolerance: of stdio numbers; None compares text. level: "auto", or one of A, B, C to insist. remember:
+    of so many programs the verdicts are kept, and the same program with the same tests is not run again: a
+    policy repeats itself, more the better it is trained. Not kept is what time, memory, a crash or the judge
+    had a part in, any status but AC, WA and NR: such a program is judged anew.
     JudgeError at the start if no level holds; from poll() and run() if more than 5 % of at least 20 programs
     could not be judged: a swallowed judge error would be a wrong reward.
     """
 
     def __init__(self, workers=2, time_limit=1.0, wall=5.0, memory_mb=512, output_kb=1024, level="auto",
-                 allow_unsafe=False, stop_at_failed_level=False, max_timeouts=4, tolerance=None, quiet=False):
+                 allow_unsafe=False, stop_at_failed_level=False, max_timeouts=4, tolerance=None, remember=0,
+                 quiet=False):
         if workers < 1 or time_limit <= 0 or wall < 1:
             raise ValueError(f"workers={workers} (>= 1), time_limit={time_limit} s (> 0), wall={wall} (>= 1)")
         self.memory, self.cap, self.wall, self.tolerance = memory_mb << 20, output_kb << 10, wall, tolerance
         self.stop_at_failed_level, self.max_timeouts = stop_at_failed_level, max_timeouts
+        self.remember, self._known = remember, {}    # (program, tests, entry) -> verdicts by test, oldest first
         self.level, self.way, self.scale = choose_level(level, self.memory, allow_unsafe)
         self.limit = time_limit * self.scale
         if not quiet and self.level not in _printed:
@@ -223,9 +228,10 @@ class Judge:
         return [(job.key, job.verdicts) for job in finished]
 
     def counters(self) -> dict:
-        """queued, running: programs now. Totals: programs, tests, processes, retries, seconds, statuses."""
+        """queued, running: programs now. Totals: programs, tests, processes, repeats (remembered), retries,
+        seconds, statuses."""
         with self._change:
-            names = ("programs", "tests", "processes", "retries", *STATUSES)
+            names = ("programs", "tests", "processes", "repeats", "retries", *STATUSES)
             return {"queued": len(self._queue), "running": self._running, "seconds": self.seconds,
                     **{name: self.counts[name] for name in names}}
 
@@ -275,8 +281,12 @@ class Judge:
                     break
                 job, begin = self._queue.popleft(), time.monotonic()
                 self._running += 1
-            verdicts, counts, error = {}, collections.Counter(), ""    # verdicts by test, kept over a retry
-            for _ in range(2):    # a judge error is tried once more, in a new box, then told as JE
+            same = (job.program, tuple(job.tests), job.entry)
+            known = self._known.get(same, {})
+            # verdicts by test, kept over a retry
+            verdicts, counts, error = dict(known), collections.Counter(repeats=int(bool(known))), ""
+            # a judge error is tried once more, in a new box, then told as JE
+            for _ in range(0 if known else 2):
                 try:
                     box = self._boxes[worker] or self._open_box(worker)
                     judge = self._judge_calls if job.tests[0].kind == "call" else self._judge_stdio
@@ -290,6 +300,8 @@ class Judge:
                     self._drop_box(worker)
                 if self._closing:
                     break
+            if self.remember and not known and len(verdicts) == len(job.tests):
+                self._keep(same, verdicts)
             self._finish(job, verdicts, counts, error, time.monotonic() - begin)
         self._drop_box(worker)
         with self._change:
@@ -297,6 +309,13 @@ class Judge:
             self._running += len(rest)
         for job in rest:
             self._finish(job, {}, collections.Counter(), "the judge was closed", 0.0)
+
+    def _keep(self, same, verdicts):
+        if all(v.status in ("AC", "WA", "NR") for v in verdicts.values()):
+            with self._change:
+                self._known[same] = verdicts
+                if len(self._known) > self.remember:
+                    del self._known[next(iter(self._known))]
 
     def _open_box(self, worker):
         box = Box(self.level, self.way, self.memory)

@@ -270,7 +270,7 @@ def main(cfg: Config) -> None:
 
     # ---- the two threads: rollout there, updates here ---------------------------------------------------------------
     with runtime.reading(JudgeError):
-        judge = Judge(workers=cfg.judge_workers)
+        judge = Judge(workers=cfg.judge_workers, remember=10_000)
     grader = Grader(problems, tokenizer, judge, cfg.scheme)
     scheduler = Scheduler(len(problems), cfg.batch_size, cfg.group_size, seed=cfg.seed, alpha=cfg.easy_alpha,
                           dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups, reward_lag=cfg.reward_lag)
@@ -441,7 +441,7 @@ def evaluate(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> dict[
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
     tokens = cfg.budget[-1][1]
     engine = Engine(model, slots=cfg.slots, max_len=max(map(len, prompts)) + tokens)
-    with Judge(workers=cfg.judge_workers) as judge:
+    with Judge(workers=cfg.judge_workers, remember=10_000) as judge:
         return {kind: summary(solve(engine, tokenizer, judge, [p for p in problems if p.kind == kind], chat=chat,
                                     n=cfg.eval_samples, max_tokens=tokens, seed=cfg.seed))
                 for kind in sorted({p.kind for p in problems})}

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import sandbox_server as server
@@ -201,8 +202,8 @@ class Box:
             for _ in range(3):    # stdout, stderr, results
                 opened += os.pipe()
             ours, theirs = opened[0::2], opened[1::2]
-            with memory_file(json.dumps(job).encode()) as job_file, memory_file(stdin) as stdin_file:
-                source = stdin_file if stdin else self.devnull
+            with (memory_file(json.dumps(job).encode()) as job_file,
+                  memory_file(stdin) if stdin else nullcontext(self.devnull) as source):
                 self._send(b"R", cpu_total, [source.fileno(), *theirs, job_file.fileno()])
             for fd in theirs:
                 os.close(fd)
@@ -271,10 +272,13 @@ def refuse(name):
     raise ValueError(f"{name} is not JSON")
 
 
+STRICT = json.JSONDecoder(parse_constant=refuse)    # json.loads would make one for every line
+
+
 def read_json(text):
-    """Strict JSON: NaN and infinities are refused (no JSON, and NaN equals nothing). ValueError."""
+    """Strict JSON, str or bytes: NaN and infinities are refused (no JSON, and NaN equals nothing). ValueError."""
     try:
-        return json.loads(text, parse_constant=refuse)
+        return STRICT.decode(text if isinstance(text, str) else text.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

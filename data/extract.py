@@ -14,11 +14,12 @@ import re
 import sys
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import lxml.etree
 import lxml.html
 
 # one character each, from the private use area: placeholder borders, then the three kinds of line break
 OPEN, CLOSE, PARA, LINE, FENCE, BR = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
-PARSER = lxml.html.HTMLParser(encoding="utf-8", remove_comments=True)
+PARSER = lxml.etree.HTMLParser(encoding="utf-8", remove_comments=True)
 LANGUAGES = set("python c cpp java javascript js rust go bash sql html json text".split())
 DROP_TAGS = set("script style nav footer aside form button noscript iframe svg select head title".split())
 BOILER = re.compile(

@@ -49,8 +49,8 @@ class Config:
     tables: int = 500                     # pages of number facts
     synth: int = 3_000                    # synthetic reasoning answers for stage 3, half maths, half code
     sft: int = 4_000                      # chat samples, half maths, half code
-    rl_maths: int = 750                   # RL training problems; code needs more: docs/lab_log.md
-    rl_code: int = 750                    # the same, with tests
+    rl_maths: int = 800                   # RL training problems; code, whose reward is dense, needs fewer
+    rl_code: int = 400                    # the same, with tests
     test: int = 300                       # held-out problems of each kind, eval.py
     valid: int = 48                       # held-out problems of each kind, RL curves
     tests: int = 12                       # unit tests per code problem

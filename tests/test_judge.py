@@ -10,7 +10,7 @@ import time
 import pytest
 
 import sandbox
-from judge import Judge, JudgeError, Test, from_asserts, same_text, same_value
+from judge import Judge, JudgeError, Test, Verdict, from_asserts, same_text, same_value
 
 if os.name != "posix":
     pytest.skip("the judge needs a POSIX system", allow_module_level=True)
@@ -798,6 +798,51 @@ def test_workers_change_no_verdict():
             )
             assert counts["queued"] == counts["running"] == 0 and counts["seconds"] > 0
     assert results[0] == results[1] and len(results[0]) == len(programs)
+
+
+def test_the_same_program_is_run_once():
+    """remember: the same program with the same tests has the same verdicts, and no second process."""
+    with Judge(workers=1, remember=2, allow_unsafe=True, quiet=True) as judge:
+        first = judge.run(GOOD, SQUARES)
+        assert statuses(first) == "AC AC AC AC" and judge.run(GOOD, SQUARES) == first
+        assert judge.counters()["processes"] == judge.counters()["repeats"] == 1
+        assert judge.counters()["programs"] == 2 and judge.counters()["AC"] == 8
+        # any other text, test or entry is another program
+        both = GOOD + "\ndef g(n):\n    return n + 1"
+        assert statuses(judge.run(GOOD, [call([2], 5)])) == "WA"
+        assert statuses(judge.run(both, SQUARES)) == "AC AC AC AC"
+        assert statuses(judge.run(both, SQUARES, entry="g")) == "WA WA WA WA"
+        assert judge.counters()["processes"] == 4 and judge.counters()["repeats"] == 1
+        # two are kept: the first is forgotten by now
+        assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC" and judge.counters()["processes"] == 5
+
+
+@pytest.mark.parametrize("body", ["while n: pass", "return [0] * 10 ** 10", "return n / 0"])
+def test_what_did_not_end_by_itself_is_run_again(body):
+    program = f"def f(n):\n    {body}"
+    with Judge(workers=1, remember=9, time_limit=0.1, allow_unsafe=True, quiet=True) as judge:
+        for times in (1, 2):
+            assert statuses(judge.run(program, SQUARES[-1:])) in ("TLE", "MLE", "RE")
+            assert judge.counters()["processes"] == times and judge.counters()["repeats"] == 0
+
+
+def test_half_a_verdict_is_not_remembered(monkeypatch):
+    """A box that dies twice in the middle: JE, and asked again the program is judged anew."""
+    with Judge(workers=1, remember=9, allow_unsafe=True, quiet=True) as judge:
+        def half(box, job, verdicts, counts):
+            verdicts[0] = Verdict("AC", 0.0)
+            raise JudgeError("broken pipe")
+        with monkeypatch.context() as broken:
+            broken.setattr(judge, "_judge_calls", half)
+            assert statuses(judge.run(GOOD, SQUARES)) == "AC JE JE JE"
+        assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC"
+        assert judge.counters()["repeats"] == 0
+
+
+def test_nothing_is_remembered_unless_asked(best):
+    before = best.counters()["processes"]
+    assert statuses(best.run(GOOD, SQUARES)) == statuses(best.run(GOOD, SQUARES)) == "AC AC AC AC"
+    assert best.counters()["processes"] == before + 2
 
 
 def test_a_lost_box_is_retried_once_then_told(monkeypatch):

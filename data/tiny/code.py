@@ -48,6 +48,9 @@ CORES = [
 ]
 
 
+NUMBERS, LENGTHS = tuple(range(-9, 13)), range(1, 9)          # of random test inputs
+
+
 def source(clauses: list[Clause], core: Clause) -> str:
     return "def f(xs):\n" + "".join(f"    {c.line}\n" for c in clauses) + f"    return {core.line}"
 
@@ -95,10 +98,11 @@ def make_tests(rng: random.Random, clauses: list[Clause], core: Clause, n: int) 
     share = {0: n // 3, 1: n // 3 if len(clauses) > 1 else 0}        # a third each, level 1 empty for one clause
     share[2] = n - share[0] - share[1]
     edges = [[], [0], [-3, 0, 5], [2, 2, 2]]                 # boundary inputs come first
-    for t in range(60 * n):
-        xs = edges[t] if t < len(edges) else [rng.randint(-9, 12) for _ in range(rng.randint(1, 8))]
-        right = golden(list(xs))
-        matters = sum(mutant(list(xs)) != right for mutant in mutants)
+    pick = rng.choice                                        # of a range: what randint draws, for less
+    for t in range(60 * n):                                  # programs of clauses never change their argument
+        xs = edges[t] if t < len(edges) else [pick(NUMBERS) for _ in range(pick(LENGTHS))]
+        right = golden(xs)
+        matters = sum([mutant(xs) != right for mutant in mutants])
         bucket = by_level[0 if matters == 0 else 1 if matters == 1 and len(clauses) > 1 else 2]
         if xs not in bucket and len(bucket) < n:
             bucket.append(xs)
@@ -107,11 +111,11 @@ def make_tests(rng: random.Random, clauses: list[Clause], core: Clause, n: int) 
     chosen = []
     for level, bucket in by_level.items():
         chosen += [(xs, level) for xs in bucket[:n // 3 if level < 2 else n - len(chosen)]]
-    caught = [any(m(list(xs)) != golden(list(xs)) for xs, _ in chosen) for m in mutants]
-    results = {json.dumps(golden(list(xs))) for xs, _ in chosen}
+    caught = [any(m(xs) != golden(xs) for xs, _ in chosen) for m in mutants]
+    results = {json.dumps(golden(xs)) for xs, _ in chosen}
     if not all(caught) or len(results) < 4 or len(chosen) < 2 * n // 3:
         return None                                          # a constant or careless program would pass
-    return tuple(Test("call", json.dumps([xs]), json.dumps(golden(list(xs))), level) for xs, level in chosen)
+    return tuple(Test("call", json.dumps([xs]), json.dumps(golden(xs)), level) for xs, level in chosen)
 
 
 def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (2, 3, 4), tests: int = 12) -> list[Problem]:
