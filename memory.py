@@ -65,18 +65,17 @@ def block_floats(shape, checkpointing: str, gpu: bool) -> tuple[float, float]:
     """
     (numbers in the compute dtype, fp32 numbers) that the backward pass of one block keeps per token.
 
-    none, GPU kernels: x, its norm, x + attention and its norm (4 D); q and o (2 H d), k and v (2 K d); gate,
-    up and their product (3 F); log-sum-exp per head and two rms. The CPU references keep the normed states
-    before their gain instead of x and x + attention, and silu(gate) too (F). full: x. selective: x, q, k, v,
-    o and o_proj's output.
+    none: x, its norm, x + attention and its norm (4 D); q and o (2 H d), k and v (2 K d); gate, up and their
+    product (3 F); two rms, and per head log-sum-exp (the kernels of a CPU: largest score and sum). full: x.
+    selective: x, q, k, v, o and o_proj's output. torch's own operations, without a compiler, keep F more.
     """
     D, F, Hd, Kd = shape.d_model, shape.d_ff, shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
     if checkpointing == "full":
         return D, 0
+    rows = shape.n_head * (1 if gpu else 2)
     if checkpointing == "selective":
-        return 2 * D + 2 * Hd + 2 * Kd, shape.n_head
-    extra = 0 if gpu else F
-    return 4 * D + 2 * Hd + 2 * Kd + 3 * F + extra, shape.n_head + 2
+        return 2 * D + 2 * Hd + 2 * Kd, rows
+    return 4 * D + 2 * Hd + 2 * Kd + 3 * F, rows + 2
 
 
 def activation_bytes(shape, tokens: int, n_mtp: int, checkpointing: str, gpu: bool, frozen: bool) -> float:

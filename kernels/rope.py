@@ -170,7 +170,8 @@ class RopeOnCPU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq, dk):
-        return RopeOnCPU.turn(dq, *ctx.saved_tensors, -1.0), RopeOnCPU.turn(dk, *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return RopeOnCPU.turn(dq, cos, sin, -1.0), RopeOnCPU.turn(dk, cos, sin, -1.0), None, None
 
 
 def rope(q, k, cos, sin):

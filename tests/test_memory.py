@@ -110,10 +110,11 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("wide", [False, True])
-def test_memory_is_within_ten_per_cent_of_a_real_step(checkpointing, wide):
+@pytest.mark.parametrize("micros", [1, 2])
+def test_memory_is_within_ten_per_cent_of_a_real_step(checkpointing, wide, micros):
     """
-    Two micro-batches and an AdamW step on CPU, every storage counted; once activations dominate, once logits
-    do.
+    One or two micro-batches and an AdamW step on CPU, every storage counted; once activations dominate, once
+    logits do. With one micro-batch a step gradients come as activations go: the plan without the gradients.
     """
     rt = runtime.setup(seed=1, device="cpu")
     shape = ModelConfig(
@@ -137,7 +138,7 @@ def test_memory_is_within_ten_per_cent_of_a_real_step(checkpointing, wide):
             measured.add(p)
         for _step in range(2):                                   # the first makes the optimizer's state
             measured.peak = 0
-            for _ in range(2):  # the second forward stands on accumulated gradients
+            for _ in range(micros):                              # a second forward stands on accumulated gradients
                 trunk, extra = mtp.losses(model, ids, docs, positions, None)
                 (trunk + extra[0]).backward()
             peak = measured.peak
@@ -145,7 +146,8 @@ def test_memory_is_within_ten_per_cent_of_a_real_step(checkpointing, wide):
             optimizer.zero_grad(set_to_none=True)
     (row,) = memory.plan(shape, [Stage(tokens=1e6, seq_len=T, batch_size=B)], 1, micro_batch=B,
                          checkpointing=checkpointing, device="cpu")
-    assert row["total"] == pytest.approx(peak, rel=0.10)
+    planned = row["total"] - (row["memory"]["gradients"] if micros == 1 else 0)
+    assert planned == pytest.approx(peak, rel=0.10)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
     assert row["memory"]["optimizer"] == state
 
