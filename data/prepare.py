@@ -44,7 +44,7 @@ class Config:
     book_words: int = 500                 # words in each
     maths_problems: int = 20_000          # worked on pages, training split
     code_problems: int = 8_000            # worked on pages, training split
-    steps_share: float = 0.7              # share of maths pages' problems that show their steps
+    steps_share: float = 0.9              # share of maths pages' problems that show their steps
     careless_share: float = 0.35          # share of code pages' answers that forget something
     tables: int = 500                     # pages of number facts
     synth: int = 3_000                    # synthetic reasoning answers for stage 3, half maths, half code
