@@ -175,8 +175,7 @@ class Engine:
         """One round for everybody: admit, read a chunk of prompts, decode, retire. -> samples that ended."""
         if not self.ids:
             return []
-        if self.queue or self.reading:                              # a look at 150 weights takes 10 us
-            self.tables()
+        self.tables()
         self.admit()
         if self.reading:
             self.read_prompts()
@@ -230,7 +229,6 @@ class Engine:
     def load(self, state_dict: dict[str, Tensor]) -> None:
         """New weights, copied into the model in place. Sequences in flight go on, on the cache they have."""
         self.model.load_state_dict(state_dict)
-        self.tables()
 
     def tables(self) -> None:
         """cos and sin of every position [C,d], again after a change of the RoPE base; fast.py's weights."""

@@ -191,7 +191,7 @@ class Judge:
             raise ValueError(f"workers={workers} (>= 1), time_limit={time_limit} s (> 0), wall={wall} (>= 1)")
         self.memory, self.cap, self.wall, self.tolerance = memory_mb << 20, output_kb << 10, wall, tolerance
         self.stop_at_failed_level, self.max_timeouts = stop_at_failed_level, max_timeouts
-        self.remember, self._known = remember, {}    # (program, tests, entry) -> verdicts by test, oldest first
+        self.remember, self._known = remember, {}    # (program, tests, entry) -> verdicts, longest unused first
         self.level, self.way, self.scale = choose_level(level, self.memory, allow_unsafe)
         self.limit = time_limit * self.scale
         if not quiet and self.level not in _printed:
@@ -281,8 +281,7 @@ class Judge:
                     break
                 job, begin = self._queue.popleft(), time.monotonic()
                 self._running += 1
-            same = (job.program, tuple(job.tests), job.entry)
-            known = self._known.get(same, {})
+            known = self._recall(job)
             # verdicts by test, kept over a retry
             verdicts, counts, error = dict(known), collections.Counter(repeats=int(bool(known))), ""
             # a judge error is tried once more, in a new box, then told as JE
@@ -300,8 +299,8 @@ class Judge:
                     self._drop_box(worker)
                 if self._closing:
                     break
-            if self.remember and not known and len(verdicts) == len(job.tests):
-                self._keep(same, verdicts)
+            if not known:
+                self._keep(job, verdicts)
             self._finish(job, verdicts, counts, error, time.monotonic() - begin)
         self._drop_box(worker)
         with self._change:
@@ -310,10 +309,20 @@ class Judge:
         for job in rest:
             self._finish(job, {}, collections.Counter(), "the judge was closed", 0.0)
 
-    def _keep(self, same, verdicts):
-        if all(v.status in ("AC", "WA", "NR") for v in verdicts.values()):
+    def _recall(self, job):
+        """The verdicts that are kept of this program; it moves behind all others, to be forgotten last."""
+        same = (job.program, tuple(job.tests), job.entry)
+        with self._change:
+            if not self.remember or not isinstance(job.program, str) or same not in self._known:
+                return {}
+            self._known[same] = self._known.pop(same)
+            return self._known[same]
+
+    def _keep(self, job, verdicts):
+        if (self.remember and isinstance(job.program, str) and len(verdicts) == len(job.tests)
+                and all(v.status in ("AC", "WA", "NR") for v in verdicts.values())):
             with self._change:
-                self._known[same] = verdicts
+                self._known[job.program, tuple(job.tests), job.entry] = verdicts
                 if len(self._known) > self.remember:
                     del self._known[next(iter(self._known))]
 

@@ -67,15 +67,15 @@ def block_floats(shape, checkpointing: str, gpu: bool) -> tuple[float, float]:
 
     none: x, its norm, x + attention and its norm (4 D); q and o (2 H d), k and v (2 K d); gate, up and their
     product (3 F); two rms, and per head log-sum-exp (the kernels of a CPU: largest score and sum). full: x.
-    selective: x, q, k, v, o and o_proj's output. torch's own operations, without a compiler, keep F more.
+    selective: x, q, k, v, o and o_proj's output; on a CPU o is made again. torch's own operations (no compiler, or
+    several threads) keep F more.
     """
     D, F, Hd, Kd = shape.d_model, shape.d_ff, shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
     if checkpointing == "full":
         return D, 0
-    rows = shape.n_head * (1 if gpu else 2)
     if checkpointing == "selective":
-        return 2 * D + 2 * Hd + 2 * Kd, rows
-    return 4 * D + 2 * Hd + 2 * Kd + 3 * F, rows + 2
+        return (2 * D + 2 * Hd + 2 * Kd, shape.n_head) if gpu else (2 * D + Hd + 2 * Kd, 0)
+    return 4 * D + 2 * Hd + 2 * Kd + 3 * F, shape.n_head * (1 if gpu else 2) + 2
 
 
 def activation_bytes(shape, tokens: int, n_mtp: int, checkpointing: str, gpu: bool, frozen: bool) -> float:

@@ -144,8 +144,8 @@ class MiMo(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        # without nn.Embedding's own random start, which on the meta device imports torch._dynamo: two seconds
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.d_model), freeze=False)
+        # 0 until init_weights or a checkpoint: nn.Embedding's own start imports torch._dynamo on the meta device, 2 s
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(cfg.vocab_size, cfg.d_model), freeze=False)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.d_model, cfg.rms_eps)
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)    # untied from the embedding [paper 2.2]

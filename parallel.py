@@ -89,7 +89,8 @@ def recomputed(block: nn.Module, kind: str):
     """
     full: keep a block's input only and run the block again in the backward pass. selective: also keep q, k,
     v, the attention output (recomputing it is the part that grows with T^2) and o_proj's output; what is made
-    again is norms, RoPE and the MLP, whose F-wide states are two thirds of a block's memory.
+    again is norms, RoPE and the MLP, whose F-wide states are two thirds of a block's memory. On a CPU attention is made
+    again too: torch does not see the C.
     """
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
     if kind == "full":

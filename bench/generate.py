@@ -3,7 +3,7 @@ Our engine beside transformers' generate, on one checkpoint, one CPU thread, in 
 3.4).
 
     python bench/generate.py                          # the newest checkpoint under out/; about three minutes
-    python bench/generate.py --ckpt=out/tiny/base --rounds=7
+    python bench/generate.py --ckpt=out/tiny/sft --rounds=7
 
 The checkpoint is exported by hf.py and loaded by transformers as Qwen2ForCausalLM. Three questions:
   1  one request at a time:  transformers.generate  |  ours  |  ours with every MTP layer drafting
@@ -11,9 +11,9 @@ The checkpoint is exported by hf.py and loaded by transformers as Qwen2ForCausal
   done  |
      ours, where a request leaves when it is done (and its row is no longer paid for)
   3  MTP against batch size: measured speed-up, and what a cost model says that was fitted at three of the sizes
-Greedy, stop ids off, so that all sides make the same number of tokens; the texts must be the same. Times are
-CPU seconds of the process, so that another program on the machine disturbs less; sides alternate, the least
-of the rounds counts.
+Held-out problems, greedy; in 1 and 3 answers run to their end token, in 2 stop ids are off and the lengths imposed.
+All sides make the same number of tokens; the texts must be the same. Times are CPU seconds of the process, so that
+another program on the machine disturbs less; sides alternate, the least of the rounds counts.
 
 Writes out/bench/generate.json and out/bench/generate.png. Last line: the ratios. Expected numbers:
 docs/engine.md.
@@ -36,9 +36,10 @@ import torch  # noqa: E402
 
 import configurator  # noqa: E402
 import mtp  # noqa: E402
-from checkpoint import find, newest, read_shape, read_weights  # noqa: E402
-from data.problems import PLAIN, read_problems  # noqa: E402
+from checkpoint import find, newest, read_meta, read_shape, read_weights  # noqa: E402
+from data.problems import read_problems  # noqa: E402
 from engine import Engine, Request, generate  # noqa: E402
+from grade import prompt_ids, stop_ids  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -47,8 +48,8 @@ from tokenizer import Tokenizer  # noqa: E402
 class Config:
     ckpt: str = ""                        # a checkpoint or a run folder; "" = the newest under out/
     problems: str = "out/tiny/problems/test.jsonl"   # prompts
-    singles: int = 6                      # requests of question 1
-    tokens: int = 64                      # tokens per answer in questions 1 and 3
+    singles: int = 12                     # requests of question 1
+    tokens: int = 128                     # most tokens of an answer in questions 1 and 3
     requests: int = 64                    # requests of question 2
     longest: int = 256                    # longest answer of question 2, tokens
     batches: list[int] = (1, 2, 4, 8, 16, 32, 64)    # batch sizes of question 3
@@ -92,13 +93,13 @@ def load_transformers(ckpt: Path):
 
 
 @torch.no_grad()
-def theirs(model, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """transformers.generate on a left-padded batch -> new tokens per prompt."""
+def theirs(model, prompts: list[list[int]], tokens: int, stop: tuple = ()) -> list[list[int]]:
+    """transformers.generate on a left-padded batch -> new tokens per prompt; without stop ids all `tokens` of them."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens,
-                         do_sample=False, use_cache=True, pad_token_id=0)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, use_cache=True,
+                         min_new_tokens=None if stop else tokens, eos_token_id=list(stop) or None, pad_token_id=0)
     return out[:, width:].tolist()
 
 
@@ -117,7 +118,7 @@ class Timed(Engine):
         self.seconds_draft += seconds(lambda: super(Timed, self).draft(first, B, E))[0]
 
 
-def serve(model, prompts, batch: int, n_draft: int, tokens: int) -> tuple[dict[str, float], list]:
+def serve(model, prompts, batch: int, n_draft: int, tokens: int, stop: tuple) -> tuple[dict[str, float], list]:
     """
     A full batch for as long as two batches of answers take: the first batch of answers is left out of the
     timing and the queue never runs dry. -> (CPU seconds per token, and per step those of decode, draft and
@@ -125,7 +126,7 @@ def serve(model, prompts, batch: int, n_draft: int, tokens: int) -> tuple[dict[s
     """
     engine, done = Timed(model, batch, 512, n_draft), []
     for i in range(4 * batch + 4):
-        engine.add(Request(i, prompts[i % len(prompts)], tokens, 0.0))
+        engine.add(Request(i, prompts[i % len(prompts)], tokens, 0.0, stop=stop))
 
     def until(n: int) -> None:
         while len(done) < n:
@@ -147,11 +148,10 @@ def line(at: dict[int, float]):
     return lambda x: float(np.interp(x, list(at), list(at.values())))
 
 
-def tokens_per_round(samples, tokens: int) -> tuple[float, list[float]]:
+def tokens_per_round(samples) -> tuple[float, list[float]]:
     """
-    r = 1 + a1 + a1 a2 + a1 a2 a3, a_k = share of layer k's drafts kept once those before were; an answer's
-    last round is cut by its length, which wastes (r - 1) / 2 tokens on average. -> (r tokens / (tokens +
-    waste), [a_k]).
+    r = 1 + a1 + a1 a2 + a1 a2 a3, a_k = share of layer k's drafts kept once those before were; the end of an answer of
+    T tokens cuts its last round, which wastes (r - 1) / 2 tokens on average. -> (r T / (T + waste), [a_k]).
     """
     drafted, accepted = ([sum(getattr(s, name)[k] for s in samples) for k in range(len(samples[0].drafted))]
                          for name in ("drafted", "accepted"))
@@ -160,10 +160,11 @@ def tokens_per_round(samples, tokens: int) -> tuple[float, list[float]]:
     for a in share:
         product *= a
         r += product
+    tokens = sum(len(s.tokens) for s in samples) / len(samples)
     return r * tokens / (tokens + (r - 1) / 2), share
 
 
-def question3(model, prompts, cfg: Config, n_draft: int) -> list[dict]:
+def question3(model, prompts, cfg: Config, n_draft: int, stop: tuple) -> list[dict]:
     """
     Speed-up of n_draft MTP layers at each batch size, measured and predicted:
 
@@ -174,7 +175,7 @@ def question3(model, prompts, cfg: Config, n_draft: int) -> list[dict]:
     best: dict[tuple, tuple] = {}                                   # (B, n) -> what serve() gave, the fastest
     for _ in range(cfg.rounds):
         for key in [(B, n) for B in cfg.batches for n in (0, n_draft)]:
-            new = serve(model, prompts, *key, cfg.tokens)
+            new = serve(model, prompts, *key, cfg.tokens, stop)
             best[key] = min(new, best.get(key, new), key=lambda found: found[0]["token"])
     ends = sorted({cfg.batches[0], cfg.batches[min(2, len(cfg.batches) - 1)], cfg.batches[-1]})
     plain = line({B: best[B, 0][0]["decode"] + best[B, 0][0]["rest"] for B in ends})
@@ -182,7 +183,7 @@ def question3(model, prompts, cfg: Config, n_draft: int) -> list[dict]:
                            for name in ("decode", "draft", "rest"))
     rows = []
     for B in cfg.batches:
-        per_round, share = tokens_per_round(best[B, n_draft][1], cfg.tokens)
+        per_round, share = tokens_per_round(best[B, n_draft][1])
         before, cost = plain(B), verify(B) + draft(B) + rest(B)
         row = {"batch": B, "measured": best[B, 0][0]["token"] / best[B, n_draft][0]["token"],
                "predicted": per_round * before / cost, "tokens_per_round": per_round, "acceptance": share,
@@ -231,7 +232,8 @@ def main(cfg: Config) -> None:
     problems = sorted(read_problems(cfg.problems), key=lambda p: p.id)
     kinds = [[p for p in problems if p.kind == kind] for kind in sorted({p.kind for p in problems})]
     mixed = [p for pair in zip(*kinds, strict=False) for p in pair][:cfg.requests]
-    prompts = [tokenizer.encode(PLAIN.format(question=p.question)) for p in mixed]
+    chat = read_meta(ckpt).get("chat", False)
+    prompts, stop = [prompt_ids(tokenizer, p, chat) for p in mixed], stop_ids(tokenizer, chat)
     # lengths with a long tail, as rollouts have: most are short, a few take nearly all of the time
     lengths = [max(4, round(cfg.longest * ((i + 1) / len(prompts)) ** 4)) for i in range(len(prompts))]
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
@@ -239,9 +241,6 @@ def main(cfg: Config) -> None:
     print(f"{ckpt}: {shape.n_layer} layers, D = {shape.d_model}, {n_draft} MTP layers, "
           f"torch {torch.__version__}, transformers {transformers.__version__}, {cfg.threads} thread")
 
-    def requests(n: int, tokens) -> list[Request]:
-        return [Request(i, p, tokens if isinstance(tokens, int) else tokens[i], temperature=0.0)
-                for i, p in enumerate(prompts[:n])]
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     result = {"command": " ".join(["python bench/generate.py", *sys.argv[1:]]), "commit": git.stdout.strip(),
               "checkpoint": str(ckpt), "shape": vars(shape), "torch": torch.__version__,
@@ -250,26 +249,27 @@ def main(cfg: Config) -> None:
 
     # 1: one at a time. The engines are made, and their weights packed, before the clock starts, as transformers' model
     # is loaded before
-    runs = requests(cfg.singles, cfg.tokens)
+    runs = [Request(i, p, cfg.tokens, 0.0, stop=stop) for i, p in enumerate(prompts[:cfg.singles])]
     plain, speculative = Engine(model, 1, 512), Engine(model, 1, 512, n_draft)
-    sides = {"transformers": lambda: [theirs(peer, [r.prompt], r.max_tokens)[0] for r in runs],
+    sides = {"transformers": lambda: [theirs(peer, [r.prompt], r.max_tokens, stop)[0] for r in runs],
              "ours": lambda: [s.tokens for s in generate(plain, runs)],
              "ours + MTP": lambda: [s.tokens for s in generate(speculative, runs)]}
     texts = {name: f() for name, f in sides.items()}
     same = sum(a == b for a, b in zip(texts["ours"], texts["transformers"], strict=True))
     assert texts["ours"] == texts["ours + MTP"], "speculation changed a text"
     times = alternate(sides, cfg.rounds)
-    rate = {name: cfg.singles * cfg.tokens / min(t) for name, t in times.items()}
+    made = sum(map(len, texts["ours"]))
+    rate = {name: made / min(t) for name, t in times.items()}
     result["median_seconds"] = {name: statistics.median(t) for name, t in times.items()}
     single, spec = ratio(times, "ours", "transformers"), ratio(times, "ours + MTP", "ours")
     result["one_request"] = {"tokens_per_second": rate, "ratio": single, "mtp_ratio": spec,
-                             "same_text": f"{same}/{len(runs)}"}
+                             "tokens": made / len(runs), "same_text": f"{same}/{len(runs)}"}
     print("1  one request at a time: " + ", ".join(f"{name} {r:,.0f} tokens/s" for name, r in rate.items())
           + f"; ours / transformers = {single:.2f}x, with MTP {single * spec:.2f}x (MTP / plain {spec:.2f}); "
           f"same text {same} of {len(runs)}")
 
     # 2: many, of skewed lengths
-    runs = requests(cfg.requests, lengths)
+    runs = [Request(i, p, n, 0.0) for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))]
     wide = Engine(model, cfg.requests, max(len(r.prompt) + r.max_tokens for r in runs))
     sides = {"transformers": lambda: theirs(peer, [r.prompt for r in runs], max(lengths)),
              "ours": lambda: [s.tokens for s in generate(wide, runs)]}
@@ -289,7 +289,7 @@ def main(cfg: Config) -> None:
 
     # 3: where MTP pays
     print("3  speed-up by MTP against batch size")
-    result["mtp"] = rows = question3(model, prompts, cfg, n_draft) if n_draft else []
+    result["mtp"] = rows = question3(model, prompts, cfg, n_draft, stop) if n_draft else []
     result |= {"ratio": single, "ratios": {"one_request": single, "one_request_mtp": single * spec,
                                            "skewed_batch": many, "mtp_over_plain": spec}}
     out = Path(cfg.out)

@@ -1,6 +1,6 @@
 """
 The demo's training step on one CPU thread with the kernels of kernels/train_cpu.c, and with torch's operations in the
-place of all or one of them.
+place of all or one of them: the plain references, which train without a compiler.
 
     python -m data.prepare && python bench/train_kernels.py       # a few minutes; a busy machine only makes it noisy
 

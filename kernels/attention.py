@@ -299,6 +299,7 @@ class AttentionOnCPU(torch.autograd.Function):
         return o
 
     @staticmethod
+    @cpu.first_order
     def backward(ctx, dout):
         q, k, v, bounds, top, total = ctx.saved_tensors
         grads, dout = [torch.empty_like(t) for t in (q, k, v)], dout.contiguous()
@@ -308,8 +309,10 @@ class AttentionOnCPU(torch.autograd.Function):
     @staticmethod
     def call(name, arguments, *tensors):
         _, T, _, _, d, _ = arguments
-        room = torch.empty(cpu.library().attention_floats(T, d))
-        getattr(cpu.library(), name)(byref(Arguments(*arguments, *map(cpu.at, tensors))), cpu.at(room))
+        room = tensors[1].new_empty(cpu.library().attention_floats(T, d))
+        if getattr(cpu.library(), name)(byref(Arguments(*arguments, *map(cpu.at, tensors))), cpu.at(room)):
+            raise ValueError("attention: bounds with a document that ends before its token or behind its row "
+                             "(doc_bounds makes right ones)")
 
 
 # ---- launching ------------------------------------------------------------------------------------------
@@ -463,7 +466,8 @@ def attention(q, k, v, bounds=None, scale=None):
     Causal grouped-query attention. q [B, T, H, d], k and v [B, T, K, d], K divides H -> [B, T, H, d].
 
     bounds int32 [2, B, T] from doc_bounds keeps each token inside its document; scale defaults to d^-0.5.
-    ValueError on shapes that do not fit. Any head_dim; the Triton kernel serves 16, 32, 64, 128 and 256.
+    ValueError on shapes that do not fit. Any head_dim; the Triton kernel serves 16, 32, 64, 128 and 256, the C for
+    training on a CPU multiples of 16.
 
     By hand: T = 2, d = 1, scale 1, q = (1, 1), k = (0, ln 3), v = (4, 8): token 0 sees itself, o = 4; token 1
     weighs e^0 : e^(ln 3) = 1 : 3, so o = (4 + 3 * 8) / 4 = 7.

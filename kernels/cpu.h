@@ -52,32 +52,3 @@ INLINE float sum_of(vec v) {
     for (int i = 1; i < LANES; i++) total += v[i];
     return total;
 }
-
-static inline float largest(const float *s, int L) { // of L floats, L a multiple of 16
-    vec most[NV];
-    for (int v = 0; v < NV; v++) most[v] = load(s + LANES * v);
-    for (int i = 16; i < L; i += 16)
-        for (int v = 0; v < NV; v++) {
-            vec x = load(s + i + LANES * v);
-            most[v] = pick(x > most[v], x, most[v]);
-        }
-    float max = most[0][0];
-    for (int v = 0; v < NV; v++)
-        for (int i = 0; i < LANES; i++) max = most[v][i] > max ? most[v][i] : max;
-    return max;
-}
-
-// s [L] -> e^(s - max) in place, for the first n; the rest 0. -> their sum. L, a multiple of 16, depends on n alone.
-static inline float softmax(float *s, int n, int L, float *max) {
-    for (int i = n; i < L; i++) s[i] = -INFINITY;
-    *max = largest(s, L);
-    vec total[NV] = {{0}};
-    for (int i = 0; i < L; i += 16)
-        for (int v = 0; v < NV; v++) {
-            vec e = exp_negative(load(s + i + LANES * v) - *max);
-            store(s + i + LANES * v, e);
-            total[v] += e;
-        }
-    for (int v = 1; v < NV; v++) total[0] += total[v];
-    return sum_of(total[0]);
-}

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from ctypes import c_float, c_int64, c_void_p
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ SOURCES = [HERE / "train_cpu.c", HERE / "decode_cpu.c"]
 FOLDER = HERE.parent / "out" / "native"
 # no -ffast-math: sums keep their order, -inf and NaN their meaning. A fused multiply-add wherever a b + c stands,
 # by the same rule in every loop: a row's bits must not depend on which loop it went through
-FLAGS = ["-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-ffp-contract=fast", "-fwrapv", "-shared", "-fPIC"]    # wrapv: e^x shifts an exponent past the sign
 MACHINE = ["-march=native"], ["-mcpu=native"], []       # the first one the compiler knows (clang on arm64: the second)
 
 
@@ -36,15 +36,15 @@ def library():
         lib = ctypes.CDLL(str(build(compiler)))
     except (OSError, subprocess.CalledProcessError) as e:
         why = (getattr(e, "stderr", "") or str(e)).strip().splitlines()
-        print(f"note: {compiler} did not compile kernels/*_cpu.c ({why[0] if why else e}): generation on the CPU is "
-              "several times slower, training by a third; a C compiler (apt install gcc, xcode-select --install) is "
-              "all that is missing", file=sys.stderr)
+        print(f"note: kernels/*_cpu.c not compiled by {compiler} into {FOLDER} ({why[0] if why else e}): on the CPU "
+              "generation is several times slower, training too is slower; needed are a C compiler (apt install gcc, "
+              "xcode-select --install) and a folder to write to", file=sys.stderr)
         return None
     p, i, f = c_void_p, c_int64, c_float
     bind(lib, norm_forward=(None, i, i, f, p, p, p, p, p, p), norm_backward=(None, i, i, p, p, p, p, p, p, p),
          swiglu_forward=(None, i, p, p, p), swiglu_backward=(None, i, p, p, p, p, p),
-         rope=(None, i, i, i, p, p, p, f, p), attention_floats=(i, i, i), attention_forward=(None, p, p),
-         attention_backward=(None, p, p))
+         rope=(None, i, i, i, p, p, p, f, p), attention_floats=(i, i, i), attention_forward=(i, p, p),
+         attention_backward=(i, p, p))
     return lib
 
 
@@ -80,14 +80,28 @@ def build(compiler: str) -> Path:
 def trains(*tensors) -> bool:
     """
     True where the kernels of train_cpu.c serve: gradients are wanted, everything is fp32 on a CPU with a last axis of
-    a multiple of 16, torch has one thread (it has no second one for them), and there is a compiler. Without gradients
-    torch's own operations run, to the bit those of transformers.
+    a multiple of 16, torch has one thread, as the kernels have, and there is a compiler. Without gradients torch's own
+    operations run, to the bit those of transformers; and for DTensors, fake tensors and torch.compile.
     """
-    return (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-            and all(t.device.type == "cpu" and t.dtype == torch.float32 and t.shape[-1] % 16 == 0 for t in tensors)
-            and torch.get_num_threads() == 1 and not torch.compiler.is_compiling() and library() is not None)
+    return (not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            and all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"
+                    and t.dtype == torch.float32 and t.ndim and t.shape[-1] % 16 == 0 for t in tensors)
+            and torch.get_num_threads() == 1 and library() is not None)
+
+
+def first_order(backward):
+    """Marks a backward pass in C: create_graph=True, which would want its own derivative, is a RuntimeError."""
+    @wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the kernels of train_cpu.c have no second derivatives; CC=none takes torch's own "
+                               "operations")
+        return backward(ctx, *gradients)
+    return checked
 
 
 def at(t: torch.Tensor | None) -> int | None:
-    """The address of a contiguous tensor's first number."""
+    """The address of a contiguous tensor's first number. RuntimeError for a tensor whose memory was freed (FSDP)."""
+    if t is not None and t.data_ptr() == 0 and t.numel():
+        raise RuntimeError(f"a tensor {list(t.shape)} without memory: are its parameters gathered?")
     return None if t is None else t.data_ptr()

@@ -115,6 +115,35 @@ static void rotate(float *x, const float *cos, const float *sin, int d, float sc
     }
 }
 
+static float largest(const float *s, int L) {        // of L floats, L a multiple of 16
+    vec most[NV];
+    for (int v = 0; v < NV; v++) most[v] = load(s + LANES * v);
+    for (int i = 16; i < L; i += 16)
+        for (int v = 0; v < NV; v++) {
+            vec x = load(s + i + LANES * v);
+            most[v] = pick(x > most[v], x, most[v]);
+        }
+    float max = most[0][0];
+    for (int v = 0; v < NV; v++)
+        for (int i = 0; i < LANES; i++) max = most[v][i] > max ? most[v][i] : max;
+    return max;
+}
+
+// s [L] -> e^(s - max) in place, for the first n; the rest 0. -> their sum. L, a multiple of 16, depends on n alone.
+static float softmax(float *s, int n, int L) {
+    for (int i = n; i < L; i++) s[i] = -INFINITY;
+    float max = largest(s, L);
+    vec total[NV] = {{0}};
+    for (int i = 0; i < L; i += 16)
+        for (int v = 0; v < NV; v++) {
+            vec e = exp_negative(load(s + i + LANES * v) - max);
+            store(s + i + LANES * v, e);
+            total[v] += e;
+        }
+    for (int v = 1; v < NV; v++) total[0] += total[v];
+    return sum_of(total[0]);
+}
+
 // ---- a block of the trunk, or of an MTP layer -----------------------------------------------------------------------
 
 typedef struct {                                    // one shape for all functions; widths ending in p are padded to 16
@@ -172,8 +201,8 @@ static void attend(const Shape *s, float *cache, const Plan *at, int r, const fl
     long piece = s->K * 32L * dp;                                   // from 16 columns to the next 16
     for (int k = 0; k < s->K; k++, q += G * dp, o += G * dp, keys += 32 * dp) {
         product(G, dp, L / 16, q, dp, keys, 256, piece, 0, 0, scores, s->C);
-        float total[G], max;
-        for (int g = 0; g < G; g++) total[g] = softmax(scores + (long)g * s->C, n, L, &max);
+        float total[G];
+        for (int g = 0; g < G; g++) total[g] = softmax(scores + (long)g * s->C, n, L);
         product(G, L, dp / 16, scores, s->C, keys + 16 * dp, piece, 256, 0, 0, o, dp);
         for (int g = 0; g < G; g++)
             for (int i = 0; i < dp; i += LANES) store(o + g * dp + i, load(o + g * dp + i) / total[g]);
@@ -334,7 +363,7 @@ static int draw(const Model *m, const float *logits, float u, float temperature,
     float *e = m->scratch + scratch_floats(&m->s) - 3L * Vp;        // [Vp], behind it [V] candidates
     for (int i = 0; i < V; i++) e[i] = temperature > 0 ? logits[i] / temperature : logits[i];
     if (temperature == 0) id = argmax(&m->s, e);
-    float max, total = softmax(e, V, Vp, &max), sum = 0, piece = 0, before = 0;
+    float total = softmax(e, V, Vp), sum = 0, piece = 0, before = 0;
     if (temperature > 0) {
         if (top_p < 1 || top_k > 0) total = keep_top(V, e, (Candidate *)(e + Vp), total, top_p, top_k);
         for (int i = 0; i < Vp; i += 16) sum += sum16(e + i);       // in the order of the search, to the same bits

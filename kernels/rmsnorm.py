@@ -153,22 +153,23 @@ class NormOnCPU(torch.autograd.Function):
     def forward(ctx, x, residual, weight, eps):
         x, D, added = x.contiguous(), x.shape[-1], residual is not None
         y, r, s = torch.empty_like(x), x.new_empty(x.numel() // D), torch.empty_like(x) if added else x
-        residual = residual.contiguous() if added else None
+        residual, weight = residual.contiguous() if added else None, weight.contiguous()
         cpu.library().norm_forward(len(r), D, eps, *map(cpu.at, (x, residual, weight, s, y, r)))
         ctx.save_for_backward(s, weight, r)
         ctx.set_materialize_grads(False)
         return (y, s) if added else y
 
     @staticmethod
+    @cpu.first_order
     def backward(ctx, dy, ds=None):
         s, weight, r = ctx.saved_tensors
         added = ctx.needs_input_grad[1]
         if dy is None:                                              # only the sum was used
             return ds, ds, None, None
-        dx, dw, dy = torch.empty_like(s), torch.empty_like(weight), dy.contiguous()
+        dx, dw, dy = torch.empty_like(s), weight.new_empty(2, len(weight)), dy.contiguous()
         ds = None if ds is None else ds.contiguous()
         cpu.library().norm_backward(len(r), s.shape[-1], *map(cpu.at, (s, weight, r, dy, ds, dx, dw)))
-        return dx, dx if added else None, dw, None
+        return dx, dx if added else None, dw[0], None
 
 
 def rmsnorm(x, weight, eps=1e-5):
@@ -179,7 +180,7 @@ def rmsnorm(x, weight, eps=1e-5):
     """
     if use_triton(x):
         return norm_op(x, None, weight, eps)[0]
-    if cpu.trains(x, weight):
+    if cpu.trains(x, weight) and weight.shape == x.shape[-1:]:
         return NormOnCPU.apply(x, None, weight, eps)
     return rmsnorm_reference(x, weight, eps)
 
@@ -188,7 +189,7 @@ def rmsnorm_residual(x, residual, weight, eps=1e-5):
     """s = x + residual, both [..., D] -> (rmsnorm(s), s): the block's norm and its new residual stream."""
     if use_triton(x):
         return norm_op(x, residual, weight, eps)[:2]
-    if cpu.trains(x, residual, weight) and x.shape == residual.shape:
+    if cpu.trains(x, residual, weight) and x.shape == residual.shape and weight.shape == x.shape[-1:]:
         return NormOnCPU.apply(x, residual, weight, eps)
     s = x + residual
     return rmsnorm_reference(s, weight, eps), s

@@ -169,6 +169,7 @@ class RopeOnCPU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @cpu.first_order
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
         return RopeOnCPU.turn(dq, cos, sin, -1.0), RopeOnCPU.turn(dk, cos, sin, -1.0), None, None
@@ -183,7 +184,8 @@ def rope(q, k, cos, sin):
     """
     if use_triton(q) and not q.shape[-1] & (q.shape[-1] - 1):
         return rope_op(q, k, cos, sin, 1.0)
-    if cpu.trains(q, k):
+    if (cpu.trains(q, k, cos, sin) and k.shape == (*q.shape[:2], k.shape[2], q.shape[3])
+            and cos.shape == sin.shape and cos.shape[-1] == q.shape[3]):
         return RopeOnCPU.apply(q, k, cos, sin)
     return rotate(q, cos, sin), rotate(k, cos, sin)
 

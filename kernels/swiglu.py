@@ -101,6 +101,7 @@ class SwiGLUOnCPU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @cpu.first_order
     def backward(ctx, dy):
         (gate, up), dy = ctx.saved_tensors, dy.contiguous()
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)

@@ -31,16 +31,18 @@ void norm_forward(int64_t N, int64_t D, float eps, const float *x, const float *
     }
 }
 
-// dx = ds + r (dy w - h mean(dy w h)), dw = sum of dy h, with h = s r; ds (0: none) reaches the sum from elsewhere
+// dx = ds + r (dy w - h mean(dy w h)), dw = sum of dy h, with h = s r; ds (0: none) reaches the sum from elsewhere.
+// dw [2,D]: the result, and behind it the sum over 64 rows at a time, for one sum over all would round too often
 void norm_backward(int64_t N, int64_t D, const float *s, const float *w, const float *r, const float *dy,
                    const float *ds, float *dx, float *dw) {
-    memset(dw, 0, D * sizeof(float));
+    float *some = dw + D;
+    memset(dw, 0, 2 * D * sizeof(float));
     for (int64_t n = 0; n < N; n++, s += D, dy += D, dx += D) {
         vec dot[NV] = {{0}};
         for (int64_t i = 0; i < D; i += 16)
             for (int v = 0; v < NV; v++) {
                 vec t = load(dy + i + LANES * v) * (load(s + i + LANES * v) * r[n]);    // dy h
-                store(dw + i + LANES * v, load(dw + i + LANES * v) + t);
+                store(some + i + LANES * v, load(some + i + LANES * v) + t);
                 dot[v] += t * load(w + i + LANES * v);
             }
         for (int v = 1; v < NV; v++) dot[0] += dot[v];
@@ -50,6 +52,8 @@ void norm_backward(int64_t N, int64_t D, const float *s, const float *w, const f
             store(dx + i, ds ? d + load(ds + i) : d);
         }
         if (ds) ds += D;
+        if (n % 64 == 63 || n == N - 1)
+            for (int64_t i = 0; i < D; i++) dw[i] += some[i], some[i] = 0;
     }
 }
 
@@ -192,7 +196,7 @@ INLINE void forward(const Attention *x, const int64_t d, int64_t t0, int64_t n, 
             for (int v = 0; v < NV; v++) {
                 vec t = load(s + j * 16 + LANES * v);
                 if (j > all_see) store(s + j * 16 + LANES * v, t = pick(last[v] >= (int32_t)j, t, none));
-                max[v] = pick(t <= max[v], max[v], t);                      // NaN stays
+                max[v] = pick(t <= max[v], max[v], t);                      // NaN reaches o through the sum
             }
         for (int64_t j = 0; j < L; j++)
             for (int v = 0; v < NV; v++) {
@@ -231,6 +235,8 @@ INLINE void backward(const Attention *x, const int64_t d, int64_t t0, int64_t n,
             max[v] = load(x->max + row + r0 + LANES * v);
             total[v] = 1.0f / load(x->total + row + r0 + LANES * v);
         }
+        for (int64_t r = R - r0; r < 16; r++)                               // lanes behind the last row: not the next
+            ((float *)max)[r] = 0, ((float *)total)[r] = 0;                 // document's, whose numbers they would load
         gather16(r0, R, G, d, x->scale, x->q + at, qs, q, qt);
         scores(L, d, keys, qt, s);
         scores(L, d, values, gt, ds);
@@ -261,15 +267,17 @@ INLINE void backward(const Attention *x, const int64_t d, int64_t t0, int64_t n,
 // floats of `room` for documents of up to T tokens
 int64_t attention_floats(int64_t T, int64_t d) { return up8(T) * (4 * d + 32) + 64 * d; }
 
-// each document of the batch and each key/value head; the toy's width of 16 is known to the compiler
+// each document of the batch and each key/value head; the toy's width of 16 is known to the compiler. 1: bad bounds
 #define EACH(pass)                                                                                                     \
     for (int64_t t = 0, end; t < x->B * x->T; t = end) {                                                               \
         end = x->bounds ? t / x->T * x->T + x->bounds[x->B * x->T + t] : t + x->T;                                     \
+        if (end <= t || end > t / x->T * x->T + x->T) return 1;                                                        \
         for (int64_t head = 0; head < x->K; head++) {                                                                  \
             if (x->d == 16) pass(x, 16, t, end - t, head, room);                                                       \
             else pass(x, x->d, t, end - t, head, room);                                                                \
         }                                                                                                              \
-    }
+    }                                                                                                                  \
+    return 0;
 
-void attention_forward(const Attention *x, float *room) { EACH(forward) }
-void attention_backward(const Attention *x, float *room) { EACH(backward) }
+int64_t attention_forward(const Attention *x, float *room) { EACH(forward) }
+int64_t attention_backward(const Attention *x, float *room) { EACH(backward) }

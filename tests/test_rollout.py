@@ -872,15 +872,15 @@ def test_virtual_clock_speedups_and_bias():
 
 def test_with_the_real_engine_too():
     """Tokens and log-probs of two RL steps, new weights between: equal for a prompt and a slow judge."""
-    import torch
-
     import mtp
     from engine import Engine, Request
     from model import ModelConfig
 
     cfg = ModelConfig(vocab_size=64, n_layer=1, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=64)
-    torch.manual_seed(0)
-    weights = [mtp.build(cfg).state_dict() for _ in range(2)]
+    models = [mtp.build(cfg) for _ in range(2)]
+    for seed, m in enumerate(models):
+        m.init_weights(seed)
+    weights = [m.state_dict() for m in models]
 
     def run(judge):
         model = mtp.build(cfg)

@@ -47,9 +47,9 @@ def same(kernel, reference, inputs, taken: str):
         assert error <= 2 * own + 1e-6 * right.norm(), (error, own, right.norm())
 
 
-# one token, a panel's edge, G = 1, 2, 3, 8, two widths of the loop that knows d = 16 and others
+# one token, a panel's edge, G = 1, 2, 3, 8, the width that the compiler knows and others, a long row
 @pytest.mark.parametrize("B, T, H, K, d", [(1, 1, 2, 1, 16), (3, 17, 4, 2, 16), (2, 70, 8, 4, 16), (1, 40, 3, 1, 32),
-                                           (2, 33, 8, 1, 48), (1, 130, 2, 2, 128)])
+                                           (2, 33, 8, 1, 48), (1, 130, 2, 2, 128), (1, 512, 2, 1, 16)])
 def test_attention(B, T, H, K, d):
     q, k, v = randn(B, T, H, d), randn(B, T, K, d, seed=1), randn(B, T, K, d, seed=2)
     for scale in (None, 0.7):
@@ -85,9 +85,25 @@ def test_attention_of_large_scores_and_of_nan():
     assert not o[:, :20].isnan().any() and o[:, 20:].isnan().all()
 
 
-@pytest.mark.parametrize("D", [16, 48, 128])
-def test_rmsnorm(D):
-    x, r, w = randn(3, 5, D), randn(3, 5, D, seed=1), randn(D, seed=2)
+def test_documents_do_not_touch_each_other():
+    """A document whose first score is -88.5 behind one whose last panel of rows is not full: nothing reaches it."""
+    q, k, v = (randn(1, 16, 1, 16, seed=i) for i in range(3))
+    with torch.no_grad():
+        q[0, 5], k[0, 5] = torch.eye(16)[:1], -354 * torch.eye(16)[:1]
+    bounds = doc_bounds(torch.tensor([0, 5, 16], dtype=torch.int32), 1, 16)
+    same(partial(attention, bounds=bounds), partial(attention_reference, bounds=bounds), (q, k, v), "AttentionOnCPU")
+
+
+def test_bounds_that_cannot_be_are_refused():
+    q, k = randn(2, 8, 2, 16), randn(2, 8, 1, 16)
+    for bounds in (torch.zeros(2, 2, 8, dtype=torch.int32), torch.full((2, 2, 8), 9, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="bounds with a document"):
+            attention(q, k, k, bounds)
+
+
+@pytest.mark.parametrize("N, D", [(5, 16), (7, 48), (2048, 128)])
+def test_rmsnorm(N, D):
+    x, r, w = randn(3, N, D), randn(3, N, D, seed=1), randn(D, seed=2)
     same(rmsnorm, partial(rmsnorm_reference, eps=1e-5), (x, w), "NormOnCPU")
     same(rmsnorm_residual, lambda x, r, w: (rmsnorm_reference(x + r, w, 1e-5), x + r), (x, r, w), "NormOnCPU")
     for i in (0, 1):                                                # only one of the two outputs is used
@@ -123,6 +139,21 @@ def test_inputs_that_are_not_contiguous():
     assert torch.equal(*(torch.autograd.grad(o, wide, down)[0] for o in (out, copies)))
     gate, up = randn(4, 64).chunk(2, -1)
     assert torch.equal(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
+
+
+def test_second_derivatives_are_refused():
+    """The gradients of C have none: an error, not a zero."""
+    x = randn(4, 16)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(swiglu(x, x).sum(), x, create_graph=True)
+
+
+def test_shapes_that_only_the_reference_knows():
+    """A weight for each row broadcasts, a strided one is copied: as the reference."""
+    x, w = randn(3, 128), randn(3, 128, seed=1)
+    assert torch.equal(rmsnorm(x, w), rmsnorm_reference(x, w, 1e-5))
+    w = randn(128, 3, seed=1)[:, 0]
+    torch.testing.assert_close(rmsnorm(x, w), rmsnorm_reference(x, w, 1e-5))
 
 
 def test_who_takes_the_other_path():

@@ -98,7 +98,7 @@ def make_tests(rng: random.Random, clauses: list[Clause], core: Clause, n: int) 
     share = {0: n // 3, 1: n // 3 if len(clauses) > 1 else 0}        # a third each, level 1 empty for one clause
     share[2] = n - share[0] - share[1]
     edges = [[], [0], [-3, 0, 5], [2, 2, 2]]                 # boundary inputs come first
-    pick = rng.choice                                        # of a range: what randint draws, for less
+    pick = rng.choice                                        # what randint draws, for less
     for t in range(60 * n):                                  # programs of clauses never change their argument
         xs = edges[t] if t < len(edges) else [pick(NUMBERS) for _ in range(pick(LENGTHS))]
         right = golden(xs)
