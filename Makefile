@@ -4,7 +4,7 @@ PY := .venv/bin/python
 
 .PHONY: demo test lint bench figures clean
 
-demo: .venv/run                  # the whole recipe on the CPU, about twenty minutes on two idle cores
+demo: .venv/run                  # the whole recipe on the CPU, about a quarter of an hour on two idle cores
 	$(PY) demo.py
 
 test: .venv/dev                  # every test that needs no GPU

@@ -476,20 +476,25 @@ def snapshot(tree, key):
 
 
 def check_space(run: Path, model: nn.Module, optim: dict) -> None:
-    """Ends the run before a byte is written when the checkpoint cannot fit."""
-    rank, world = ranks()
-    if rank:
-        return
+    """Ends the run, on all ranks, before a byte is written when the checkpoint cannot fit. A collective."""
+    rank, _ = ranks()
+    wrong = shared(no_space(run, model, optim) if rank == 0 else None)[0]
+    if wrong:
+        die(wrong)
+
+
+def no_space(run: Path, model: nn.Module, optim: dict) -> str | None:
     need = sum(p.numel() * 4 for p in model.parameters()) + 10_000_000
     need += sum(t.numel() * t.element_size() for parts in optim.values() for t in parts.values())
     try:
         run.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run).free
     except OSError as e:
-        die(f"cannot write checkpoints to {run}: {e.strerror or e}")
+        return f"cannot write checkpoints to {run}: {e.strerror or e}"
     if free < need:
-        die(f"disk full: a checkpoint in {run} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "nothing was written, earlier checkpoints are whole")
+        return (f"disk full: a checkpoint in {run} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+                "nothing was written, earlier checkpoints are whole")
+    return None
 
 
 def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, shape, dcp: bool, order,

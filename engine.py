@@ -82,18 +82,22 @@ class Engine:
     once; max_len: longest prompt + answer, tokens; n_draft: MTP layers used for speculation, 0 = plain.
     chunk: prompt tokens read per sequence and step; budget: prompt tokens read per step over all sequences.
     layout: "rows" (CPU) or "blocks" (GPU) of cache.py, with `memory` tokens in all (default slots * max_len)
-    in blocks of `block`. fast: use fast.py, default where it applies. Raises ValueError for what cannot work.
+    in blocks of `block`. fast: use fast.py, default where it applies. ids: only the first so many rows of the head are
+    tokens (tokenizer.n_ids), the rest is padding and never drawn. Raises ValueError for what cannot work.
     """
     def __init__(self, model: MiMo, slots: int, max_len: int, n_draft: int = 0, chunk: int = 256,
                  budget: int = 4096, layout: str | None = None, memory: int | None = None, block: int = 64,
-                 fast: bool | None = None):
+                 fast: bool | None = None, ids: int | None = None):
         cfg, w = model.cfg, model.lm_head.weight
+        if ids is not None and not 1 <= ids <= cfg.vocab_size:
+            raise ValueError(f"ids = {ids} should be 1 to {cfg.vocab_size}, the rows of the head")
         if not 0 <= n_draft <= len(model.mtp_layers):
             raise ValueError(f"n_draft = {n_draft} should be 0 to {len(model.mtp_layers)}, the MTP layers")
         if slots < 1 or max_len < 2:
             raise ValueError(f"slots = {slots} and max_len = {max_len} should be at least 1 and 2")
         layout = layout or ("blocks" if w.is_cuda else "rows")
         self.model, self.slots, self.max_len, self.n_draft = model, slots, max_len, n_draft
+        self.n_ids = ids or cfg.vocab_size
         self.chunk, self.budget, self.device = max(chunk, ROWS), max(budget, chunk, ROWS), w.device
         # ROWS spare rows, so that a batch of 1 has 4; n_draft + 2 spare columns, the last one scrap: padding
         # writes there and nobody reads it
@@ -115,7 +119,7 @@ class Engine:
         self.column, self.columns = self.cache.column, self.cache.columns
         self.ring = 4 * (n_draft + 1)                     # trunk states kept for the MTP layers, per sequence
         self.state, self.views = self.new_state(cfg), (0, {})
-        self.forward = Forward(model, n_draft, self.cache, self.state, lib) if self.fast else None
+        self.forward = Forward(model, n_draft, self.cache, self.state, lib, self.n_ids) if self.fast else None
         self.queue: deque[Request] = deque()
         self.decoding: list[Request] = []                           # row i belongs to decoding[i]
         self.reading: list[list[Request]] = []           # requests with one prompt; row S-1-j is reading[j]'s
@@ -384,13 +388,13 @@ class Engine:
         return z[:, -1] if want == "last" else z
 
     def head(self, x: Tensor, norm) -> Tensor:
-        """The shared head behind the trunk's norm or an MTP layer's. x [B,Q,D] -> fp32 [B Q,V]."""
+        """The shared head behind the trunk's norm or an MTP layer's. x [B,Q,D] -> fp32 [B Q,n_ids]."""
         (B, Q), x, w = x.shape[:2], x.flatten(0, 1), self.model.lm_head.weight
         if self.fast:
             return self.forward.head(x, norm)
         if self.cache.static and serves(self.model.layers[0], B, Q) and len(w) % 16 == 0:
-            return gemv(norm(x), [w], dtype=torch.float32)
-        return F.linear(norm(x), w).float()
+            return gemv(norm(x), [w], dtype=torch.float32)[:, :self.n_ids]
+        return F.linear(norm(x), w).float()[:, :self.n_ids]
 
     def settings(self) -> int:
         """How many of temperature, top_p, top_k this batch's draw() has to be given."""

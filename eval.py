@@ -88,7 +88,7 @@ def main(cfg: Config) -> dict:
             for kind in sorted({p.kind for p in problems}):
                 some = [p for p in problems if p.kind == kind][:cfg.limit or None]
                 longest = max(len(prompt_ids(tokenizer, p, chat)) for p in some)
-                engine = Engine(model, slots=cfg.slots, max_len=longest + cfg.max_tokens)
+                engine = Engine(model, slots=cfg.slots, max_len=longest + cfg.max_tokens, ids=tokenizer.n_ids)
                 answers = solve(engine, tokenizer, judge, some, chat=chat, n=cfg.samples, max_tokens=cfg.max_tokens,
                                 temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
                 found["problems"][kind] = row = summary(answers)
@@ -139,9 +139,9 @@ def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> di
     stop = stop_ids(tokenizer, chat)
     requests = [Request(i, ids, cfg.max_tokens, temperature=0.0, stop=stop) for i, ids in enumerate(prompts)]
     t0 = time.perf_counter()
-    plain = generate(Engine(model, slots=1, max_len=longest), requests)
+    plain = generate(Engine(model, slots=1, max_len=longest, ids=tokenizer.n_ids), requests)
     t1 = time.perf_counter()
-    fast = generate(Engine(model, slots=1, max_len=longest + n_mtp, n_draft=n_mtp), requests)
+    fast = generate(Engine(model, slots=1, max_len=longest + n_mtp, n_draft=n_mtp, ids=tokenizer.n_ids), requests)
     t2 = time.perf_counter()
     drafted = [sum(s.drafted[k] for s in fast) for k in range(n_mtp)]
     accepted = [sum(s.accepted[k] for s in fast) for k in range(n_mtp)]
@@ -184,7 +184,7 @@ def measure_probes(model: MiMo, tokenizer, asked: dict) -> dict[str, dict[int, f
     found: dict[str, dict[int, float]] = {}
     stop = stop_ids(tokenizer, True)
     for (length, kind), some in asked.items():
-        engine = Engine(model, slots=8, max_len=length)
+        engine = Engine(model, slots=8, max_len=length, ids=tokenizer.n_ids)
         replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), REPLY, temperature=0.0, stop=stop)
                                     for i, p in enumerate(some)])
         scores = [probes.score(p, tokenizer.decode(s.tokens, skip_control=True))

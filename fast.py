@@ -73,17 +73,17 @@ def panels(w: Tensor) -> Tensor:
 
 class Forward:
     """
-    The forward of one model over one cache (cache.Rows), and the engine's decode and draft, which work on the tensors
-    of its state in place. The packed weights are a private copy, made again after any parameter was written to (an
-    optimizer step, a load).
+    The forward of one model over one cache (cache.Pieces), and the engine's decode and draft, which work on the tensors
+    of its state in place. n_ids: rows of the head in use, the rest is padding. The packed weights are a private copy,
+    made again after any parameter was written to (an optimizer step, a load).
     """
-    def __init__(self, model: MiMo, n_draft: int, rows, state: dict[str, Tensor], lib):
+    def __init__(self, model: MiMo, n_draft: int, rows, state: dict[str, Tensor], lib, n_ids: int):
         cfg, self.model, self.lib = model.cfg, model, lib
         self.mtp_layers = list(model.mtp_layers[:n_draft])
         self.params, self.version = list(model.parameters()), None
         self.kept: dict[str, Tensor] = {}                           # all tensors of which C holds the addresses
         s = Shape(cfg.d_model, up16(cfg.d_model), cfg.head_dim, up16(cfg.head_dim), cfg.n_head, cfg.n_kv_head,
-                  up16(cfg.d_ff), cfg.vocab_size, up16(cfg.vocab_size), rows.columns, cfg.rms_eps)
+                  up16(cfg.d_ff), n_ids, up16(n_ids), rows.columns, cfg.rms_eps)
         n = len(rows.kv)
         self.blocks, self.entries = (Packed * n)(), (Entry * max(1, n_draft))()
         caches = (c_void_p * n)(*(kv.data_ptr() for kv in rows.kv))
@@ -120,7 +120,7 @@ class Forward:
                                 ("final_norm", pad(layer.final_layernorm.weight, s.Dp))):
                 setattr(self.entries[k], name, self.keep(f"mtp {k}.{name}", value))
         c.norm, c.embedding = self.keep("norm", pad(model.norm.weight, s.Dp)), model.embed_tokens.weight.data_ptr()
-        c.lm_head = self.keep("head", panels(pad(model.lm_head.weight, s.Vp, s.Dp)))
+        c.lm_head = self.keep("head", panels(pad(model.lm_head.weight[:s.V], s.Vp, s.Dp)))
 
     def keep(self, name: str, value: Tensor) -> int:
         """A contiguous copy under this name, always at the same address -> the address."""

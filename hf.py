@@ -245,7 +245,9 @@ def import_folder(source, run, mtps=None, dtype=None, shard_bytes=5e9, chat="aut
             if (source / file).is_file():
                 shutil.copyfile(source / file, temporary / file)
         # MiMo's chat models stop at <|im_end|>, the base model at <|endoftext|>
-        is_chat = hf.get("eos_token_id") == tokenizer.im_end_id if chat == "auto" else chat == "yes"
+        ends = hf.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        is_chat = tokenizer.im_end_id in ends if chat == "auto" else chat == "yes"
         checkpoint.commit(run, 0, temporary, {"stage": "import", "chat": is_chat}, keep=1, world=1,
                           files=checkpoint.fingerprints(temporary, 0, 1))
     except BaseException:

@@ -3,7 +3,8 @@ Arithmetic about a run before it exists: parameters, schedule, FLOPs, memory per
 
     python pretrain.py config/mimo_7b.py --dry_run=True        # seconds on any laptop
 
-Memory is what one rank holds at the end of a forward pass, its worst moment, by kind:
+Memory is what one rank holds at the end of a forward pass, its worst moment, by kind; of the second micro-batch of a
+step or a later one: with a single one gradients come as activations go, and the peak is less by about the gradients.
 
     weights      fp32 master shards, and what FSDP has gathered in bf16 (root, MTP layers, two blocks)
     gradients    fp32 shards, and the gathered gradients that wait for their reduction
@@ -123,7 +124,10 @@ def plan(shape, stages, world: int, *, micro_batch: int = 1, checkpointing: str 
     rank by kind. stages: the pre-training table, mtp_stage: the fine-tuning of new MTP layers after it or
     None. micro_batch counts rows of the shortest context, as in pretrain.py; kv_tokens: tokens in an engine's
     cache.
+    ValueError if shard_ranks does not divide world.
     """
+    if shard_ranks and world % shard_ranks:
+        raise ValueError(f"shard_ranks = {shard_ranks} should divide the number of GPUs, {world}")
     gpu, reduce_each = device == "cuda", reduce_each or world == 1
     e, n = (2 if gpu else 4), shard_ranks or world
     table, rows = list(stages) + ([mtp_stage] if mtp_stage else []), []
@@ -215,9 +219,9 @@ def report(shape, stages, world: int, *, mtp_stage=None, n_mtp_final: int = 3, c
     with_one, with_all = parameters(shape), parameters(shape, n_mtp_final)
     for name in ("embedding", "head", "final norm", "blocks", "trunk"):
         out.append(f"  {name:<34}{with_one[name]:>20,}")
-    out.append(f"  with {shape.n_mtp} MTP layer{'s' * (shape.n_mtp != 1):<23}{with_one['all']:>20,}")
+    out.append(f"  {f'with {shape.n_mtp} MTP layer' + 's' * (shape.n_mtp != 1):<34}{with_one['all']:>20,}")
     if n_mtp_final != shape.n_mtp:
-        out.append(f"  with {n_mtp_final} MTP layers{'':<18}{with_all['all']:>20,}")
+        out.append(f"  {f'with {n_mtp_final} MTP layers':<34}{with_all['all']:>20,}")
     out += ["", *schedule_lines(rows, list(stages) + ([mtp_stage] if mtp_stage else [])), ""]
     for s in stages:
         if (least := s.batch_size_start or s.batch_size) < world:

@@ -76,6 +76,8 @@ class Config:
         configurator.at_least(self, 1, "micro_batch", "valid_tokens", "save_every", "keep", "threads", "n_mtp_final",
                               "dry_run_world")
         configurator.at_least(self, 0, "weight_decay", "grad_clip", "sample_every", "shard_ranks", "skip_spikes")
+        if self.dry_run and self.shard_ranks and self.dry_run_world % self.shard_ranks:
+            raise ValueError(f"shard_ranks = {self.shard_ranks} should divide dry_run_world = {self.dry_run_world}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
@@ -289,7 +291,7 @@ def continue_text(model: MiMo, tokenizer: Tokenizer, prompt: str, n: int = 40) -
     """A greedy continuation for the progress bar; sample.py has the real thing."""
     from engine import Engine, Request, generate
     ids = tokenizer.encode(prompt)
-    out = generate(Engine(model, slots=1, max_len=len(ids) + n),
+    out = generate(Engine(model, slots=1, max_len=len(ids) + n, ids=tokenizer.n_ids),
                    [Request(0, ids, max_tokens=n, temperature=0.0, stop=(tokenizer.eos_id,))])[0]
     return tokenizer.decode(out.tokens)
 

@@ -99,6 +99,8 @@ class Config:
                               "micro_tokens", "eval_samples", "save_every", "keep", "threads", "is_cap")
         configurator.at_least(self, 0, "lr", "warmup_steps", "easy_alpha", "reward_lag", "n_draft", "weight_decay",
                               "grad_clip", "eval_every", "max_staleness", "shard_ranks", "kv_tokens")
+        if self.dry_run and self.shard_ranks and self.dry_run_world % self.shard_ranks:
+            raise ValueError(f"shard_ranks = {self.shard_ranks} should divide dry_run_world = {self.dry_run_world}")
         for name, high in (("easy_alpha", 1), ("max_staleness", 1), ("beta1", 0.999999), ("beta2", 0.999999)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} = {getattr(self, name)} should be from 0 to {round(high)}")
@@ -281,7 +283,7 @@ def main(cfg: Config) -> None:
     # a plain copy decodes, whatever the trainer is sharded over
     replica = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
     engine = Engine(replica, slots=cfg.slots, max_len=prompt_len + budget, n_draft=cfg.n_draft,
-                    memory=cfg.kv_tokens or None)
+                    memory=cfg.kv_tokens or None, ids=tokenizer.n_ids)
 
     def make_request(task, i: int, seed: int) -> Request:
         return Request(task.key(i), prompts[task.prompt], cfg.budget_at(task.step), temperature=cfg.temperature,
@@ -440,7 +442,7 @@ def evaluate(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> dict[
     """The held-out curve: avg@n at the report's evaluation settings (temperature 0.6, top-p 0.95), per kind."""
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
     tokens = cfg.budget[-1][1]
-    engine = Engine(model, slots=cfg.slots, max_len=max(map(len, prompts)) + tokens)
+    engine = Engine(model, slots=cfg.slots, max_len=max(map(len, prompts)) + tokens, ids=tokenizer.n_ids)
     with Judge(workers=cfg.judge_workers, remember=10_000) as judge:
         return {kind: summary(solve(engine, tokenizer, judge, [p for p in problems if p.kind == kind], chat=chat,
                                     n=cfg.eval_samples, max_tokens=tokens, seed=cfg.seed))

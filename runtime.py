@@ -99,6 +99,8 @@ def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: in
     torchrun = "MASTER_ADDR" in os.environ and "RANK" in os.environ
     rank, world, local_rank = ((int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if torchrun
                                else (0, 1, 0))
+    if shard_ranks and world % shard_ranks:
+        die(f"shard_ranks = {shard_ranks} should divide the number of processes, {world}")
     if device == "cuda" and not torch.cuda.is_available():
         die("device = 'cuda' but torch sees no CUDA device; --device=cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()

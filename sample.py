@@ -74,7 +74,7 @@ def main(cfg: Config) -> None:
     rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
     ckpt = find(cfg.ckpt) if cfg.ckpt else newest("out")
     if ckpt is None:
-        raise SystemExit("error: no checkpoint under out/: `make demo` trains one in about twenty minutes")
+        raise SystemExit("error: no checkpoint under out/: `make demo` trains one in about a quarter of an hour")
     tokenizer, chat = Tokenizer.load(ckpt), bool(read_meta(ckpt).get("chat", False))
     model = mtp.build(configurator.from_dict(ModelConfig, read_shape(ckpt), f"{ckpt}/model.json"), "meta").to(rt.dtype)
     if cfg.max_len > model.cfg.max_seq_len:
@@ -147,10 +147,10 @@ def make_requests(rows: list[dict], tokenizer: Tokenizer, chat: bool, cfg: Confi
     return requests
 
 
-def engine_for(model: MiMo, requests: list[Request], n_draft: int, cfg: Config) -> Engine:
+def engine_for(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft: int, cfg: Config) -> Engine:
     limit = cfg.max_len or model.cfg.max_seq_len
     longest = min(limit, max(len(r.prompt) + r.max_tokens for r in requests))
-    return Engine(model, min(cfg.slots, len(requests)), longest, n_draft)
+    return Engine(model, min(cfg.slots, len(requests)), longest, n_draft, ids=tokenizer.n_ids)
 
 
 # ---- running -----------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def run(engine: Engine, requests: list[Request], watch=None) -> tuple[dict[tuple
 def answer(model: MiMo, requests: list[Request], rows: list[dict], tokenizer: Tokenizer, n_draft: int,
            cfg: Config) -> None:
     """All prompts; one alone is streamed, a file becomes JSON lines."""
-    engine = engine_for(model, requests, n_draft, cfg)
+    engine = engine_for(model, requests, tokenizer, n_draft, cfg)
     if cfg.out:
         runtime.target(cfg.out)
     if not cfg.file:
@@ -275,7 +275,7 @@ def bytes_read(samples: list[Sample], engine: Engine) -> float:
 def compare(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft: int, cfg: Config) -> None:
     """The same prompts plain and speculative, by turns, three times; best of each. The ratio comes last."""
     kinds = {"plain": 0, "speculative": n_draft}
-    engines = {name: engine_for(model, requests, n, cfg) for name, n in kinds.items()}
+    engines = {name: engine_for(model, requests, tokenizer, n, cfg) for name, n in kinds.items()}
     best: dict[str, tuple] = {}
     for _ in range(3):
         for name, engine in engines.items():
@@ -297,7 +297,7 @@ def compare(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft:
 def talk(model: MiMo, tokenizer: Tokenizer, chat: bool, n_draft: int, cfg: Config) -> None:
     """Line in, answer out, until an empty line. A chat model remembers; the oldest turns go first."""
     limit = cfg.max_len or model.cfg.max_seq_len
-    engine = Engine(model, 1, limit, n_draft)
+    engine = Engine(model, 1, limit, n_draft, ids=tokenizer.n_ids)
     turns: list[dict] = []
     note("An empty line ends it." if chat else "A base model continues your line. An empty line ends it.")
     for i in range(sys.maxsize):

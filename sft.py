@@ -2,6 +2,7 @@
 Supervised fine-tuning on packed chat samples (report section 3.1).
 
     python sft.py config/tiny_sft.py                               # from out/tiny/base, seconds to minutes on a CPU
+    python sft.py config/mimo_7b_sft.py --dry_run=True             # memory per GPU by kind, nothing is trained
     torchrun --nproc_per_node=8 sft.py config/mimo_7b_sft.py       # from the 7B base, packed to 32,768 tokens
 
 The recipe: three filters (16-gram overlap of the query with an evaluation set; mixed-language or incomplete answers; at
@@ -13,7 +14,7 @@ The model's shape comes from the checkpoint. The report is silent on the number 
 we keep the 0.1 of the end of pre-training, averaged over the layers.
 """
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from data.pack import PackedLoader
 from data.sft_data import load_samples
 from kernels.attention import doc_bounds
 from model import ModelConfig
+from schedule import Stage
 from tokenizer import Tokenizer
 
 
@@ -56,18 +58,34 @@ class Config:
     checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing
     compile: bool = False                 # torch.compile per block, CUDA
     shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
+    reduce_each: bool = False             # FSDP reduces every micro-batch: 4 bytes x parameters less, more traffic
+    dry_run: bool = False                 # print parameters, steps and memory per GPU by kind, train nothing
+    dry_run_world: int = 8                # GPUs the dry run plans for
+    dry_run_model: str = "config/tiny.py"   # pre-training config whose model, with its final MTP layers, it plans for
 
     def __post_init__(self):
         configurator.at_least(self, 2, "seq_len")
         configurator.at_least(self, 1, "batch_size", "micro_batch", "steps", "max_per_query", "save_every", "keep",
-                              "threads")
+                              "threads", "dry_run_world")
         configurator.at_least(self, 0, "warmup_steps", "lr", "mtp_weight", "weight_decay", "grad_clip", "shard_ranks")
+        if self.dry_run and self.shard_ranks and self.dry_run_world % self.shard_ranks:
+            raise ValueError(f"shard_ranks = {self.shard_ranks} should divide dry_run_world = {self.dry_run_world}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
 
 
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        import memory
+        import pretrain
+        base = configurator.load(pretrain.Config, [cfg.dry_run_model])
+        stage = Stage("SFT", tokens=cfg.steps * cfg.batch_size * cfg.seq_len, seq_len=cfg.seq_len,
+                      batch_size=cfg.batch_size, lr=cfg.lr)
+        print(memory.report(replace(base.model, n_mtp=base.n_mtp_final), [stage], cfg.dry_run_world,
+                            n_mtp_final=base.n_mtp_final, micro_batch=cfg.micro_batch, checkpointing=cfg.checkpointing,
+                            shard_ranks=cfg.shard_ranks, reduce_each=cfg.reduce_each))
+        return
     # ---- start or resume ---------------------------------------------------------------------------------------
     rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
@@ -122,7 +140,7 @@ def main(cfg: Config) -> None:
             loss = sums[0] / counts[0]
             if n_mtp:
                 loss = loss + cfg.mtp_weight * (sums[1:] / counts[1:].clamp_min(1)).mean()
-            runtime.sync_gradients(model, last, rt)
+            runtime.sync_gradients(model, last or cfg.reduce_each, rt)
             (loss * rt.world).backward()
             total += sums.detach()
         total = runtime.all_reduce_sum(total, rt) / counts.clamp_min(1)

@@ -133,7 +133,8 @@ class Tokenizer:
         if max(ids) >= self.vocab_size:
             raise ValueError(f"tokenizer: id {max(ids)} does not fit a vocabulary of {self.vocab_size}")
         self.eos_id, self.im_start_id, self.im_end_id = (added[name][0] for name in (EOS, IM_START, IM_END))
-        # padded rows are no tokens: their logits must be masked when sampling, and decode() refuses them
+        # padded rows are no tokens: the engine draws among the first n_ids (Engine(ids=)), and decode() refuses them
+        self.n_ids = max(ids) + 1
         self.valid_ids = np.zeros(self.vocab_size, dtype=bool)    # [V]
         self.valid_ids[ids] = True
         self._bpe = tiktoken.Encoding("nanomimo", pat_str=PATTERN, mergeable_ranks=ranks,

@@ -208,7 +208,7 @@ def train_sft(folder, init):
                 "--seq_len=64",
                 "--batch_size=5",
                 "--micro_batch=2",
-                "--steps=6",
+                "--steps=20",
                 "--device=cpu",
             ],
         )

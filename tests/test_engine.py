@@ -635,3 +635,30 @@ def test_random_events(small, layout, events):
         assert sorted(e.cache.free) == list(range(1, 26)) and e.cache.owned == {} and not e.cache.table.any()
     assert e.cache.kv.data_ptr() == address
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 16 * 1024  # KiB
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("n_draft", [0, 3])
+def test_padding_rows_of_the_head_are_never_drawn(model, fast, n_draft):
+    """
+    The last 7 rows made the likeliest by far: never drawn, greedy or not, and the log-probs are those of a softmax over
+    the others; without ids= they are drawn.
+    """
+    if fast and library() is None:
+        pytest.skip("no C compiler")
+    padded = build(CFG)
+    padded.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        padded.lm_head.weight[V - 7:] = 3 * padded.lm_head.weight[:7]
+    asked = [Request(i, text(5 + i, i), 20, temperature=float(i % 2), seed=i) for i in range(8)]
+    for s in generate(Engine(padded, 4, 64, n_draft, fast=fast, ids=V - 7), asked):
+        assert max(s.tokens) < V - 7
+        with torch.no_grad():
+            ids = torch.tensor([s.prompt + s.tokens])
+            logp = padded.logits(padded(ids))[0, len(s.prompt) - 1:-1, :V - 7].log_softmax(-1)
+        right = logp.gather(1, torch.tensor(s.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(s.logprobs), right, atol=1e-4, rtol=0)
+    drawn = {t for s in generate(Engine(padded, 4, 64, n_draft, fast=fast), asked) for t in s.tokens}
+    assert max(drawn) >= V - 7
+    with pytest.raises(ValueError, match="ids = 33 should be 1 to 32"):
+        Engine(padded, 4, 64, ids=V + 1)

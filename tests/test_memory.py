@@ -210,21 +210,19 @@ def test_dry_run_of_the_7b_prints_the_report():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_and_plans(path, capsys):
-    """Pre-training files run as a dry run; SFT and RL files load into their script's Config."""
+    """Each file runs as a dry run of its script; SFT and RL files go from one folder to another."""
     import pretrain
     import rl
     import sft
     kind = rl if "_rl" in path.stem else sft if "_sft" in path.stem else pretrain
-    if kind is pretrain:
-        pretrain.main(configurator.load(pretrain.Config, [str(path), "--dry_run=True"]))
-        assert "memory per GPU" in capsys.readouterr().out
-    else:
-        cfg = configurator.load(kind.Config, [str(path)])
-        assert cfg.init != cfg.out and cfg.out.startswith("out/")
-    if kind is rl:
-        rl.main(configurator.load(rl.Config, [str(path), "--dry_run=True"]))
-        told = capsys.readouterr().out
-        assert "KV" in told and ("8,254,990,336" in told) == path.stem.startswith("mimo_7b")
+    cfg = configurator.load(kind.Config, [str(path), "--dry_run=True"])
+    kind.main(cfg)
+    told = capsys.readouterr().out
+    assert "memory per GPU" in told and "KV" in told
+    assert ("8,254,990,336" in told) == path.stem.startswith("mimo_7b")
+    assert kind is pretrain or cfg.init != cfg.out and cfg.out.startswith("out/")
+    with pytest.raises(SystemExit, match="shard_ranks = 3 should divide dry_run_world = 8"):
+        configurator.load(kind.Config, [str(path), "--dry_run=True", "--shard_ranks=3"])
 
 
 def test_rl_memory_counts_what_the_engine_allocates():
