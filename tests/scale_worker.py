@@ -6,6 +6,7 @@ or run the real scripts on a few documents. Not a test itself.
 """
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -58,8 +59,11 @@ def main(
     compile=0,
     starve=0,
     one_gpu=0,
+    full_disk=0,
 ):
     rt = runtime.setup(seed=1, device="cpu", shard_ranks=shard_ranks)
+    if full_disk and rt.is_main:                       # only rank 0 looks
+        shutil.disk_usage = lambda path: SimpleNamespace(free=1)
     if one_gpu:                                        # what setup() does for one GPU, on the CPU
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

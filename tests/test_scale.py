@@ -57,6 +57,16 @@ def test_two_plain_copies(alone, tmp_path):
     same(alone, read(tmp_path / "one.json"))
 
 
+def test_a_full_disk_ends_all_ranks(tmp_path):
+    """Rank 0 sees that a checkpoint will not fit; both end with its line, nothing is written."""
+    run = tmp_path / "run"
+    codes = run_ranks(2, tmp_path, train, str(tmp_path / "out.json"), run=str(run), save_at=1, full_disk=1)
+    assert codes == [1, 1] and not list(run.glob("step_*"))
+    for rank in range(2):
+        log = (tmp_path / f"rank{rank}.log").read_text()
+        assert log.count("disk full: a checkpoint in") == 1 and "Traceback" not in log
+
+
 def test_four_ranks_hybrid_then_saved_and_loaded_on_two_and_one(alone, tmp_path):
     """
     4 x 2 on a 2 x 2 mesh with selective recomputation, written in the background at step 10, resumed on 2 and
