@@ -435,7 +435,7 @@ def swapped_halves(model):
 
 def test_bugs_that_only_lower_acceptance_are_seen(model):
     """Each control gives the same text (speculation stays exact) and clearly fewer accepted drafts."""
-    runs = requests(40, most=40, temperature=0.0)
+    runs = requests(120, most=40, temperature=0.0)
     good = generate(Engine(model, 16, 96, 3), runs)
 
     def tokens_per_round(samples):
@@ -449,7 +449,7 @@ def test_bugs_that_only_lower_acceptance_are_seen(model):
         assert [s.tokens for s in bad] == [s.tokens for s in good]
         found[cls.__name__] = tokens_per_round(bad)
     found["swapped"] = tokens_per_round(generate(Engine(swapped_halves(model), 16, 96, 3), runs))
-    assert all(x < best - 0.08 for x in found.values()), (best, found)
+    assert all(x < best - 0.04 for x in found.values()), (best, found)      # the stale cache costs least, 0.07 to 0.09
 
 
 # ---- ends, limits, errors ----------------------------------------------------------------------------------
