@@ -7,7 +7,7 @@ Memory is what one rank holds at the end of a forward pass, its worst moment, by
 step or a later one: with a single one gradients come as activations go, and the peak is less by about the gradients.
 
     weights      fp32 master shards, and what FSDP has gathered in bf16 (root, MTP layers, two blocks)
-    gradients    fp32 shards, and the gathered gradients that wait for their reduction
+    gradients    fp32: of all parameters until the last micro-batch reduces them, shards if each one does
     optimizer    Adam's two moments, fp32 shards
     activations  what autograd keeps for the backward pass, from the kernels' own lists (block_floats)
     logits       gradients of the loss head, made in the forward, and one chunk of logits
@@ -143,11 +143,10 @@ def plan(shape, stages, world: int, *, micro_batch: int = 1, checkpointing: str 
         tokens = micro * s.seq_len
         root = count["embedding"] + count["head"] + count["final norm"]
         gathered = root + count["MTP layers"] + 2 * block_params(shape)     # 2: block in use and the next
-        waiting = (root if not last else 0) + count["MTP layers"]
         passing = passing_bytes(shape, tokens, checkpointing, gpu)
         memory = {
             "weights": 4 * P / n + (gathered * e if sharded else 0),
-            "gradients": 4 * trained / n + sharded * (waiting * e if reduce_each else 4 * trained),
+            "gradients": 4 * trained if sharded and not reduce_each else 4 * trained / n,
             "optimizer": 8 * trained / n,
             "activations": activation_bytes(shape, tokens, n_mtp, checkpointing, gpu, last) + passing[1],
             "logits": logits_bytes(shape, tokens, n_mtp, gpu) + passing[0],
