@@ -85,10 +85,10 @@ class Rows:
         plan.bias = plan.last_bias if Q == 1 else bias.repeat_interleave(plan.g, 1)[:, None]    # [B,1,Q*g,L]
         return plan
 
-    def hold(self, rows: Tensor) -> Tensor:
+    def hold(self, rows: list[int]) -> list[int]:
         return rows                                                 # what copy() needs to find the contents
 
-    def copy(self, held: Tensor, targets: Tensor, used: int) -> None:
+    def copy(self, held: list[int], targets: list[int], used: int) -> None:
         """The first `used` columns of the held rows over rows targets; all is read before it is written."""
         self.kv[:, targets, :, :used] = self.kv[:, held, :, :used]
 
@@ -104,11 +104,11 @@ class Rows:
 
 class Pieces(Rows):
     """The same memory as decode_cpu.c lays it out: 16 columns of all heads, then the next 16."""
-    def copy(self, held: Tensor, targets: Tensor, used: int) -> None:
+    def copy(self, held: list[int], targets: list[int], used: int) -> None:
         pieces, used = self.kv.view(*self.kv.shape[:2], self.columns // KEYS, -1), -(-used // KEYS)
         # a slice a row: indexing with a tensor takes several times as long
-        copies = {i: pieces[:, i, :used].clone() for i in set(held.tolist())}
-        for i, j in zip(held.tolist(), targets.tolist(), strict=True):
+        copies = {i: pieces[:, i, :used].clone() for i in set(held)}
+        for i, j in zip(held, targets, strict=True):
             pieces[:, j, :used] = copies[i]
 
 
@@ -168,10 +168,10 @@ class Blocks:
         plan.lengths = (positions[:, -1] + 1).int()
         return plan
 
-    def hold(self, rows: Tensor) -> Tensor:
+    def hold(self, rows: list[int]) -> Tensor:
         return self.table[rows].long()                              # before assign() changes the table
 
-    def copy(self, held: Tensor, targets: Tensor, used: int) -> None:
+    def copy(self, held: Tensor, targets: list[int], used: int) -> None:
         """Contents of the held blocks into those the targets have now; who only moved keeps its own."""
         n = -(-used // self.block)
         i, j = held[:, :n].flatten(), self.table[targets, :n].long().flatten()

@@ -119,7 +119,10 @@ class Engine:
         self.column, self.columns = self.cache.column, self.cache.columns
         self.ring = 4 * (n_draft + 1)                     # trunk states kept for the MTP layers, per sequence
         self.state, self.views = self.new_state(cfg), (0, {})
-        self.forward = Forward(model, n_draft, self.cache, self.state, lib, self.n_ids) if self.fast else None
+        # the same memory on a CPU through NumPy: there reading or writing a few numbers costs a tenth
+        self.arrays = {name: t if t.is_cuda or t.dtype == torch.bfloat16 else t.numpy() for name, t in self.state.items()}
+        self.forward = (Forward(model, n_draft, self.cache, self.state, lib, self.n_ids, self.budget) if self.fast
+                        else None)
         self.queue: deque[Request] = deque()
         self.decoding: list[Request] = []                           # row i belongs to decoding[i]
         self.reading: list[list[Request]] = []           # requests with one prompt; row S-1-j is reading[j]'s
@@ -259,7 +262,7 @@ class Engine:
             self.reading.append(group)
             self.cache.assign(row, group[0].id)
             self.state["tokens"][row, :len(prompt)] = torch.tensor(prompt)
-            self.state["n"][row] = 1                            # while reading: n - 1 tokens are in the cache
+            self.arrays["n"][row] = 1                           # while reading: n - 1 tokens are in the cache
 
     def read_prompts(self) -> None:
         """
@@ -269,7 +272,7 @@ class Engine:
         """
         self.keep_reading([j for j, group in enumerate(self.reading) if group])
         want = [len(group[0].prompt) - 1 for group in self.reading]
-        done = (self.state["n"][self.S - len(want):].flip(0) - 1).tolist()
+        done = [n - 1 for n in self.arrays["n"][self.S - len(want):].tolist()[::-1]]
         T = B = 0
         for w, r in zip(want, done, strict=True):                 # as many as the budget allows, oldest first
             longest = max(T, min(w - r, self.chunk), ROWS)
@@ -281,24 +284,25 @@ class Engine:
         new = [min(r + T, w) for w, r in zip(want[:B], done[:B], strict=True)]
         if new != done[:B]:
             self.read_chunk(done[:B], new, T)
-            self.state["n"][self.S - B:] = torch.tensor(new[::-1], device=self.device) + 1
+            self.put("n", slice(self.S - B, self.S), [m + 1 for m in new[::-1]])
         self.start_decoding([j for j in range(B) if new[j] == want[j]])
 
     def read_chunk(self, done: list[int], new: list[int], T: int) -> None:
         """Tokens done[j] .. new[j] - 1 of reading[j]'s prompt, as T columns."""
         B, tokens, C = len(done), self.state["tokens"], self.columns
         first = self.S - B
+        if self.fast:
+            return self.forward.read_chunk(first, B, T, new[::-1])
         start = torch.tensor(done[::-1], device=self.device)[:, None]
         positions = (start + self.column[:T]).clamp_max(C - 1)      # [B,T]
-        ids, fill = tokens[first:].gather(1, positions), self.n_draft == 0
-        h = self.trunk(ids, self.plan(first, positions), fill)      # [B,T,D]
+        plan = self.plan(first, positions)
+        h = self.trunk(tokens[first:].gather(1, positions), plan)   # [B,T,D]
         if self.n_draft == 0:
             return
-        plan = self.plan(first, positions)
         for k in range(self.n_draft):
             # slot p of layer k takes x_{p+k+1}, from the prompt where known; draft() re-runs the last k slots
             ahead = tokens[first:].gather(1, (positions + k + 1).clamp_max(C - 1))
-            self.mtp(k, h, ahead, plan, "none")
+            self.mtp(k, h, ahead, plan)
         for j in range(B):                                       # the last states of each, not of its padding
             first, end, row = max(new[j] - self.ring, done[j]), new[j], B - 1 - j
             slots = self.column[first:end] % self.ring
@@ -315,20 +319,28 @@ class Engine:
         new, rows = self.decoding[A:], slice(A, len(self.decoding))
         self.keep_reading([j for j in range(len(self.reading)) if j not in set(finished)], sources, new)
 
-        def column(values, name: str) -> Tensor:
-            return torch.tensor(values, dtype=s[name].dtype, device=self.device)
-        s["n"][rows] = column([len(r.prompt) for r in new], "n")
-        s["limit"][rows] = column([min(len(r.prompt) + r.max_tokens, self.max_len) for r in new], "limit")
+        self.put("n", rows, [len(r.prompt) for r in new])
+        self.put("limit", rows, [min(len(r.prompt) + r.max_tokens, self.max_len) for r in new])
         for name in ("temperature", "top_p", "top_k"):
-            s[name][rows] = column([getattr(r, name) for r in new], name)
-        s["stop"][rows] = column([[*r.stop, *[-1] * (STOPS - len(r.stop))] for r in new], "stop")
-        seeds = column([signed64(r.seed) for r in new], "n")
-        s["u"][rows] = uniform(seeds[:, None], self.column - s["n"][rows, None])
-        s["drafted"][rows] = s["accepted"][rows] = 0
+            self.put(name, rows, [getattr(r, name) for r in new])
+        self.put("stop", rows, [[*r.stop, *[-1] * (STOPS - len(r.stop))] for r in new])
+        for name in ("drafted", "accepted"):
+            self.put(name, rows, 0)
+        if self.fast:
+            for row, r in enumerate(new, A):
+                self.forward.uniform(row, len(r.prompt), r.seed)
+        else:
+            seeds = torch.tensor([[signed64(r.seed)] for r in new], device=self.device)
+            s["u"][rows] = uniform(seeds, self.column - s["n"][rows, None])
         for request in new:
             self.kinds[kind_of(request)] += 1
         if self.n_draft:
             self.draft(A, len(new), 1)
+
+    def put(self, name: str, rows: slice, values) -> None:
+        """The state `name` of these rows from a list, or one number for all."""
+        array = self.arrays[name]
+        array[rows] = torch.tensor(values, dtype=array.dtype) if isinstance(array, Tensor) else values
 
     def keep_reading(self, keep: list[int], sources=(), new=()) -> None:
         """
@@ -341,29 +353,19 @@ class Engine:
         self.reading, A = [self.reading[j] for j in keep], len(self.decoding)
         targets = [*range(A - len(new), A), *(end - i for i in range(len(keep)))]
         self.arrange([*sources, *(end - j for j in keep)], targets,
-                     [r.id for r in new] + [group[0].id for group in self.reading])
+                     [r.id for r in new] + [group[0].id for group in self.reading], ("tokens", "n", "h"))
         for row in range(max(A, end - before + 1), end - len(keep) + 1):
             self.cache.assign(row, None)
 
     # -- decoding
 
     def plan(self, first: int, positions: Tensor, write: Tensor | None = None) -> Plan:
-        if self.fast:                                               # decode_cpu.c looks up and masks by itself
-            plan = Plan()
-            plan.first, plan.shape, plan.positions = first, positions.shape, positions
-            plan.columns = positions if write is None else write
-            return plan
         plan = self.cache.plan(first, positions, write)
         plan.cos, plan.sin = self.cos[positions], self.sin[positions]           # [B,Q,d]
         return plan
 
-    def trunk(self, ids: Tensor, plan: Plan, fill: bool = False) -> Tensor | None:
-        """
-        ids [B,Q] through the blocks over the cache -> h [B,Q,D] before the final norm. fill: nobody wants h,
-        only the cache is to be filled, so the last block may stop at its keys and values.
-        """
-        if self.fast:
-            return self.forward.trunk(ids, plan, fill)
+    def trunk(self, ids: Tensor, plan: Plan) -> Tensor:
+        """ids [B,Q] through the blocks over the cache -> h [B,Q,D] before the final norm."""
         x = self.model.embed_tokens(ids)
         for block, cache in zip(self.model.layers, self.cache.layers, strict=False):
             x = self.block(block, x, plan, cache)
@@ -376,22 +378,17 @@ class Engine:
             return block_step(block, x, plan.cos, plan.sin, cache)
         return Block.forward(block, x, plan.cos, plan.sin, None, cache)
 
-    def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan, want: str = "all") -> Tensor | None:
+    def mtp(self, k: int, h: Tensor, ahead: Tensor, plan: Plan) -> Tensor:
         """
-        MTP layer k over its own cache; h [B,Q,D] from BEFORE the final norm, ahead [B,Q] the tokens k+1 places
-        after h's. want: "all" -> z [B,Q,D]; "last" of each sequence -> [B,D]; "none": only the cache is to be filled.
+        MTP layer k over its own cache -> z [B,Q,D]; h [B,Q,D] from BEFORE the final norm, ahead [B,Q] the tokens k+1
+        places after h's.
         """
-        if self.fast:
-            return self.forward.mtp(k, h, ahead, plan, want)
         layer, cache = self.model.mtp_layers[k], self.cache.layers[self.model.cfg.n_layer + k]
-        z = self.block(layer, layer.enter(h, self.model.embed_tokens(ahead)), plan, cache)
-        return z[:, -1] if want == "last" else z
+        return self.block(layer, layer.enter(h, self.model.embed_tokens(ahead)), plan, cache)
 
     def head(self, x: Tensor, norm) -> Tensor:
         """The shared head behind the trunk's norm or an MTP layer's. x [B,Q,D] -> fp32 [B Q,n_ids]."""
         (B, Q), x, w = x.shape[:2], x.flatten(0, 1), self.model.lm_head.weight
-        if self.fast:
-            return self.forward.head(x, norm)
         if self.cache.static and serves(self.model.layers[0], B, Q) and len(w) % 16 == 0:
             return gemv(norm(x), [w], dtype=torch.float32)[:, :self.n_ids]
         return F.linear(norm(x), w).float()[:, :self.n_ids]
@@ -463,8 +460,8 @@ class Engine:
         ring = (real % self.ring)[..., None].expand(-1, -1, self.model.cfg.d_model)
         h = s["h"][rows].gather(1, ring)                            # [B,W,D]
         for k, layer in enumerate(self.model.mtp_layers[:self.n_draft]):
-            z = self.mtp(k, h, tokens.gather(1, real + k + 1), plan, "last")            # [B,W,D] -> [B,D]
-            tokens.scatter_(1, n + k, self.head(z[:, None], layer.final_layernorm).argmax(-1, keepdim=True))
+            z = self.mtp(k, h, tokens.gather(1, real + k + 1), plan)                    # [B,W,D]
+            tokens.scatter_(1, n + k, self.head(z[:, -1:], layer.final_layernorm).argmax(-1, keepdim=True))
 
     def replay(self, R: int) -> Tensor:
         """decode() and draft() as one CUDA graph per number of rows (a power of two) and kind of sampling."""
@@ -495,17 +492,17 @@ class Engine:
 
     # -- the end of a sequence
 
-    def result(self, i: int, finish: str) -> Sample:
-        s, r = self.state, self.decoding[i]
+    def result(self, i: int, finish: str | None = None) -> Sample:
+        s, r = self.arrays, self.decoding[i]
         new = slice(len(r.prompt), int(s["n"][i]))
-        return Sample(r.id, r.prompt, s["tokens"][i, new].tolist(), s["logp"][i, new].tolist(), finish,
+        tokens = s["tokens"][i, new].tolist()
+        return Sample(r.id, r.prompt, tokens, s["logp"][i, new].tolist(),
+                      finish or ("stop" if tokens[-1] in r.stop else "length"),
                       tuple(s["drafted"][i].tolist()), tuple(s["accepted"][i].tolist()))
 
     def retire(self, ended: Tensor) -> list[Sample]:
-        rows = ended.nonzero()[:, 0].tolist()
-        last = self.state["tokens"][rows, self.state["n"][rows] - 1].tolist() if rows else []
-        samples = [self.result(i, "stop" if token in self.decoding[i].stop else "length")
-                   for i, token in zip(rows, last, strict=True)]
+        rows = [i for i, over in enumerate(ended.tolist()) if over]
+        samples = [self.result(i) for i in rows]
         self.remove(rows)
         return samples
 
@@ -523,24 +520,23 @@ class Engine:
         for i, j in zip(movers, holes, strict=True):
             self.decoding[j] = self.decoding[i]
         del self.decoding[A - len(rows):]
-        self.arrange(movers, holes, [self.decoding[j].id for j in holes])
+        self.arrange(movers, holes, [self.decoding[j].id for j in holes], tuple(self.state))
         for i in range(A - len(rows), A):
             self.cache.assign(i, None)
 
-    def arrange(self, sources: list[int], targets: list[int], keys: list) -> None:
+    def arrange(self, sources: list[int], targets: list[int], keys: list, names: tuple[str, ...]) -> None:
         """
-        Row targets[x] becomes that of request keys[x] and takes over the state and the cached tokens of row
+        Row targets[x] becomes that of request keys[x] and takes over the state `names` and the cached tokens of row
         sources[x]; everything is read before anything is written.
         """
         if not sources:
             return
-        i, j = (torch.tensor(x, device=self.device) for x in (sources, targets))
-        held = self.cache.hold(i)
+        held = self.cache.hold(sources)
         for row, key in zip(targets, keys, strict=True):
             self.cache.assign(row, key)
-        self.cache.copy(held, j, min(int(self.state["n"][i].max()) + self.n_draft, self.columns))
-        for t in self.state.values():
-            t[j] = t[i]
+        self.cache.copy(held, targets, min(int(self.arrays["n"][sources].max()) + self.n_draft, self.columns))
+        for name in names:
+            self.arrays[name][targets] = self.arrays[name][sources]
 
 
 def generate(engine: Engine, requests: list[Request]) -> list[Sample]:

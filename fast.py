@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draw import signed64
 from kernels import cpu
 from model import Block, MiMo
 
@@ -49,8 +50,8 @@ def library():
     if lib is not None:
         p, i = c_void_p, c_int64
         cpu.bind(lib, scratch_floats=(i, p), trunk=(None, p, p, i, p, i, p), mtp=(None, p, i, p, i, p, p, i, p),
-                 head=(None, p, i, i, p, p), decode=(i, p, p, i, p), draft=(None, p, p, i, i, i),
-                 exp_of=(None, i, p, p))
+                 head=(None, p, i, i, p, p), read_chunk=(None, p, p, i, i, i, p), decode=(i, p, p, i, p),
+                 draft=(None, p, p, i, i, i), uniform=(None, i, i, p), exp_of=(None, i, p, p))
     return lib
 
 
@@ -73,15 +74,16 @@ def panels(w: Tensor) -> Tensor:
 
 class Forward:
     """
-    The forward of one model over one cache (cache.Pieces), and the engine's decode and draft, which work on the tensors
-    of its state in place. n_ids: rows of the head in use, the rest is padding. The packed weights are a private copy,
-    made again after any parameter was written to (an optimizer step, a load).
+    The forward of one model over one cache (cache.Pieces), and the engine's read_chunk, decode and draft, which work on
+    the tensors of its state in place. n_ids: rows of the head in use, the rest is padding; chunk: most prompt tokens
+    read at once. The packed weights are a private copy, made again after any parameter was written to (an optimizer
+    step, a load).
     """
-    def __init__(self, model: MiMo, n_draft: int, rows, state: dict[str, Tensor], lib, n_ids: int):
+    def __init__(self, model: MiMo, n_draft: int, rows, state: dict[str, Tensor], lib, n_ids: int, chunk: int):
         cfg, self.model, self.lib = model.cfg, model, lib
         self.mtp_layers = list(model.mtp_layers[:n_draft])
         self.params, self.version = list(model.parameters()), None
-        self.kept: dict[str, Tensor] = {}                           # all tensors of which C holds the addresses
+        self.kept: dict[str, Tensor] = {"cache": rows.kv}           # all tensors of which C holds the addresses
         s = Shape(cfg.d_model, up16(cfg.d_model), cfg.head_dim, up16(cfg.head_dim), cfg.n_head, cfg.n_kv_head,
                   up16(cfg.d_ff), n_ids, up16(n_ids), rows.columns, cfg.rms_eps)
         n = len(rows.kv)
@@ -90,8 +92,8 @@ class Forward:
         self.c = Model(s, cfg.n_layer, n_draft, self.blocks, caches, self.entries)
         self.shape, self.at = self.c.s, byref(self.c)
         self.c.scratch = self.keep("scratch", torch.empty(lib.scratch_floats(byref(s))))
-        # a forward has n_draft + 1 tokens a sequence, or draft()'s window: at most 2 n_draft
-        S, N = len(state["n"]), len(state["n"]) * max(n_draft + 1, 2 * n_draft)
+        # a forward has a chunk of prompts, n_draft + 1 tokens a sequence, or draft()'s window: at most 2 n_draft
+        S, N = len(state["n"]), max(chunk, len(state["n"]) * max(n_draft + 1, 2 * n_draft))
         self.ended, self.logits = torch.zeros(S, dtype=torch.bool), torch.empty(S * (n_draft + 1), s.Vp)
         places = [torch.empty(N, dtype=torch.int64) for _ in range(3)]
         room = [self.ended, *places, torch.empty(N, s.Dp), torch.empty(N, s.D), self.logits]
@@ -101,9 +103,9 @@ class Forward:
                            *(t.data_ptr() for t in tensors.values()))
         self.rows, self.done = byref(self.state), c_int64()
 
-    @torch.no_grad()
     def refresh(self, cos: Tensor, sin: Tensor) -> None:
         """New rotations, and the weights packed again if they have changed."""
+        self.kept["cos"], self.kept["sin"] = cos, sin
         self.c.cos, self.c.sin = cos.data_ptr(), sin.data_ptr()
         version = sum(map(attrgetter("_version"), self.params))     # in-place writes count up
         if version == self.version:
@@ -128,31 +130,9 @@ class Forward:
             self.kept[name] = torch.empty(value.shape)
         return self.kept[name].copy_(value).data_ptr()
 
-    def places(self, plan):
-        """Where the plan's tokens stand; its tensors stay alive in the plan."""
-        return byref(Places(plan.first, plan.shape[1], plan.positions.data_ptr(), plan.columns.data_ptr()))
-
-    def trunk(self, ids: Tensor, plan, fill: bool) -> Tensor | None:
-        """ids int64 [B,Q] -> h [B,Q,D] before the final norm; fill: only the caches are filled."""
-        x, ids = torch.empty(*ids.shape, self.shape.Dp), ids.contiguous()
-        self.lib.trunk(self.at, self.places(plan), ids.numel(), ids.data_ptr(), fill, x.data_ptr())
-        return None if fill else x[..., :self.shape.D]
-
-    def mtp(self, k: int, h: Tensor, ahead: Tensor, plan, want: str) -> Tensor | None:
-        """MTP layer k; h [B,Q,D] before the final norm, ahead [B,Q]. want "all" -> [B,Q,D], "last" -> [B,D], "none"."""
-        s, (B, Q) = self.shape, ahead.shape
-        x, h, ahead = torch.empty(B, Q, s.Dp), h.contiguous(), ahead.contiguous()
-        every = {"all": 1, "last": Q, "none": 0}[want]
-        self.lib.mtp(self.at, k, self.places(plan), B * Q, h.data_ptr(), ahead.data_ptr(), every, x.data_ptr())
-        return None if want == "none" else x[..., :s.D] if want == "all" else x.view(-1, s.Dp)[:B, :s.D]
-
-    def head(self, x: Tensor, norm) -> Tensor:
-        """x [N,D] -> logits [N,V], behind the trunk's norm or an MTP layer's."""
-        s, norms = self.shape, [layer.final_layernorm for layer in self.mtp_layers]
-        x, logits = pad(x, s.Dp).contiguous(), torch.empty(len(x), s.Vp)
-        layer = next((k for k, own in enumerate(norms) if own is norm), -1)
-        self.lib.head(self.at, layer, len(x), x.data_ptr(), logits.data_ptr())
-        return logits[:, :s.V]
+    def read_chunk(self, first: int, B: int, T: int, end: list[int]) -> None:
+        """Engine.read_chunk for rows first .. first + B - 1; end: how many tokens of each are read after it."""
+        self.lib.read_chunk(self.at, self.rows, first, B, T, (c_int64 * B)(*end))
 
     def decode(self, R: int) -> tuple[Tensor | None, int]:
         """Engine.decode: -> (ended [R], None if no row has; most tokens a row has gained)."""
@@ -162,6 +142,38 @@ class Forward:
     def draft(self, first: int, B: int, E: int) -> None:
         """Engine.draft."""
         self.lib.draft(self.at, self.rows, first, B, E)
+
+    def uniform(self, row: int, first: int, seed: int) -> None:
+        """draw.uniform of the seed into the state's u, for the tokens at columns first and on."""
+        u = self.kept["u"][row, first:]
+        self.lib.uniform(signed64(seed), len(u), u.data_ptr())
+
+    # -- the parts, each alone: the tests hold them against model.py
+
+    def places(self, first: int, positions: Tensor):
+        """Where tokens stand: positions int64 [B,Q], contiguous and kept by the caller, of rows first and on."""
+        return byref(Places(first, positions.shape[1], positions.data_ptr(), positions.data_ptr()))
+
+    def trunk(self, ids: Tensor, first: int, positions: Tensor) -> Tensor:
+        """ids int64 [B,Q] -> h [B,Q,D] before the final norm."""
+        x, ids = torch.empty(*ids.shape, self.shape.Dp), ids.contiguous()
+        self.lib.trunk(self.at, self.places(first, positions), ids.numel(), ids.data_ptr(), False, x.data_ptr())
+        return x[..., :self.shape.D]
+
+    def mtp(self, k: int, h: Tensor, ahead: Tensor, first: int, positions: Tensor, want: str = "all") -> Tensor | None:
+        """MTP layer k; h [B,Q,D] before the final norm, ahead [B,Q]. want "all" -> [B,Q,D], "last" -> [B,D], "none"."""
+        s, (B, Q) = self.shape, ahead.shape
+        x, h, ahead = torch.empty(B, Q, s.Dp), h.contiguous(), ahead.contiguous()
+        every = {"all": 1, "last": Q, "none": 0}[want]
+        self.lib.mtp(self.at, k, self.places(first, positions), B * Q, h.data_ptr(), ahead.data_ptr(), every,
+                     x.data_ptr())
+        return None if want == "none" else x[..., :s.D] if want == "all" else x.view(-1, s.Dp)[:B, :s.D]
+
+    def head(self, x: Tensor, layer: int = -1) -> Tensor:
+        """x [N,D] -> logits [N,V], behind the trunk's norm (-1) or an MTP layer's."""
+        x, logits = pad(x, self.shape.Dp).contiguous(), torch.empty(len(x), self.shape.Vp)
+        self.lib.head(self.at, layer, len(x), x.data_ptr(), logits.data_ptr())
+        return logits[:, :self.shape.V]
 
 
 def packed(block: Block, s: Shape) -> dict[str, Tensor]:

@@ -377,7 +377,7 @@ static int draw(const Model *m, const float *logits, float u, float temperature,
     return id;
 }
 
-// ---- what fast.py calls: Engine.decode and Engine.draft -------------------------------------------------------------
+// ---- what fast.py calls: the engine's methods of the same names -----------------------------------------------------
 
 typedef struct {                                    // the engine's state, one row a sequence: new_state() in engine.py
     int64_t columns, ring, stops;
@@ -392,6 +392,44 @@ typedef struct {                                    // the engine's state, one r
     int64_t *position, *column, *ids;               // room for the tokens of one forward
     float *x, *states, *logits;
 } State;
+
+// u [n]: the random numbers of a request's first n tokens, draw.py's splitmix64 of (seed, index)
+static uint64_t splitmix(uint64_t x) {
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return x ^ x >> 31;
+}
+
+void uniform(int64_t seed, int64_t n, float *u) {
+    for (int64_t i = 0; i < n; i++) u[i] = (splitmix(splitmix(seed) + (i + 1) * 0x9E3779B97F4A7C15u) >> 40) * 0x1p-24f;
+}
+
+// T more tokens of the B prompts in rows first .. first + B - 1, behind the n - 1 that are in the caches: through the
+// trunk, and as keys and values of the MTP layers. end [B]: how many tokens of each are read after this, padding left out.
+void read_chunk(const Model *m, const State *t, int64_t first, int64_t B, int64_t T, const int64_t *end) {
+    int64_t N = B * T, C = t->columns, D = m->s.D;
+    const int64_t *tokens = t->tokens + first * C, *n = t->n + first;
+    for (int i = 0; i < N; i++) {
+        int64_t place = n[i / T] - 1 + i % T;
+        t->position[i] = place < C ? place : C - 1;
+        t->ids[i] = tokens[i / T * C + t->position[i]];
+    }
+    Plan at = {first, T, t->position, t->position};
+    trunk(m, &at, N, t->ids, m->n_draft == 0, t->x);
+    if (m->n_draft == 0) return;
+    for (int i = 0; i < N; i++) memcpy(t->states + i * D, t->x + (long)i * m->s.Dp, D * sizeof(float));
+    for (int k = 0; k < m->n_draft; k++) {                          // slot p of layer k takes x_{p+k+1}, where known
+        for (int i = 0; i < N; i++) {
+            int64_t ahead = t->position[i] + k + 1;
+            t->ids[i] = tokens[i / T * C + (ahead < C ? ahead : C - 1)];
+        }
+        mtp(m, k, &at, N, t->states, t->ids, 0, t->x);
+    }
+    for (int r = 0; r < B; r++)                                     // the last states of each, not of its padding
+        for (int64_t p = end[r] - t->ring > n[r] - 1 ? end[r] - t->ring : n[r] - 1; p < end[r]; p++)
+            memcpy(t->h + ((first + r) * t->ring + p % t->ring) * D, t->states + (r * T + p - n[r] + 1) * D,
+                   D * sizeof(float));
+}
 
 // Each of the first R rows: its last certain token and its drafts through the trunk, tokens drawn for as long as the
 // drafts are right. -> most tokens a row has gained; ended[r] = 1 where a row has ended, their number in *done.

@@ -399,13 +399,13 @@ def test_acceptance_is_what_teacher_forcing_says(model, temperature):
 
 
 class PostNorm(Engine):
-    def mtp(self, k, h, ahead, plan, want="all"):
-        return super().mtp(k, self.model.norm(h), ahead, plan, want)
+    def mtp(self, k, h, ahead, plan):
+        return super().mtp(k, self.model.norm(h), ahead, plan)
 
 
 class Shifted(Engine):
-    def mtp(self, k, h, ahead, plan, want="all"):
-        return super().mtp(k, h, ahead.roll(1, 1), plan, want)
+    def mtp(self, k, h, ahead, plan):
+        return super().mtp(k, h, ahead.roll(1, 1), plan)
 
 
 class Stale(Engine):

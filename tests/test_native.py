@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fast
+from draw import signed64, uniform
 from engine import Engine, Request, generate
 from kernels import cpu
 from model import ModelConfig
@@ -47,10 +48,10 @@ def ids_of(model, B: int, T: int) -> torch.Tensor:
     return torch.randint(model.cfg.vocab_size, (B, T), generator=torch.Generator().manual_seed(T))
 
 
-def engine_of(model, n_draft: int = 3, columns: int = 128) -> Engine:
-    engine = Engine(model, 8, columns - 5, n_draft)
+def forward_of(model, slots: int, columns: int = 128) -> fast.Forward:
+    engine = Engine(model, slots, columns - 5, 3)
     engine.tables()
-    return engine
+    return engine.forward
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def test_forward_equals_model_py(model, pieces):
     forward. Each layer is also asked for the last token of each sequence alone, and for keys and values alone.
     """
     B, T = 3, sum(pieces)
-    ids, e = ids_of(model, B, T + 3), engine_of(model)
+    ids, e = ids_of(model, B, T + 3), forward_of(model, 8)
     h = model(ids[:, :T])
     cos, sin = model.rope_at(ids[:, :T], None)
     want = [model.logits(h)]
@@ -71,18 +72,18 @@ def test_forward_equals_model_py(model, pieces):
     done = 0
     for i, n in enumerate(pieces):
         here = slice(done, done + n)
-        plan = e.plan(2, torch.arange(done, done + n).expand(B, n).contiguous())
-        got_h = e.trunk(ids[:, here], plan)
+        places = 2, torch.arange(done, done + n).expand(B, n).contiguous()
+        got_h = e.trunk(ids[:, here], *places)
         torch.testing.assert_close(got_h, h[:, here], atol=1e-4, rtol=1e-5)
-        got = [e.head(got_h, model.norm).view(B, n, -1)]
+        got = [e.head(got_h.flatten(0, 1)).view(B, n, -1)]
         for k, layer in enumerate(model.mtp_layers):
             ahead, kind = ids[:, done + k + 1:done + n + k + 1], ("all", "last", "none")[(i + k) % 3]
-            z = e.mtp(k, got_h, ahead, plan, kind)
+            z = e.mtp(k, got_h, ahead, *places, kind)
             if kind == "none":
                 got.append(want[k + 1][:, here])
                 continue
             assert z.shape == ((B, n, model.cfg.d_model) if kind == "all" else (B, model.cfg.d_model))
-            logits = e.head(z.view(B, -1, model.cfg.d_model), layer.final_layernorm).view(B, -1, model.cfg.vocab_size)
+            logits = e.head(z.reshape(-1, model.cfg.d_model), k).view(B, -1, model.cfg.vocab_size)
             got.append(torch.cat([want[k + 1][:, here][:, :-logits.shape[1]], logits], 1))
         for a, b in zip(got, want, strict=True):
             assert (a - b[:, here]).abs().max() < 1e-4
@@ -95,14 +96,13 @@ def test_a_rows_bits_depend_on_that_row_alone(model):
     T, ids = 37, ids_of(model, 20, 37)
 
     def run(rows: list[int], pieces: list[int]) -> list[torch.Tensor]:
-        e, done, found = Engine(model, 20, 64, 3), 0, []
-        e.tables()
+        e, done, found = forward_of(model, 20, 69), 0, []
         for n in pieces:
             part = ids[rows, done:done + n]
-            plan = e.plan(0, torch.arange(done, done + n).expand(len(rows), n).contiguous())
-            h = e.trunk(part, plan)
-            z = e.mtp(1, h, part, plan)
-            found.append([h, z, e.head(h, model.norm).view(len(rows), n, -1)])
+            places = 0, torch.arange(done, done + n).expand(len(rows), n).contiguous()
+            h = e.trunk(part, *places)
+            z = e.mtp(1, h, part, *places)
+            found.append([h, z, e.head(h.flatten(0, 1)).view(len(rows), n, -1)])
             done += n
         return [torch.cat(x, 1) for x in zip(*found, strict=True)]
     alone = run([5], [1] * T)
@@ -111,6 +111,15 @@ def test_a_rows_bits_depend_on_that_row_alone(model):
         i = rows.index(5)
         for a, b in zip(alone, run(rows, pieces), strict=True):
             assert torch.equal(a[0], b[i])
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63, 12345678901234567890])
+def test_random_numbers_are_those_of_draw_py(seed):
+    forward = forward_of(make(SHAPES[4]), 8)
+    forward.uniform(5, 3, seed)
+    u = forward.kept["u"]
+    want = uniform(torch.tensor(signed64(seed)), torch.arange(u.shape[1] - 3))
+    assert torch.equal(u[5, 3:], want) and want.std() > 0.2 and not u[5, :3].any() and not u[4].any()
 
 
 def test_exp_is_accurate():
