@@ -112,8 +112,8 @@ class Engine:
         if layout == "rows":
             self.cache, self.memory = (Pieces if self.fast else Rows)(*shape, w.dtype, w.device), slots * columns
         else:
-            if n_draft > 4:
-                raise ValueError(f"n_draft = {n_draft} should be at most 4: kernels.decode takes 8 tokens")
+            if n_draft > 7:
+                raise ValueError(f"n_draft = {n_draft} should be at most 7: kernels.decode takes 8 tokens")
             self.memory = memory or slots * (max_len + n_draft + block)
             self.cache = Blocks(*shape, w.dtype, w.device, block, self.memory // block)
         self.column, self.columns = self.cache.column, self.cache.columns
@@ -249,6 +249,8 @@ class Engine:
 
     def admit(self) -> None:
         """Fill free slots in order of arrival; requests with one prompt, an RL group, are read once."""
+        if not self.queue:
+            return
         free, new = self.slots - self.active, {}
         while free and self.queue and self.cache.room_for(self.size(self.queue[0])):
             request = self.queue.popleft()
@@ -444,15 +446,16 @@ class Engine:
     def draft(self, first: int, B: int, E: int) -> None:
         """
         New drafts after the last certain token x_{n-1}: layer k reads (h_{n-2}, x_{n-1+k}) and writes draft
-        x_{n+k}. Each layer is also re-run, with the true hidden states from the ring, on the slots that
-        became certain (E at most) or still held a draft, so that its cache keeps nothing of a rejected draft.
-        One window for all layers:
+        x_{n+k}. Each layer is run, with the true hidden states from the ring, on all slots that became certain (E at
+        most), and again on those where it had read a draft that was rejected: the k before the newest, if the round
+        kept one token, and fewer by one with each token more. So its cache keeps nothing of a rejected draft. One
+        window for all layers, W = max(E, n_draft):
 
-            slots   n-E-n_draft ............ n-3  n-2             slot p of layer k takes the token x_{p+k+1}
+            slots   n-1-W ............ n-3  n-2                   slot p of layer k takes the token x_{p+k+1}
         """
         if self.fast:
             return self.forward.draft(first, B, E)
-        rows, s, W = slice(first, first + B), self.state, E + self.n_draft - 1
+        rows, s, W = slice(first, first + B), self.state, max(E, self.n_draft)
         n, tokens = s["n"][rows, None], s["tokens"][rows]
         slots = n - 1 + self.column[:W] - W                         # [B,W], the last one is n-2
         real = slots.clamp_min(0)

@@ -11,6 +11,8 @@ times slower.
 """
 import ctypes
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+import mmap
+from contextlib import suppress
 from functools import cache
 from operator import attrgetter
 
@@ -43,6 +45,9 @@ ROOM = ("ended", "position", "column", "ids", "x", "states", "logits")
 State = struct("State", columns=c_int64, ring=c_int64, stops=c_int64, **pointers(*STATE, *ROOM))
 
 
+HUGE = 2 << 20                                                      # bytes
+
+
 @cache
 def library():
     """The library of kernels/cpu.py with the functions of decode_cpu.c; None without a compiler."""
@@ -72,6 +77,21 @@ def panels(w: Tensor) -> Tensor:
     return w.unflatten(0, (-1, 16)).transpose(1, 2)
 
 
+def large_pages(n: int) -> Tensor:
+    """
+    n floats in pages of 2 MB, where the system has them (Linux): with pages of 4 KB a pass over 13 MB of weights
+    touches more of them than the processor keeps addresses for.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(n)
+    memory = mmap.mmap(-1, 4 * n + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):                                         # a kernel without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    floats = torch.frombuffer(memory, dtype=torch.float32)          # keeps the memory
+    skip = -floats.data_ptr() % HUGE // 4
+    return floats[skip:skip + n]
+
+
 class Forward:
     """
     The forward of one model over one cache (cache.Pieces), and the engine's read_chunk, decode and draft, which work on
@@ -83,6 +103,7 @@ class Forward:
         cfg, self.model, self.lib = model.cfg, model, lib
         self.mtp_layers = list(model.mtp_layers[:n_draft])
         self.params, self.version = list(model.parameters()), None
+        self.free = torch.empty(0)
         self.kept: dict[str, Tensor] = {"cache": rows.kv}           # all tensors of which C holds the addresses
         s = Shape(cfg.d_model, up16(cfg.d_model), cfg.head_dim, up16(cfg.head_dim), cfg.n_head, cfg.n_kv_head,
                   up16(cfg.d_ff), n_ids, up16(n_ids), rows.columns, cfg.rms_eps)
@@ -92,8 +113,8 @@ class Forward:
         self.c = Model(s, cfg.n_layer, n_draft, self.blocks, caches, self.entries)
         self.shape, self.at = self.c.s, byref(self.c)
         self.c.scratch = self.keep("scratch", torch.empty(lib.scratch_floats(byref(s))))
-        # a forward has a chunk of prompts, n_draft + 1 tokens a sequence, or draft()'s window: at most 2 n_draft
-        S, N = len(state["n"]), max(chunk, len(state["n"]) * max(n_draft + 1, 2 * n_draft))
+        # a forward has a chunk of prompts, or n_draft + 1 tokens a sequence, which is also draft()'s widest window
+        S, N = len(state["n"]), max(chunk, len(state["n"]) * (n_draft + 1))
         self.ended, self.logits = torch.zeros(S, dtype=torch.bool), torch.empty(S * (n_draft + 1), s.Vp)
         places = [torch.empty(N, dtype=torch.int64) for _ in range(3)]
         room = [self.ended, *places, torch.empty(N, s.Dp), torch.empty(N, s.D), self.logits]
@@ -127,7 +148,10 @@ class Forward:
     def keep(self, name: str, value: Tensor) -> int:
         """A contiguous copy under this name, always at the same address -> the address."""
         if name not in self.kept:
-            self.kept[name] = torch.empty(value.shape)
+            n = up16(value.numel())
+            if n > len(self.free):
+                self.free = large_pages(max(n, 8 << 20))
+            self.kept[name], self.free = self.free[:value.numel()].view(value.shape), self.free[n:]
         return self.kept[name].copy_(value).data_ptr()
 
     def read_chunk(self, first: int, B: int, T: int, end: list[int]) -> None:
@@ -177,7 +201,7 @@ class Forward:
 
 
 def packed(block: Block, s: Shape) -> dict[str, Tensor]:
-    """One block's weights as decode_cpu.c reads them, heads and widths padded with zeros to multiples of 16."""
+    """One block's weights as and in the order in which decode_cpu.c reads them, heads and widths padded with zeros to multiples of 16."""
     a, mlp, H, K, d, dp = block.self_attn, block.mlp, s.H, s.K, s.d, s.dp
 
     def heads(*parts: Tensor) -> Tensor:
@@ -186,8 +210,9 @@ def packed(block: Block, s: Shape) -> dict[str, Tensor]:
         return torch.stack(parts, 1).flatten(0, 2)
     gate_up = torch.cat([pad(w, s.Fp, s.Dp) for w in (mlp.gate_proj.weight, mlp.up_proj.weight)])
     o = pad(a.o_proj.weight.unflatten(1, (H, d)), s.Dp, H, dp).flatten(1)
-    return {"norm1": pad(block.input_layernorm.weight, s.Dp), "norm2": pad(block.post_attention_layernorm.weight, s.Dp),
-            "q": panels(pad(heads(a.q_proj.weight), H * dp, s.Dp)), "q_bias": heads(a.q_proj.bias),
+    return {"norm1": pad(block.input_layernorm.weight, s.Dp),
             "kv": panels(pad(heads(a.k_proj.weight, a.v_proj.weight), 2 * K * dp, s.Dp)),
-            "kv_bias": heads(a.k_proj.bias, a.v_proj.bias), "o": panels(o), "gate_up": panels(gate_up),
+            "kv_bias": heads(a.k_proj.bias, a.v_proj.bias),
+            "q": panels(pad(heads(a.q_proj.weight), H * dp, s.Dp)), "q_bias": heads(a.q_proj.bias), "o": panels(o),
+            "norm2": pad(block.post_attention_layernorm.weight, s.Dp), "gate_up": panels(gate_up),
             "down": panels(pad(mlp.down_proj.weight, s.Dp, s.Fp))}

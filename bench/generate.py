@@ -170,14 +170,14 @@ def question3(model, prompts, cfg: Config, n_draft: int, stop: tuple) -> list[di
 
         speed-up(B) = tokens per round * plain(B) / (verify(B) + draft(B) + rest(B))
 
-    each cost straight between its values at the smallest, the third and the largest batch: the others are predicted.
+    each cost straight between its values at the two smallest and the largest batch: the others are predicted.
     """
     best: dict[tuple, tuple] = {}                                   # (B, n) -> what serve() gave, the fastest
     for _ in range(cfg.rounds):
         for key in [(B, n) for B in cfg.batches for n in (0, n_draft)]:
             new = serve(model, prompts, *key, cfg.tokens, stop)
             best[key] = min(new, best.get(key, new), key=lambda found: found[0]["token"])
-    ends = sorted({cfg.batches[0], cfg.batches[min(2, len(cfg.batches) - 1)], cfg.batches[-1]})
+    ends = sorted({*cfg.batches[:2], cfg.batches[-1]})
     plain = line({B: best[B, 0][0]["decode"] + best[B, 0][0]["rest"] for B in ends})
     verify, draft, rest = (line({B: best[B, n_draft][0][name] for B in ends})
                            for name in ("decode", "draft", "rest"))

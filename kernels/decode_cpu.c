@@ -24,9 +24,10 @@
 // ---- one product for everything -------------------------------------------------------------------------------------
 
 // y[r][16 p + j] = base[r][16 p + j] + sum_k x[r][k] w[p][k][j] for R rows and P panels, R and P known to the compiler:
-// R * P * NV sums are in flight at once, in registers. k runs in pieces of 16, `piece` floats apart.
+// R * P * NV sums are in flight at once, in registers. k runs in pieces of 16, `piece` floats apart. ahead: so many floats
+// behind those in use are fetched meanwhile, 0: none.
 INLINE void tile(const int R, const int P, int K, const float *x, long ldx, const float *w, long piece, long panel,
-                 const float *base, long ldb, float *y, long ldy) {
+                 const int ahead, const float *base, long ldb, float *y, long ldy) {
     vec sum[6][4][NV];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
@@ -38,6 +39,7 @@ INLINE void tile(const int R, const int P, int K, const float *x, long ldx, cons
 #pragma GCC unroll 2
         for (int i = 0; i < 16; i++) {
             vec column[4][NV];
+            if (ahead && P == 1) __builtin_prefetch(w + ahead + 16 * i);
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
@@ -66,14 +68,14 @@ INLINE void tile(const int R, const int P, int K, const float *x, long ldx, cons
 // y [M,16 panels] = base + x [M,K] w. base: 0, a bias (ldb 0) or y itself (a residual). A panel of weights stays in the
 // L1 cache while all rows pass; 1 to 3 rows take several panels at once, to have enough sums in flight, but not 3 rows
 // with narrow vectors: their sums and columns would need 17 of AVX2's 16 registers.
-static void product(int M, int K, int panels, const float *x, long ldx, const float *w, long piece, long panel,
-                    const float *base, long ldb, float *y, long ldy) {
+INLINE void product(int M, int K, int panels, const float *x, long ldx, const float *w, long piece, long panel,
+                    const int ahead, const float *base, long ldb, float *y, long ldy) {
     int wide = M == 1 ? 4 : M == 2 || (M == 3 && NV == 1) ? 2 : 1;
     for (int p = 0; p < panels; p += wide) {
         if (p + wide > panels) wide = 1;
         for (int r = 0, blocks = (M + 5) / 6; blocks; blocks--) {
             int R = (M - r + blocks - 1) / blocks;                  // M in nearly equal blocks of at most 6
-#define TILE(rows, many) tile(rows, many, K, x + r * ldx, ldx, w + p * panel, piece, panel, \
+#define TILE(rows, many) tile(rows, many, K, x + r * ldx, ldx, w + p * panel, piece, panel, ahead, \
                               base ? base + r * ldb + 16 * p : 0, ldb, y + r * ldy + 16 * p, ldy)
             if (wide == 4) TILE(1, 4);
             else if (wide == 2) { if (R == 1) TILE(1, 2); else if (R == 2) TILE(2, 2); else TILE(3, 2); }
@@ -88,9 +90,10 @@ static void product(int M, int K, int panels, const float *x, long ldx, const fl
     }
 }
 
-// W packed: its pieces lie one behind the other
+// W packed: its pieces lie one behind the other, and so do all weights, in the order in which they are read (fast.py).
+// One stream of them and few rows: the processor itself fetches too little ahead once they come from memory.
 static void linear(int M, int in, int out, const float *x, const float *w, const float *base, long ldb, float *y) {
-    product(M, in, out / 16, x, in, w, 256, 16L * in, base, ldb, y, out);
+    product(M, in, out / 16, x, in, w, 256, 16L * in, 4096, base, ldb, y, out);
 }
 
 // ---- the small functions --------------------------------------------------------------------------------------------
@@ -200,10 +203,10 @@ static void attend(const Shape *s, float *cache, const Plan *at, int r, const fl
     const float *keys = row_of(s, cache, at, r);
     long piece = s->K * 32L * dp;                                   // from 16 columns to the next 16
     for (int k = 0; k < s->K; k++, q += G * dp, o += G * dp, keys += 32 * dp) {
-        product(G, dp, L / 16, q, dp, keys, 256, piece, 0, 0, scores, s->C);
+        product(G, dp, L / 16, q, dp, keys, 256, piece, 0, 0, 0, scores, s->C);
         float total[G];
         for (int g = 0; g < G; g++) total[g] = softmax(scores + (long)g * s->C, n, L);
-        product(G, L, dp / 16, scores, s->C, keys + 16 * dp, piece, 256, 0, 0, o, dp);
+        product(G, L, dp / 16, scores, s->C, keys + 16 * dp, piece, 256, 0, 0, 0, o, dp);
         for (int g = 0; g < G; g++)
             for (int i = 0; i < dp; i += LANES) store(o + g * dp + i, load(o + g * dp + i) / total[g]);
     }
@@ -472,7 +475,7 @@ int64_t decode(const Model *m, const State *t, int64_t R, int64_t *done) {
 // New drafts for rows first .. first + B - 1, over the window that Engine.draft explains: layer k reads the true states
 // of slots n-1-W .. n-2 from the ring and writes draft x_{n+k}.
 void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) {
-    int64_t W = E + m->n_draft - 1, D = m->s.D;
+    int64_t W = E > m->n_draft ? E : m->n_draft, D = m->s.D;
     for (int r = 0; r < B; r++)
         for (int w = 0; w < W; w++) {
             int64_t row = first + r, slot = t->n[row] - 1 + w - W, real = slot > 0 ? slot : 0, i = r * W + w;

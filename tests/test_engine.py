@@ -398,6 +398,37 @@ def test_acceptance_is_what_teacher_forcing_says(model, temperature):
     assert online[1][0] / online[0][0] > 0.5  # and the drafts are good enough to show a bug
 
 
+@pytest.mark.parametrize("n_draft", [1, 2, 3])
+@pytest.mark.parametrize("fast", [True, False])
+def test_drafts_depend_on_the_text_alone(model, n_draft, fast):
+    """After rounds that kept 1 to 4 tokens the next drafts are those of an engine that has just read the whole text."""
+    if fast and library() is None:
+        pytest.skip("no C compiler")
+    engine, found = Engine(model, 4, 96, n_draft, fast=fast), {}
+    for r in requests(40, most=30, temperature=1.0):
+        engine.add(r)
+    kept = set()
+    while engine.active or engine.waiting:
+        before = {r.id: int(engine.state["n"][i]) for i, r in enumerate(engine.decoding)}
+        engine.step()
+        for i, r in enumerate(engine.decoding):
+            n = int(engine.state["n"][i])
+            if r.id in before:
+                kept.add(n - before[r.id])
+            ids = engine.state["tokens"][i, : n + n_draft].tolist()
+            found[tuple(ids[:n])] = ids[n:]
+    assert kept == set(range(1, n_draft + 2)) and len(found) > 100
+    fresh = Engine(model, 1, 96, n_draft, fast=fast)
+    for prompt, drafts in found.items():
+        fresh.add(Request(0, list(prompt), 1, 0.0))
+        fresh.tables()
+        fresh.admit()
+        with torch.no_grad():
+            fresh.read_prompts()
+        assert fresh.state["tokens"][0, len(prompt) : len(prompt) + n_draft].tolist() == drafts
+        fresh.abort(0)
+
+
 class PostNorm(Engine):
     def mtp(self, k, h, ahead, plan):
         return super().mtp(k, self.model.norm(h), ahead, plan)
