@@ -119,8 +119,9 @@ class Engine:
         self.column, self.columns = self.cache.column, self.cache.columns
         self.ring = 4 * (n_draft + 1)                     # trunk states kept for the MTP layers, per sequence
         self.state, self.views = self.new_state(cfg), (0, {})
-        # the same memory on a CPU through NumPy: there reading or writing a few numbers costs a tenth
-        self.arrays = {name: t if t.is_cuda or t.dtype == torch.bfloat16 else t.numpy() for name, t in self.state.items()}
+        # on a CPU the same memory through NumPy, where reading or writing a few numbers costs a tenth
+        numpy = w.device.type == "cpu" and w.dtype != torch.bfloat16
+        self.arrays = {name: t.numpy() if numpy else t for name, t in self.state.items()}
         self.forward = (Forward(model, n_draft, self.cache, self.state, lib, self.n_ids, self.budget) if self.fast
                         else None)
         self.queue: deque[Request] = deque()

@@ -10,9 +10,9 @@ Without a C compiler (kernels/cpu.py) the engine runs model.py's own forward: ev
 times slower.
 """
 import ctypes
-from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 import mmap
 from contextlib import suppress
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from operator import attrgetter
 
@@ -201,7 +201,10 @@ class Forward:
 
 
 def packed(block: Block, s: Shape) -> dict[str, Tensor]:
-    """One block's weights as and in the order in which decode_cpu.c reads them, heads and widths padded with zeros to multiples of 16."""
+    """
+    One block's weights as decode_cpu.c reads them and in its order, heads and widths padded with zeros to multiples of
+    16.
+    """
     a, mlp, H, K, d, dp = block.self_attn, block.mlp, s.H, s.K, s.d, s.dp
 
     def heads(*parts: Tensor) -> Tensor:
