@@ -114,18 +114,22 @@ def check_tensors(have, want, where):
 
 # ---- streaming ---------------------------------------------------------------------------------------------
 
+def bytes_of(sources, dtype):
+    """sources: name -> (file, name in it) -> name -> bytes it takes in dtype (None: the stored one)."""
+    sizes, readers = {}, {path: opened(path) for path in {p for p, _ in sources.values()}}
+    for new, (path, old) in sources.items():
+        piece = readers[path].get_slice(old)
+        sizes[new] = torch.Size(piece.get_shape()).numel() * (dtype or DTYPES[piece.get_dtype()]).itemsize
+    return sizes
+
+
 def write_shards(folder, sources, limit, dtype=None, change=lambda name, t: t):
     """
     sources: new name -> (file, name in it), in the order of writing; change(new name, tensor) -> tensor
     before it is cast to dtype (None: the stored one). A shard takes `limit` bytes (or one larger tensor) and
     is dropped before the next is read. -> bytes written.
     """
-    sizes, readers = {}, {path: opened(path) for path in {p for p, _ in sources.values()}}
-    for new, (path, old) in sources.items():
-        piece = readers[path].get_slice(old)
-        sizes[new] = torch.Size(piece.get_shape()).numel() * (dtype or DTYPES[piece.get_dtype()]).itemsize
-    readers = None
-    shards, room = [], 0
+    sizes, shards, room = bytes_of(sources, dtype), [], 0
     for new in sources:
         if sizes[new] > room:
             shards.append([])
@@ -150,10 +154,10 @@ def write_shards(folder, sources, limit, dtype=None, change=lambda name, t: t):
     return sum(sizes.values())
 
 
-def need_space(folder, n_bytes):
-    """Ends the run before a byte is written if the disk cannot take it."""
+def need_space(folder, sources, dtype):
+    """Ends the run before a byte is written if the disk cannot take what write_shards would write."""
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    n_bytes, free = sum(bytes_of(sources, dtype).values()), shutil.disk_usage(folder).free
     if free < n_bytes + 50_000_000:
         die(f"{folder}: {n_bytes / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
 
@@ -231,7 +235,7 @@ def import_folder(source, run, mtps=None, dtype=None, shard_bytes=5e9, chat="aut
         die(f"tokenizer: {e}")
     if tokenizer.vocab_size > cfg.vocab_size:
         die(f"{source}: the tokenizer has {tokenizer.vocab_size:,} ids, vocab_size = {cfg.vocab_size:,}")
-    need_space(run, sum(p.stat().st_size for p in set(files.values())))
+    need_space(run, have, dtype)
     temporary = run / ".writing_00000000"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -357,7 +361,7 @@ def export_folder(source, target, flavour, mtps=None, dtype=None, fold="auto", s
     if mtps and not rest:
         die(f"{ckpt} has {cfg.n_mtp} MTP layer(s), there is no second one to write to {mtps}")
     config = hub_config(cfg, tokenizer, flavour, chat, dtype or stored, original)
-    need_space(target.parent, sum(p.stat().st_size for p in {p for p, _ in have.values()}))
+    need_space(target.parent, main | (rest if mtps else {}), dtype)
     temporary = open_target(target)
     try:
         n_bytes = write_shards(temporary, main, shard_bytes, dtype, change)

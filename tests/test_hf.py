@@ -3,6 +3,7 @@ hf.py without transformers: the 7B's names, round trips to the bit, streaming, f
 """
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -431,6 +432,19 @@ def test_targets_are_replaced_only_if_they_are_ours(run, tmp_path):
     hf.export_folder(run[0], tmp_path / "out", "mimo")
     hf.export_folder(run[0], tmp_path / "out", "qwen2")            # replaced as a whole: no .py file is left
     assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_the_space_asked_for_is_that_of_the_dtype_written(run, tmp_path, monkeypatch):
+    _, _, written, _ = hf.export_folder(run[0], tmp_path / "fp32", "mimo", dtype=torch.float32)
+    for dtype, free in ((torch.float32, written - 1), (torch.bfloat16, written // 2)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=50_000_000 + free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        if dtype is torch.float32:
+            with pytest.raises(SystemExit, match="GB to write"):
+                hf.export_folder(run[0], tmp_path / "out", "mimo", dtype=dtype)
+            assert not (tmp_path / "out").exists()
+        else:
+            assert hf.export_folder(run[0], tmp_path / "out", "mimo", dtype=dtype)[2] == written // 2
 
 
 def test_a_failed_export_leaves_the_old_one(run, tmp_path, monkeypatch):
