@@ -39,7 +39,9 @@ INLINE void tile(const int R, const int P, int K, const float *x, long ldx, cons
 #pragma GCC unroll 2
         for (int i = 0; i < 16; i++) {
             vec column[4][NV];
-            if (ahead && P == 1) __builtin_prefetch(w + ahead + 16 * i);
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++)
+                if (ahead && P <= 2) __builtin_prefetch(w + p * panel + ahead + 16 * i);
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
@@ -91,7 +93,7 @@ INLINE void product(int M, int K, int panels, const float *x, long ldx, const fl
 }
 
 // W packed: its pieces lie one behind the other, and so do all weights, in the order in which they are read (fast.py).
-// One stream of them and few rows: the processor itself fetches too little ahead once they come from memory.
+// Where few rows pass one or two panels, the processor itself fetches too little ahead once they come from memory.
 static void linear(int M, int in, int out, const float *x, const float *w, const float *base, long ldb, float *y) {
     product(M, in, out / 16, x, in, w, 256, 16L * in, 4096, base, ldb, y, out);
 }
