@@ -497,6 +497,7 @@ class Engine:
     # -- the end of a sequence
 
     def result(self, i: int, finish: str | None = None) -> Sample:
+        """Row i's tokens so far; finish None: it has ended by itself."""
         s, r = self.arrays, self.decoding[i]
         new = slice(len(r.prompt), int(s["n"][i]))
         tokens = s["tokens"][i, new].tolist()
@@ -539,6 +540,8 @@ class Engine:
         for row, key in zip(targets, keys, strict=True):
             self.cache.assign(row, key)
         self.cache.copy(held, targets, min(int(self.arrays["n"][sources].max()) + self.n_draft, self.columns))
+        if isinstance(self.arrays["n"], Tensor):
+            sources, targets = (torch.tensor(rows, device=self.device) for rows in (sources, targets))
         for name in names:
             self.arrays[name][targets] = self.arrays[name][sources]
 

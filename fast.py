@@ -45,9 +45,6 @@ ROOM = ("ended", "position", "column", "ids", "x", "states", "logits")
 State = struct("State", columns=c_int64, ring=c_int64, stops=c_int64, **pointers(*STATE, *ROOM))
 
 
-HUGE = 2 << 20                                                      # bytes
-
-
 @cache
 def library():
     """The library of kernels/cpu.py with the functions of decode_cpu.c; None without a compiler."""
@@ -84,11 +81,12 @@ def large_pages(n: int) -> Tensor:
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(n)
-    memory = mmap.mmap(-1, 4 * n + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    page = 2 << 20                                                  # bytes
+    memory = mmap.mmap(-1, 4 * n + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):                                         # a kernel without
         memory.madvise(mmap.MADV_HUGEPAGE)
     floats = torch.frombuffer(memory, dtype=torch.float32)          # keeps the memory
-    skip = -floats.data_ptr() % HUGE // 4
+    skip = -floats.data_ptr() % page // 4
     return floats[skip:skip + n]
 
 

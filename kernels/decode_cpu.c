@@ -398,13 +398,13 @@ typedef struct {                                    // the engine's state, one r
     float *x, *states, *logits;
 } State;
 
-// u [n]: the random numbers of a request's first n tokens, draw.py's splitmix64 of (seed, index)
 static uint64_t splitmix(uint64_t x) {
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
     x = (x ^ x >> 27) * 0x94D049BB133111EBu;
     return x ^ x >> 31;
 }
 
+// u [n]: the random numbers of a request's first n tokens, those of draw.py
 void uniform(int64_t seed, int64_t n, float *u) {
     for (int64_t i = 0; i < n; i++) u[i] = (splitmix(splitmix(seed) + (i + 1) * 0x9E3779B97F4A7C15u) >> 40) * 0x1p-24f;
 }
