@@ -74,6 +74,11 @@ def kind_of(r: Request) -> int:
     return 1 if r.temperature == 0 else 2 if r.temperature != 1 or r.top_p < 1 or r.top_k > 0 else 0
 
 
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 # ---- the engine --------------------------------------------------------------------------------------------
 
 class Engine:
@@ -101,7 +106,9 @@ class Engine:
         self.chunk, self.budget, self.device = max(chunk, ROWS), max(budget, chunk, ROWS), w.device
         # ROWS spare rows, so that a batch of 1 has 4; n_draft + 2 spare columns, the last one scrap: padding
         # writes there and nobody reads it
-        self.S, columns = slots + ROWS, max_len + n_draft + 2
+        # with blocks batches are filled up to powers of two: prompts being read must lie beyond that
+        spare = ROWS if layout == "rows" else max(ROWS, power_of_two(slots) // 2)
+        self.S, columns = slots + spare, max_len + n_draft + 2
         K, d = cfg.n_kv_head, cfg.head_dim
         possible = layout == "rows" and w.dtype == torch.float32 and w.device.type == "cpu"
         if fast and not possible:
@@ -190,9 +197,10 @@ class Engine:
         if not self.decoding:
             return []
         A, cuda = len(self.decoding), self.device.type == "cuda"
-        # torch's products need ROWS rows (cache.py): so many sequences of n_draft + 1 tokens; graphs want few sizes
-        need = 1 if self.fast else -(-ROWS // (self.n_draft + 1))
-        R = min(1 << (A - 1).bit_length(), self.S) if cuda else max(A, need)
+        # torch's products on a CPU need ROWS rows (cache.py): so many sequences of n_draft + 1 tokens
+        R = max(A, 1 if self.fast or cuda else -(-ROWS // (self.n_draft + 1)))
+        if self.cache.static:
+            R = power_of_two(R)                                     # graphs want few sizes
         if R > A:
             self.state["n"][A:R] = 1                                # rows that only make up the number
         self.steps, self.rows = self.steps + 1, self.rows + A

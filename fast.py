@@ -101,7 +101,7 @@ class Forward:
         cfg, self.model, self.lib = model.cfg, model, lib
         self.mtp_layers = list(model.mtp_layers[:n_draft])
         self.params, self.version = list(model.parameters()), None
-        self.free = torch.empty(0)
+        self.free = torch.empty(0)                                  # what is left of the last large_pages()
         self.kept: dict[str, Tensor] = {"cache": rows.kv}           # all tensors of which C holds the addresses
         s = Shape(cfg.d_model, up16(cfg.d_model), cfg.head_dim, up16(cfg.head_dim), cfg.n_head, cfg.n_kv_head,
                   up16(cfg.d_ff), n_ids, up16(n_ids), rows.columns, cfg.rms_eps)
@@ -129,19 +129,29 @@ class Forward:
         version = sum(map(attrgetter("_version"), self.params))     # in-place writes count up
         if version == self.version:
             return
-        self.version, model, c, s = version, self.model, self.c, self.shape
-        for i, block in enumerate([*model.layers, *self.mtp_layers]):
-            for name, value in packed(block, s).items():
-                setattr(self.blocks[i], name, self.keep(f"{i}.{name}", value))
-        for k, layer in enumerate(self.mtp_layers):
-            halves = layer.input_proj.weight.unflatten(1, (2, -1))  # [D,2,D]
-            for name, value in (("input_proj", panels(pad(halves, s.Dp, 2, s.Dp).flatten(1))),
-                                ("hidden_norm", pad(layer.hidden_layernorm.weight, s.Dp)),
-                                ("token_norm", pad(layer.token_layernorm.weight, s.Dp)),
-                                ("final_norm", pad(layer.final_layernorm.weight, s.Dp))):
-                setattr(self.entries[k], name, self.keep(f"mtp {k}.{name}", value))
+        self.version = version
+        with torch.no_grad():
+            self.pack()
+
+    def pack(self) -> None:
+        """All weights, in the order in which they are read: the trunk, the head, the MTP layers."""
+        model, c, s, n = self.model, self.c, self.shape, len(self.model.layers)
+        for i, block in enumerate(model.layers):
+            self.pack_into(self.blocks[i], f"{i}", packed(block, s))
         c.norm, c.embedding = self.keep("norm", pad(model.norm.weight, s.Dp)), model.embed_tokens.weight.data_ptr()
         c.lm_head = self.keep("head", panels(pad(model.lm_head.weight[:s.V], s.Vp, s.Dp)))
+        for k, layer in enumerate(self.mtp_layers):
+            halves = layer.input_proj.weight.unflatten(1, (2, -1))  # [D,2,D]
+            self.pack_into(self.entries[k], f"mtp {k}", {
+                "hidden_norm": pad(layer.hidden_layernorm.weight, s.Dp),
+                "token_norm": pad(layer.token_layernorm.weight, s.Dp),
+                "input_proj": panels(pad(halves, s.Dp, 2, s.Dp).flatten(1)),
+                "final_norm": pad(layer.final_layernorm.weight, s.Dp)})
+            self.pack_into(self.blocks[n + k], f"{n + k}", packed(layer, s))
+
+    def pack_into(self, target, prefix: str, weights: dict[str, Tensor]) -> None:
+        for name, value in weights.items():
+            setattr(target, name, self.keep(f"{prefix}.{name}", value))
 
     def keep(self, name: str, value: Tensor) -> int:
         """A contiguous copy under this name, always at the same address -> the address."""

@@ -398,6 +398,47 @@ def test_acceptance_is_what_teacher_forcing_says(model, temperature):
     assert online[1][0] / online[0][0] > 0.5  # and the drafts are good enough to show a bug
 
 
+@pytest.mark.parametrize("n_draft", [0, 2])
+def test_rows_that_fill_up_a_batch_leave_prompts_alone(model, n_draft):
+    """Blocks: 9 to 11 sequences decode as 16 rows while long prompts are read, in chunks, in the last rows."""
+    runs = [Request(i, text(2 + 17 * i % 78, i), 10 + i % 40, temperature=0.0) for i in range(40)]
+    many, alone = (
+        generate(Engine(model, slots, 128, n_draft, layout="blocks", block=16, chunk=8, budget=16), runs)
+        for slots in (12, 1)
+    )
+    assert [s.tokens for s in many] == [s.tokens for s in alone]
+
+
+@pytest.mark.parametrize("layout", ["rows", "blocks"])
+@pytest.mark.parametrize("n_draft", [0, 3])
+def test_bf16_on_a_cpu(model, layout, n_draft):
+    """State that NumPy cannot hold, as on a GPU; with an abort, and rows that move."""
+    m = build(CFG)
+    m.load_state_dict(model.state_dict())
+    engine, runs = Engine(m.bfloat16(), 5, 96, n_draft, layout=layout), requests(20, temperature=1.0)
+    for r in runs:
+        engine.add(r)
+    done = engine.step() + engine.step()
+    gone = engine.abort(engine.decoding[0].id)
+    while engine.active or engine.waiting:
+        done += engine.step()
+    assert sorted([gone.id, *(s.id for s in done)]) == list(range(20))
+    for s in done:
+        r = runs[s.id]
+        assert s.prompt == r.prompt and 1 <= len(s.tokens) <= r.max_tokens and len(s.logprobs) == len(s.tokens)
+
+
+@pytest.mark.parametrize("n_draft", [5, 7])
+def test_more_than_three_drafts(n_draft):
+    m = build(replace(CFG, n_mtp=8))
+    m.init_weights(1)
+    runs = requests(12, temperature=1.0)
+    a, b = (generate(Engine(m, 4, 96, n_draft, layout=layout, fast=False), runs) for layout in ("rows", "blocks"))
+    assert [s.tokens for s in a] == [s.tokens for s in b]
+    with pytest.raises(ValueError, match="n_draft = 8 should be at most 7"):
+        Engine(m, 4, 96, 8, layout="blocks")
+
+
 @pytest.mark.parametrize("n_draft", [1, 2, 3])
 @pytest.mark.parametrize("fast", [True, False])
 def test_drafts_depend_on_the_text_alone(model, n_draft, fast):
