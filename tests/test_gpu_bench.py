@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,20 @@ def test_dry_run_measures_every_row():
                  "logprob", "decode B=64", "rmsnorm", "swiglu", "rope"):
         assert part in names, part
     assert result["dry_run"] and all(row["met"] is None for row in result["rows"])
+
+
+def test_a_kernel_of_ours_that_does_not_run_is_a_fault(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from gpu_kernels import attempt
+
+    def broken():
+        raise RuntimeError("out of shared memory")
+    run = SimpleNamespace(faults=[])
+    assert attempt(run, "theirs", broken) is None and run.faults == []
+    assert attempt(run, "ours", broken, ours=True) is None
+    assert run.faults == ["ours: does not run: out of shared memory"]
+    assert attempt(run, "ours", lambda: 3, ours=True) == 3
+    assert capsys.readouterr().out.count("does not run: out of shared memory") == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -12,24 +12,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_every_attention_configuration_is_right_and_repeats_to_the_bit(d):
     import gpu
+    import gpu_kernels
     run = gpu.Run(dry=False)
-    gpu.check_attention(run, d)
+    gpu_kernels.check_attention(run, d)
     assert not run.faults, "\n".join(run.faults)
 
 
 def test_every_other_kernel_is_right():
     import gpu
+    import gpu_kernels
     run = gpu.Run(dry=False)
-    gpu.check_others(run)
-    gpu.check_decode(run)
-    gpu.check_gemv(run)
+    gpu_kernels.check_others(run)
+    gpu_kernels.check_decode(run)
+    gpu_kernels.check_gemv(run)
     assert len(run.rows) == 8 and not run.faults
 
 
 @pytest.mark.parametrize("d", [16, 32, 64, 128, 256])
 def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(d):
     """The rule of flash-attention's own tests, on packed ragged rows."""
-    import gpu
+    import gpu_kernels
 
     from kernels.attention import attention, attention_reference, doc_bounds
     torch.manual_seed(0)
@@ -38,7 +40,7 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(d):
     like = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
     q, k, v = (torch.randn(B, T, n, d, **like) for n in (4, 2, 2))
     do = torch.randn_like(q)
-    exact = gpu.exact_attention(q, k, v, bounds)
+    exact = gpu_kernels.exact_attention(q, k, v, bounds)
     truth = (exact, *torch.autograd.grad(exact, (q, k, v), do.double()))
     errors = []
     for f in (attention, attention_reference):
