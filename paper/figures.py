@@ -51,7 +51,7 @@ def pretrain(run: Path, folder: Path) -> None:
     rows = rows_of(run / "base")
     steps = [r for r in rows if "loss" in r]
     tokens = [r["tokens"] / 1e6 for r in steps]
-    fig, ax = plt.subplots(figsize=(6.4, 3.4))
+    fig, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for i, stage in enumerate(dict.fromkeys(r["stage"] for r in steps)):
         span = [t for t, r in zip(tokens, steps, strict=True) if r["stage"] == stage]
         ax.axvspan(span[0], span[-1], color="#f5f5f5" if i % 2 else "#e9eef4", lw=0)
@@ -71,7 +71,7 @@ def pretrain(run: Path, folder: Path) -> None:
             points += [[t * 1e6, f"held-out {name}", v] for t, v in ends]
     ax.set(xlabel="tokens seen, millions", ylabel="loss, nats per token",
            ylim=(0, min(4, max(r["loss"] for r in steps))))
-    ax.legend(ncol=2, fontsize=7)
+    fig.legend(ncol=5, fontsize=7, loc="outside lower center")
     save(fig, folder, "pretrain", ["tokens", "series", "nats_per_token"], points)
 
 
@@ -139,7 +139,7 @@ def models(run: Path, folder: Path) -> None:
 
 
 def mtp(run: Path, folder: Path) -> None:
-    fig, ax = plt.subplots(figsize=(4.2, 2.7))
+    fig, ax = plt.subplots(figsize=(4.2, 3.1), layout="constrained")
     points = []
     for i, name in enumerate(("base", "sft")):
         path = run / name / "eval.json"
@@ -154,7 +154,7 @@ def mtp(run: Path, folder: Path) -> None:
                 label="report, MiMo-7B on AIME24" if k == 1 else None)
     ax.set(xlabel="MTP layer", ylabel="drafts accepted, %", ylim=(0, 105))
     ax.set_xticks([1, 2, 3])
-    ax.legend(fontsize=6.5, loc="lower left")
+    fig.legend(ncol=2, fontsize=6.5, loc="outside lower center")
     save(fig, folder, "mtp", ["model", "how", "layer", "acceptance"], points)
 
 
