@@ -6,8 +6,8 @@ vLLM).
     Blocks   fixed blocks and a block table, for kernels.decode. GPU (runs on a CPU too, which is how it is
     tested).
 
-Both know: plan(first, positions, write), layers[i].attend(q, k, v), copy(sources, targets, used), and the
-ledger room_for / take / give / assign, which only Blocks needs. Memory is allocated once, here, and never
+Both know: context(first, positions, write), layers[i].attend(q, k, v), copy(sources, targets, used), and the
+ledger can_allocate / allocate / free / map_row, which only Blocks needs. Memory is allocated once, here, and never
 grows.
 
 Bit-equal rows (Rows, fp32). Measured on torch 2.13 with MKL, asserted in tests/test_engine.py: a row of a
@@ -27,12 +27,12 @@ from kernels.decode import decode_attention
 ROWS, KEYS, PIECE = 4, 16, 128
 
 
-class Plan:
+class ForwardContext:
     """Where the Q new tokens of B sequences go and what they see; made once a forward for all layers."""
     first: int                          # the B sequences are rows first .. first + B - 1
     shape: tuple[int, int]              # B, Q
     positions: Tensor                   # int64 [B,Q]; a token sees the columns up to its position
-    where: Tensor                       # flat index of each new key and value in the cache
+    slot_mapping: Tensor                       # flat index of each new key and value in the cache
 
 
 def attend(q: Tensor, kT: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -71,19 +71,19 @@ class Rows:
         self.heads = torch.arange(S * K, device=device).view(S, 1, K) * self.columns
         self.zero, self.never = (torch.tensor(x, dtype=dtype, device=device) for x in (0.0, -math.inf))
 
-    def plan(self, first: int, positions: Tensor, write: Tensor | None = None) -> Plan:
+    def context(self, first: int, positions: Tensor, write: Tensor | None = None) -> ForwardContext:
         """positions int64 [B,Q]; write: the column each token fills, default its position."""
-        plan, (B, Q) = Plan(), positions.shape
-        plan.first, plan.shape, plan.positions = first, (B, Q), positions
+        ctx, (B, Q) = ForwardContext(), positions.shape
+        ctx.first, ctx.shape, ctx.positions = first, (B, Q), positions
         columns = positions if write is None else write
-        plan.where = (self.heads[first:first + B] + columns[:, :, None]).flatten()     # [B*Q*K]
-        plan.L = L = min(-(-(int(positions.max()) + 1) // KEYS) * KEYS, self.columns)
+        ctx.slot_mapping = (self.heads[first:first + B] + columns[:, :, None]).flatten()     # [B*Q*K]
+        ctx.L = L = min(-(-(int(positions.max()) + 1) // KEYS) * KEYS, self.columns)
         bias = torch.where(self.column[:L] <= positions[:, :, None], self.zero, self.never)     # [B,Q,L]
-        plan.g = self.G if Q * self.G >= ROWS else self.R           # rows a token has in attend()
+        ctx.g = self.G if Q * self.G >= ROWS else self.R           # rows a token has in attend()
         # for each sequence's last token alone, and for all
-        plan.last_bias = bias[:, -1:].repeat_interleave(self.K, 0)  # [B*K,1,L]
-        plan.bias = plan.last_bias if Q == 1 else bias.repeat_interleave(plan.g, 1)[:, None]    # [B,1,Q*g,L]
-        return plan
+        ctx.last_bias = bias[:, -1:].repeat_interleave(self.K, 0)  # [B*K,1,L]
+        ctx.bias = ctx.last_bias if Q == 1 else bias.repeat_interleave(ctx.g, 1)[:, None]    # [B,1,Q*g,L]
+        return ctx
 
     def hold(self, rows: list[int]) -> list[int]:
         return rows                                                 # what copy() needs to find the contents
@@ -92,17 +92,17 @@ class Rows:
         """The first `used` columns of the held rows over rows targets; all is read before it is written."""
         self.kv[:, targets, :, :used] = self.kv[:, held, :, :used]
 
-    def room_for(self, n: int) -> bool:
+    def can_allocate(self, n: int) -> bool:
         return True                                                 # a free row always holds max_len tokens
 
-    def take(self, key, n: int) -> None: ...
+    def allocate(self, key, n: int) -> None: ...
 
-    def give(self, key) -> None: ...
+    def free(self, key) -> None: ...
 
-    def assign(self, row: int, key) -> None: ...
+    def map_row(self, row: int, key) -> None: ...
 
 
-class Pieces(Rows):
+class PackedRows(Rows):
     """The same memory as decode_cpu.c lays it out: 16 columns of all heads, then the next 16."""
     def copy(self, held: list[int], targets: list[int], used: int) -> None:
         pieces, used = self.kv.view(*self.kv.shape[:2], self.columns // KEYS, -1), -(-used // KEYS)
@@ -116,23 +116,23 @@ class RowLayer:
     """One layer of Rows; what Block.forward knows as `cache`."""
     def __init__(self, owner: Rows, kv: Tensor):
         self.kv, self.d, self.K, self.G, self.R = kv, kv.shape[-1] // 2, owner.K, owner.G, owner.R
-        self.flat, self.plan, self.window = kv.view(-1, kv.shape[-1]), None, (None, None, None)  # [S*K*C, 2d]
+        self.flat, self.ctx, self.window = kv.view(-1, kv.shape[-1]), None, (None, None, None)  # [S*K*C, 2d]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends k, v [B,Q,K,d], then attends q [B,Q,H,d] -> [B,Q,H,d]."""
-        (B, Q), g, plan = self.plan.shape, self.plan.g, self.plan
-        self.flat.index_copy_(0, plan.where, torch.cat([k, v], -1).view(-1, 2 * self.d))
+        (B, Q), g, ctx = self.ctx.shape, self.ctx.g, self.ctx
+        self.flat.index_copy_(0, ctx.slot_mapping, torch.cat([k, v], -1).view(-1, 2 * self.d))
         q = (q * self.d ** -0.5).view(B, Q, self.K, self.G, self.d).transpose(1, 2)     # [B,K,Q,G,d]
         q = q.repeat(1, 1, 1, g // self.G, 1).reshape(B * self.K, Q * g, self.d)
-        o = attend(q, *self.seen(), plan.bias).view(B, self.K, Q, g, self.d)[:, :, :, :self.G]
+        o = attend(q, *self.seen(), ctx.bias).view(B, self.K, Q, g, self.d)[:, :, :, :self.G]
         return o.transpose(1, 2).reshape(B, Q, -1, self.d)
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Keys [B*K,d,L] and values [B*K,L,d] that the plan's rows may see; the last views are kept."""
-        plan = self.plan
-        which = plan.first, plan.shape[0], plan.L
+        ctx = self.ctx
+        which = ctx.first, ctx.shape[0], ctx.L
         if self.window[0] != which:
-            kv = self.kv[plan.first:plan.first + plan.shape[0]].flatten(0, 1)[:, :plan.L]
+            kv = self.kv[ctx.first:ctx.first + ctx.shape[0]].flatten(0, 1)[:, :ctx.L]
             k, v = kv.split(self.d, -1)
             self.window = which, k.mT, v
         return self.window[1:]
@@ -156,17 +156,17 @@ class Blocks:
         self.layers = [BlockLayer(self, k, v) for k, v in zip(*self.kv, strict=True)]
         self.table = torch.zeros(S, self.columns // block, dtype=torch.int32, device=device)
         self.column = torch.arange(self.columns, device=device)
-        self.free, self.owned = list(range(n, 0, -1)), {}           # owned: request id -> its blocks
+        self.free_blocks, self.owned = list(range(n, 0, -1)), {}           # owned: request id -> its blocks
 
-    def plan(self, first: int, positions: Tensor, write: Tensor | None = None) -> Plan:
-        plan, (B, Q) = Plan(), positions.shape
-        plan.first, plan.shape, plan.positions = first, (B, Q), positions
+    def context(self, first: int, positions: Tensor, write: Tensor | None = None) -> ForwardContext:
+        ctx, (B, Q) = ForwardContext(), positions.shape
+        ctx.first, ctx.shape, ctx.positions = first, (B, Q), positions
         columns = positions if write is None else write
-        plan.table = self.table[first:first + B]
-        block = plan.table.gather(1, columns // self.block).long()  # [B,Q]
-        plan.where = (block * self.block + columns % self.block).flatten()
-        plan.lengths = (positions[:, -1] + 1).int()
-        return plan
+        ctx.table = self.table[first:first + B]
+        block = ctx.table.gather(1, columns // self.block).long()  # [B,Q]
+        ctx.slot_mapping = (block * self.block + columns % self.block).flatten()
+        ctx.lengths = (positions[:, -1] + 1).int()
+        return ctx
 
     def hold(self, rows: list[int]) -> Tensor:
         return self.table[rows].long()                              # before assign() changes the table
@@ -181,16 +181,16 @@ class Blocks:
     def need(self, n: int) -> int:
         return -(-n // self.block)
 
-    def room_for(self, n: int) -> bool:
-        return self.need(n) <= len(self.free)
+    def can_allocate(self, n: int) -> bool:
+        return self.need(n) <= len(self.free_blocks)
 
-    def take(self, key, n: int) -> None:
-        self.owned[key] = [self.free.pop() for _ in range(self.need(n))]
+    def allocate(self, key, n: int) -> None:
+        self.owned[key] = [self.free_blocks.pop() for _ in range(self.need(n))]
 
-    def give(self, key) -> None:
-        self.free += self.owned.pop(key)
+    def free(self, key) -> None:
+        self.free_blocks += self.owned.pop(key)
 
-    def assign(self, row: int, key) -> None:
+    def map_row(self, row: int, key) -> None:
         """The row of the table that the engine's row uses from now on; key None: all scrap."""
         blocks = self.owned[key] if key is not None else []
         row = self.table[row].zero_()
@@ -199,18 +199,18 @@ class Blocks:
 
 class BlockLayer:
     def __init__(self, owner: Blocks, k: Tensor, v: Tensor):
-        self.k, self.v, self.plan = k, v, None                      # [n_blocks, block, K, d]
+        self.k, self.v, self.ctx = k, v, None                      # [n_blocks, block, K, d]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        plan, Q = self.plan, q.shape[1]
-        self.k.flatten(0, 1).index_copy_(0, plan.where, k.flatten(0, 1))
-        self.v.flatten(0, 1).index_copy_(0, plan.where, v.flatten(0, 1))
+        ctx, Q = self.ctx, q.shape[1]
+        self.k.flatten(0, 1).index_copy_(0, ctx.slot_mapping, k.flatten(0, 1))
+        self.v.flatten(0, 1).index_copy_(0, ctx.slot_mapping, v.flatten(0, 1))
         if Q <= 8:
-            return decode_attention(q, self.k, self.v, plan.table, plan.lengths)
+            return decode_attention(q, self.k, self.v, ctx.table, ctx.lengths)
         # prompts: the sequences' blocks side by side, then ordinary masked attention
-        n = -(-(int(plan.positions.max()) + 1) // self.k.shape[1])
+        n = -(-(int(ctx.positions.max()) + 1) // self.k.shape[1])
         # [B,K,L,d]
-        k, v = (t[plan.table[:, :n].long()].flatten(1, 2).transpose(1, 2) for t in (self.k, self.v))
-        mask = torch.arange(k.shape[2], device=q.device) <= plan.positions[:, :, None]               # [B,Q,L]
+        k, v = (t[ctx.table[:, :n].long()].flatten(1, 2).transpose(1, 2) for t in (self.k, self.v))
+        mask = torch.arange(k.shape[2], device=q.device) <= ctx.positions[:, :, None]               # [B,Q,L]
         o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask[:, None], enable_gqa=True)
         return o.transpose(1, 2)

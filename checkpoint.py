@@ -37,26 +37,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parallel import assign, full, is_sharded, local, reshard
-
-
-class RunError(SystemExit):
-    """What a person did or what a disk did: one line on stderr and exit status 1, never a traceback."""
-
-
-def die(message: str):
-    raise RunError(f"error: {message}")
-
-
-def ranks() -> tuple[int, int]:
-    """(rank, world); (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
+from configurator import UserError
+from distributed import (
+    Runtime,
+    all_gather_object,
+    assign,
+    fill,
+    full,
+    is_sharded,
+    local,
+    ranks,
+    reshard,
+)
 
 # ---- finding and checking ----------------------------------------------------------------------------------
 
@@ -100,22 +96,14 @@ def problem_with(ckpt: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def shared(value, group=None) -> list:
-    """value of every rank, in rank order. A collective, of the default group or of another one with all ranks."""
-    values = [value] * ranks()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=group)
-    return values
-
-
 def latest(run) -> Path | None:
     """
     The newest checkpoint of a run that passes its check, None if there is none. A broken newer one is named
     on stderr. Under several ranks each reads a share of the files, and all agree.
     """
     rank, world = ranks()
-    for ckpt in shared(steps_in(Path(run)))[0]:
-        wrong = next((w for w in shared(problem_with(ckpt, rank, world)) if w), None)
+    for ckpt in all_gather_object(steps_in(Path(run)))[0]:
+        wrong = next((w for w in all_gather_object(problem_with(ckpt, rank, world)) if w), None)
         if wrong is None:
             return ckpt
         if rank == 0:
@@ -131,14 +119,16 @@ def find(path) -> Path:
     path = Path(path)
     if not path.exists():
         there = sorted(str(p.parent) for p in Path("out").glob("**/latest"))
-        die(f"no checkpoint at {path}: no such folder; "
+        raise UserError(f"no checkpoint at {path}: no such folder; "
             + (f"there are {', '.join(there[:6])}" if there else "`make demo` trains some"))
     written = re.fullmatch(r"step_\d+", path.name) is not None
     if not written and not (path / "model.json").is_file():
-        return latest(path) or die(f"no checkpoint in {path}")
+        if (ckpt := latest(path)) is None:
+            raise UserError(f"no checkpoint in {path}")
+        return ckpt
     if written or (path / "manifest.json").is_file():
-        for wrong in filter(None, shared(problem_with(path, *ranks()))):
-            die(f"checkpoint {path} is not whole: {wrong}")
+        for wrong in filter(None, all_gather_object(problem_with(path, *ranks()))):
+            raise UserError(f"checkpoint {path} is not whole: {wrong}")
     return path
 
 
@@ -154,9 +144,9 @@ def read_json(path: Path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        die(f"{path} is missing: {Path(path).parent} is not a checkpoint folder")
+        raise UserError(f"{path} is missing: {Path(path).parent} is not a checkpoint folder") from None
     except ValueError as e:
-        die(f"{path} is not JSON: {e}")
+        raise UserError(f"{path} is not JSON: {e}") from None
 
 
 def read_manifest(ckpt) -> dict:
@@ -165,7 +155,7 @@ def read_manifest(ckpt) -> dict:
 
 def read_meta(ckpt) -> dict:
     """
-    {"stage": ..., "chat": ..., ...} as given to save_checkpoint; {} for a folder without a manifest (imported
+    {"stage": ..., "chat": ..., ...} as given to checkpoint.save; {} for a folder without a manifest (imported
     weights).
     """
     return read_manifest(ckpt)["meta"] if (Path(ckpt) / "manifest.json").is_file() else {}
@@ -175,7 +165,7 @@ def read_shape(ckpt) -> dict:
     """ModelConfig fields."""
     shape = read_json(Path(ckpt) / "model.json")
     if not isinstance(shape, dict) or not {"vocab_size", "n_layer", "max_seq_len", "n_mtp"} <= set(shape):
-        die(f"{ckpt}/model.json should be an object with the fields of ModelConfig (model.py)")
+        raise UserError(f"{ckpt}/model.json should be an object with the fields of ModelConfig (model.py)")
     return shape
 
 
@@ -184,8 +174,8 @@ def same_shape(have: dict, want: dict, ckpt, ignore: tuple[str, ...] = ()) -> No
     wrong = [f"{k} = {have.get(k)!r} there, {v!r} here" for k, v in want.items()
              if k not in ignore and have.get(k) != v]
     if wrong:
-        die(f"checkpoint {ckpt} has another shape than is asked for: {'; '.join(wrong)}; give another --out for "
-            "a new run")
+        raise UserError(f"checkpoint {ckpt} has another shape than is asked for: {'; '.join(wrong)}; give another "
+                        "--out for a new run")
 
 
 def same_start(ckpt, init) -> None:
@@ -209,7 +199,7 @@ def weight_files(ckpt) -> dict[str, Path]:
         return {name: ckpt / file for name, file in read_json(index)["weight_map"].items()}
     path = ckpt / "model.safetensors"
     if not path.is_file():
-        die(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     with opened(path) as f:
         return dict.fromkeys(f.keys(), path)
 
@@ -218,7 +208,7 @@ def opened(path: Path):
     try:
         return safe_open(str(path), framework="pt")
     except Exception as e:              # safetensors raises its own type, OSError or ValueError by version
-        die(f"{path} is not a readable safetensors file: {e}")
+        raise UserError(f"{path} is not a readable safetensors file: {e}") from None
 
 
 @torch.no_grad()
@@ -232,7 +222,7 @@ def read_weights(ckpt, model: nn.Module) -> None:
     missing, unused = sorted(set(params) - set(files)), sorted(set(files) - set(params))
     if missing or unused:
         what = f"lacks {missing[0]!r}" if missing else f"has {unused[0]!r} too many"
-        die(f"the weights in {ckpt} do not fit the model: the checkpoint {what}")
+        raise UserError(f"the weights in {ckpt} do not fit the model: the checkpoint {what}")
     for path in sorted(set(files.values())):
         with opened(path) as f:
             for name in sorted(n for n, where in files.items() if where == path):
@@ -240,34 +230,39 @@ def read_weights(ckpt, model: nn.Module) -> None:
                 have, want = list(piece.get_shape()), list(p.shape)
                 if have != want:
                     hint = " (vocabulary mismatch)" if name.startswith(("embed_tokens", "lm_head")) else ""
-                    die(f"{path}: {name} has shape {have}, the model {want}{hint}")
+                    raise UserError(f"{path}: {name} has shape {have}, the model {want}{hint}")
                 assign(p, piece)
 
 
-def load_model(path) -> tuple[dict, dict[str, Tensor], dict]:
+def materialise(model: nn.Module, rt: Runtime, *, seed: int = 0, ckpt=None) -> nn.Module:
     """
-    (ModelConfig fields, state dict, meta) of a checkpoint or the newest of a run; for scripts that only need
-    weights.
+    Memory for a model on the meta device, then its weights: from the checkpoint folder ckpt, else drawn from seed.
+
+    A sharded model gets this rank's rows only; a plain one that will be sharded stays in CPU memory until shard() moves
+    it block by block. The draws come from one CPU generator in name order: any number of ranks starts from the same
+    numbers. UserError when the weights in ckpt do not fit the model.
     """
-    ckpt = find(path)
-    state = {}
-    files = weight_files(ckpt)
-    for file in sorted(set(files.values())):
-        with opened(file) as f:
-            state |= {name: f.get_tensor(name) for name in f.keys()}   # noqa: SIM118 (not a dict)
-    return read_shape(ckpt), state, read_meta(ckpt)
+    reshard(model)
+    if any(p.is_meta for p in model.parameters()):
+        later = rt.sharded and not is_sharded(model)
+        model.to_empty(device="cpu" if later else rt.device)
+    if ckpt is not None:
+        read_weights(ckpt, model)
+    else:
+        fill(model, model.initial_weights(seed))
+    return model
 
 
 def read_state(ckpt, *needs: str) -> dict:
     """
-    What save_checkpoint was given as state. needs: keys it must have, else the run ends: the folder holds a
+    What checkpoint.save was given as state. needs: keys it must have, else the run ends: the folder holds a
     run of another script.
     """
     state = torch_load(ckpt).get("state", {})
     lacking = [k for k in needs if k not in state]
     if lacking:
-        die(f"{ckpt} is of another kind of run (stage {read_meta(ckpt).get('stage')!r}, no {lacking[0]!r} in its "
-            "state) and cannot be resumed here: give another --out")
+        raise UserError(f"{ckpt} is of another kind of run (stage {read_meta(ckpt).get('stage')!r}, no {lacking[0]!r} in "
+                        "its state) and cannot be resumed here: give another --out")
     return state
 
 
@@ -276,23 +271,9 @@ def torch_load(ckpt) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        die(f"{path} is missing: these are weights only, training cannot be resumed from them")
+        raise UserError(f"{path} is missing: these are weights only, training cannot be resumed from them") from None
     except Exception as e:
-        die(f"{path} cannot be read: {e}")
-
-
-def load_checkpoint(run, model: nn.Module, optimizer=None) -> tuple[dict, Path] | tuple[None, None]:
-    """
-    latest + read_weights + load_optimizer in one. -> (state, folder), (None, None) when there is nothing to
-    resume.
-    """
-    ckpt = latest(run)
-    if ckpt is None:
-        return None, None
-    read_weights(ckpt, model)
-    if optimizer is not None:
-        load_optimizer(ckpt, model, optimizer)
-    return read_state(ckpt), ckpt
+        raise UserError(f"{path} cannot be read: {e}") from None
 
 
 # ---- the optimizer, by parameter name ----------------------------------------------------------------------
@@ -318,7 +299,7 @@ def load_optimizer(ckpt, model: nn.Module, optimizer) -> None:
     have = saved["optimizer"]
     missing = [n for n in trained if n not in have]
     if have and missing:
-        die(f"{ckpt}: no optimizer state for {missing[0]!r} ({len(missing)} in all)")
+        raise UserError(f"{ckpt}: no optimizer state for {missing[0]!r} ({len(missing)} in all)")
     fused = optimizer.param_groups[0].get("fused")
     state = {}
     for name, p in trained.items() if have else ():
@@ -359,7 +340,7 @@ def restore_rng(saved: dict) -> None:
 
 # ---- writing -----------------------------------------------------------------------------------------------
 
-def save_checkpoint(run, step: int, model: nn.Module, *, meta: dict, config: dict, state: dict,
+def save(run, step: int, model: nn.Module, *, meta: dict, config: dict, state: dict,
                     tokenizer=None, optimizer=None, keep: int = 2, shape: dict | None = None, rt=None,
                     background: bool = False) -> None:
     """
@@ -369,10 +350,10 @@ def save_checkpoint(run, step: int, model: nn.Module, *, meta: dict, config: dic
       state   plain values and tensors (schedule position, loader cursors, scheduler), read back by read_state
       shape   ModelConfig fields, default vars(model.cfg)
     background=True copies everything to CPU memory and returns; a thread writes. At most one such save is
-    under way, the next one and finish_saves() wait for it. Ends the run with one line when the disk is full
+    under way, the next one and finish() wait for it. Ends the run with one line when the disk is full
     or fails; the previous checkpoint and `latest` stay as they were.
     """
-    finish_saves()
+    finish()
     run = Path(run)
     reshard(model)
     optim = optimizer_state(model, optimizer) if optimizer is not None else {}
@@ -387,7 +368,7 @@ def save_checkpoint(run, step: int, model: nn.Module, *, meta: dict, config: dic
         weights, parts = snapshot(weights, "weights"), snapshot(parts, "parts")
     job = dict(run=run, step=step, weights=weights, parts=parts, meta=meta, config=config,
                tokenizer=tokenizer, keep=keep, shape=dict(shape if shape is not None else vars(model.cfg)),
-               dcp=dcp, order=[name for name, _ in model.named_parameters()],
+               distributed=dcp, order=[name for name, _ in model.named_parameters()],
                group=getattr(rt, "save_group", None))
     if not background:
         write(**job)
@@ -415,7 +396,7 @@ def _write_quietly(**job) -> None:
         _pending.error = e
 
 
-def finish_saves() -> None:
+def finish() -> None:
     """Wait for a background save; raises what it died of."""
     if _pending.thread is not None:
         _pending.thread.join()
@@ -478,9 +459,9 @@ def snapshot(tree, key):
 def check_space(run: Path, model: nn.Module, optim: dict) -> None:
     """Ends the run, on all ranks, before a byte is written when the checkpoint cannot fit. A collective."""
     rank, _ = ranks()
-    wrong = shared(no_space(run, model, optim) if rank == 0 else None)[0]
+    wrong = all_gather_object(no_space(run, model, optim) if rank == 0 else None)[0]
     if wrong:
-        die(wrong)
+        raise UserError(wrong)
 
 
 def no_space(run: Path, model: nn.Module, optim: dict) -> str | None:
@@ -497,7 +478,7 @@ def no_space(run: Path, model: nn.Module, optim: dict) -> str | None:
     return None
 
 
-def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, shape, dcp: bool, order,
+def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, shape, distributed: bool, order,
           group) -> None:
     """
     The writing itself, in the caller's thread or in the background. Collectives, if any, run on `group`.
@@ -514,9 +495,9 @@ def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, s
     def fill_folder():
         write_weights(temporary, weights, order)
         train = parts
-        if dcp:
-            from torch.distributed.checkpoint import save
-            save(parts["optimizer"], checkpoint_id=str(temporary / "optimizer"), process_group=group)
+        if distributed:
+            import torch.distributed.checkpoint as dcp
+            dcp.save(parts["optimizer"], checkpoint_id=str(temporary / "optimizer"), process_group=group)
             train = parts | {"optimizer": dict.fromkeys(parts["optimizer"])}
         if rank == 0:
             torch.save(train, temporary / "train_state.pt")
@@ -526,10 +507,7 @@ def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, s
                 tokenizer.save(temporary)
 
     def describe():
-        found = [fingerprints(temporary, rank, world)] * world
-        if world > 1:
-            dist.all_gather_object(found, found[rank], group=group)
-        for part in found:
+        for part in all_gather_object(fingerprints(temporary, rank, world), group):
             files.update(part)
 
     for todo in (clear if rank == 0 else None, fill_folder, describe,
@@ -550,10 +528,7 @@ def write_json(path: Path, value) -> None:
 def agree(error: Exception | None, run: Path, step: int, temporary: Path, group) -> None:
     """If any rank failed, all end here, with the reason; the half-written folder is removed."""
     rank, world = ranks()
-    errors = [error]
-    if world > 1:
-        errors = [None] * world
-        dist.all_gather_object(errors, repr(error) if error else None, group=group)
+    errors = [error] if world == 1 else all_gather_object(repr(error) if error else None, group)
     if not any(errors):
         return
     if rank == 0:
@@ -561,7 +536,7 @@ def agree(error: Exception | None, run: Path, step: int, temporary: Path, group)
     first = next(e for e in errors if e)
     full_disk = getattr(first, "errno", None) == errno.ENOSPC or "o space left" in str(first)
     what = "disk full" if full_disk else repr(first) if isinstance(first, Exception) else str(first)
-    die(f"checkpoint of step {step} in {run} could not be written: {what}; earlier checkpoints are whole")
+    raise UserError(f"checkpoint of step {step} in {run} could not be written: {what}; earlier checkpoints are whole")
 
 
 def write_weights(folder: Path, weights: dict[str, Tensor], order: list[str]) -> None:

@@ -1,20 +1,25 @@
 """
 Typed configuration: dataclass defaults < config files, left to right < --key=value, left to right.
 
-Not a section of the report, but the place where its numbers are written down and may go wrong. Each script
-declares one frozen dataclass `Config`; a config file is plain assignments and may inherit another one with
+Not a section of the report, but the place where its numbers are written down and may go wrong. Each script declares
+one frozen dataclass `Config`. A config file is plain assignments and may inherit another one with
 `from config.mimo_7b import *`; names that start with _ are private to the file.
 
     python pretrain.py config/tiny.py --model.n_layer=6 --stages.0.tokens=1e6 --compile
+    python hf.py export out/tiny/rl out/hf --flavour=mimo        # Config.POSITIONAL names the fields without --
 
-A key nobody declared, in a file or on the command line, ends the run with exit status 1 and the nearest real name; a
-wrong type names field, value and type. Reading a config file runs it as Python: only run files you trust.
+A key nobody declared, in a file or on the command line, ends the run with exit status 1 and the nearest real name. A
+wrong type names field, value and expected type. Reading a config file runs it as Python: only run files you trust.
+
+Errors. Whatever a person or a disk did wrong is raised as UserError, anywhere in the project, and ends in one place,
+run(): one line on stderr and exit status 1. Every other exception is a bug and keeps its traceback.
 """
 import ast
 import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import runpy
 import sys
@@ -26,10 +31,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 
-class ConfigError(SystemExit):
-    """One line on stderr and exit status 1, never a traceback."""
-    def __init__(self, message: str):
-        super().__init__(f"config error: {message}")
+class UserError(ValueError):
+    """What a person gave, or what a disk did, cannot be used. The message is one line that says what would be right."""
 
 
 def run(main: Callable, Config: type):
@@ -41,12 +44,13 @@ def run(main: Callable, Config: type):
 @contextmanager
 def one_line():
     """
-    Around a script's main. What the disk says (full, no such file, no permission) ends the run with one line and exit
-    status 1, Ctrl-C with status 130. What a script refuses it says itself; a ValueError out of here is a bug, and keeps
-    its traceback.
+    The one place where errors end. UserError, and what the system says of a file (full disk, no such file, no
+    permission), become one line and exit status 1; Ctrl-C becomes status 130.
     """
     try:
         yield
+    except UserError as e:
+        raise SystemExit(f"error: {e}") from None
     except OSError as e:
         raise SystemExit(f"error: {os_words(e)}") from None
     except KeyboardInterrupt:
@@ -61,6 +65,20 @@ def os_words(e: OSError) -> str:
     return f"{e.filename2 or e.filename}: {e.strerror}"
 
 
+def writable(path) -> Path:
+    """
+    Where a result will be written: create its folder and check, before the work starts, that the file can be written.
+    -> path. UserError when it cannot.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a file is to be written there")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: no permission to write in {path.parent}")
+    return path
+
+
 def at_least(cfg, low: float, *names: str) -> None:
     """For __post_init__: ValueError naming the first field that is under `low`, infinite or NaN."""
     for name in names:
@@ -71,21 +89,27 @@ def at_least(cfg, low: float, *names: str) -> None:
 
 def load(Config: type, argv: list[str] | None = None):
     """
-    Config: a dataclass type. argv: words after the script's name, default sys.argv[1:]; words without -- are config
-    files. -> an instance of Config. Raises ConfigError (exit status 1) for whatever it cannot take.
+    Config: a dataclass type. argv: words after the script's name, default sys.argv[1:]. Words without -- fill the
+    fields that Config.POSITIONAL names, in order; beyond these, and where there are none, they are config files.
+    -> an instance of Config. Raises UserError for whatever it cannot take.
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(help_text(Config))
         raise SystemExit(0)
-    cfg = raw(Config, defaults(Config))
-    for word in argv:                                  # files first: flags win over files wherever they stand
-        if not word.startswith("--"):
-            cfg = update(cfg, read_file(word), where=word)
-    for word in argv:
-        if word.startswith("--"):
-            key, eq, value = word[2:].partition("=")   # only the first "=" splits: --prompt=a=b is fine
-            cfg = set_path(cfg, key.split("."), parse(value) if eq else True, key)
+    cfg, flags = raw(Config, defaults(Config)), [word for word in argv if word.startswith("--")]
+    names, bare = getattr(Config, "POSITIONAL", ()), [word for word in argv if not word.startswith("--")]
+    for path in bare[len(names):]:                     # files first: flags win over files wherever they stand
+        cfg = update(cfg, read_file(path), where=path)
+    for name, word in zip(names, bare, strict=False):
+        hint = typing.get_type_hints(Config)[name]
+        cfg = set_path(cfg, [name], word if hint is str else parse(word), name)
+    for word in flags:
+        key, eq, value = word[2:].partition("=")       # only the first "=" splits: --prompt=a=b is fine
+        cfg = set_path(cfg, key.split("."), parse(value) if eq else True, key)
+    for name in names:
+        if getattr(cfg, name) == "":
+            raise UserError(f"{name} is missing; usage: {usage(Config)}")
     return built(cfg)                                  # rules between fields are checked once, on the whole
 
 
@@ -94,7 +118,7 @@ def read_file(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         hint = "no such file" if path.endswith(".py") else "a config file ends in .py; a flag starts with --, " \
             "its value follows after ="
-        raise ConfigError(f"cannot read config file {path!r}: {hint}")
+        raise UserError(f"cannot read config file {path!r}: {hint}")
     root = str(Path(__file__).resolve().parent)        # so that `from config.tiny import *` works from any folder
     sys.path[:0] = [root]
     try:
@@ -102,7 +126,7 @@ def read_file(path: str) -> dict[str, Any]:
     except SystemExit:
         raise
     except BaseException as e:
-        raise ConfigError(f"{path}: {type(e).__name__}: {e}") from None
+        raise UserError(f"{path}: {type(e).__name__}: {e}") from None
     finally:
         sys.path.remove(root)
     return {k: v for k, v in names.items()
@@ -124,7 +148,7 @@ def set_path(node, path: list[str], value, full: str):
     head, rest = path[0], path[1:]
     if isinstance(node, (list, tuple)):
         if not head.isdigit() or int(head) >= len(node):
-            raise ConfigError(f"unknown key {full}: {head!r} should be an index from 0 to {len(node) - 1}")
+            raise UserError(f"unknown key {full}: {head!r} should be an index from 0 to {len(node) - 1}")
         items, i = list(node), int(head)
         items[i] = set_path(items[i], rest, value, full) if rest else value
         return type(node)(items)
@@ -135,7 +159,7 @@ def set_path(node, path: list[str], value, full: str):
     if not dataclasses.is_dataclass(node):
         here = ".".join(full.split(".")[:-len(path)])
         what = "None, give it as a whole in a config file" if node is None else "a plain value, it has no parts"
-        raise ConfigError(f"unknown key {full}: {here} is {what}")
+        raise UserError(f"unknown key {full}: {here} is {what}")
     fields = {f.name: f for f in dataclasses.fields(node)}
     if head not in fields:
         raise unknown(full, head, fields)
@@ -145,10 +169,10 @@ def set_path(node, path: list[str], value, full: str):
     return raw(type(node), {f: getattr(node, f) for f in fields} | {head: new})
 
 
-def unknown(full: str, head: str, names, place: str = "") -> ConfigError:
+def unknown(full: str, head: str, names, place: str = "") -> UserError:
     near = difflib.get_close_matches(head, list(names), n=1, cutoff=0.0)
     prefix = full[:full.rfind(head)]
-    return ConfigError(f"unknown key {full}{place}" + (f" -- did you mean {prefix}{near[0]}?" if near else ""))
+    return UserError(f"unknown key {full}{place}" + (f" -- did you mean {prefix}{near[0]}?" if near else ""))
 
 
 def defaults(cls: type) -> dict[str, Any]:
@@ -173,20 +197,20 @@ def built(node):
 
 
 def make(cls: type, values: dict[str, Any]):
-    """Build a dataclass; what its __post_init__ or a missing field complains of becomes a ConfigError."""
+    """Build a dataclass; a ValueError of its __post_init__, or a missing field, becomes a UserError."""
     try:
         return cls(**values)
     except (ValueError, TypeError) as e:
-        raise ConfigError(str(e)) from None
+        raise UserError(str(e)) from None
 
 
 def check(value, hint, key: str, place: str = ""):
     """
-    value if it has the type `hint`, else ConfigError. An int is taken for a float and an integral float (1e6) for an
+    value if it has the type `hint`, else UserError. An int is taken for a float and an integral float (1e6) for an
     int; a nested dataclass takes an instance or a dict; nothing else is converted.
     """
     def wrong(want: str):
-        return ConfigError(f"{key} = {value!r} should be {want}{place}")
+        return UserError(f"{key} = {value!r} should be {want}{place}")
 
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -199,7 +223,7 @@ def check(value, hint, key: str, place: str = ""):
         for arm in args:
             try:
                 return check(value, arm, key, place)
-            except ConfigError:
+            except UserError:
                 continue
         raise wrong(name_of(hint))
     if origin in (list, tuple):
@@ -251,7 +275,7 @@ def to_dict(cfg) -> dict:
 
 
 def from_dict(Config: type, values: dict, where: str = "saved config"):
-    """The inverse of to_dict; raises ConfigError for keys that Config does not have and for wrong types."""
+    """The inverse of to_dict; raises UserError for keys that Config does not have and for wrong types."""
     return built(update(raw(Config, defaults(Config)), values, where))
 
 
@@ -271,16 +295,24 @@ def show(cfg) -> str:
     return "\n".join(f"{mark} {k:<{width}} = {v!r}" for mark, k, v in rows)
 
 
+def usage(Config: type) -> str:
+    """How a script is called: python hf.py ACTION SOURCE OUT [--key=value ...]."""
+    module = sys.modules[Config.__module__]
+    inside = getattr(getattr(module, "__spec__", None), "name", "")     # "data.prepare" of python -m data.prepare
+    path = Path(getattr(module, "__file__", None) or "SCRIPT.py")
+    folder = f"{path.parent.name}/" if path.parent.name in ("bench", "paper") else ""
+    script = f"-m {inside}" if "." in inside else folder + path.name
+    words = [name.upper() for name in getattr(Config, "POSITIONAL", ())] or ["[config/FILE.py ...]"]
+    return " ".join(["python", script, *words, "[--key=value ...]"])
+
+
 def help_text(Config: type) -> str:
     """
     --help: the script's own first lines, how to call it, then every field, nested ones too, with its type, default and
     the comment behind it. A list of dataclasses (--stages.0.lr) shows the fields of one item.
     """
     module = sys.modules[Config.__module__]
-    inside = getattr(getattr(module, "__spec__", None), "name", "")     # "data.prepare" of python -m data.prepare
-    script = f"-m {inside}" if "." in inside else Path(getattr(module, "__file__", None) or "SCRIPT.py").name
-    return "\n".join([(module.__doc__ or "").strip(), "",
-                      f"usage: python {script} [config/FILE.py ...] [--key=value ...]",
+    return "\n".join([(module.__doc__ or "").strip(), "", f"usage: {usage(Config)}",
                       "a flag wins over a file, a file over the defaults below; --flag alone sets a bool", "",
                       *help_rows(Config, make(Config, {}), "--", {})])
 

@@ -13,26 +13,30 @@ problems; pass@k is the unbiased estimate. Results go to eval.json in the checkp
 eval_answers.jsonl beside it.
 """
 import json
+import math
+import random
 import time
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
+import checkpoint
 import configurator
+import distributed
 import mtp
-import runtime
+from configurator import UserError
 from data.jsonl import write_jsonl
 from data.loader import make_batch
-from data.problems import read_problems
+from data.problems import Problem, prompt_ids, read_problems, stop_ids
 from data.tiny import probes
 from data.tiny.world import make_world
 from engine import Engine, Request, generate
-from grade import answer_rows, prompt_ids, solve, stop_ids, summary
 from judge import Judge
 from kernels.attention import doc_bounds
 from model import MiMo, ModelConfig
-from sandbox import JudgeError
+from reward import Grader
 from tokenizer import Tokenizer
 
 
@@ -45,7 +49,7 @@ class Config:
     samples: int = 8                      # answers per problem [paper 3.5: avg@32 on AIME, avg@8 on LiveCodeBench]
     temperature: float = 0.6              # [paper 3.5]
     top_p: float = 0.95                   # [paper 3.5]
-    max_tokens: int = 128                 # generation budget, tokens
+    max_new_tokens: int = 128                 # generation budget, tokens
     probe_lengths: list[int] = (256, 512, 1024)      # context lengths of the probes, tokens
     probe_count: int = 10                 # probes per kind and length
     slots: int = 128                      # answers decoded at a time
@@ -56,7 +60,7 @@ class Config:
     out: str = ""                         # result file; default <run>/eval.json
 
     def __post_init__(self):
-        configurator.at_least(self, 1, "samples", "max_tokens", "probe_count", "slots", "judge_workers", "threads")
+        configurator.at_least(self, 1, "samples", "max_new_tokens", "probe_count", "slots", "judge_workers", "threads")
         configurator.at_least(self, 0, "limit", "temperature")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} should be in (0, 1]")
@@ -65,31 +69,28 @@ class Config:
 
 
 def main(cfg: Config) -> dict:
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
-    ckpt = runtime.find(cfg.ckpt)
-    with runtime.reading():
-        tokenizer = Tokenizer.load(ckpt)
-        shape = configurator.from_dict(ModelConfig, runtime.read_shape(ckpt), f"{ckpt}/model.json")
-        problems = read_problems(cfg.problems) if {"problems", "mtp"} & set(cfg.tasks) else []
-    model = runtime.materialise(mtp.build(shape, "meta"), rt, ckpt=ckpt).eval()
-    chat, run = runtime.read_meta(ckpt).get("chat", False), ckpt.parent
-    found = {"ckpt": str(ckpt), "chat": chat, "commit": runtime.git_commit(), "config": configurator.to_dict(cfg)}
-    path = runtime.target(cfg.out or run / "eval.json")
+    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    ckpt = checkpoint.find(cfg.ckpt)
+    tokenizer = Tokenizer.load(ckpt)
+    shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(ckpt), f"{ckpt}/model.json")
+    problems = read_problems(cfg.problems) if {"problems", "mtp"} & set(cfg.tasks) else []
+    model = checkpoint.materialise(mtp.build(shape, "meta"), rt, ckpt=ckpt).eval()
+    chat, run = checkpoint.read_meta(ckpt).get("chat", False), ckpt.parent
+    found = {"ckpt": str(ckpt), "chat": chat, "commit": checkpoint.git_commit(), "config": configurator.to_dict(cfg)}
+    path = configurator.writable(cfg.out or run / "eval.json")
     if problems:
         check_context(problems, tokenizer, chat, shape.max_seq_len, cfg)
-    with runtime.reading():
-        asked = asked_probes(tokenizer, shape.max_seq_len, cfg) if "probes" in cfg.tasks else {}
+    asked = asked_probes(tokenizer, shape.max_seq_len, cfg) if "probes" in cfg.tasks else {}
     t0 = time.perf_counter()
     if "problems" in cfg.tasks:
         found["problems"], lines = {}, []
-        with runtime.reading(JudgeError):
-            judge = Judge(workers=cfg.judge_workers, remember=10_000)
+        judge = Judge(workers=cfg.judge_workers, remember=10_000)
         with judge:
             for kind in sorted({p.kind for p in problems}):
                 some = [p for p in problems if p.kind == kind][:cfg.limit or None]
                 longest = max(len(prompt_ids(tokenizer, p, chat)) for p in some)
-                engine = Engine(model, slots=cfg.slots, max_len=longest + cfg.max_tokens, ids=tokenizer.n_ids)
-                answers = solve(engine, tokenizer, judge, some, chat=chat, n=cfg.samples, max_tokens=cfg.max_tokens,
+                engine = Engine(model, slots=cfg.slots, max_len=longest + cfg.max_new_tokens, n_ids=tokenizer.n_ids)
+                answers = solve(engine, tokenizer, judge, some, chat=chat, n=cfg.samples, max_new_tokens=cfg.max_new_tokens,
                                 temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
                 found["problems"][kind] = row = summary(answers)
                 lines += answer_rows(some, answers)
@@ -114,12 +115,84 @@ def main(cfg: Config) -> dict:
     return found
 
 
+# ---- estimators and grading, what rl.py's held-out curve uses too ----
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """By hand: n = 4, c = 1, k = 2: 1 - C(3,2)/C(4,2) = 1 - 3/6 = 0.5."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def bootstrap(values: list[float], draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean with a percentile 95% interval; resamples problems, not samples. -> (mean, low, high)."""
+    x = np.asarray(values, dtype=np.float64)
+    picks = np.random.Generator(np.random.PCG64(seed)).integers(0, len(x), (draws, len(x)))
+    low, high = np.quantile(x[picks].mean(1), [0.025, 0.975])
+    return float(x.mean()), float(low), float(high)
+
+
+def solve(engine: Engine, tokenizer, judge: Judge, problems: list[Problem], *, chat: bool, n: int, max_new_tokens: int,
+          temperature: float = 0.6, top_p: float = 0.95, seed: int = 0) -> list[list[dict]]:
+    """
+    n samples of every problem, graded. -> per problem, per sample {"passed", "verdicts", "text", "tokens", "finish"}.
+    The seed of a sample depends on (seed, problem, number) only, so any subset of problems gives the same samples.
+    """
+    class Task:                                  # what Grader reads of rollout.Task
+        def __init__(self, prompt): self.prompt = prompt
+    grader = Grader(problems, tokenizer, judge, "vanilla")
+    requests = []
+    for i, problem in enumerate(problems):
+        ids = prompt_ids(tokenizer, problem, chat)
+        rng = random.Random(f"{seed} {problem.id}")
+        requests += [Request((i, j), ids, max_new_tokens, temperature=temperature, top_p=top_p,
+                             stop=stop_ids(tokenizer, chat), seed=rng.getrandbits(62)) for j in range(n)]
+    for request in requests:
+        engine.add(request)
+    samples, graded = [], {}
+    while len(graded) < len(requests):           # programs run while other answers are still being written
+        if finished := engine.step():
+            samples += finished
+            for s in finished:
+                grader.submit(s.id, Task(s.id[0]), s)
+        graded |= {key: info for key, _, info in grader.poll()}
+        if len(samples) == len(requests):
+            time.sleep(0.005)                    # nothing left to decode: leave the core to the judge's workers
+    grader.close()
+    found = [[{}] * n for _ in problems]
+    for s in samples:
+        found[s.id[0]][s.id[1]] = graded[s.id] | {"text": tokenizer.decode(s.tokens, skip_control=True),
+                                                  "tokens": len(s.tokens), "finish": s.finish}
+    return found
+
+
+def summary(found: list[list[dict]], ks: tuple[int, ...] = (1, 4, 8, 16)) -> dict[str, float]:
+    """avg@n with its interval, pass@k, mean length and truncated share of what `solve` found."""
+    rates = [sum(s["passed"] for s in row) / len(row) for row in found]
+    n = len(found[0])
+    avg, low, high = bootstrap(rates)
+    every = [s for row in found for s in row]
+    return {"avg": avg, "low": low, "high": high, "n": len(found), "samples": n,
+            **{f"pass@{k}": sum(pass_at_k(n, sum(s["passed"] for s in row), k) for row in found) / len(found)
+               for k in ks if k <= n},
+            "tokens": sum(s["tokens"] for s in every) / len(every),
+            "truncated": sum(s["finish"] == "length" for s in every) / len(every)}
+
+
+def answer_rows(problems: list[Problem], found: list[list[dict]]) -> list[dict]:
+    """Every answer with its verdicts, an object a problem, for reading and for difficulty estimation (rl_data.py)."""
+    return [{"id": problem.id, "question": problem.question, "answers": row}
+            for problem, row in zip(problems, found, strict=True)]
+
+
+# ---- the three measurements ----
+
 def check_context(problems, tokenizer, chat: bool, context: int, cfg: Config) -> None:
     """Ends the run before it begins when the longest prompt and its answer do not fit the model's context."""
     longest = max(len(prompt_ids(tokenizer, p, chat)) for p in problems)
-    if longest + cfg.max_tokens > context:
-        runtime.die(f"{cfg.problems}: longest prompt {longest} + max_tokens {cfg.max_tokens} exceed the context of "
-                    f"{cfg.ckpt}, max_seq_len = {context}")
+    if longest + cfg.max_new_tokens > context:
+        raise UserError(f"{cfg.problems}: longest prompt {longest} + max_new_tokens {cfg.max_new_tokens} exceed the context of "
+                        f"{cfg.ckpt}, max_seq_len = {context}")
 
 
 def shares(values: list[float]) -> str:
@@ -135,15 +208,15 @@ def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> di
     problems = [p for p in problems if p.kind == "maths"][:64] + [p for p in problems if p.kind == "code"][:64]
     n_mtp = len(model.mtp_layers)
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
-    longest = max(map(len, prompts)) + cfg.max_tokens
+    longest = max(map(len, prompts)) + cfg.max_new_tokens
     stop = stop_ids(tokenizer, chat)
-    requests = [Request(i, ids, cfg.max_tokens, temperature=0.0, stop=stop) for i, ids in enumerate(prompts)]
+    requests = [Request(i, ids, cfg.max_new_tokens, temperature=0.0, stop=stop) for i, ids in enumerate(prompts)]
     t0 = time.perf_counter()
-    plain = generate(Engine(model, slots=1, max_len=longest, ids=tokenizer.n_ids), requests)
+    plain = generate(Engine(model, slots=1, max_len=longest, n_ids=tokenizer.n_ids), requests)
     t1 = time.perf_counter()
-    fast = generate(Engine(model, slots=1, max_len=longest + n_mtp, n_draft=n_mtp, ids=tokenizer.n_ids), requests)
+    fast = generate(Engine(model, slots=1, max_len=longest + n_mtp, n_draft=n_mtp, n_ids=tokenizer.n_ids), requests)
     t2 = time.perf_counter()
-    drafted = [sum(s.drafted[k] for s in fast) for k in range(n_mtp)]
+    verified = [sum(s.verified[k] for s in fast) for k in range(n_mtp)]
     accepted = [sum(s.accepted[k] for s in fast) for k in range(n_mtp)]
     agreed, looked = [0] * n_mtp, [0] * n_mtp
     for s in plain:                                          # one row a text: prompt, answer, look-ahead
@@ -156,7 +229,7 @@ def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> di
         for k, (a, n) in enumerate(mtp.agreement(model, batch.ids, batch.docs, batch.positions, bounds, batch.mask)):
             agreed[k], looked[k] = agreed[k] + a, looked[k] + n
     tokens = sum(len(s.tokens) for s in fast)
-    return {"online": [a / max(1, d) for a, d in zip(accepted, drafted, strict=True)],
+    return {"online": [a / max(1, d) for a, d in zip(accepted, verified, strict=True)],
             "teacher_forced": [a / max(1, n) for a, n in zip(agreed, looked, strict=True)],
             "equal_text": all(a.tokens == b.tokens for a, b in zip(plain, fast, strict=True)),
             "tokens_per_forward": tokens / max(1, tokens - sum(accepted)), "speedup": (t1 - t0) / (t2 - t1),
@@ -184,7 +257,7 @@ def measure_probes(model: MiMo, tokenizer, asked: dict) -> dict[str, dict[int, f
     found: dict[str, dict[int, float]] = {}
     stop = stop_ids(tokenizer, True)
     for (length, kind), some in asked.items():
-        engine = Engine(model, slots=8, max_len=length, ids=tokenizer.n_ids)
+        engine = Engine(model, slots=8, max_len=length, n_ids=tokenizer.n_ids)
         replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), REPLY, temperature=0.0, stop=stop)
                                     for i, p in enumerate(some)])
         scores = [probes.score(p, tokenizer.decode(s.tokens, skip_control=True))

@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 
 import checkpoint
 import mtp
-from checkpoint import die, opened, read_json, write_json
-from configurator import from_dict, one_line
+from checkpoint import opened, read_json, write_json
+from configurator import UserError, from_dict, one_line
 from model import ModelConfig
 from tokenizer import Tokenizer
 
@@ -72,23 +72,23 @@ def tensors_in(folder):
     listing = read_json(index) if index.is_file() else {"weight_map": {}}
     weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
     if not isinstance(weight_map, dict):
-        die(f"{index}: should be an object with weight_map, tensor name -> file")
+        raise UserError(f"{index}: should be an object with weight_map, tensor name -> file")
     listed = set(weight_map.values()) if weight_map else there
     if not listed:
-        die(f"{folder}: no .safetensors file")
+        raise UserError(f"{folder}: no .safetensors file")
     if listed != there:
         odd = sorted(listed ^ there)[0]
-        die(f"{folder}: {odd} is {'missing' if odd in listed else 'not in ' + index.name + ', remove it'}")
+        raise UserError(f"{folder}: {odd} is {'missing' if odd in listed else 'not in ' + index.name + ', remove it'}")
     found = {}
     for file in sorted(listed):
         with opened(folder / file) as f:
             for name in f.keys():      # noqa: SIM118 (not a dict)
                 if name in found:
-                    die(f"{folder}: tensor {name} is in both {found[name].name} and {file}")
+                    raise UserError(f"{folder}: tensor {name} is in both {found[name].name} and {file}")
                 found[name] = folder / file
     wrong = sorted(n for n, file in weight_map.items() if n not in found or found[n].name != file)
     if wrong:
-        die(f"{folder}: tensor {wrong[0]} is not in {weight_map[wrong[0]]}, where {index.name} says it is")
+        raise UserError(f"{folder}: tensor {wrong[0]} is not in {weight_map[wrong[0]]}, where {index.name} says it is")
     return found
 
 
@@ -99,17 +99,17 @@ def check_tensors(have, want, where):
     """
     missing, left_over = sorted(set(want) - set(have)), sorted(set(have) - set(want))
     if missing:
-        die(f"{where}: tensor {missing[0]} is missing ({len(missing)} such)")
+        raise UserError(f"{where}: tensor {missing[0]} is missing ({len(missing)} such)")
     if left_over:
-        die(f"{where}: tensor {left_over[0]} has no place in the model ({len(left_over)} such)")
+        raise UserError(f"{where}: tensor {left_over[0]} has no place in the model ({len(left_over)} such)")
     for path in {p for p, _ in have.values()}:
         with opened(path) as f:
             for name, stored in ((n, s) for n, (p, s) in have.items() if p == path):
                 piece = f.get_slice(stored)
                 if list(piece.get_shape()) != want[name]:
-                    die(f"{path}: tensor {stored} has shape {piece.get_shape()}, should be {want[name]}")
+                    raise UserError(f"{path}: tensor {stored} has shape {piece.get_shape()}, should be {want[name]}")
                 if piece.get_dtype() not in DTYPES:
-                    die(f"{path}: tensor {stored} is {piece.get_dtype()}, should be {' or '.join(DTYPES)}")
+                    raise UserError(f"{path}: tensor {stored} is {piece.get_dtype()}, should be {' or '.join(DTYPES)}")
 
 
 # ---- streaming ---------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def need_space(folder, sources, dtype):
     folder.mkdir(parents=True, exist_ok=True)
     n_bytes, free = sum(bytes_of(sources, dtype).values()), shutil.disk_usage(folder).free
     if free < n_bytes + 50_000_000:
-        die(f"{folder}: {n_bytes / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
+        raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
 
 
 # ---- import ------------------------------------------------------------------------------------------------
@@ -172,19 +172,19 @@ def model_config(hf, path):
     """
     def get(key, *kinds):
         if not isinstance(hf.get(key), kinds) or isinstance(hf[key], bool):
-            die(f"{path}: {key} = {hf.get(key)!r} should be {' or '.join(k.__name__ for k in kinds)}")
+            raise UserError(f"{path}: {key} = {hf.get(key)!r} should be {' or '.join(k.__name__ for k in kinds)}")
         return hf[key]
     if hf.get("model_type") not in ("mimo", "qwen2"):
-        die(f"{path}: model_type = {hf.get('model_type')!r} should be mimo or qwen2")
+        raise UserError(f"{path}: model_type = {hf.get('model_type')!r} should be mimo or qwen2")
     # transformers 5 moves RoPE's keys into rope_parameters and calls torch_dtype dtype
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        die(f"{path}: RoPE scaling {rope} is not part of MiMo-7B; should be absent")
+        raise UserError(f"{path}: RoPE scaling {rope} is not part of MiMo-7B; should be absent")
     hf = {"rope_theta": rope.get("rope_theta")} | hf
     fixed = {"hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": False}
     for key, right in fixed.items():
         if hf.get(key, right) != right:
-            die(f"{path}: {key} = {hf[key]!r} should be {right!r}: this is not MiMo-7B's architecture")
+            raise UserError(f"{path}: {key} = {hf[key]!r} should be {right!r}: this is not MiMo-7B's architecture")
     heads, width = get("num_attention_heads", int), get("hidden_size", int)
     fields = dict(
         vocab_size=get("vocab_size", int), n_layer=get("num_hidden_layers", int), d_model=width, n_head=heads,
@@ -195,7 +195,7 @@ def model_config(hf, path):
     try:
         return ModelConfig(**fields)
     except (ValueError, TypeError) as e:
-        die(f"{path}: {e}")
+        raise UserError(f"{path}: {e}") from None
 
 
 def extra_layers(folder, files, cfg):
@@ -203,10 +203,10 @@ def extra_layers(folder, files, cfg):
     extra = tensors_in(folder)
     double = sorted(set(extra) & set(files))
     if double:
-        die(f"{folder}: tensor {double[0]} is in the main model already")
+        raise UserError(f"{folder}: tensor {double[0]} is in the main model already")
     layers = [int(n.split(".")[2]) for n in extra if re.match(r"model\.mtp_layers\.\d+\.", n)]
     if not layers:
-        die(f"{folder}: no tensor of an MTP layer (model.mtp_layers.1.* ...)")
+        raise UserError(f"{folder}: no tensor of an MTP layer (model.mtp_layers.1.* ...)")
     return files | extra, ModelConfig(**{**vars(cfg), "n_mtp": max(layers) + 1})
 
 
@@ -217,12 +217,12 @@ def import_folder(source, run, mtps=None, dtype=None, shard_bytes=5e9, chat="aut
     """
     source, run = Path(source), Path(run)
     if not (source / "config.json").is_file():
-        die(f"{source / 'config.json'} is missing: {source} is not a Hugging Face model folder")
+        raise UserError(f"{source / 'config.json'} is missing: {source} is not a Hugging Face model folder")
     if checkpoint.steps_in(run):
-        die(f"{run} holds {checkpoint.steps_in(run)[0].name} already: give another folder, or remove it")
+        raise UserError(f"{run} holds {checkpoint.steps_in(run)[0].name} already: give another folder, or remove it")
     hf = read_json(source / "config.json")
     if not isinstance(hf, dict):
-        die(f"{source / 'config.json'} should be a JSON object, is a {type(hf).__name__}")
+        raise UserError(f"{source / 'config.json'} should be a JSON object, is a {type(hf).__name__}")
     cfg, files = model_config(hf, source / "config.json"), tensors_in(source)
     if mtps:
         files, cfg = extra_layers(mtps, files, cfg)
@@ -232,9 +232,9 @@ def import_folder(source, run, mtps=None, dtype=None, shard_bytes=5e9, chat="aut
     try:
         tokenizer = Tokenizer.load(source)
     except (ValueError, OSError) as e:
-        die(f"tokenizer: {e}")
+        raise UserError(f"tokenizer: {e}") from None
     if tokenizer.vocab_size > cfg.vocab_size:
-        die(f"{source}: the tokenizer has {tokenizer.vocab_size:,} ids, vocab_size = {cfg.vocab_size:,}")
+        raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size:,} ids, vocab_size = {cfg.vocab_size:,}")
     need_space(run, have, dtype)
     temporary = run / ".writing_00000000"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -303,7 +303,7 @@ def folding(path, name):
     with opened(path) as f:
         gamma = f.get_tensor(name).float()                                   # [D]
     if not (gamma.isfinite() & (gamma.abs() > 1e-6)).all():
-        die(f"{path}: {name} has a gain of {gamma.abs().min():g}, nothing can be divided by it; --fold=no")
+        raise UserError(f"{path}: {name} has a gain of {gamma.abs().min():g}, nothing can be divided by it; --fold=no")
 
     def change(name, t):
         if name == "lm_head.weight":                                         # lm_head[:, j] *= gamma_j
@@ -320,7 +320,7 @@ def open_target(folder):
     """A fresh folder beside `folder`; ends the run if `folder` holds something this script did not write."""
     folder = Path(folder)
     if folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        die(f"{folder} is not empty and was not made by hf.py export: give another folder")
+        raise UserError(f"{folder} is not empty and was not made by hf.py export: give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -359,7 +359,7 @@ def export_folder(source, target, flavour, mtps=None, dtype=None, fold="auto", s
     main = {n: have[n] for n in want if layer(n) < (1 if flavour == "mimo" else 0)}
     rest = {n: have[n] for n in want if layer(n) >= 1}
     if mtps and not rest:
-        die(f"{ckpt} has {cfg.n_mtp} MTP layer(s), there is no second one to write to {mtps}")
+        raise UserError(f"{ckpt} has {cfg.n_mtp} MTP layer(s), there is no second one to write to {mtps}")
     config = hub_config(cfg, tokenizer, flavour, chat, dtype or stored, original)
     need_space(target.parent, main | (rest if mtps else {}), dtype)
     temporary = open_target(target)

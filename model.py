@@ -65,12 +65,37 @@ class ModelConfig:
         return ModelConfig(vocab_size=151_680, n_layer=36, d_model=4096, n_head=32, n_kv_head=8, head_dim=128,
                            d_ff=11_008, rope_base=640_000.0, max_seq_len=32_768, n_mtp=n_mtp)
 
+    def block_params(self) -> int:
+        """Parameters of one block: q, k, v with bias, o, gate, up, down, two norms. 177,227,776 at 7B."""
+        D, d = self.d_model, self.head_dim
+        qkv = (D + 1) * d * (self.n_head + 2 * self.n_kv_head)
+        return qkv + self.n_head * d * D + 3 * D * self.d_ff + 2 * D
+
+    def params_by_part(self) -> dict[str, int]:
+        """Exact counts. By hand, 7B: embedding = lm_head = 151,680 x 4,096; each MTP layer has 210,790,400."""
+        D = self.d_model
+        return {"embedding": self.vocab_size * D, "blocks": self.n_layer * self.block_params(), "final norm": D,
+                "lm_head": self.vocab_size * D, "MTP layers": self.n_mtp * (self.block_params() + 2 * D * D + 3 * D)}
+
     def n_params(self) -> int:
-        """Exact parameter count: trunk 7,622,619,136 at 7B, each MTP layer adds 210,790,400."""
-        D, V, Fd, d = self.d_model, self.vocab_size, self.d_ff, self.head_dim
-        qkv = D * d * (self.n_head + 2 * self.n_kv_head) + d * (self.n_head + 2 * self.n_kv_head)  # with bias
-        block = qkv + self.n_head * d * D + 3 * D * Fd + 2 * D
-        return self.n_layer * block + 2 * V * D + D + self.n_mtp * (block + 2 * D * D + 3 * D)
+        """All parameters: the 7B trunk has 7,622,619,136, with three MTP layers 8,254,990,336."""
+        return sum(self.params_by_part().values())
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool = True, train: str = "all") -> float:
+    """
+    Training FLOPs per token: 6 per weight of a matrix it is multiplied with (2 forward, 4 backward), and 12 H d T per
+    layer for attention, half of it under a causal mask. Every MTP layer runs the head once more. Recomputation is not
+    counted. causal=False counts the masked half too, the convention of PaLM and torchtitan; train="mtp" is MTP
+    fine-tuning, whose trunk only runs forward.
+    """
+    D, d = cfg.d_model, cfg.head_dim
+    block = D * d * (cfg.n_head + 2 * cfg.n_kv_head) + cfg.n_head * d * D + 3 * D * cfg.d_ff
+    attention = 12 * cfg.n_head * d * seq_len * (0.5 if causal else 1.0)
+    head = cfg.vocab_size * D
+    trunk = cfg.n_layer * (6.0 * block + attention) + 6.0 * head
+    extra = cfg.n_mtp * (6.0 * (block + 2 * D * D + head) + attention)
+    return trunk * (1 if train == "all" else 1 / 3) + extra
 
 
 class RMSNorm(nn.Module):

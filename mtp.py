@@ -47,7 +47,7 @@ class MTPLayer(Block):
 
 
 def build(cfg: ModelConfig, device: str | torch.device | None = None) -> MiMo:
-    """A model with cfg.n_mtp MTP layers, without storage when device is "meta" (runtime.materialise fills it)."""
+    """A model with cfg.n_mtp MTP layers, without storage when device is "meta" (checkpoint.materialise fills it)."""
     with torch.device(device or "cpu"):
         model = MiMo(cfg)
         model.mtp_layers.extend(MTPLayer(cfg) for _ in range(cfg.n_mtp))

@@ -26,12 +26,15 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import configurator
+import distributed
 import mtp
-import runtime
+from configurator import UserError
 from data.loader import Batch, MixtureLoader
 from data.shards import Shards, sources
 from kernels.attention import doc_bounds
+from metrics import Metrics, SpikeGuard, check_finite, mfu
 from model import MiMo, ModelConfig
 from schedule import Stage, batch_size_at, lr_at, mtp_weight_at, stage_at, total_tokens
 from tokenizer import Tokenizer
@@ -65,25 +68,15 @@ class Config:
     reduce_each: bool = False             # FSDP reduces every micro-batch: 4 bytes x parameters less, more traffic
     async_save: bool = False              # write checkpoints beside training
     skip_spikes: float = 0.0              # skip steps with a gradient norm of so many times its running mean, 0 = never
-    dry_run: bool = False                 # print parameters, schedule and memory, train nothing
-    dry_run_world: int = 8                # GPUs the dry run plans for
-    dry_run_mfu: float = 0.4              # model FLOP utilisation it assumes
-    dry_run_tflops: float = 989.0         # peak dense bf16 TFLOP/s of a GPU (H100/H200: 989)
 
     def __post_init__(self):
         if not self.stages:
             raise ValueError("stages = []: a run needs at least one Stage")
-        configurator.at_least(self, 1, "micro_batch", "valid_tokens", "save_every", "keep", "threads", "n_mtp_final",
-                              "dry_run_world")
+        configurator.at_least(self, 1, "micro_batch", "valid_tokens", "save_every", "keep", "threads", "n_mtp_final")
         configurator.at_least(self, 0, "weight_decay", "grad_clip", "sample_every", "shard_ranks", "skip_spikes")
-        if self.dry_run and self.shard_ranks and self.dry_run_world % self.shard_ranks:
-            raise ValueError(f"shard_ranks = {self.shard_ranks} should divide dry_run_world = {self.dry_run_world}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
-        if not 0 < self.dry_run_mfu <= 1 or self.dry_run_tflops <= 0:
-            raise ValueError(f"dry_run_mfu = {self.dry_run_mfu} should be in (0, 1], dry_run_tflops = "
-                             f"{self.dry_run_tflops} above 0")
         for s in self.all_stages():
             if s.seq_len > self.model.max_seq_len:
                 raise ValueError(f"stage {s.name}: seq_len = {s.seq_len} is longer than model.max_seq_len = "
@@ -106,67 +99,56 @@ def optimizer_for(model: MiMo, cfg: Config) -> torch.optim.AdamW:
 
 def main(cfg: Config) -> None:
     stages = cfg.all_stages()
-    if cfg.dry_run:
-        import memory
-        print(memory.report(cfg.model, cfg.stages, cfg.dry_run_world, mtp_stage=cfg.mtp_stage,
-                            n_mtp_final=cfg.n_mtp_final, micro_batch=cfg.micro_batch, checkpointing=cfg.checkpointing,
-                            shard_ranks=cfg.shard_ranks, reduce_each=cfg.reduce_each, mfu=cfg.dry_run_mfu,
-                            tflops=cfg.dry_run_tflops))
-        return
-
     # ---- where we run, what we read ----------------------------------------------------------------------------
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
+    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
-    with runtime.reading():
-        tokenizer = Tokenizer.load(cfg.tokenizer)
+    tokenizer = Tokenizer.load(cfg.tokenizer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
-        runtime.die(f"tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size:,} ids, model.vocab_size = "
-                    f"{cfg.model.vocab_size:,}: the model must have at least as many rows")
+        raise UserError(f"tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size:,} ids, model.vocab_size = "
+                        f"{cfg.model.vocab_size:,}: the model must have at least as many rows")
     names = sorted({name for s in stages for name, w in s.mix.items() if w > 0})
     ahead = cfg.n_mtp_final if cfg.mtp_stage else cfg.model.n_mtp      # tokens of look-ahead that the last stage needs
     if not Path(cfg.data).is_dir():
-        runtime.die(f"no shards in {cfg.data!r}: `python -m data.prepare` makes those of the tiny world, "
-                    "docs/data.md says how to make your own")
-    with runtime.reading():
-        loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=ahead, seed=cfg.seed,
-                               max_seq_len=cfg.model.max_seq_len)
-        for name in sources(Path(cfg.data) / "valid"):       # a stage's end is no time to find these broken
-            Shards(Path(cfg.data) / "valid", name, cfg.model.vocab_size)
+        raise UserError(f"no shards in {cfg.data!r}: `python -m data.prepare` makes those of the tiny world, "
+                        "docs/data.md says how to make your own")
+    loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=ahead, seed=cfg.seed,
+                           max_seq_len=cfg.model.max_seq_len)
+    for name in sources(Path(cfg.data) / "valid"):       # a stage's end is no time to find these broken
+        Shards(Path(cfg.data) / "valid", name, cfg.model.vocab_size)
 
     # ---- start or resume ---------------------------------------------------------------------------------------
     seen, step, at = 0, 0, -1                                # tokens, optimizer steps, stage we are set up for
-    ckpt = runtime.latest(run)
-    saved = runtime.read_state(ckpt, "seen", "loader", "spikes") if ckpt else None
+    ckpt = checkpoint.latest(run)
+    saved = checkpoint.read_state(ckpt, "seen", "loader", "spikes") if ckpt else None
     if saved:
         seen, step, at = saved["seen"], saved["step"], saved["stage"]
         if at >= len(stages):
-            runtime.die(f"{ckpt} is in stage {at + 1} of its table, this configuration has {len(stages)}")
-        with runtime.reading():
-            loader.load_state_dict(saved["loader"])
-        shape = runtime.read_shape(ckpt)
-        runtime.same_shape(shape, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
+            raise UserError(f"{ckpt} is in stage {at + 1} of its table, this configuration has {len(stages)}")
+        loader.load_state_dict(saved["loader"])
+        shape = checkpoint.read_shape(ckpt)
+        checkpoint.same_shape(shape, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
         model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{ckpt}/model.json"), "meta")
     else:
         model = mtp.build(cfg.model, "meta")
     model, optimizer = prepare(model, stages, at, cfg, rt, ckpt)
     if saved:
-        runtime.load_optimizer(ckpt, model, optimizer)
+        checkpoint.load_optimizer(ckpt, model, optimizer)
     if rt.is_main:
         print(configurator.show(cfg))
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {total_tokens(stages):,.0f} tokens, "
               f"{rt.world} process(es) on {rt.device}" + (f", resumed at step {step} from {ckpt}" if saved else ""))
-    metrics = runtime.Metrics(run, resume_at=step, enabled=rt.is_main)
+    metrics = Metrics(run, resume_at=step, enabled=rt.is_main)
     bar = tqdm(total=int(total_tokens(stages)), initial=seen, unit="tok", unit_scale=True, desc="pretrain",
                disable=None if rt.is_main else True)
 
     def save():
         state = {"seen": seen, "step": step, "stage": at, "loader": loader.state_dict(), "spikes": spikes.state_dict()}
-        runtime.save_checkpoint(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
+        checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
                                 meta={"stage": "base", "chat": False, "tokens": seen}, optimizer=optimizer,
                                 keep=cfg.keep, state=state, shape=vars(model.cfg), rt=rt, background=cfg.async_save)
 
     # ---- the loop ----------------------------------------------------------------------------------------------
-    spikes = runtime.SpikeGuard(cfg.skip_spikes)
+    spikes = SpikeGuard(cfg.skip_spikes)
     if saved:
         spikes.load_state_dict(saved["spikes"])
     while seen < total_tokens(stages):
@@ -175,8 +157,8 @@ def main(cfg: Config) -> None:
         if i != at:                                          # a stage begins: context, RoPE base, perhaps new layers
             at = i
             if stages[i] is cfg.mtp_stage:
-                model = mtp.replicate(runtime.unshard(model), cfg.n_mtp_final)
-                model = runtime.place(model, rt)
+                model = mtp.replicate(distributed.unshard(model), cfg.n_mtp_final)
+                model = distributed.place(model, rt)
             model.set_context(stages[i].rope_base, max(s.seq_len for s in stages[:i + 1]))
             fresh = stages[i] is cfg.mtp_stage
             model, optimizer = prepare(model, stages, at, cfg, rt) if fresh else (model, optimizer)
@@ -189,20 +171,20 @@ def main(cfg: Config) -> None:
         batch = loader.next_batch(i, s.mix, s.seq_len, rows, rt.rank, rt.world).to(rt.device)
         # targets are counted over all ranks and micro-batches before the first of them: the loss is a mean over tokens
         n_mtp = len(model.mtp_layers)
-        counts = runtime.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, s.seq_len, n_mtp), rt)
+        counts = distributed.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, s.seq_len, n_mtp), rt)
         total = torch.zeros(1 + n_mtp, device=rt.device)
-        for micro, last in runtime.micro_batches(batch, micro_rows(cfg, s), rt):
+        for micro, last in distributed.micro_batches(batch, micro_rows(cfg, s), rt):
             sums = forward(model, micro, n_mtp)              # [1 + n_mtp] summed nats
             loss = sums[0] / counts[0]
             if n_mtp:
                 loss = loss + w * (sums[1:] / counts[1:].clamp_min(1)).mean()
-            runtime.sync_gradients(model, last or cfg.reduce_each, rt)   # FSDP reduces once, after the last micro-batch
+            distributed.sync_gradients(model, last or cfg.reduce_each, rt)   # FSDP reduces once, after the last micro-batch
             (loss * rt.world).backward()                     # FSDP averages over ranks; the counts are global already
             total += sums.detach()
-        total = runtime.all_reduce_sum(total, rt) / counts.clamp_min(1)
-        runtime.average_gradients(model, rt)
-        norm = runtime.clip_grad_norm(model, cfg.grad_clip)
-        runtime.check_finite({"loss": total, "gradient norm": norm}, model, step)
+        total = distributed.all_reduce_sum(total, rt) / counts.clamp_min(1)
+        distributed.average_gradients(model, rt)
+        norm = distributed.clip_grad_norm(model, cfg.grad_clip)
+        check_finite({"loss": total, "gradient norm": norm}, model, step)
         skipped = spikes.skip(float(norm))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -215,7 +197,7 @@ def main(cfg: Config) -> None:
         seconds = time.perf_counter() - t0
         metrics.log(step=step, tokens=seen, stage=s.name, loss=float(total[0]), mtp_loss=total[1:].tolist(), lr=lr,
                     batch_size=rows, seq_len=s.seq_len, mtp_weight=w, grad_norm=float(norm), skipped=skipped,
-                    tokens_per_second=tokens / seconds, mfu=runtime.mfu(model.cfg, s.seq_len, tokens / seconds, rt),
+                    tokens_per_second=tokens / seconds, mfu=mfu(model.cfg, s.seq_len, tokens / seconds, rt),
                     epochs={k: round(v, 4) for k, v in loader.epochs().items()})
         bar.update(tokens)
         mtp_mean = float(total[1:].mean()) if n_mtp else 0.0
@@ -229,13 +211,13 @@ def main(cfg: Config) -> None:
             if rt.is_main:
                 bar.write(f"  {s.name} ends at {seen:,} tokens; validation loss, nats per token: "
                           + ", ".join(f"{k} {v['loss']:.3f}" for k, v in losses.items()))
-        stop = runtime.stop_requested(rt)
+        stop = distributed.stop_requested(rt)
         if ended or stop or step % cfg.save_every == 0:
             save()
         if stop:
             break
     bar.close()
-    runtime.teardown(rt)
+    distributed.teardown(rt)
 
 
 def prepare(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt, ckpt=None) -> tuple[MiMo, torch.optim.AdamW]:
@@ -246,9 +228,9 @@ def prepare(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt, ckpt=Non
     model.requires_grad_(True)
     if 0 <= at and stages[at] is cfg.mtp_stage:
         mtp.freeze_all_but_new(model, cfg.model.n_mtp)
-    model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
+    model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
     if next(model.parameters()).is_meta:
-        model = runtime.materialise(model, rt, seed=cfg.seed, ckpt=ckpt)
+        model = checkpoint.materialise(model, rt, seed=cfg.seed, ckpt=ckpt)
     return model, optimizer_for(model, cfg)
 
 
@@ -278,10 +260,10 @@ def validate(model: MiMo, cfg: Config, stage: Stage, rt) -> dict[str, dict[str, 
         loader = MixtureLoader(str(folder), [name], cfg.model.vocab_size, n_mtp=n_mtp, seed=0)
         rows = max(rt.world, int(cfg.valid_tokens) // stage.seq_len)
         batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, rows, rt.rank, rt.world).to(rt.device)
-        parts = runtime.micro_batches(batch, micro_rows(cfg, stage), rt)
+        parts = distributed.micro_batches(batch, micro_rows(cfg, stage), rt)
         sums = sum(forward(model, micro, n_mtp) for micro, _ in parts)
         counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp)
-        mean = runtime.all_reduce_sum(sums, rt) / runtime.all_reduce_sum(counts, rt).clamp_min(1)
+        mean = distributed.all_reduce_sum(sums, rt) / distributed.all_reduce_sum(counts, rt).clamp_min(1)
         found[name] = {"loss": float(mean[0]), "mtp": mean[1:].tolist()}
     return found
 
@@ -291,8 +273,8 @@ def continue_text(model: MiMo, tokenizer: Tokenizer, prompt: str, n: int = 40) -
     """A greedy continuation for the progress bar; sample.py has the real thing."""
     from engine import Engine, Request, generate
     ids = tokenizer.encode(prompt)
-    out = generate(Engine(model, slots=1, max_len=len(ids) + n, ids=tokenizer.n_ids),
-                   [Request(0, ids, max_tokens=n, temperature=0.0, stop=(tokenizer.eos_id,))])[0]
+    out = generate(Engine(model, slots=1, max_len=len(ids) + n, n_ids=tokenizer.n_ids),
+                   [Request(0, ids, max_new_tokens=n, temperature=0.0, stop=(tokenizer.eos_id,))])[0]
     return tokenizer.decode(out.tokens)
 
 

@@ -8,20 +8,14 @@ number must be answered by a number (else "\\boxed{17*23}" is paid for restating
     python reward.py                # a table of what is paid for some answers, and the checks per second
 Expect about 100,000 plain-number checks and 100 to 300 Math-Verify checks a second on one core.
 """
-import atexit
-import json
 import math
-import os
 import re
-import select
-import signal
-import subprocess
-import sys
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 
-from sandbox_server import processor_time
+from data.problems import Problem
+from judge import Judge, maths
 
 
 # ---------------------------------------------------------------- code: difficulty levels and reward (3.3.1)
@@ -227,169 +221,65 @@ def math_reward(response: str, answer: str) -> float:
     if box is None or not box.strip() or len(box) > MAX_ANSWER:
         return 0.0
     if len(answer) <= MAX_ANSWER and (gold := plain_number(answer)) is not None:
-        math_counts["fast"] += 1
+        maths.counts["fast"] += 1
         names = {name_of(tidy(answer)), name_of(tidy(box))} - {""}
         return float(plain_number(box) == gold and len(names) < 2)    # y = 2 is no answer to x = 2
     if tidy(box) == tidy(answer):
-        math_counts["fast"] += 1
+        maths.counts["fast"] += 1
         return 1.0
     # Math-Verify takes the last side of a chain of equations, and merges repeated list items: neither is an
     # answer
     if box.count("=") > max(1, answer.count("=")) or box.count(",") > answer.count(",") + box.count("{,}"):
         return 0.0
-    return float(ask_math_verify(answer, box))
+    return float(maths.equal(answer, box))
 
 
-# ---------------------------------------------------------------- Math-Verify in processes that can be killed
-MATH_SECONDS, MATH_WORKERS, MATH_MEMORY = 2.0, 2, 4 << 30
-# unreadable: Math-Verify can read the reference answer in no way, so that nobody can ever be right
-math_counts = {"fast": 0, "worker": 0, "timeouts": 0, "errors": 0, "unreadable": 0, "starts": 0}
-_free, _running, _turn = [], [], threading.Condition()
-
-
-def ask_math_verify(answer: str, box: str) -> bool:
-    """True if equal. A worker that dies is asked again in a new one, once: it may have been dead before."""
-    reply = _ask(answer, box)
-    if reply == {}:
-        reply = _ask(answer, box)
-    with _turn:
-        math_counts["worker"] += 1
-        math_counts["timeouts"] += not reply
-        for what in ("errors", "unreadable"):
-            math_counts[what] += what in (reply or ())
-    if math_counts["errors"] > 0.1 * math_counts["worker"] and math_counts["worker"] >= 50:
-        raise RuntimeError(f"Math-Verify failed too often: {math_counts}, {reply}")
-    return bool(reply and reply.get("equal"))
-
-
-def _ask(answer, box):
-    """The reply of a free worker; starts one if fewer than MATH_WORKERS run, else waits for one.
-
-    None: no reply in time. {}: the worker died. It is replaced in both cases.
+# ---------------------------------------------------------------- from a sample to its reward
+class Grader:
     """
-    with _turn:
-        while not _free and len(_running) >= MATH_WORKERS:
-            _turn.wait()
-        for dead in [w for w in _free if w.poll() is not None]:
-            _free.remove(dead)
-            _running.remove(dead)
-            _end_worker(dead)
-        worker = _free.pop() if _free else None
-        if worker is None:
-            worker = _start_worker()
-            _running.append(worker)
-    reply = {}
-    try:
-        if not hasattr(worker, "ready"):
-            worker.ready = _read_reply(worker, 120.0, 120.0)    # importing sympy takes 0.7 s
-            if worker.ready != {"ready": True}:
-                why = (worker.ready or {}).get("errors", "no answer")
-                raise RuntimeError(f"Math-Verify does not start: {why} (pip install -r requirements.txt)")
-        os.write(worker.stdin.fileno(), (json.dumps([answer, box, 2 * MATH_SECONDS]) + "\n").encode())
-        reply = _read_reply(worker, MATH_SECONDS, 3 * MATH_SECONDS)
-    except OSError:
-        pass    # it had died, of its memory limit for example
-    finally:
-        with _turn:
-            if reply:
-                _free.append(worker)
-            else:
-                _end_worker(worker)
-                _running.remove(worker)
-            _turn.notify()
-    return reply
-
-
-def _start_worker():
-    math_counts["starts"] += 1
-    return subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def _read_reply(worker, seconds, longest):
-    """A line of JSON; None at the deadline, {} at the worker's end. Waits by poll: no signal, any thread.
-
-    The deadline is `seconds` of the worker's processor time, so that a busy machine changes no verdict; at
-    most `longest` seconds by the clock (`seconds` by the clock where processor time cannot be read).
+    The judge adapter of rollout.RolloutThread: submit(key, task, sample), poll() -> [(key, reward, info)].
+    problems[task.prompt] says how to grade; info = {"passed": all tests or right answer, "verdicts": per test, ...}.
+    Code rewards follow `scheme`: "vanilla" (all or nothing), "strict" or "soft" (report 3.3.1).
     """
-    poll, data, begin, cpu = select.poll(), b"", time.monotonic(), processor_time(worker.pid)
-    until = begin + seconds
-    poll.register(worker.stdout.fileno(), select.POLLIN)
-    while not data.endswith(b"\n"):
-        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-            left = seconds - (processor_time(worker.pid) - cpu) if cpu >= 0 else 0.0
-            until = min(time.monotonic() + left, begin + longest)
-            if left < 0.03 * seconds or time.monotonic() >= begin + longest:
-                return None
-            continue
-        block = os.read(worker.stdout.fileno(), 1 << 16)
-        if not block:
-            return {}
-        data += block
-    return json.loads(data)
+    def __init__(self, problems: list[Problem], tokenizer, judge: Judge, scheme: str = "soft"):
+        self.problems, self.tokenizer, self.judge, self.scheme = problems, tokenizer, judge, scheme
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="maths")   # a hard expression must not hold up decoding
+        self.maths: list[tuple[tuple, Future]] = []
+        self.code: dict[tuple, Problem] = {}
+        self.ready: list[tuple] = []
 
+    def submit(self, key: tuple, task, sample) -> None:
+        problem = self.problems[task.prompt]
+        text = self.tokenizer.decode(sample.tokens, skip_control=True)
+        if sample.finish == "length":            # no end token: a truncated answer is not an answer
+            self.ready.append((key, 0.0, {"passed": False, "verdicts": ["truncated"]}))
+        elif problem.kind == "maths":
+            self.maths.append((key, self.pool.submit(math_reward, text, problem.answer)))
+        elif (program := extract_program(text)) is None:
+            self.ready.append((key, 0.0, {"passed": False, "verdicts": ["no program"]}))
+        else:
+            self.code[key] = problem
+            self.judge.submit(key, program, list(problem.tests), problem.entry)
 
-def _end_worker(worker):
-    worker.kill()
-    worker.wait()
-    worker.stdin.close()
-    worker.stdout.close()
+    def poll(self) -> list[tuple]:
+        done, self.ready = self.ready, []
+        for key, future in [m for m in self.maths if m[1].done()]:
+            right = future.result()              # a grader that raises ends the run: never silently 0
+            done.append((key, right, {"passed": right == 1.0, "verdicts": ["right" if right == 1.0 else "wrong"]}))
+        self.maths = [m for m in self.maths if not m[1].done() or m[0] not in {d[0] for d in done}]
+        for key, verdicts in self.judge.poll():
+            problem = self.code.pop(key)
+            passed = [v.status == "AC" for v in verdicts]
+            reward = difficulty_reward(passed, [t.difficulty for t in problem.tests], self.scheme)
+            info = {"passed": all(passed), "verdicts": [v.status for v in verdicts]}
+            done.append((key, reward, info))
+        return done
 
+    def waiting(self) -> int:
+        return len(self.maths) + len(self.code) + len(self.ready)
 
-def close_math_workers() -> None:
-    """End the idle Math-Verify processes (done at interpreter exit too). The next hard answer starts one."""
-    with _turn:
-        while _free:
-            worker = _free.pop()
-            _running.remove(worker)
-            _end_worker(worker)
-
-
-atexit.register(close_math_workers)
-os.register_at_fork(after_in_child=lambda: (_free.clear(), _running.clear()))    # a fork shares no worker
-
-
-def worker_loop():
-    """In the worker: lines of [reference, answer, processor seconds] in, verdicts out, until stdin closes."""
-    import logging
-    import resource
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)    # nothing else may write into the protocol
-    try:
-        import math_verify
-    except ImportError as error:
-        print(json.dumps({"errors": str(error)}), file=replies, flush=True)
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (MATH_MEMORY, MATH_MEMORY))
-    except (ValueError, OSError):
-        pass    # macOS
-    logging.disable(logging.CRITICAL)
-    boxed_only = [math_verify.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-
-    def parse(text):
-        return math_verify.parse(f"\\boxed{{{text}}}", extraction_config=boxed_only,
-                                 extraction_mode="first_match", parsing_timeout=None)
-
-    math_verify.verify(parse("x^2"), parse("x"), timeout_seconds=None)    # its own lazy imports
-    print(json.dumps({"ready": True}), file=replies, flush=True)
-    for line in sys.stdin:
-        gold, answer, seconds = json.loads(line)
-        # if the parent is gone, nobody kills us: the kernel does, after so much processor time (no Python
-        # handler)
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        try:
-            reference, given = parse(gold), parse(answer)
-            # the reference first: verify() is not symmetric
-            equal = reference and given and math_verify.verify(reference, given, timeout_seconds=None)
-            say = {"equal": bool(equal)} if reference else {"unreadable": gold}
-        except (MemoryError, RecursionError):
-            say = {"equal": False}    # the answer's own doing
-        except Exception as error:
-            say = {"errors": f"{type(error).__name__}: {error}"[:200]}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(say), file=replies, flush=True)
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def main():
@@ -404,12 +294,8 @@ def main():
         for _ in range(n):
             math_reward(f"so \\boxed{{{box}}}", answer)
         print(f"{answer} against {box}: {n / (time.perf_counter() - begin):.0f} checks/s")
-    close_math_workers()
+    maths.close()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--worker"]:
-        del sys.path[0]    # our own file names must not shadow anything
-        worker_loop()
-    else:
-        main()
+    main()

@@ -17,7 +17,7 @@ reward range above zero; here they get advantages (Eq. 2) and the policy is upda
 The end token is generated and is trained; an answer cut at the length limit gets no end token and reward 0. MTP layers
 are frozen. The report is silent on G, eps_low and eps_high, the mix of maths and code in a batch and the points per
 difficulty level: ours are marked in Config. config/mimo_7b_rl_0530.py is the later on-policy recipe: one update per
-batch and a generation budget that grows.
+batch and a growing limit on the answer's length.
 
 What to watch in metrics.jsonl: `heldout` (avg@4 on the valid problems), `reward_launched` (all answers, before groups
 are dropped) and `entropy`; never the objective, which is near zero by construction. results/demo has the curves.
@@ -33,17 +33,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoint
 import configurator
+import distributed
 import mtp
-import runtime
-from data.problems import read_problems
+from configurator import UserError
+from data.problems import prompt_ids, read_problems, stop_ids
 from engine import Engine, Request
-from grade import Grader, prompt_ids, solve, stop_ids, summary
+from eval import solve, summary
 from judge import Judge
 from kernels.linear_cross_entropy import logprob_entropy
+from metrics import Metrics, check_finite
 from model import MiMo, ModelConfig
+from reward import Grader
 from rollout import Group, RolloutThread, Scheduler, hash64
-from sandbox import JudgeError
 from tokenizer import Tokenizer
 
 
@@ -65,8 +68,7 @@ class Config:
     easy_alpha: float = 0.1               # probability of drawing from the easy pool [paper 3.3.2]
     dynamic_sampling: bool = True         # drop groups whose rewards are all equal [paper 3.3]
     max_groups: int = 128                 # cap on groups launched per iteration, then train on what is there [ours]
-    temperature: float = 1.0              # of the rollouts [paper 3.3.3]; Eq. 1 is only right at 1
-    budget: list[tuple[int, int]] = field(default_factory=lambda: [(0, 128)])   # (from iteration, tokens) [paper 3.6]
+    max_new_tokens: list[tuple[int, int]] = field(default_factory=lambda: [(0, 128)])   # (from iteration, tokens) [paper 3.6]
     max_staleness: int = 0                # 0: rollout rests during the update [paper 3.4.1]; 1: one batch ahead [ours]
     is_cap: float = 2.0                   # truncation of the importance weights when max_staleness = 1 [ours]
     reward_lag: int = 16                  # decode steps between the end of a group and the use of its rewards [ours];
@@ -90,17 +92,12 @@ class Config:
     shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
     reduce_each: bool = False             # FSDP reduces every micro-batch: 4 bytes x parameters less, more traffic
     kv_tokens: int = 0                    # tokens in the engine's KV cache on a GPU; 0 = slots x longest answer
-    dry_run: bool = False                 # print memory per GPU by kind, train nothing
-    dry_run_world: int = 8                # GPUs the dry run plans for
-    dry_run_model: str = "config/tiny.py"   # pre-training config whose model, with its final MTP layers, it plans for
 
     def __post_init__(self):
         configurator.at_least(self, 1, "steps", "batch_size", "mini_batch", "group_size", "slots", "judge_workers",
                               "micro_tokens", "eval_samples", "save_every", "keep", "threads", "is_cap")
         configurator.at_least(self, 0, "lr", "warmup_steps", "easy_alpha", "reward_lag", "n_draft", "weight_decay",
                               "grad_clip", "eval_every", "max_staleness", "shard_ranks", "kv_tokens")
-        if self.dry_run and self.shard_ranks and self.dry_run_world % self.shard_ranks:
-            raise ValueError(f"shard_ranks = {self.shard_ranks} should divide dry_run_world = {self.dry_run_world}")
         for name, high in (("easy_alpha", 1), ("max_staleness", 1), ("beta1", 0.999999), ("beta2", 0.999999)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} = {getattr(self, name)} should be from 0 to {round(high)}")
@@ -109,21 +106,18 @@ class Config:
                              "group; should be at least 2")
         if self.max_groups < self.batch_size:
             raise ValueError(f"max_groups = {self.max_groups} should be at least batch_size = {self.batch_size}")
-        if self.temperature != 1.0:
-            raise ValueError(f"temperature = {self.temperature} should be 1.0: "
-                             "the ratio of Eq. 1 compares full softmaxes")
         if not 0 < self.eps_low <= self.eps_high:
             raise ValueError(f"eps_low = {self.eps_low}, eps_high = {self.eps_high}: "
                              "clip-higher needs 0 < eps_low <= eps_high")
         if self.batch_size % self.mini_batch:
             raise ValueError(f"batch_size = {self.batch_size} must be a multiple of "
                              f"mini_batch = {self.mini_batch} (groups)")
-        if not self.budget or self.budget[0][0] != 0 or sorted(self.budget) != self.budget \
-                or min(tokens for _, tokens in self.budget) < 1:
-            raise ValueError(f"budget = {self.budget} should be [(0, tokens), (iteration, tokens), ...] in order")
+        if not self.max_new_tokens or self.max_new_tokens[0][0] != 0 or sorted(self.max_new_tokens) != self.max_new_tokens \
+                or min(tokens for _, tokens in self.max_new_tokens) < 1:
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens} should be [(0, tokens), (iteration, tokens), ...] in order")
 
-    def budget_at(self, step: int) -> int:
-        return [tokens for start, tokens in self.budget if step >= start][-1]
+    def max_new_tokens_at(self, step: int) -> int:
+        return [tokens for start, tokens in self.max_new_tokens if step >= start][-1]
 
 
 # ---- the equations, pure functions ---------------------------------------------------------------------------------
@@ -156,16 +150,16 @@ def surrogate(logp: Tensor, old: Tensor, A: Tensor, eps_low: float, eps_high: fl
 # ---- samples -> tensors --------------------------------------------------------------------------------------------
 
 @dataclass
-class Row:
+class Trajectory:
     """One answer: what the trainer needs of it."""
     prompt: list[int]
     tokens: list[int]
-    behaviour: list[float]        # the engine's log-probs
+    rollout_logprobs: list[float]        # the engine's log-probs
     A: float
     old: Tensor | None = None     # trainer log-probs under pi_old, [len(tokens)]
 
 
-def mini_batches(groups: list[Group], cfg: Config, step: int, rt) -> list[list[Row]]:
+def mini_batches(groups: list[Group], cfg: Config, step: int, rt) -> list[list[Trajectory]]:
     """
     This rank's rows of the batch_size / mini_batch mini-batches, in which groups, shuffled once, are never cut. The
     answers of a mini-batch, sorted by length, are dealt to the ranks one by one, whoever generated them (group.rank):
@@ -186,7 +180,7 @@ def mini_batches(groups: list[Group], cfg: Config, step: int, rt) -> list[list[R
                 parts[i % rt.world] += [ids, torch.tensor(s.logprobs, dtype=torch.float32).view(torch.int32)]
             if i % rt.world == rt.rank:
                 sizes[home] += len(s.prompt) + 2 * len(s.tokens)
-    came, at = runtime.deal([torch.cat(p) for p in parts], sizes, rt), [0] * rt.world
+    came, at = distributed.all_to_all([torch.cat(p) for p in parts], sizes, rt), [0] * rt.world
     out = []
     for piece in pieces:
         out.append([])
@@ -194,22 +188,22 @@ def mini_batches(groups: list[Group], cfg: Config, step: int, rt) -> list[list[R
             P, N, start = len(s.prompt), len(s.tokens), at[home]
             at[home] += P + 2 * N
             prompt, tokens, logprobs = came[home][start:at[home]].split([P, N, N])
-            out[-1].append(Row(prompt.tolist(), tokens.tolist(), logprobs.view(torch.float32).tolist(), A))
+            out[-1].append(Trajectory(prompt.tolist(), tokens.tolist(), logprobs.view(torch.float32).tolist(), A))
     return out
 
 
-def micro_batches(rows: list[Row], budget: int) -> list[list[Row]]:
-    """Rows of similar length together, at most `budget` padded tokens each; every row in exactly one."""
+def pack(rows: list[Trajectory], micro_tokens: int) -> list[list[Trajectory]]:
+    """Rows of similar length together, at most micro_tokens padded tokens each; every row in exactly one."""
     out, widest = [], 0
     for row in sorted(rows, key=lambda r: len(r.prompt) + len(r.tokens)):
         widest = len(row.prompt) + len(row.tokens)
-        if not out or widest * (len(out[-1]) + 1) > budget:
+        if not out or widest * (len(out[-1]) + 1) > micro_tokens:
             out.append([])
         out[-1].append(row)
     return out
 
 
-def token_logprobs(model: MiMo, rows: list[Row], device) -> tuple[Tensor, Tensor]:
+def token_logprobs(model: MiMo, rows: list[Trajectory], device) -> tuple[Tensor, Tensor]:
     """
     log pi(o_ij | q, o_i<j) and entropy of every generated token, one after the other: ([N], [N]) fp32,
     N = sum of |o_i|. Padding is on the right, where causal attention never sees it.
@@ -228,79 +222,67 @@ def token_logprobs(model: MiMo, rows: list[Row], device) -> tuple[Tensor, Tensor
 
 
 def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        import memory
-        import pretrain
-        base = configurator.load(pretrain.Config, [cfg.dry_run_model])
-        kv_tokens = cfg.kv_tokens or cfg.slots * base.model.max_seq_len
-        print(memory.rl_report(base.model, base.n_mtp_final, cfg.dry_run_world, micro_tokens=cfg.micro_tokens,
-                               checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks, n_draft=cfg.n_draft,
-                               reduce_each=cfg.reduce_each, kv_tokens=kv_tokens, copies=cfg.max_staleness))
-        return
     # ---- start or resume -----------------------------------------------------------------------------------------
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
+    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
-    ckpt = runtime.latest(run)
-    saved = runtime.read_state(ckpt, "scheduler") if ckpt else None
+    ckpt = checkpoint.latest(run)
+    saved = checkpoint.read_state(ckpt, "scheduler") if ckpt else None
     if ckpt:
-        runtime.same_start(ckpt, cfg.init)
-    start = ckpt or runtime.find(cfg.init)
-    with runtime.reading():
-        shape = configurator.from_dict(ModelConfig, runtime.read_shape(start), f"{start}/model.json")
-        tokenizer = Tokenizer.load(start)
-        problems = read_problems(cfg.problems)
-        held = read_problems(cfg.valid) if cfg.valid else []
+        checkpoint.same_start(ckpt, cfg.init)
+    start = ckpt or checkpoint.find(cfg.init)
+    shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(start), f"{start}/model.json")
+    tokenizer = Tokenizer.load(start)
+    problems = read_problems(cfg.problems)
+    held = read_problems(cfg.valid) if cfg.valid else []
     model = mtp.build(shape, "meta")
     model.mtp_layers.requires_grad_(False)                          # frozen in RL [paper 2.2]
-    model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks)
-    model = runtime.materialise(model, rt, ckpt=start)              # each rank reads its own rows
+    model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks)
+    model = checkpoint.materialise(model, rt, ckpt=start)              # each rank reads its own rows
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                   fused=True)
-    chat = runtime.read_meta(start).get("chat", False)
+    chat = checkpoint.read_meta(start).get("chat", False)
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
-    prompt_len, budget = max(map(len, prompts)), max(tokens for _, tokens in cfg.budget)
-    if prompt_len + budget > shape.max_seq_len:
-        runtime.die(f"{cfg.problems}: longest prompt {prompt_len} + budget {budget} tokens exceed "
-                    f"the context of {start}, max_seq_len = {shape.max_seq_len}")
+    prompt_len, new = max(map(len, prompts)), max(tokens for _, tokens in cfg.max_new_tokens)
+    if prompt_len + new > shape.max_seq_len:
+        raise UserError(f"{cfg.problems}: longest prompt {prompt_len} + {new} new tokens exceed "
+                        f"the context of {start}, max_seq_len = {shape.max_seq_len}")
     longest = max([len(prompt_ids(tokenizer, p, chat)) for p in held] or [0])
-    if longest + budget > shape.max_seq_len:
-        runtime.die(f"{cfg.valid}: longest prompt {longest} + budget {budget} tokens exceed the context of {start}, "
-                    f"max_seq_len = {shape.max_seq_len}")
+    if longest + new > shape.max_seq_len:
+        raise UserError(f"{cfg.valid}: longest prompt {longest} + {new} new tokens exceed the context of {start}, "
+                        f"max_seq_len = {shape.max_seq_len}")
     if not 0 <= cfg.n_draft <= shape.n_mtp:
-        runtime.die(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {start}")
+        raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {start}")
 
     # ---- the two threads: rollout there, updates here ---------------------------------------------------------------
-    with runtime.reading(JudgeError):
-        judge = Judge(workers=cfg.judge_workers, remember=10_000)
+    judge = Judge(workers=cfg.judge_workers, remember=10_000)
     grader = Grader(problems, tokenizer, judge, cfg.scheme)
     scheduler = Scheduler(len(problems), cfg.batch_size, cfg.group_size, seed=cfg.seed, alpha=cfg.easy_alpha,
                           dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups, reward_lag=cfg.reward_lag)
     if saved:
-        with runtime.reading():
-            scheduler.load_state_dict(saved["scheduler"])
-        runtime.load_optimizer(ckpt, model, optimizer)
+        scheduler.load_state_dict(saved["scheduler"])
+        checkpoint.load_optimizer(ckpt, model, optimizer)
     # a plain copy decodes, whatever the trainer is sharded over
-    replica = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
-    engine = Engine(replica, slots=cfg.slots, max_len=prompt_len + budget, n_draft=cfg.n_draft,
-                    memory=cfg.kv_tokens or None, ids=tokenizer.n_ids)
+    replica = distributed.fill(distributed.replica(model, rt.device, rt.dtype), distributed.replica_state(model))
+    engine = Engine(replica, slots=cfg.slots, max_len=prompt_len + new, n_draft=cfg.n_draft,
+                    kv_tokens=cfg.kv_tokens or None, n_ids=tokenizer.n_ids)
 
     def make_request(task, i: int, seed: int) -> Request:
-        return Request(task.key(i), prompts[task.prompt], cfg.budget_at(task.step), temperature=cfg.temperature,
+        return Request(task.key(i), prompts[task.prompt], cfg.max_new_tokens_at(task.step), temperature=1.0,    # Eq. 1 compares full softmaxes
                        stop=stop_ids(tokenizer, chat), seed=seed)
 
     if rt.is_main:
         print(configurator.show(cfg))
         print(f"{len(problems)} problems, {'chat template' if chat else 'plain text (RL-Zero)'}; "
-              f"judge level {judge.level}" + (f"; resumed at iteration {scheduler.step} from {ckpt}" if saved
+              f"judge isolation {judge.isolation}" + (f"; resumed at iteration {scheduler.step} from {ckpt}" if saved
                                               else f"; starting from {start}"))
-    metrics = runtime.Metrics(run, resume_at=scheduler.step, enabled=rt.is_main)
+    metrics = Metrics(run, resume_at=scheduler.step, enabled=rt.is_main)
     bar = tqdm(total=cfg.steps, initial=scheduler.step, unit="it", desc="rl", disable=None if rt.is_main else True)
     if held and not saved and rt.is_main:
         metrics.log(step=0, heldout=evaluate(replica, tokenizer, held, chat, cfg))
     # each rank's thread decodes by itself, reward_lag steps at a time: what ends in one such round has its rewards used
     # at the end of the next
-    exchange = runtime.Exchange(rt, max(1, cfg.reward_lag)) if rt.world > 1 else None
+    exchange = distributed.Exchange(rt, max(1, cfg.reward_lag)) if rt.world > 1 else None
     rollout = RolloutThread(scheduler, engine, grader, make_request, max_staleness=cfg.max_staleness,
                             exchange=exchange)
 
@@ -324,15 +306,15 @@ def main(cfg: Config) -> None:
             # while the thread rests (max_staleness 0) its replica takes the new weights one parameter at a time, each
             # cast to the replica's dtype; while it decodes (1), they are published as a second copy in that dtype
             if not cfg.max_staleness:
-                runtime.fill(replica, runtime.replica_state(model))
+                distributed.fill(replica, distributed.replica_state(model))
             heldout = {}
             if held and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
                 twin = replica
                 if cfg.max_staleness:
-                    twin = runtime.fill(runtime.replica(model, rt.device, rt.dtype), runtime.replica_state(model))
+                    twin = distributed.fill(distributed.replica(model, rt.device, rt.dtype), distributed.replica_state(model))
                 heldout = {"heldout": evaluate(twin, tokenizer, held, chat, cfg)} if rt.is_main else {}
             if step + 1 < cfg.steps:
-                weights = runtime.replica_state(model)
+                weights = distributed.replica_state(model)
                 rollout.publish({name: w.to(rt.dtype, copy=True) for name, w in weights} if cfg.max_staleness else None)
             verdicts = Counter(v for g in batch.groups for info in g.infos for v in info["verdicts"])
             samples = [s for g in batch.groups for s in g.samples]
@@ -351,9 +333,9 @@ def main(cfg: Config) -> None:
             if step % 10 == 0 and g and rt.is_main:
                 text = tokenizer.decode(g.samples[0].tokens, skip_control=True)
                 bar.write(f"  {problems[g.task.prompt].question!r} -> {text!r}: reward {g.rewards[0]:.2f}")
-            stop = runtime.stop_requested(rt)
+            stop = distributed.stop_requested(rt)
             if stop or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
-                runtime.save_checkpoint(run, step + 1, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
+                checkpoint.save(run, step + 1, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
                                         meta={"stage": "rl", "chat": chat, "init": cfg.init}, optimizer=optimizer,
                                         keep=cfg.keep, shape=vars(model.cfg), rt=rt,
                                         state={"scheduler": batch.state})
@@ -364,7 +346,7 @@ def main(cfg: Config) -> None:
         grader.close()
         judge.close()
         bar.close()
-    runtime.teardown(rt)
+    distributed.teardown(rt)
 
 
 def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
@@ -379,39 +361,39 @@ def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
     sums, worst, norms = torch.zeros(8, device=rt.device), torch.zeros(2, device=rt.device), []
     for piece in pieces:
         count = torch.tensor(float(sum(len(r.tokens) for r in piece)), device=rt.device)
-        count = runtime.all_reduce_sum(count, rt)                   # sum_i |o_i|
+        count = distributed.all_reduce_sum(count, rt)                   # sum_i |o_i|
         if count == 0:
             continue
-        parts = same_number(micro_batches(piece, cfg.micro_tokens), rt)
+        parts = same_number(pack(piece, cfg.micro_tokens), rt)
         for m, micro in enumerate(parts):
             logp, entropy = token_logprobs(model, micro, rt.device)
             n = torch.tensor([len(r.tokens) for r in micro], device=rt.device)
             A = torch.tensor([r.A for r in micro], device=rt.device).repeat_interleave(n)   # [N]
-            behaviour = torch.tensor([x for r in micro for x in r.behaviour], device=rt.device)
+            rollout_logprobs = torch.tensor([x for r in micro for x in r.rollout_logprobs], device=rt.device)
             # one update per batch: pi_old is this very forward, rho = 1 exactly, its gradient is the policy gradient
             old = logp.detach() if micro[0].old is None else torch.cat([r.old for r in micro])
             summand, rho, clipped = surrogate(logp, old, A, cfg.eps_low, cfg.eps_high)
             if cfg.max_staleness:                                   # truncated importance weights [ours]
-                summand = summand * (old - behaviour).exp().clamp_max(cfg.is_cap)
-            runtime.sync_gradients(model, m == len(parts) - 1 or cfg.reduce_each, rt)
+                summand = summand * (old - rollout_logprobs).exp().clamp_max(cfg.is_cap)
+            distributed.sync_gradients(model, m == len(parts) - 1 or cfg.reduce_each, rt)
             (-(summand.sum() / count) * rt.world).backward()
             if micro is not NOTHING:
                 with torch.no_grad():
-                    gap = old - behaviour                           # engine and trainer at one policy: rounding only
+                    gap = old - rollout_logprobs                           # engine and trainer at one policy: rounding only
                     sums += torch.stack([torch.ones_like(logp).sum(), entropy.sum(), rho.sum(), summand.sum(),
                                          (clipped & (A < 0)).sum(), (clipped & (A > 0)).sum(), gap.abs().sum(),
                                          (gap.exp() - 1 - gap).sum()])
                     worst = torch.maximum(worst, torch.stack([rho.max(), gap.abs().max()]))
-        runtime.average_gradients(model, rt)
-        norm = runtime.clip_grad_norm(model, cfg.grad_clip)
-        runtime.check_finite({"gradient norm": norm}, model, step)
+        distributed.average_gradients(model, rt)
+        norm = distributed.clip_grad_norm(model, cfg.grad_clip)
+        check_finite({"gradient norm": norm}, model, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         norms.append(norm)
     if not norms:
         return {"updates": 0}
-    tokens, *means = runtime.all_reduce_sum(sums, rt).tolist()
-    worst = runtime.all_reduce_max(worst, rt)
+    tokens, *means = distributed.all_reduce_sum(sums, rt).tolist()
+    worst = distributed.all_reduce_max(worst, rt)
     names = ("entropy", "ratio", "objective", "clip_low", "clip_high", "engine_gap", "engine_kl")
     return {"updates": len(norms), "grad_norm": sum(norms) / len(norms), "ratio_max": float(worst[0]),
             "engine_gap_max": float(worst[1]), "trained_tokens": int(tokens),
@@ -419,9 +401,9 @@ def update(model: MiMo, optimizer, batch, cfg: Config, rt, step: int) -> dict:
 
 
 @torch.no_grad()
-def remember_old(model: MiMo, rows: list[Row], cfg: Config, rt) -> None:
+def remember_old(model: MiMo, rows: list[Trajectory], cfg: Config, rt) -> None:
     """Fill row.old: log-probs under pi_old, the policy before the first update."""
-    for micro in same_number(micro_batches(rows, cfg.micro_tokens), rt):
+    for micro in same_number(pack(rows, cfg.micro_tokens), rt):
         logp, _ = token_logprobs(model, micro, rt.device)
         if micro is NOTHING:                                        # shared by all updates: it remembers nothing
             continue
@@ -429,23 +411,23 @@ def remember_old(model: MiMo, rows: list[Row], cfg: Config, rt) -> None:
             row.old = old
 
 
-NOTHING = [Row([0], [0], [0.0], 0.0)]       # advantage 0: a forward and backward that add nothing
+NOTHING = [Trajectory([0], [0], [0.0], 0.0)]       # advantage 0: a forward and backward that add nothing
 
 
-def same_number(parts: list[list[Row]], rt) -> list[list[Row]]:
+def same_number(parts: list[list[Trajectory]], rt) -> list[list[Trajectory]]:
     """parts, padded with NOTHING to the largest number on any rank."""
-    most = int(runtime.all_reduce_max(torch.tensor(len(parts), device=rt.device), rt))
+    most = int(distributed.all_reduce_max(torch.tensor(len(parts), device=rt.device), rt))
     return parts + [NOTHING] * (most - len(parts))
 
 
 def evaluate(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> dict[str, dict]:
     """The held-out curve: avg@n at the report's evaluation settings (temperature 0.6, top-p 0.95), per kind."""
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
-    tokens = cfg.budget[-1][1]
-    engine = Engine(model, slots=cfg.slots, max_len=max(map(len, prompts)) + tokens, ids=tokenizer.n_ids)
+    tokens = cfg.max_new_tokens[-1][1]
+    engine = Engine(model, slots=cfg.slots, max_len=max(map(len, prompts)) + tokens, n_ids=tokenizer.n_ids)
     with Judge(workers=cfg.judge_workers, remember=10_000) as judge:
         return {kind: summary(solve(engine, tokenizer, judge, [p for p in problems if p.kind == kind], chat=chat,
-                                    n=cfg.eval_samples, max_tokens=tokens, seed=cfg.seed))
+                                    n=cfg.eval_samples, max_new_tokens=tokens, seed=cfg.seed))
                 for kind in sorted({p.kind for p in problems})}
 
 

@@ -34,7 +34,7 @@ SEVERAL PROCESSES, ONE SCHEDULER. Each rank has an engine and a judge, and a rep
 round of decode steps the ranks exchange what happened (which samples ended, the rewards that came), and every
 replica is told the same, in the same order: so all take the same decisions, and there is no master. A launch goes
 to the rank with the fewest samples; by the second rule it does not matter which. So prompts, launch order, pool,
-batches and checkpoints are global, and in exact arithmetic the same for every number of ranks. Alone, a round is
+batches and checkpoints are global, and in exact arithmetic the same for every number of ranks. SingleProcess, a round is
 one step and nothing is exchanged.
 
 Differs from the report: it is silent on a cap, on aborted prompts, on a pool problem that is solved again
@@ -87,7 +87,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class RemoteSample:
     """What a rank knows of a sample in another rank's memory: its sizes, and how it ended."""
 
     prompt: range
@@ -390,16 +390,16 @@ class Scheduler:
         self._begin()
 
 
-class Alone:
-    """The exchange of a process without others. runtime.Exchange is the one between processes.
+class SingleProcess:
+    """The exchange of a process without others. distributed.Exchange is the one between processes.
 
-    exchange(facts) -> the facts of all ranks, by rank, the same on each; they are compact and can be pickled.
+    exchange(state) -> the state of all ranks, by rank, the same on each; they are compact and can be pickled.
     steps: decode steps between two exchanges, the same on all ranks; its size never changes a batch."""
 
     rank, world, steps = 0, 1, 1
 
-    def __call__(self, facts) -> list:
-        return [facts]
+    def __call__(self, state) -> list:
+        return [state]
 
 
 class Ended(Exception):
@@ -416,8 +416,8 @@ class RolloutThread:
     reproducible. The trainer weighs by batch.version. What the thread raises comes out of take() and
     publish(); a judge that says nothing for judge_timeout seconds while rewards are due is such an error.
 
-    exchange (Alone) joins the threads of several ranks. take() then gives the same batch on each; of a group's
-    samples those of other ranks (group.rank) are Elsewhere. What one rank's thread raises, all raise; to close()
+    exchange (SingleProcess) joins the threads of several ranks. take() then gives the same batch on each; of a group's
+    samples those of other ranks (group.rank) are RemoteSample. What one rank's thread raises, all raise; to close()
     one is to end all.
     """
 
@@ -427,7 +427,7 @@ class RolloutThread:
             raise ValueError(f"max_staleness = {max_staleness} should be 0 or 1")
         self.sched, self.engine, self.judge, self.make_request = scheduler, engine, judge, make_request
         self.max_staleness, self.judge_timeout = max_staleness, judge_timeout
-        self.exchange = exchange or Alone()
+        self.exchange = exchange or SingleProcess()
         self.first = self.version = scheduler.step  # weights are named by the updates behind them
         self.weights = {}  # published and not yet loaded, by version
         self.ready: list[Batch] = []
@@ -490,7 +490,7 @@ class RolloutThread:
                 self.engine.abort(key)
         except BaseException as e:  # noqa: B036  it is raised again in the trainer
             error = e
-            with suppress(Ended):  # instead of the facts that the other ranks wait for: there it ends them
+            with suppress(Ended):  # instead of the state that the other ranks wait for: there it ends them
                 self._share(self._says(e))
         finally:
             with self.changed:
@@ -512,11 +512,11 @@ class RolloutThread:
                 self.ready.append(batch)
                 self.changed.notify_all()
 
-    def _share(self, facts) -> list:
-        """The facts of every rank, by rank. Every thread calls this equally often, to its end: a rank that has
+    def _share(self, state) -> list:
+        """The state of every rank, by rank. Every thread calls this equally often, to its end: a rank that has
         to end puts in None (closed) or a str (why), and all ranks end at this call with Ended."""
         try:
-            shared = self.exchange(None if self.stopping else facts)
+            shared = self.exchange(None if self.stopping else state)
         except Exception as e:  # gloo: a process is gone
             raise Ended(f"the rollout thread of rank {self.exchange.rank} lost the other ranks: {e}") from e
         if why := [part for part in shared if isinstance(part, str)]:
@@ -537,7 +537,7 @@ class RolloutThread:
         while True:
             outcomes = self.judge.poll()
             queue -= sum(key[0] == sched.step for key, _, _ in outcomes)
-            brief = [(s.id, Elsewhere(range(len(s.prompt)), range(len(s.tokens)), s.finish)) for s in ended]
+            brief = [(s.id, RemoteSample(range(len(s.prompt)), range(len(s.tokens)), s.finish)) for s in ended]
             shared = self._share((steps, busy, brief, outcomes))
             finished = dict(pair for part in shared for pair in part[2]) | {s.id: s for s in ended}
             # a rank whose engine ran dry made fewer steps and waited: the others' steps are the time that passed
@@ -552,7 +552,7 @@ class RolloutThread:
                 judge_wait += time.perf_counter() - waited
             for task in sched.launch(free=sum(max(0, engine.slots - n) for n in load)):
                 group = sched.groups[task.index]
-                group.rank = load.index(min(load))  # the least loaded, by facts that all ranks share
+                group.rank = load.index(min(load))  # the least loaded, by state that all ranks share
                 load[group.rank] += sched.G
                 for key in self._mine([task.key(i) for i in range(sched.G)]):
                     engine.add(self.make_request(task, key[2], sched.sample_seed(key)))

@@ -23,9 +23,10 @@ from typing import Literal
 
 import torch
 
+import checkpoint
 import configurator
+import distributed
 import mtp
-import runtime
 from checkpoint import find, newest, read_meta, read_shape
 from data.jsonl import line_of, read_jsonl, write_jsonl
 from data.sft_data import check_turns
@@ -44,7 +45,7 @@ class Config:
     out: str = ""                         # JSONL out for --file; "" = stdout
     system: str = ""                      # system prompt of a chat model, "" = none
     n: int = 1                            # answers per prompt
-    max_tokens: int = 256                 # most tokens of an answer
+    max_new_tokens: int = 256                 # most tokens of an answer
     max_len: int = 0                      # longest prompt + answer, tokens; 0 = the model's context
     temperature: float = 0.6              # 0 = greedy [paper 3.5]
     top_p: float = 0.95                   # [paper 3.5]
@@ -64,14 +65,14 @@ class Config:
             raise ValueError("compare needs --prompt or --file")
         if self.out and not self.file:
             raise ValueError("out goes with file: it takes the answers to the prompts of --file")
-        configurator.at_least(self, 1, "n", "max_tokens", "slots", "threads")
+        configurator.at_least(self, 1, "n", "max_new_tokens", "slots", "threads")
         configurator.at_least(self, 0, "temperature", "top_k", "n_draft", "max_len")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} should be in (0, 1]")
 
 
 def main(cfg: Config) -> None:
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
     ckpt = find(cfg.ckpt) if cfg.ckpt else newest("out")
     if ckpt is None:
         raise SystemExit("error: no checkpoint under out/: `make demo` trains one in about a quarter of an hour")
@@ -80,7 +81,7 @@ def main(cfg: Config) -> None:
     if cfg.max_len > model.cfg.max_seq_len:
         raise SystemExit(f"error: max_len = {cfg.max_len} is longer than the context of {ckpt}, max_seq_len = "
                          f"{model.cfg.max_seq_len}")
-    model = runtime.materialise(model, rt, ckpt=ckpt).to(rt.device)
+    model = checkpoint.materialise(model, rt, ckpt=ckpt).to(rt.device)
     layers = len(model.mtp_layers)
     if (cfg.mtp or cfg.compare) and layers == 0:
         raise SystemExit(f"error: {ckpt} has no MTP layers to draft with; run without --mtp")
@@ -107,16 +108,15 @@ def note(text: str) -> None:
 def read_file(path: str) -> list[dict]:
     """One JSON object a line with "prompt" or "messages". Ends the run naming file and line."""
     rows, right = [], 'should have "prompt": text or "messages": [{"role", "content"}, ...]'
-    with runtime.reading():
-        for n, row in read_jsonl(path, right):
-            with line_of(path, n, right):
-                if "messages" in row:
-                    check_turns(row["messages"])
-                elif not isinstance(row["prompt"], str) or not row["prompt"]:
-                    raise ValueError(f"prompt = {row['prompt']!r} is no text")
-            rows.append(row)
-        if not rows:
-            raise ValueError(f"{path}: no prompts in it; a line {right}")
+    for n, row in read_jsonl(path, right):
+        with line_of(path, n, right):
+            if "messages" in row:
+                check_turns(row["messages"])
+            elif not isinstance(row["prompt"], str) or not row["prompt"]:
+                raise ValueError(f"prompt = {row['prompt']!r} is no text")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no prompts in it; a line {right}")
     return rows
 
 
@@ -142,15 +142,15 @@ def make_requests(rows: list[dict], tokenizer: Tokenizer, chat: bool, cfg: Confi
         if not 1 <= len(ids) < limit:
             raise SystemExit(f"error: prompt {i + 1} has {len(ids)} tokens, should have 1 to {limit - 1}")
         stop = tokenizer.eos_id, tokenizer.im_end_id
-        requests += [Request((i, j), ids, cfg.max_tokens, cfg.temperature, cfg.top_p, cfg.top_k, stop,
+        requests += [Request((i, j), ids, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, stop,
                              cfg.seed + i * cfg.n + j) for j in range(cfg.n)]
     return requests
 
 
 def engine_for(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft: int, cfg: Config) -> Engine:
     limit = cfg.max_len or model.cfg.max_seq_len
-    longest = min(limit, max(len(r.prompt) + r.max_tokens for r in requests))
-    return Engine(model, min(cfg.slots, len(requests)), longest, n_draft, ids=tokenizer.n_ids)
+    longest = min(limit, max(len(r.prompt) + r.max_new_tokens for r in requests))
+    return Engine(model, min(cfg.slots, len(requests)), longest, n_draft, n_ids=tokenizer.n_ids)
 
 
 # ---- running -----------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def answer(model: MiMo, requests: list[Request], rows: list[dict], tokenizer: To
     """All prompts; one alone is streamed, a file becomes JSON lines."""
     engine = engine_for(model, requests, tokenizer, n_draft, cfg)
     if cfg.out:
-        runtime.target(cfg.out)
+        configurator.writable(cfg.out)
     if not cfg.file:
         for request in requests:
             sample, seconds = stream(engine, request, tokenizer)
@@ -252,7 +252,7 @@ def figures(samples: list[Sample], seconds: float, engine: Engine) -> str:
     if engine.n_draft:
         text += f", {tokens / max(1, engine.rows):.2f} tokens per forward, drafts accepted:"
     for k in range(engine.n_draft):
-        share = sum(s.accepted[k] for s in samples) / max(1, sum(s.drafted[k] for s in samples))
+        share = sum(s.accepted[k] for s in samples) / max(1, sum(s.verified[k] for s in samples))
         text += f" layer {k + 1} {share:.0%}"
     return text + "]"
 
@@ -297,7 +297,7 @@ def compare(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft:
 def talk(model: MiMo, tokenizer: Tokenizer, chat: bool, n_draft: int, cfg: Config) -> None:
     """Line in, answer out, until an empty line. A chat model remembers; the oldest turns go first."""
     limit = cfg.max_len or model.cfg.max_seq_len
-    engine = Engine(model, 1, limit, n_draft, ids=tokenizer.n_ids)
+    engine = Engine(model, 1, limit, n_draft, n_ids=tokenizer.n_ids)
     turns: list[dict] = []
     note("An empty line ends it." if chat else "A base model continues your line. An empty line ends it.")
     for i in range(sys.maxsize):
@@ -310,7 +310,7 @@ def talk(model: MiMo, tokenizer: Tokenizer, chat: bool, n_draft: int, cfg: Confi
         turns = [*turns, {"role": "user", "content": line}] if chat else []
         row = {"messages": turns} if chat else {"prompt": line}
         while chat and len(turns) > 1:
-            if len(prompt_tokens(row, tokenizer, chat, cfg.system)) + cfg.max_tokens <= limit:
+            if len(prompt_tokens(row, tokenizer, chat, cfg.system)) + cfg.max_new_tokens <= limit:
                 break
             turns = turns[2:]                                       # a question and its answer
             row = {"messages": turns}

@@ -14,21 +14,23 @@ The model's shape comes from the checkpoint. The report is silent on the number 
 we keep the 0.1 of the end of pre-training, averaged over the layers.
 """
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import configurator
+import distributed
 import mtp
-import runtime
+from configurator import UserError
 from data.pack import PackedLoader
 from data.sft_data import load_samples
 from kernels.attention import doc_bounds
+from metrics import Metrics, check_finite
 from model import ModelConfig
-from schedule import Stage
 from tokenizer import Tokenizer
 
 
@@ -59,70 +61,52 @@ class Config:
     compile: bool = False                 # torch.compile per block, CUDA
     shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
     reduce_each: bool = False             # FSDP reduces every micro-batch: 4 bytes x parameters less, more traffic
-    dry_run: bool = False                 # print parameters, steps and memory per GPU by kind, train nothing
-    dry_run_world: int = 8                # GPUs the dry run plans for
-    dry_run_model: str = "config/tiny.py"   # pre-training config whose model, with its final MTP layers, it plans for
 
     def __post_init__(self):
         configurator.at_least(self, 2, "seq_len")
         configurator.at_least(self, 1, "batch_size", "micro_batch", "steps", "max_per_query", "save_every", "keep",
-                              "threads", "dry_run_world")
+                              "threads")
         configurator.at_least(self, 0, "warmup_steps", "lr", "mtp_weight", "weight_decay", "grad_clip", "shard_ranks")
-        if self.dry_run and self.shard_ranks and self.dry_run_world % self.shard_ranks:
-            raise ValueError(f"shard_ranks = {self.shard_ranks} should divide dry_run_world = {self.dry_run_world}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
 
 
 def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        import memory
-        import pretrain
-        base = configurator.load(pretrain.Config, [cfg.dry_run_model])
-        stage = Stage("SFT", tokens=cfg.steps * cfg.batch_size * cfg.seq_len, seq_len=cfg.seq_len,
-                      batch_size=cfg.batch_size, lr=cfg.lr)
-        print(memory.report(replace(base.model, n_mtp=base.n_mtp_final), [stage], cfg.dry_run_world,
-                            n_mtp_final=base.n_mtp_final, micro_batch=cfg.micro_batch, checkpointing=cfg.checkpointing,
-                            shard_ranks=cfg.shard_ranks, reduce_each=cfg.reduce_each))
-        return
     # ---- start or resume ---------------------------------------------------------------------------------------
-    rt = runtime.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
+    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     run = Path(cfg.out)
-    ckpt = runtime.latest(run)
-    saved = runtime.read_state(ckpt, "step", "loader") if ckpt else None
+    ckpt = checkpoint.latest(run)
+    saved = checkpoint.read_state(ckpt, "step", "loader") if ckpt else None
     if ckpt:
-        runtime.same_start(ckpt, cfg.init)
-    start = ckpt or runtime.find(cfg.init)                   # a folder of checkpoints or one checkpoint
-    with runtime.reading():
-        shape, tokenizer = runtime.read_shape(start), Tokenizer.load(start)
+        checkpoint.same_start(ckpt, cfg.init)
+    start = ckpt or checkpoint.find(cfg.init)                   # a folder of checkpoints or one checkpoint
+    shape, tokenizer = checkpoint.read_shape(start), Tokenizer.load(start)
     if cfg.seq_len > shape["max_seq_len"]:
-        runtime.die(f"seq_len = {cfg.seq_len} is longer than the context of {start}, "
-                    f"max_seq_len = {shape['max_seq_len']}")
+        raise UserError(f"seq_len = {cfg.seq_len} is longer than the context of {start}, "
+                        f"max_seq_len = {shape['max_seq_len']}")
     model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{start}/model.json"), "meta")
-    model = runtime.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
-    model = runtime.materialise(model, rt, ckpt=start)       # each rank reads its own rows
+    model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
+    model = checkpoint.materialise(model, rt, ckpt=start)       # each rank reads its own rows
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": cfg.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
     n_mtp = len(model.mtp_layers)
 
     # ---- samples: filter, then pack ------------------------------------------------------------------------------
-    with runtime.reading():
-        samples, report = load_samples(cfg.data, tokenizer, cfg.heldout, max_per_query=cfg.max_per_query)
-        loader = PackedLoader(samples, cfg.seq_len, tokenizer.eos_id, n_mtp=n_mtp, seed=cfg.seed,
-                              vocab_size=shape["vocab_size"], max_seq_len=shape["max_seq_len"])
+    samples, report = load_samples(cfg.data, tokenizer, cfg.heldout, max_per_query=cfg.max_per_query)
+    loader = PackedLoader(samples, cfg.seq_len, tokenizer.eos_id, n_mtp=n_mtp, seed=cfg.seed,
+                          vocab_size=shape["vocab_size"], max_seq_len=shape["max_seq_len"])
     step = 0
     if saved:
         step = saved["step"]
-        with runtime.reading():
-            loader.load_state_dict(saved["loader"])
-        runtime.load_optimizer(ckpt, model, optimizer)
+        loader.load_state_dict(saved["loader"])
+        checkpoint.load_optimizer(ckpt, model, optimizer)
     if rt.is_main:
         print(configurator.show(cfg))
         print(f"samples: {report}; {loader.n_dropped} longer than a row; rows filled to {loader.fill:.1%}"
               + (f"; resumed at step {step} from {ckpt}" if saved else f"; starting from {start}"))
-    metrics = runtime.Metrics(run, resume_at=step, enabled=rt.is_main)
+    metrics = Metrics(run, resume_at=step, enabled=rt.is_main)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="sft", disable=None if rt.is_main else True)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
@@ -130,9 +114,9 @@ def main(cfg: Config) -> None:
         t0 = time.perf_counter()
         lr = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else cfg.lr
         batch = loader.next_batch(cfg.batch_size, rt.rank, rt.world).to(rt.device)
-        counts = runtime.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, cfg.seq_len, n_mtp, batch.mask), rt)
+        counts = distributed.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, cfg.seq_len, n_mtp, batch.mask), rt)
         total = torch.zeros(1 + n_mtp, device=rt.device)
-        for micro, last in runtime.micro_batches(batch, cfg.micro_batch, rt):
+        for micro, last in distributed.micro_batches(batch, cfg.micro_batch, rt):
             bounds = doc_bounds(micro.cu_seqlens, micro.positions.shape[0], cfg.seq_len)
             main_sum, extra = mtp.losses(model, micro.ids, micro.docs, micro.positions, bounds, micro.mask)
             sums = torch.stack([main_sum, *extra])           # [1 + n_mtp] summed nats
@@ -140,13 +124,13 @@ def main(cfg: Config) -> None:
             loss = sums[0] / counts[0]
             if n_mtp:
                 loss = loss + cfg.mtp_weight * (sums[1:] / counts[1:].clamp_min(1)).mean()
-            runtime.sync_gradients(model, last or cfg.reduce_each, rt)
+            distributed.sync_gradients(model, last or cfg.reduce_each, rt)
             (loss * rt.world).backward()
             total += sums.detach()
-        total = runtime.all_reduce_sum(total, rt) / counts.clamp_min(1)
-        runtime.average_gradients(model, rt)
-        norm = runtime.clip_grad_norm(model, cfg.grad_clip)
-        runtime.check_finite({"loss": total, "gradient norm": norm}, model, step)
+        total = distributed.all_reduce_sum(total, rt) / counts.clamp_min(1)
+        distributed.average_gradients(model, rt)
+        norm = distributed.clip_grad_norm(model, cfg.grad_clip)
+        check_finite({"loss": total, "gradient norm": norm}, model, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -160,16 +144,16 @@ def main(cfg: Config) -> None:
                     tokens_per_second=cfg.batch_size * cfg.seq_len / seconds)
         bar.update(1)
         bar.set_postfix_str(f"loss {float(total[0]):.3f} epoch {loader.epochs():.2f}")
-        stop = runtime.stop_requested(rt)
+        stop = distributed.stop_requested(rt)
         if stop or step == cfg.steps or step % cfg.save_every == 0:
-            runtime.save_checkpoint(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
+            checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
                                     meta={"stage": "sft", "chat": True, "init": str(start if not saved else cfg.init)},
                                     optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt,
                                     state={"step": step, "loader": loader.state_dict()})
         if stop:
             break
     bar.close()
-    runtime.teardown(rt)
+    distributed.teardown(rt)
 
 
 if __name__ == "__main__":

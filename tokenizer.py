@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from configurator import UserError
+
 try:   # Python's Unicode tables differ from Hugging Face's on 51 combining marks: prefer theirs
     from tokenizers.normalizers import NFC
     _nfc = NFC().normalize_str
@@ -101,8 +103,8 @@ def merges_of(ranks):
             continue
         parts = bpe_pieces(token, ranks, rank)
         if len(parts) != 2:
-            raise ValueError(f"token {rank} {token!r} is made of {len(parts)} pieces, not 2: no merge "
-                             "list gives these ranks, so tiktoken and Hugging Face would disagree")
+            raise UserError(f"token {rank} {token!r} is made of {len(parts)} pieces, not 2: no merge "
+                            "list gives these ranks, so tiktoken and Hugging Face would disagree")
         merges.append((parts[0], parts[1]))
     return merges
 
@@ -122,16 +124,16 @@ class Tokenizer:
         self.merges = merges_of(ranks)     # the self-check: some seconds for Qwen2
         ids = [*ranks.values(), *(i for i, _ in added.values())]
         if len(set(ids)) != len(ids):
-            raise ValueError("tokenizer: two tokens share an id")
+            raise UserError("tokenizer: two tokens share an id")
         missing = [b for b in range(256) if bytes([b]) not in ranks]
         if missing:
-            raise ValueError(f"tokenizer: no token for byte {missing[0]} ({len(missing)} of 256 missing)")
+            raise UserError(f"tokenizer: no token for byte {missing[0]} ({len(missing)} of 256 missing)")
         for name in (EOS, IM_START, IM_END):
             if name not in added:
-                raise ValueError(f"tokenizer: needs the token {name}, has {sorted(added)}")
+                raise UserError(f"tokenizer: needs the token {name}, has {sorted(added)}")
         self.vocab_size = vocab_size or -(-(max(ids) + 1) // 128) * 128
         if max(ids) >= self.vocab_size:
-            raise ValueError(f"tokenizer: id {max(ids)} does not fit a vocabulary of {self.vocab_size}")
+            raise UserError(f"tokenizer: id {max(ids)} does not fit a vocabulary of {self.vocab_size}")
         self.eos_id, self.im_start_id, self.im_end_id = (added[name][0] for name in (EOS, IM_START, IM_END))
         # padded rows are no tokens: the engine draws among the first n_ids (Engine(ids=)), and decode() refuses them
         self.n_ids = max(ids) + 1
@@ -186,7 +188,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         for i in ids:
             if not (0 <= i < self.vocab_size and self.valid_ids[i]):
-                raise ValueError(f"id {i} is no token: {self.valid_ids.sum()} of {self.vocab_size} rows are")
+                raise UserError(f"id {i} is no token: {self.valid_ids.sum()} of {self.vocab_size} rows are")
         if skip_control:
             control = {i for i, is_control in self.added.values() if is_control}
             ids = [i for i in ids if i not in control]
@@ -216,9 +218,9 @@ class Tokenizer:
         for k, m in enumerate(messages):
             role, content = m["role"], m["content"]
             if role not in ("system", "user", "assistant"):
-                raise ValueError(f"message {k}: role {role!r} should be system, user or assistant")
+                raise UserError(f"message {k}: role {role!r} should be system, user or assistant")
             if not isinstance(content, str):
-                raise ValueError(f"message {k} ({role}): content should be text, is {type(content).__name__}")
+                raise UserError(f"message {k} ({role}): content should be text, is {type(content).__name__}")
             train = role == "assistant" and (not last_only or k == turns[-1])
             put([self.im_start_id], False)
             if role == "assistant":   # header apart: the prompt stays a prefix whatever the answer is
@@ -246,8 +248,8 @@ class Tokenizer:
         try:
             return _load_folder(os.fspath(name))
         except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{name}: the tokenizer's files are not of Qwen2's form "
-                             f"({type(e).__name__}: {e})") from None
+            raise UserError(f"{name}: the tokenizer's files are not of Qwen2's form "
+                            f"({type(e).__name__}: {e})") from None
 
     def save(self, folder):
         """
@@ -309,7 +311,7 @@ def _read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e:
-        raise ValueError(f"{path}: not JSON ({e})") from None
+        raise UserError(f"{path}: not JSON ({e})") from None
 
 
 def _load_folder(folder):
@@ -333,7 +335,7 @@ def _load_folder(folder):
     for e in entries:
         flags = [k for k in ("lstrip", "rstrip", "single_word", "normalized") if e.get(k)]
         if flags:
-            raise ValueError(f"{folder}: added token {e['content']!r} has {flags[0]}=true, should be false")
+            raise UserError(f"{folder}: added token {e['content']!r} has {flags[0]}=true, should be false")
         added[e["content"]] = (e["id"], bool(e.get("special")))
     # Qwen2 lists its control tokens outside vocab.json; a vocab.json that holds them too is fine
     ranks = {bytes(map(U2B.__getitem__, t)): i for t, i in vocab.items() if t not in added}
@@ -352,12 +354,12 @@ def _read_fast(path):
     fast = _read_json(path)
     model, pre = fast.get("model", {}), json.dumps(fast.get("pre_tokenizer"))
     if model.get("type") != "BPE" or json.dumps(PATTERN) not in pre:
-        raise ValueError(f"{path}: not Qwen2's byte-level BPE: model {model.get('type')!r} should be BPE, "
-                         f"split by {PATTERN}")
+        raise UserError(f"{path}: not Qwen2's byte-level BPE: model {model.get('type')!r} should be BPE, "
+                        f"split by {PATTERN}")
     if (fast.get("normalizer") or {}).get("type") != "NFC":
-        raise ValueError(f"{path}: normalizer {fast.get('normalizer')} should be NFC")
+        raise UserError(f"{path}: normalizer {fast.get('normalizer')} should be NFC")
     if model.get("ignore_merges"):
-        raise ValueError(f"{path}: ignore_merges=true is not Qwen2's BPE")
+        raise UserError(f"{path}: ignore_merges=true is not Qwen2's BPE")
     # both forms exist: "a b" and ["a", "b"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     return model["vocab"], merges, fast.get("added_tokens", [])
@@ -369,9 +371,9 @@ def _check_merges(folder, implied, merges):
     """
     for k, (pair, both) in enumerate(zip(merges, implied, strict=False)):
         if tuple(bytes(map(U2B.__getitem__, part)) for part in pair) != both:
-            raise ValueError(f"{folder}: merge {k} is {pair}, the ids imply {both}: order them by id")
+            raise UserError(f"{folder}: merge {k} is {pair}, the ids imply {both}: order them by id")
     if len(merges) != len(implied):
-        raise ValueError(f"{folder}: {len(merges)} merges for {len(implied)} tokens of more than one byte")
+        raise UserError(f"{folder}: {len(merges)} merges for {len(implied)} tokens of more than one byte")
 
 
 def _padded_size(folder, config):

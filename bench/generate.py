@@ -33,13 +33,13 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from grade import prompt_ids, stop_ids  # noqa: E402
 
 import configurator  # noqa: E402
 import mtp  # noqa: E402
 from checkpoint import find, newest, read_meta, read_shape, read_weights  # noqa: E402
 from data.problems import read_problems  # noqa: E402
 from engine import Engine, Request, generate  # noqa: E402
-from grade import prompt_ids, stop_ids  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -153,9 +153,9 @@ def tokens_per_round(samples) -> tuple[float, list[float]]:
     r = 1 + a1 + a1 a2 + a1 a2 a3, a_k = share of layer k's drafts kept once those before were; the end of an answer of
     T tokens cuts its last round, which wastes (r - 1) / 2 tokens on average. -> (r T / (T + waste), [a_k]).
     """
-    drafted, accepted = ([sum(getattr(s, name)[k] for s in samples) for k in range(len(samples[0].drafted))]
-                         for name in ("drafted", "accepted"))
-    share = [a / max(1, d) for a, d in zip(accepted, drafted, strict=True)]
+    verified, accepted = ([sum(getattr(s, name)[k] for s in samples) for k in range(len(samples[0].verified))]
+                         for name in ("verified", "accepted"))
+    share = [a / max(1, d) for a, d in zip(accepted, verified, strict=True)]
     r = product = 1.0
     for a in share:
         product *= a
@@ -251,7 +251,7 @@ def main(cfg: Config) -> None:
     # is loaded before
     runs = [Request(i, p, cfg.tokens, 0.0, stop=stop) for i, p in enumerate(prompts[:cfg.singles])]
     plain, speculative = Engine(model, 1, 512), Engine(model, 1, 512, n_draft)
-    sides = {"transformers": lambda: [theirs(peer, [r.prompt], r.max_tokens, stop)[0] for r in runs],
+    sides = {"transformers": lambda: [theirs(peer, [r.prompt], r.max_new_tokens, stop)[0] for r in runs],
              "ours": lambda: [s.tokens for s in generate(plain, runs)],
              "ours + MTP": lambda: [s.tokens for s in generate(speculative, runs)]}
     texts = {name: f() for name, f in sides.items()}
@@ -270,7 +270,7 @@ def main(cfg: Config) -> None:
 
     # 2: many, of skewed lengths
     runs = [Request(i, p, n, 0.0) for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))]
-    wide = Engine(model, cfg.requests, max(len(r.prompt) + r.max_tokens for r in runs))
+    wide = Engine(model, cfg.requests, max(len(r.prompt) + r.max_new_tokens for r in runs))
     sides = {"transformers": lambda: theirs(peer, [r.prompt for r in runs], max(lengths)),
              "ours": lambda: [s.tokens for s in generate(wide, runs)]}
     texts = {name: f() for name, f in sides.items()}

@@ -4,7 +4,7 @@ Training speed at the 7B's layer shapes on one GPU: the part `train` of bench/gp
     python bench/gpu.py train             # under two minutes on an H200; results/gpu/train.csv and .json
     python bench/gpu.py train --dry_run   # any machine: a toy, checks the script, the numbers mean nothing
 
-As many 7B layers as fit the card (memory.plan decides; fp32 master weights and AdamW on the GPU), one MTP
+As many 7B layers as fit the card (plan.plan decides; fp32 master weights and AdamW on the GPU), one MTP
 layer, the full vocabulary, one row of T tokens, bf16 compute through FSDP2 on a mesh of one: pretrain.py's
 own path. Cases: T = 8,192 without recomputation, eager and compiled per block, and T = 32,768 with selective
 recomputation; full causal and (eager) packed documents of 2,048 tokens. Rows per case: tokens/s; MFU by causal
@@ -21,11 +21,12 @@ from dataclasses import replace
 
 import torch
 
-import memory
+import distributed
 import mtp
-import runtime
+import plan
 from kernels.attention import doc_bounds
-from model import ModelConfig
+from metrics import peak_tflops
+from model import ModelConfig, flops_per_token
 from schedule import Stage
 
 TARGETS = {
@@ -51,7 +52,7 @@ def part_of(kernel: str) -> str:
 
 def layers_that_fit(shape: ModelConfig, T: int, budget: float, checkpointing: str) -> int:
     """Largest number of trunk blocks whose plan stays under `budget` bytes; at least 1."""
-    totals = {n: memory.plan(replace(shape, n_layer=n), [Stage(tokens=1e6, seq_len=T, batch_size=1)], 1,
+    totals = {n: plan.plan(replace(shape, n_layer=n), [Stage(tokens=1e6, seq_len=T, batch_size=1)], 1,
                              reduce_each=True, checkpointing=checkpointing)[0]["total"] for n in range(1, 37)}
     return max((n for n, total in totals.items() if total < budget), default=1)
 
@@ -62,7 +63,7 @@ def step_of(shape: ModelConfig, T: int, compile: bool, checkpointing: str, docum
     -> gradient norm.
     """
     model = mtp.build(shape, "meta")
-    model = runtime.shard(model, rt, checkpointing=checkpointing, compile=compile)
+    model = distributed.shard(model, rt, checkpointing=checkpointing, compile=compile)
     model.to_empty(device=rt.device)
     with torch.no_grad():                        # not initial_weights(): billions of numbers drawn on the CPU
         for p in model.parameters():
@@ -81,7 +82,7 @@ def step_of(shape: ModelConfig, T: int, compile: bool, checkpointing: str, docum
             bounds = doc_bounds(cu, 1, T) if documents else None
             trunk, extra = mtp.losses(model, ids, docs, positions, bounds)
             (trunk / counts[0] + 0.3 * sum(extra) / (counts[1] * n)).backward()
-        norm = runtime.clip_grad_norm(model, 1.0)                # reads a number: it ends with the device
+        norm = distributed.clip_grad_norm(model, 1.0)                # reads a number: it ends with the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
@@ -109,8 +110,8 @@ def one_case(run, rt, shape: ModelConfig, T: int, compile: bool, checkpointing: 
     if documents:
         name += f" documents of {documents}"
     stage = [Stage(tokens=1e6, seq_len=T, batch_size=1)]
-    (plan,) = memory.plan(shape, stage, 1, reduce_each=True, checkpointing=checkpointing,
-                          device=rt.device.type)
+    (planned,) = plan.plan(shape, stage, 1, reduce_each=True, checkpointing=checkpointing,
+                           device=rt.device.type)
     step = step_of(shape, T, compile, checkpointing, documents, rt)
     for _ in range(2 if run.cuda else 1):                        # compiles, allocates, warms up
         step()
@@ -126,10 +127,10 @@ def one_case(run, rt, shape: ModelConfig, T: int, compile: bool, checkpointing: 
     s = statistics.median(seconds)
     what = f"{shape.n_layer} layers, {checkpointing} recomputation"
     run.row(f"{name}: speed", T / s, "tokens/s", s * 1e3, what)
-    peak = runtime.peak_tflops(rt.device)
+    peak = peak_tflops(rt.device)
     if peak:
         speed = T / s / (peak * 1e12)
-        causal, whole = (memory.flops_per_token(shape, documents or T, causal=c) * speed for c in (True, False))
+        causal, whole = (flops_per_token(shape, documents or T, causal=c) * speed for c in (True, False))
         run.row(f"{name}: MFU", causal, "share", note=f"of {peak:g} TFLOP/s, causal FLOPs")
         run.row(f"{name}: MFU by torchtitan's convention", whole, "share")
         run.row(f"{name}: FLOPs over the measured matrix ceiling", causal * peak / run.matrix, "share")
@@ -137,14 +138,14 @@ def one_case(run, rt, shape: ModelConfig, T: int, compile: bool, checkpointing: 
         torch.cuda.reset_peak_memory_stats()
         step(micros=2)              # the plan's case: the second forward stands on the first one's gradients
         used = torch.cuda.max_memory_allocated()
-        run.row(f"{name}: peak memory over plan", used / plan["total"], "x", note=f"{used / 1e9:.1f} GB")
+        run.row(f"{name}: peak memory over plan", used / planned["total"], "x", note=f"{used / 1e9:.1f} GB")
     for part, share in shares(step, run.cuda).items():
         run.row(f"{name}: time in {part}", share, "share")
 
 
 def train(run) -> None:
     """All cases; a case that does not fit is told and left out."""
-    rt = runtime.setup(seed=0, device="cuda" if run.cuda else "cpu")
+    rt = distributed.setup(seed=0, device="cuda" if run.cuda else "cpu")
     base = replace(ModelConfig.mimo_7b(n_mtp=1), rope_base=10_000.0) if run.cuda else ModelConfig()
     budget = 0.88 * torch.cuda.get_device_properties(rt.device).total_memory if run.cuda else 0.0
     short, long, length = (8192, 32_768, 2048) if run.cuda else (64, 128, 16)
@@ -161,4 +162,4 @@ def train(run) -> None:
             if run.cuda:
                 torch._dynamo.reset()
                 torch.cuda.empty_cache()
-    runtime.teardown(rt)
+    distributed.teardown(rt)

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
+import distributed  # noqa: E402
 import mtp  # noqa: E402
-import runtime  # noqa: E402
 from model import ModelConfig  # noqa: E402
 
 
@@ -30,9 +30,9 @@ def main() -> None:
     p.add_argument("--out", default="out/bench/save.json")
     p.add_argument("--turns", type=int, default=5)
     args = p.parse_args()
-    rt = runtime.setup(seed=0, device="cpu")
+    rt = distributed.setup(seed=0, device="cpu")
     shape = ModelConfig(vocab_size=8192, n_layer=6, d_model=512, n_head=8, n_kv_head=4, head_dim=64, d_ff=1536)
-    model = runtime.materialise(mtp.build(shape, "meta"), rt)
+    model = checkpoint.materialise(mtp.build(shape, "meta"), rt)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     run = Path(args.out).parent / "save_run"
     ids = torch.randint(0, 8192, (2, 66))
@@ -56,7 +56,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
 
     def save(n: int, background: bool):
-        runtime.save_checkpoint(run, n, model, optimizer=optimizer, config={}, meta={}, state={}, rt=rt,
+        checkpoint.save(run, n, model, optimizer=optimizer, config={}, meta={}, state={}, rt=rt,
                                 keep=1, background=background)
 
     rows = []
@@ -67,7 +67,7 @@ def main() -> None:
         stall, beside = timed(lambda n=2 * turn + 1: save(n, True)), []
         while checkpoint._pending.thread.is_alive():
             beside.append(worked(step))
-        runtime.finish_saves()
+        checkpoint.finish()
         if turn:
             rows.append({"blocking": blocking, "stall": stall, "step": statistics.median(usual),
                          "step_beside": statistics.median(beside) if beside else None})

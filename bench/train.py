@@ -58,16 +58,18 @@ def our_step(args, n_mtp: int):
     sys.path.insert(0, str(ROOT))
     import torch
 
+    import checkpoint
+    import distributed
     import mtp
-    import runtime
     from data.loader import make_batch
     from kernels.attention import doc_bounds
+    from metrics import check_finite
     from model import ModelConfig
-    rt = runtime.setup(threads=args.threads, seed=0, device="cpu")
+    rt = distributed.setup(threads=args.threads, seed=0, device="cpu")
     D, B, T = args.width, args.batch, args.seq_len
     shape = ModelConfig(vocab_size=args.vocab, n_layer=args.layers, d_model=D, n_head=D // 32,
                         n_kv_head=D // 64, head_dim=32, d_ff=3 * D, max_seq_len=T, n_mtp=n_mtp)
-    model = runtime.materialise(runtime.shard(mtp.build(shape, "meta"), rt), rt)
+    model = checkpoint.materialise(distributed.shard(mtp.build(shape, "meta"), rt), rt)
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
@@ -81,8 +83,8 @@ def our_step(args, n_mtp: int):
         sums = torch.stack([trunk, *extra])
         loss = sums[0] / counts[0] + (0.3 * (sums[1:] / counts[1:]).mean() if n_mtp else 0.0)
         loss.backward()
-        norm = runtime.clip_grad_norm(model, 1.0)
-        runtime.check_finite({"loss": sums.detach(), "gradient norm": norm}, model)
+        norm = distributed.clip_grad_norm(model, 1.0)
+        check_finite({"loss": sums.detach(), "gradient norm": norm}, model)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()

@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import configurator  # noqa: E402
+import distributed  # noqa: E402
 import mtp  # noqa: E402
 import pretrain  # noqa: E402
-import runtime  # noqa: E402
 from data.loader import MixtureLoader  # noqa: E402
 from kernels import attention, cpu, rmsnorm, rope, swiglu  # noqa: E402
 
@@ -46,7 +46,7 @@ def main(cfg: Config) -> None:
     if cpu.library() is None:
         raise SystemExit("error: no C compiler, nothing to compare")
     run = configurator.load(pretrain.Config, ["config/tiny.py"])
-    rt = runtime.setup(threads=1, seed=1, device="cpu")
+    rt = distributed.setup(threads=1, seed=1, device="cpu")
     model = mtp.build(run.model)
     model.init_weights(1)
     optimizer = pretrain.optimizer_for(model, run)
@@ -59,7 +59,7 @@ def main(cfg: Config) -> None:
         counts = mtp.target_counts(batch.ids, batch.docs, cfg.seq_len, 1)
         sums = pretrain.forward(model, batch, 1)
         (sums[0] / counts[0] + 0.3 * sums[1] / counts[1]).backward()
-        runtime.clip_grad_norm(model, run.grad_clip)
+        distributed.clip_grad_norm(model, run.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return time.process_time() - t0
@@ -84,7 +84,7 @@ def main(cfg: Config) -> None:
     out.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
                                "processor": platform.processor() or platform.machine(), "turns": cfg.turns,
                                "tokens_per_step": 2048, "seq_len": cfg.seq_len, "ratios": rows}, indent=1) + "\n")
-    runtime.teardown(rt)
+    distributed.teardown(rt)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 99M parameters in blocks (and 233M in embedding and head of Qwen2's vocabulary): one 24 GB card, about an hour.
 
     python pretrain.py config/mimo_100m.py
-    python pretrain.py config/mimo_100m.py --dry_run=True --dry_run_world=1 --dry_run_tflops=165    # RTX 4090
+    python plan.py config/mimo_100m.py --gpus=1 --tflops=165    # RTX 4090
 
 Everything here is ours: the report trained one size. The stages keep the 7B's proportions.
 """

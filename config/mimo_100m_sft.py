@@ -13,4 +13,3 @@ micro_batch = 4
 steps = 600
 lr = 1e-4
 compile = True
-dry_run_model = "config/mimo_100m.py"

@@ -2,7 +2,7 @@
 A 1.1B model with the 7B recipe: 60B tokens, about two days on 8 H100 at 40% MFU.
 
     torchrun --nproc_per_node=8 pretrain.py config/mimo_1b.py
-    python pretrain.py config/mimo_1b.py --dry_run=True
+    python plan.py config/mimo_1b.py --gpus=8
 
 Everything here is ours: the report trained one size. Shape: the 7B's ratios (d_ff 2.7 D, 4 query heads per kv
 head); stages: the 7B's proportions (75% / 17% / 8% of the tokens) and its decay of the learning rate.

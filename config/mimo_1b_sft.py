@@ -14,4 +14,3 @@ batch_size = 64
 steps = 1_000
 lr = 5e-5
 checkpointing = "selective"
-dry_run_model = "config/mimo_1b.py"

@@ -1,7 +1,7 @@
 """
 MiMo-7B, pre-training: the report's values (sections 2.2 and 2.3).
 
-    python pretrain.py config/mimo_7b.py --dry_run=True          # parameters, schedule, memory, days
+    python plan.py config/mimo_7b.py --gpus=8          # parameters, schedule, memory, days
     torchrun --nproc_per_node=8 pretrain.py config/mimo_7b.py    # docs/scale.md: lines for several nodes
 
 Ours, where the report is silent: the weights inside a mixture, the first batch of the warm-up (1/16 of the

@@ -14,6 +14,6 @@ init = "out/mimo_7b/sft_6m"
 out = "out/mimo_7b/rl_0530"
 mini_batch = batch_size                         # on-policy: one update per batch
 steps = 342                                     # 342 x 512 prompts = 175K
-budget = [(0, 30_720), (114, 36_864), (228, 47_104)]
+max_new_tokens = [(0, 30_720), (114, 36_864), (228, 47_104)]
 micro_tokens = 49_152
 slots = 48

@@ -21,4 +21,3 @@ save_every = 100
 checkpointing = "full"
 compile = True
 reduce_each = True                         # 45 GB per GPU instead of 74
-dry_run_model = "config/mimo_7b.py"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
+from configurator import UserError
 from data import tag as tagging
 from data.decontaminate import build_index, contaminated, cut
 from data.dedup import canonical_url, near_duplicates
@@ -164,7 +165,7 @@ def build(
     heldout = heldout or {}
     for name, given in {"problems": problems, "heldout": heldout}.items():
         if unknown := set(given) - {"maths", "code"}:
-            raise ValueError(f"{name}: unknown source {sorted(unknown)[0]!r}, must be maths or code")
+            raise UserError(f"{name}: unknown source {sorted(unknown)[0]!r}, must be maths or code")
     t = time.perf_counter()
     crawled = web.crawl(seed, pages, problems, heldout, per_page)
     funnel = [("crawl", sum(p.copy_of < 0 for p in crawled), len(crawled), time.perf_counter() - t)]

@@ -30,13 +30,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import os_words
+from configurator import UserError, os_words
 from data import tag as tagging
 from data.corpus import SOURCE_OF, Corpus, Record, clean
 from data.jsonl import read_jsonl
-from data.problems import Problem, identity, read_problems
+from data.problems import Problem, Test, identity, read_problems
 from data.shards import write_source
-from judge import Test
 from tokenizer import Tokenizer
 
 MAX_ANSWERS = 8  # responses kept for one query [paper 3.1]
@@ -68,7 +67,7 @@ def read_rows(path: Path) -> Iterator[dict]:
             for _, row in read_jsonl(path, file=file):
                 yield row
         except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-            raise ValueError(f"{path}: cut off or damaged: {e}") from None
+            raise UserError(f"{path}: cut off or damaged: {e}") from None
 
 
 def rows(source: str, split: str = "train", name: str | None = None) -> Iterator[dict]:
@@ -94,7 +93,7 @@ def need(row: dict, field: str, kind: type = str):
     """row[field]; ValueError with the columns that are there when it is missing or of another type."""
     value = row.get(field)
     if not isinstance(value, kind):
-        raise ValueError(
+        raise UserError(
             f"row needs {field!r} ({kind.__name__}), has {type(value).__name__}; columns: {', '.join(sorted(row))}"
         )
     return value
@@ -109,7 +108,7 @@ def document(row: dict) -> Record | None:
     text, html = row.get("text") or row.get("content") or "", row.get("html") or ""
     if not (text or html):
         if not {"text", "html", "content"} & set(row):
-            raise ValueError(f"row needs text, html or content; columns: {', '.join(sorted(row))}")
+            raise UserError(f"row needs text, html or content; columns: {', '.join(sorted(row))}")
         return None
     where = row.get("url") or row.get("id") or row.get("path") or identity(text or html)
     return Record(str(where), html="" if text else html, text=text)
@@ -286,7 +285,7 @@ class OnlyPlain(pickle.Unpickler):
     refused."""
 
     def find_class(self, module, name):
-        raise ValueError(f"pickle wants {module}.{name}: refused, only plain values are read")
+        raise UserError(f"pickle wants {module}.{name}: refused, only plain values are read")
 
 
 def unpack_tests(packed) -> list[dict]:
@@ -297,7 +296,7 @@ def unpack_tests(packed) -> list[dict]:
     unzip = zlib.decompressobj()
     raw = unzip.decompress(base64.b64decode(packed), MAX_BYTES)
     if unzip.unconsumed_tail:
-        raise ValueError(f"packed tests are larger than {MAX_BYTES >> 20} MiB")
+        raise UserError(f"packed tests are larger than {MAX_BYTES >> 20} MiB")
     value = OnlyPlain(io.BytesIO(raw)).load()
     return json.loads(value) if isinstance(value, (str, bytes)) else value
 
@@ -342,14 +341,14 @@ def convert(
     ValueError for an unknown adapter, and for a row whose columns do not fit, with the row's number, from 1.
     """
     if adapter not in ADAPTERS:
-        raise ValueError(f"adapter {adapter!r}: must be one of {', '.join(sorted(ADAPTERS))}")
+        raise UserError(f"adapter {adapter!r}: must be one of {', '.join(sorted(ADAPTERS))}")
     dropped, seen = {} if dropped is None else dropped, set()
     for n, row in enumerate(given, 1):
         try:
             made = ADAPTERS[adapter](row)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, zlib.error, pickle.UnpicklingError) as e:
             what = f"no field {e}" if isinstance(e, KeyError) else e
-            raise ValueError(f"adapter {adapter}, row {n}: {what}") from None
+            raise UserError(f"adapter {adapter}, row {n}: {what}") from None
         if not made:
             dropped["filtered"] = dropped.get("filtered", 0) + 1
             continue
@@ -410,13 +409,13 @@ def main() -> None:
             held = [p.question for p in read_problems(args.heldout)] if args.heldout else []
             records = list(islice(items, args.limit))
             if not records or not all(isinstance(r, Record) for r in records):
-                raise ValueError(
+                raise UserError(
                     f"{args.source}: no documents to write (adapter {args.adapter}, {len(records)} items)"
                 )
             return to_shards(records, args.out, args.tokenizer, args.name, held, args.labels)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.out.is_dir():
-            raise ValueError(f"{args.out} is a folder; out should be a .jsonl file, or add --tokenizer for shards")
+            raise UserError(f"{args.out} is a folder; out should be a .jsonl file, or add --tokenizer for shards")
         with open(temporary, "w", encoding="utf-8") as f:
             for item in tqdm(islice(items, args.limit), unit="row", disable=None):
                 if isinstance(item, Record):
@@ -430,7 +429,7 @@ def main() -> None:
                 )
                 count += 1
         if not count:
-            raise ValueError(f"{args.source}: nothing left to write: {dropped or 'there is no row'}")
+            raise UserError(f"{args.source}: nothing left to write: {dropped or 'there is no row'}")
         temporary.replace(args.out)
     except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"hub error: {os_words(e) if isinstance(e, OSError) else e}") from None

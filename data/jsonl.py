@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from configurator import UserError
+
 
 @contextmanager
 def line_of(path, n: int, right: str = ""):
@@ -19,9 +21,24 @@ def line_of(path, n: int, right: str = ""):
     try:
         yield
     except KeyError as e:
-        raise ValueError(f"{path}:{n}: no field {e}" + (f"; {right}" if right else "")) from None
+        raise UserError(f"{path}:{n}: no field {e}" + (f"; {right}" if right else "")) from None
     except (ValueError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}:{n}: {e}" + (f"; {right}" if right else "")) from None
+        raise UserError(f"{path}:{n}: {e}" + (f"; {right}" if right else "")) from None
+
+
+def _refuse(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+STRICT = json.JSONDecoder(parse_constant=_refuse)    # json.loads would make one for every line
+
+
+def strict_json(text: str | bytes):
+    """The value of strict JSON: NaN and infinities are refused (no JSON, and NaN equals nothing). ValueError."""
+    try:
+        return STRICT.decode(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def parse(line: bytes) -> dict:
@@ -29,13 +46,13 @@ def parse(line: bytes) -> dict:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as e:
-        raise ValueError(f"not UTF-8: byte {line[e.start]:#04x} at column {e.start + 1}") from None
+        raise UserError(f"not UTF-8: byte {line[e.start]:#04x} at column {e.start + 1}") from None
     except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
+        raise UserError("not JSON: nested too deeply") from None
     except ValueError as e:
-        raise ValueError(f"not JSON: {e}") from None
+        raise UserError(f"not JSON: {e}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__} where a JSON object should be")
+        raise UserError(f"a {type(row).__name__} where a JSON object should be")
     return row
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from configurator import one_line
+from configurator import UserError, one_line
 from data.shards import Shards
 
 
@@ -138,7 +138,7 @@ class MixtureLoader:
     """
     def __init__(self, folder, names, vocab_size, n_mtp=0, seed=0, max_seq_len=None):
         if not names:
-            raise ValueError("loader: no sources named")
+            raise UserError("loader: no sources named")
         self.streams = {name: Stream(Shards(folder, name, vocab_size), seed) for name in names}
         self.ahead, self.seed, self.max_seq_len = 1 + n_mtp, seed, max_seq_len
         self.stage, self.seq = 0, 0                        # current stage, rows taken in it
@@ -152,14 +152,14 @@ class MixtureLoader:
         """
         unknown = sorted(name for name, w in mix.items() if w > 0 and name not in self.streams)
         if unknown:
-            raise ValueError(f"mix names source {unknown[0]!r}, the loader was opened with "
-                             f"{', '.join(self.streams)}")
+            raise UserError(f"mix names source {unknown[0]!r}, the loader was opened with "
+                            f"{', '.join(self.streams)}")
         if self.max_seq_len and seq_len > self.max_seq_len:
-            raise ValueError(f"seq_len = {seq_len} is longer than the model's context, "
-                             f"max_seq_len = {self.max_seq_len}")
+            raise UserError(f"seq_len = {seq_len} is longer than the model's context, "
+                            f"max_seq_len = {self.max_seq_len}")
         total = sum(mix.values())
         if total <= 0 or min(mix.values()) < 0:
-            raise ValueError(f"mix = {mix} needs weights >= 0 with a positive sum")
+            raise UserError(f"mix = {mix} needs weights >= 0 with a positive sum")
         if stage != self.stage:                            # cursors stay: no document is seen again early
             self.stage, self.seq, self.here = stage, 0, dict.fromkeys(self.here, 0)
         share = {name: w / total for name, w in mix.items() if w > 0}
@@ -205,11 +205,11 @@ class MixtureLoader:
         """
         now = self.state_dict()
         if state["seed"] != now["seed"]:
-            raise ValueError(f"loader: the saved run used seed {state['seed']}, this one {now['seed']}")
+            raise UserError(f"loader: the saved run used seed {state['seed']}, this one {now['seed']}")
         for name in sorted(set(state["data"]) | set(now["data"])):
             if state["data"].get(name) != now["data"].get(name):
-                raise ValueError(f"loader: source {name!r} is not the one the saved run was reading "
-                                 "(other files, or added to or removed from the mixture)")
+                raise UserError(f"loader: source {name!r} is not the one the saved run was reading "
+                                "(other files, or added to or removed from the mixture)")
         self.stage, self.seq = state["stage"], state["seq"]
         self.taken, self.here = dict(state["taken"]), dict(state["here"])
 

@@ -10,6 +10,7 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
+from configurator import UserError
 from data.loader import make_batch
 
 
@@ -57,20 +58,20 @@ class PackedLoader:
     """
     def __init__(self, samples, seq_len, pad_id, n_mtp=0, seed=0, vocab_size=None, max_seq_len=None):
         if max_seq_len and seq_len > max_seq_len:
-            raise ValueError(f"seq_len = {seq_len} is longer than the model's context, "
-                             f"max_seq_len = {max_seq_len}")
+            raise UserError(f"seq_len = {seq_len} is longer than the model's context, "
+                            f"max_seq_len = {max_seq_len}")
         for k, (ids, mask) in enumerate(samples):
             if len(ids) != len(mask):
-                raise ValueError(f"sample {k}: {len(ids)} ids but {len(mask)} mask values")
+                raise UserError(f"sample {k}: {len(ids)} ids but {len(mask)} mask values")
             if len(ids) and vocab_size is not None and not 0 <= np.min(ids) <= np.max(ids) < vocab_size:
-                raise ValueError(f"sample {k}: token id {np.max(ids)} does not fit {vocab_size} rows")
+                raise UserError(f"sample {k}: token id {np.max(ids)} does not fit {vocab_size} rows")
         self.samples, self.T, self.ahead, self.pad_id, self.seed = samples, seq_len, 1 + n_mtp, pad_id, seed
         lengths = [len(ids) for ids, _ in samples]
         self.rows, dropped = best_fit(lengths, seq_len)
         self.n_dropped = len(dropped)
         if not self.rows:
-            raise ValueError(f"no sample fits a row of {seq_len} tokens "
-                             f"({len(dropped)} of {len(samples)} are longer)")
+            raise UserError(f"no sample fits a row of {seq_len} tokens "
+                            f"({len(dropped)} of {len(samples)} are longer)")
         kept = sum(lengths) - sum(lengths[i] for i in dropped)
         self.fill = kept / (len(self.rows) * seq_len)      # share of slots that hold a token of a sample
         self.taken = 0                                     # rows taken over the whole run
@@ -121,5 +122,5 @@ class PackedLoader:
         now = self.state_dict()
         for key in ("seed", "rows", "seq_len"):
             if state[key] != now[key]:
-                raise ValueError(f"packed loader: {key} = {now[key]}, the saved run had {state[key]}")
+                raise UserError(f"packed loader: {key} = {now[key]}, the saved run had {state[key]}")
         self.taken = state["taken"]

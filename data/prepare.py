@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import configurator
-import runtime
+from configurator import UserError
 from data import corpus
 from data.jsonl import write_jsonl
 from data.problems import PLAIN, Problem, identity, messages, response, split_of, write_problems
@@ -64,9 +64,9 @@ class Config:
         configurator.at_least(self, 20, "pages")
         for name in ("steps_share", "careless_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1]")
+                raise UserError(f"{name} = {getattr(self, name)} should be in [0, 1]")
         if not 0 < self.valid_share < 1:
-            raise ValueError(f"valid_share = {self.valid_share} should be above 0 and below 1")
+            raise UserError(f"valid_share = {self.valid_share} should be above 0 and below 1")
 
 
 GENERATORS = {"maths": maths, "code": code}
@@ -107,8 +107,7 @@ def heldout(kind: str, split: str, n: int, cfg: Config) -> list[Problem]:
 def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     out = Path(cfg.out)
-    with runtime.reading():
-        tokenizer = Tokenizer.load(cfg.tokenizer)
+    tokenizer = Tokenizer.load(cfg.tokenizer)
     rng = random.Random(f"prepare {cfg.seed}")
 
     # ---- problems: three disjoint splits by identity ---------------------------------------------------------------
@@ -146,7 +145,7 @@ def main(cfg: Config) -> None:
         for folder, wanted in ((out / "data", False), (out / "data/valid", True)):
             part = [x for x, back in zip(ids, kept_back, strict=True) if back == wanted]
             if not part:
-                runtime.die(f"source {name!r} has no document for {folder}: raise pages or valid_share")
+                raise UserError(f"source {name!r} has no document for {folder}: raise pages or valid_share")
             write_source(str(folder), name, part, tokenizer.vocab_size)
             if not wanted:
                 print(f"  {name:8} {len(part):7,} documents {sum(map(len, part)):10,} tokens")

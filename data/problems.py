@@ -12,10 +12,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.jsonl import line_of, read_jsonl, write_jsonl
-from judge import Test
+from configurator import UserError
+from data.jsonl import line_of, read_jsonl, strict_json, write_jsonl
 
 PLAIN = "Problem: {question}\nSolution:"     # what a base model continues, up to the end of the document
+
+
+@dataclass(frozen=True)
+class Test:
+    """One unit test. `call`: input is a JSON list of arguments, expected is JSON; `stdio`: both are text.
+
+    difficulty: 0 = easiest (reward.difficulty_levels). ValueError if the JSON of a call test is not
+    readable.
+    """
+    __test__ = False    # not a class for pytest
+    kind: Literal["stdio", "call"]
+    input: str
+    expected: str
+    difficulty: int = 0
+
+    def __post_init__(self):
+        if self.kind not in ("stdio", "call"):
+            raise UserError(f"test kind {self.kind!r}: should be 'stdio' or 'call'")
+        for name, right in (("input", str), ("expected", str), ("difficulty", int)):
+            if type(getattr(self, name)) is not right:
+                raise UserError(f"test {name} {getattr(self, name)!r:.60}: should be {right.__name__}"
+                                + (", JSON as text" if self.kind == "call" and right is str else ""))
+        if self.kind == "call":
+            try:
+                arguments, _ = strict_json(self.input), strict_json(self.expected)
+            except ValueError as error:
+                raise UserError(f"call test {self.input[:50]!r}, {self.expected[:50]!r}: {error}") from None
+            if not isinstance(arguments, list):
+                raise UserError(f"call test input {self.input[:60]!r}: should be a JSON list of arguments")
 
 
 @dataclass(frozen=True)
@@ -32,9 +61,9 @@ class Problem:
 
     def __post_init__(self):
         if self.kind == "code" and not self.tests and not self.solution:
-            raise ValueError(f"problem {self.id} has no tests; a code problem needs at least one")
+            raise UserError(f"problem {self.id} has no tests; a code problem needs at least one")
         if self.kind == "maths" and not self.answer:
-            raise ValueError(f"problem {self.id}: a maths problem needs an answer (field 'answer' is empty)")
+            raise UserError(f"problem {self.id}: a maths problem needs an answer (field 'answer' is empty)")
 
 
 def identity(canonical: str) -> str:
@@ -61,6 +90,23 @@ def messages(p: Problem, answer: str | None = None) -> list[dict[str, str]]:
     return chat if answer is None else chat + [{"role": "assistant", "content": answer}]
 
 
+def prompt_ids(tokenizer, problem: Problem, chat: bool) -> list[int]:
+    """The chat template for models that had SFT, the plain text form of the pre-training pages for base models."""
+    if chat:
+        return tokenizer.chat(messages(problem), add_generation_prompt=True)[0]
+    return tokenizer.encode(PLAIN.format(question=problem.question))
+
+
+def stop_ids(tokenizer, chat: bool) -> tuple[int, ...]:
+    """
+    Both end tokens count everywhere: a base model ends its document, a chat model its turn. A base model may also go
+    on with the page's next problem: the first token of "Problem:" ends its answer, as stop words do in few-shot
+    evaluation.
+    """
+    ends = tokenizer.eos_id, tokenizer.im_end_id
+    return ends if chat else (*ends, tokenizer.encode(PLAIN)[0])
+
+
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
     """JSONL, atomically: a reader never sees half a file."""
     write_jsonl(path, map(dataclasses.asdict, problems))
@@ -76,11 +122,11 @@ def read_problems(path: str | Path) -> list[Problem]:
         with line_of(path, n):
             problem = parsed(row)
             if problem.id in found:
-                raise ValueError(f"problem {problem.id} stands in line {found[problem.id][0]} already; ids should "
-                                 "be unique")
+                raise UserError(f"problem {problem.id} stands in line {found[problem.id][0]} already; ids should "
+                                "be unique")
         found[problem.id] = n, problem
     if not found:
-        raise ValueError(f"{path}: no problems in it; `python -m data.prepare` and data/hub.py write such files")
+        raise UserError(f"{path}: no problems in it; `python -m data.prepare` and data/hub.py write such files")
     return [problem for _, problem in found.values()]
 
 
@@ -88,23 +134,23 @@ def parsed(row: dict) -> Problem:
     """A line of a problems file -> Problem. ValueError or TypeError in words."""
     fields = {f.name: f for f in dataclasses.fields(Problem)}
     if extra := sorted(set(row) - set(fields)):
-        raise ValueError(f"unknown field {extra[0]!r}, known are {', '.join(fields)}")
+        raise UserError(f"unknown field {extra[0]!r}, known are {', '.join(fields)}")
     if lacking := [k for k in ("id", "kind", "question") if k not in row]:
-        raise ValueError(f"no field {lacking[0]!r}; a problem needs id, kind, question, and an answer or tests")
+        raise UserError(f"no field {lacking[0]!r}; a problem needs id, kind, question, and an answer or tests")
     for key, value in row.items():
         right = {"level": int, "tests": list}.get(key, str)
         if type(value) is not right:
-            raise ValueError(f"{key} = {value!r} should be {right.__name__}")
+            raise UserError(f"{key} = {value!r} should be {right.__name__}")
     if row["kind"] not in ("maths", "code"):
-        raise ValueError(f"kind = {row['kind']!r} should be 'maths' or 'code'")
+        raise UserError(f"kind = {row['kind']!r} should be 'maths' or 'code'")
     if not row["question"].strip():
-        raise ValueError(f"problem {row['id']} has no question")
+        raise UserError(f"problem {row['id']} has no question")
     problem = Problem(**row | {"tests": tuple(Test(**t) for t in row.get("tests", ()))})
     if problem.kind == "code":
         if not problem.tests:
-            raise ValueError(f"problem {problem.id} has no tests; a code problem needs at least one")
+            raise UserError(f"problem {problem.id} has no tests; a code problem needs at least one")
         if len({t.kind for t in problem.tests}) > 1:
-            raise ValueError(f"problem {problem.id}: its tests should be all 'call' or all 'stdio'")
+            raise UserError(f"problem {problem.id}: its tests should be all 'call' or all 'stdio'")
         if problem.tests[0].kind == "call" and not problem.entry:
-            raise ValueError(f"problem {problem.id}: call tests need `entry`, the function to call")
+            raise UserError(f"problem {problem.id}: call tests need `entry`, the function to call")
     return problem

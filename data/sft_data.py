@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import os_words
+from configurator import UserError, os_words
 from data import decontaminate
 from data.decontaminate import build_index
 from data.jsonl import line_of, read_jsonl, write_jsonl
@@ -138,22 +138,22 @@ def read_samples(path):
         with line_of(path, n, SAMPLE):
             check_turns(row["messages"])
             if type(row.get("score", 0.0)) not in (int, float):
-                raise ValueError(f"score = {row['score']!r} should be a number")
+                raise UserError(f"score = {row['score']!r} should be a number")
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: no samples in it; {SAMPLE}, one a line")
+        raise UserError(f"{path}: no samples in it; {SAMPLE}, one a line")
     return rows
 
 
 def check_turns(turns):
     """ValueError for what is no conversation that Tokenizer.chat takes."""
     if not isinstance(turns, list) or not turns:
-        raise ValueError("messages should be a list with a turn at least")
+        raise UserError("messages should be a list with a turn at least")
     for k, m in enumerate(turns):
         if not isinstance(m, dict) or not isinstance(m.get("content"), str):
-            raise ValueError(f"messages[{k}] should be an object with role and content, both text")
+            raise UserError(f"messages[{k}] should be an object with role and content, both text")
         if m.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"messages[{k}]: role {m.get('role')!r} should be system, user or assistant")
+            raise UserError(f"messages[{k}]: role {m.get('role')!r} should be system, user or assistant")
 
 
 def filtered(path, heldout="", max_per_query=8):
@@ -169,7 +169,7 @@ def filtered(path, heldout="", max_per_query=8):
         contaminated = bad.__contains__
     kept, dropped = filter_samples(rows, contaminated, max_per_query)
     if not kept:
-        raise ValueError(f"{path}: none of {len(rows)} samples is left after the filters: {dict(dropped)}")
+        raise UserError(f"{path}: none of {len(rows)} samples is left after the filters: {dict(dropped)}")
     counts = ", ".join(f"{reason} {n:,}" for reason, n in dropped.items())
     return kept, f"{len(kept):,} of {len(rows):,} kept; dropped: {counts}"
 
@@ -197,7 +197,7 @@ class ShardSamples:
     def __init__(self, folder, vocab_size):
         self.ids, self.mask = Shards(folder, "sft", vocab_size), Shards(folder, "sft_mask", 2)
         if [s.ends.tolist() for s in self.ids.shards] != [s.ends.tolist() for s in self.mask.shards]:
-            raise ValueError(f"{folder}: sft and sft_mask do not belong together; write them again")
+            raise UserError(f"{folder}: sft and sft_mask do not belong together; write them again")
 
     def __len__(self):
         return self.ids.n_documents
@@ -241,7 +241,7 @@ def read_questions(path):
         with line_of(path, n, 'should be JSON with "question" or "messages"'):
             questions.append(row["question"] if "question" in row else query_of(row))
             if not isinstance(questions[-1], str):
-                raise ValueError(f"question = {questions[-1]!r} is no text")
+                raise UserError(f"question = {questions[-1]!r} is no text")
     return questions
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import one_line
+from configurator import UserError, one_line
 
 MAGIC, VERSION, HEADER_WORDS = 0x6D694D6F, 1, 128          # header = 128 little-endian int64 words = 1 KiB
 SMALL = 64 << 20                                           # bytes; smaller shards are checksummed on opening
@@ -46,7 +46,7 @@ def write_shard(path, documents, vocab_size):
                 continue
             if ids.min() < 0 or ids.max() >= vocab_size:
                 bad = int(ids.min() if ids.min() < 0 else ids.max())
-                raise ValueError(f"{path}: document {k} holds token id {bad}, must be in 0..{vocab_size - 1}")
+                raise UserError(f"{path}: document {k} holds token id {bad}, must be in 0..{vocab_size - 1}")
             data = ids.astype(dtype).tobytes()
             f.write(data)
             crc, n, top = zlib.crc32(data, crc), n + ids.size, max(top, int(ids.max()))
@@ -110,24 +110,24 @@ class Shard:
         path, size = Path(path), os.path.getsize(path)
         header = np.fromfile(path, dtype="<i8", count=HEADER_WORDS)
         if header.size < HEADER_WORDS or header[0] != MAGIC:
-            raise ValueError(f"{path}: not a token shard (write it with data.shards.write_shard)")
+            raise UserError(f"{path}: not a token shard (write it with data.shards.write_shard)")
         if header[9] != zlib.crc32(header[:9].tobytes()):
-            raise ValueError(f"{path}: corrupt: the header does not match its checksum; write it again")
+            raise UserError(f"{path}: corrupt: the header does not match its checksum; write it again")
         version, width, n, n_documents, vocab_size, max_id, crc, table_crc = (int(x) for x in header[1:9])
         if version != VERSION or width not in (2, 4):
-            raise ValueError(f"{path}: shard version {version} with {width}-byte tokens, "
-                             f"this program reads version {VERSION} with 2 or 4")
+            raise UserError(f"{path}: shard version {version} with {width}-byte tokens, "
+                            f"this program reads version {VERSION} with 2 or 4")
         start = 8 * HEADER_WORDS
         table_at = start + -(-n * width // 8) * 8
         if size != table_at + 8 * n_documents:
-            raise ValueError(f"{path}: truncated or overwritten: {size:,} bytes, its header says "
-                             f"{table_at + 8 * n_documents:,}; write it again")
+            raise UserError(f"{path}: truncated or overwritten: {size:,} bytes, its header says "
+                            f"{table_at + 8 * n_documents:,}; write it again")
         self.path, self.vocab_size, self.max_id, self.crc = path, vocab_size, max_id, crc
         empty = np.zeros(0, dtype="<u2")
         self.tokens = np.memmap(path, dtype=f"<u{width}", mode="r", offset=start, shape=(n,)) if n else empty
         self.ends = np.fromfile(path, dtype="<u8", offset=table_at, count=n_documents).astype(np.int64)
         if zlib.crc32(self.ends.astype("<u8").tobytes()) != table_crc or (n and self.ends[-1] != n):
-            raise ValueError(f"{path}: corrupt: the table of document ends does not match its checksum")
+            raise UserError(f"{path}: corrupt: the table of document ends does not match its checksum")
         if verify or (verify is None and size < SMALL):
             self.verify()
 
@@ -137,7 +137,7 @@ class Shard:
         for at in range(0, len(self.tokens), step):
             crc = zlib.crc32(self.tokens[at:at + step].tobytes(), crc)
         if crc != self.crc:
-            raise ValueError(f"{self.path}: corrupt: the tokens do not match their checksum; write it again")
+            raise UserError(f"{self.path}: corrupt: the tokens do not match their checksum; write it again")
 
     def document(self, i):
         """Tokens of document i, a view."""
@@ -154,29 +154,29 @@ class Shards:
         manifest = folder / f"{name}.json"
         if not manifest.is_file():
             have = ", ".join(sources(folder)) or "none"
-            raise ValueError(f"source {name!r}: no {manifest}; sources there: {have}")
+            raise UserError(f"source {name!r}: no {manifest}; sources there: {have}")
         try:
             listed = [{k: s[k] for k in ("file", "crc32", "tokens")}
                       for s in json.loads(manifest.read_text(encoding="utf-8"))["shards"]]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{manifest}: corrupt, not a list of shards; write the source again") from None
+            raise UserError(f"{manifest}: corrupt, not a list of shards; write the source again") from None
         self.name, self.shards = name, []
         for s in listed:
             if not (folder / s["file"]).is_file():
-                raise ValueError(f"source {name!r}: shard {folder / s['file']} is missing")
+                raise UserError(f"source {name!r}: shard {folder / s['file']} is missing")
             shard = Shard(folder / s["file"], verify)
             if (shard.crc, len(shard.tokens)) != (s["crc32"], s["tokens"]):
-                raise ValueError(f"{shard.path}: is not the shard that {manifest} was written with")
+                raise UserError(f"{shard.path}: is not the shard that {manifest} was written with")
             self.shards.append(shard)
         self.n_tokens = sum(len(s.tokens) for s in self.shards)
         self.n_documents = sum(len(s.ends) for s in self.shards)
         self.fingerprint = zlib.crc32(repr([(s.crc, len(s.tokens)) for s in self.shards]).encode())
         if self.n_tokens == 0:
-            raise ValueError(f"source {name!r} in {folder} is empty: no document has a token")
+            raise UserError(f"source {name!r} in {folder} is empty: no document has a token")
         top = max(s.max_id for s in self.shards)
         if vocab_size is not None and top >= vocab_size:
-            raise ValueError(f"source {name!r} in {folder} holds token id {top}, the model's vocabulary ends "
-                             f"at {vocab_size - 1}: tokenise it with the model's tokenizer")
+            raise UserError(f"source {name!r} in {folder} holds token id {top}, the model's vocabulary ends "
+                            f"at {vocab_size - 1}: tokenise it with the model's tokenizer")
 
     def documents(self):
         """All documents in file order, as views."""

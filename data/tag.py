@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configurator import one_line
+from configurator import UserError, one_line
 from data.dedup import mix, word_hashes
 from data.jsonl import line_of, read_jsonl
 
@@ -89,10 +89,10 @@ def train(
     the text itself, so copies of a text are never on both sides. ValueError for an unknown domain or a
     score outside 0..3."""
     if len(texts) < 10:
-        raise ValueError(f"tagger: {len(texts)} labelled texts, need at least 10")
+        raise UserError(f"tagger: {len(texts)} labelled texts, need at least 10")
     for i, t in enumerate(labels):
         if t.domain not in DOMAINS or not all(0 <= getattr(t, s) <= 3 for s in SCORES):
-            raise ValueError(
+            raise UserError(
                 f"tagger label {i}: {t}: domain must be one of {', '.join(DOMAINS)}, scores 0..3"
             )
     feats = [features(t) for t in texts]
@@ -161,11 +161,11 @@ def read_labels(path: str) -> tuple[list[str], list[Tags]]:
     for n, row in read_jsonl(path, right := "a line needs text, domain, quality, depth, ad"):
         with line_of(path, n, right):
             if not isinstance(row["text"], str):
-                raise ValueError(f"text = {row['text']!r:.40} should be text")
+                raise UserError(f"text = {row['text']!r:.40} should be text")
             if row["domain"] not in DOMAINS:
-                raise ValueError(f"domain {row['domain']!r} should be one of {', '.join(DOMAINS)}")
+                raise UserError(f"domain {row['domain']!r} should be one of {', '.join(DOMAINS)}")
             if not all(type(row[s]) is int and 0 <= row[s] <= 3 for s in SCORES):
-                raise ValueError(f"{', '.join(SCORES)} should be whole numbers from 0 to 3")
+                raise UserError(f"{', '.join(SCORES)} should be whole numbers from 0 to 3")
             texts.append(row["text"])
             labels.append(Tags(row["domain"], *(row[s] for s in SCORES)))
     return texts, labels

@@ -27,6 +27,20 @@ if torch.version.cuda or INTERPRET or os.environ.get("NANOMIMO_TRITON") == "1":
         pass
 
 
+_plain = False
+
+
+def set_plain(plain: bool) -> None:
+    """True: torch code only, in training and in decoding; what the flag --plain of the scripts sets."""
+    global _plain
+    _plain = plain
+
+
+def is_plain() -> bool:
+    """Whether every operation takes its torch reference, so that a breakpoint there is hit."""
+    return _plain
+
+
 def jit(fn):
     """triton.jit where triton is in use, else the function itself, which nobody calls."""
     return triton.jit(fn) if triton else fn
@@ -34,6 +48,8 @@ def jit(fn):
 
 def use_triton(x):
     """True if tensor x should take the Triton kernel."""
+    if _plain:
+        return False
     if x.is_cuda:
         return triton is not None and not INTERPRET and x.dtype != torch.float64
     return INTERPRET and triton is not None and os.environ.get("NANOMIMO_TRITON") == "1"

@@ -475,6 +475,6 @@ def attention(q, k, v, bounds=None, scale=None):
     check(q, k, v, bounds)
     if use_triton(q) and q.shape[-1] in HEAD_DIMS:
         return attention_op(q, k, v, bounds, q.shape[-1] ** -0.5 if scale is None else scale)[0]
-    if cpu.trains(q, k, v):
+    if cpu.c_kernels_apply(q, k, v):
         return AttentionOnCPU.apply(q, k, v, bounds, q.shape[-1] ** -0.5 if scale is None else scale)
     return attention_reference(q, k, v, bounds, scale)

@@ -114,7 +114,7 @@ def gemv_reference(x, weights, biases=None, residual=None, glu=False, dtype=None
     return (y if residual is None else y + residual).to(dtype or x.dtype)
 
 
-def serves(block, B, Q):
+def gemv_applies(block, B, Q):
     """True if block_step may run B sequences of Q tokens: on a GPU in 16 bits, few rows, widths of whole tiles."""
     w, a = block.mlp.gate_proj.weight, block.self_attn
     wide = (a.q_proj, a.k_proj, a.o_proj, block.mlp.gate_proj)

@@ -180,7 +180,7 @@ def rmsnorm(x, weight, eps=1e-5):
     """
     if use_triton(x):
         return norm_op(x, None, weight, eps)[0]
-    if cpu.trains(x, weight) and weight.shape == x.shape[-1:]:
+    if cpu.c_kernels_apply(x, weight) and weight.shape == x.shape[-1:]:
         return NormOnCPU.apply(x, None, weight, eps)
     return rmsnorm_reference(x, weight, eps)
 
@@ -189,7 +189,7 @@ def rmsnorm_residual(x, residual, weight, eps=1e-5):
     """s = x + residual, both [..., D] -> (rmsnorm(s), s): the block's norm and its new residual stream."""
     if use_triton(x):
         return norm_op(x, residual, weight, eps)[:2]
-    if cpu.trains(x, residual, weight) and x.shape == residual.shape and weight.shape == x.shape[-1:]:
+    if cpu.c_kernels_apply(x, residual, weight) and x.shape == residual.shape and weight.shape == x.shape[-1:]:
         return NormOnCPU.apply(x, residual, weight, eps)
     s = x + residual
     return rmsnorm_reference(s, weight, eps), s

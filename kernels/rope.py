@@ -184,7 +184,7 @@ def rope(q, k, cos, sin):
     """
     if use_triton(q) and not q.shape[-1] & (q.shape[-1] - 1):
         return rope_op(q, k, cos, sin, 1.0)
-    if (cpu.trains(q, k, cos, sin) and k.shape == (*q.shape[:2], k.shape[2], q.shape[3])
+    if (cpu.c_kernels_apply(q, k, cos, sin) and k.shape == (*q.shape[:2], k.shape[2], q.shape[3])
             and cos.shape == sin.shape and cos.shape[-1] == q.shape[3]):
         return RopeOnCPU.apply(q, k, cos, sin)
     return rotate(q, cos, sin), rotate(k, cos, sin)

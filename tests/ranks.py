@@ -19,6 +19,8 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = [str(HERE), str(HERE.parent)]
 sys.path[:0] = [p for p in FOLDERS if p not in sys.path]
 
+import configurator  # noqa: E402
+
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "pretrain", "sft"])
 
@@ -42,7 +44,8 @@ def one_rank(rank: int, world: int, port: int, log: str, function, args, kwargs)
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
         try:
-            function(*args, **kwargs)
+            with configurator.one_line():
+                function(*args, **kwargs)
         except SystemExit as e:
             if isinstance(e.code, str):
                 print(e.code, file=sys.stderr)

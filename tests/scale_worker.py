@@ -18,10 +18,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint  # noqa: E402
+import distributed  # noqa: E402
 import mtp  # noqa: E402
-import runtime  # noqa: E402
 from data.loader import make_batch  # noqa: E402
 from kernels.attention import doc_bounds  # noqa: E402
+from metrics import check_finite  # noqa: E402
 from model import ModelConfig  # noqa: E402
 
 SHAPE = ModelConfig(128, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64, n_mtp=2)
@@ -61,7 +64,7 @@ def main(
     one_gpu=0,
     full_disk=0,
 ):
-    rt = runtime.setup(seed=1, device="cpu", shard_ranks=shard_ranks)
+    rt = distributed.setup(seed=1, device="cpu", shard_ranks=shard_ranks)
     if full_disk and rt.is_main:                       # only rank 0 looks
         shutil.disk_usage = lambda path: SimpleNamespace(free=1)
     if one_gpu:                                        # what setup() does for one GPU, on the CPU
@@ -72,13 +75,13 @@ def main(
     if frozen:
         mtp.freeze_all_but_new(model, 1)
     how = {"checkpointing": checkpointing, "shard_ranks": shard_ranks, "compile": bool(compile)}
-    model = runtime.shard(model, rt, **how)
-    runtime.materialise(model, rt, seed=3)
+    model = distributed.shard(model, rt, **how)
+    checkpoint.materialise(model, rt, seed=3)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), fused=True)
     start = 0
     if resume:
-        state, _ = runtime.load_checkpoint(run, model, optimizer)
+        state, _ = resume(run, model, optimizer)
         start = state["step"]
     seen = []
 
@@ -90,18 +93,18 @@ def main(
     for step in range(start, steps):
         batch = batch_at(step, rt.rank, rt.world, 4 if starve else uneven)
         counts = mtp.target_counts(batch.ids, batch.docs, T, SHAPE.n_mtp, batch.mask)
-        counts = runtime.all_reduce_sum(counts, rt)
+        counts = distributed.all_reduce_sum(counts, rt)
         total = torch.zeros(1 + SHAPE.n_mtp)
-        for micro, last in runtime.micro_batches(batch, per_micro, rt):
+        for micro, last in distributed.micro_batches(batch, per_micro, rt):
             sums = forward(micro, micro.positions.shape[0])
-            runtime.sync_gradients(model, last or bool(reduce_each), rt)
+            distributed.sync_gradients(model, last or bool(reduce_each), rt)
             ((sums[0] / counts[0] + 0.3 * (sums[1:] / counts[1:]).mean()) * rt.world).backward()
             total += sums.detach()
-        total = runtime.all_reduce_sum(total, rt) / counts
+        total = distributed.all_reduce_sum(total, rt) / counts
         assert {p.grad.dtype for p in trained} == {torch.float32}      # also where blocks compute in bf16
-        runtime.average_gradients(model, rt)
-        norm = runtime.clip_grad_norm(model, 0.5)
-        runtime.check_finite({"loss": total}, model, step)
+        distributed.average_gradients(model, rt)
+        norm = distributed.clip_grad_norm(model, 0.5)
+        check_finite({"loss": total}, model, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen.append([*total.tolist(), norm])
@@ -109,7 +112,7 @@ def main(
             with torch.no_grad():
                 forward(batch_at(999, 0, 1, 0), ROWS)
         if step == save_at:
-            runtime.save_checkpoint(
+            checkpoint.save(
                 run,
                 step + 1,
                 model,
@@ -121,13 +124,13 @@ def main(
                 rt=rt,
                 background=bool(background),
             )
-    weights = {name: float(w.double().norm()) for name, w in runtime.replica_state(model)}
-    copy = runtime.fill(runtime.replica(model, "cpu", torch.float32), runtime.replica_state(model))
+    weights = {name: float(w.double().norm()) for name, w in distributed.replica_state(model)}
+    copy = distributed.fill(distributed.replica(model, "cpu", torch.float32), distributed.replica_state(model))
     with torch.no_grad():                              # the replica decodes alone: no collective
         logits = copy.logits(copy(torch.arange(16)[None])) if rt.rank == 0 else torch.zeros(1)
     if rt.is_main:
         Path(out).write_text(json.dumps({"seen": seen, "weights": weights, "logits": float(logits.norm())}))
-    runtime.teardown(rt)
+    distributed.teardown(rt)
 
 
 # ---- the real scripts --------------------------------------------------------------------------------------
@@ -170,7 +173,7 @@ def train_pretrain(folder, term_after=-1):
     )
     path = folder / f"config{os.environ.get('RANK', 0)}.py"
     path.write_text(config)
-    asked = runtime.stop_requested
+    asked = distributed.stop_requested
     calls = iter(range(1, 1000))
 
     def stop_requested(rt):                            # the signal arrives during step `term_after`
@@ -178,11 +181,11 @@ def train_pretrain(folder, term_after=-1):
             os.kill(os.getpid(), signal.SIGTERM)
         return asked(rt)
 
-    runtime.stop_requested = stop_requested
+    distributed.stop_requested = stop_requested
     try:
         pretrain.main(configurator.load(pretrain.Config, [str(path)]))
     finally:
-        runtime.stop_requested = asked
+        distributed.stop_requested = asked
 
 
 def train_sft(folder, init):
@@ -223,15 +226,15 @@ def rl_model(rt, shard_ranks=0):
     import rl
     model = mtp.build(SHAPE, "meta")
     model.mtp_layers.requires_grad_(False)
-    model = runtime.materialise(runtime.shard(model, rt, shard_ranks=shard_ranks), rt, seed=3)
+    model = checkpoint.materialise(distributed.shard(model, rt, shard_ranks=shard_ranks), rt, seed=3)
     trained = [p for p in model.parameters() if p.requires_grad]
     return rl, model, torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def train_rl_updates(out, steps=20, mini_batch=8, group_size=4, shard_ranks=0):
     """rl.update on 8 groups of answers of 1 to 14 tokens, most of them generated by rank 0, on any number of ranks."""
-    from rollout import Elsewhere, Group, Task
-    rt = runtime.setup(seed=1, device="cpu", shard_ranks=shard_ranks)
+    from rollout import Group, RemoteSample, Task
+    rt = distributed.setup(seed=1, device="cpu", shard_ranks=shard_ranks)
     rl, model, optimizer = rl_model(rt, shard_ranks)
     cfg = replace(rl.Config(), batch_size=8, mini_batch=mini_batch, group_size=group_size, lr=1e-3, micro_tokens=48,
                   grad_clip=0.5)
@@ -245,17 +248,17 @@ def train_rl_updates(out, steps=20, mini_batch=8, group_size=4, shard_ranks=0):
             for _ in range(group_size):
                 answer = g.integers(0, SHAPE.vocab_size, int(g.integers(1, 15))).tolist()
                 samples.append(SimpleNamespace(prompt=prompt, tokens=answer, logprobs=[-4.8 - 0.01 * i for i in answer])
-                               if home == rt.rank else Elsewhere(range(len(prompt)), range(len(answer)), "stop"))
+                               if home == rt.rank else RemoteSample(range(len(prompt)), range(len(answer)), "stop"))
             groups.append(Group(Task(step, index, index, False), (0, 0), samples, g.random(group_size).tolist(),
                                 [{}] * group_size, 0, rank=home))
         stats = rl.update(model, optimizer, SimpleNamespace(groups=groups), cfg, rt, step)
         seen.append([stats[k] for k in ("objective", "entropy", "ratio", "clip_low", "clip_high", "grad_norm",
                                         "ratio_max", "engine_gap", "trained_tokens")])
     assert rl.NOTHING[0].old is None
-    weights = {name: float(w.double().norm()) for name, w in runtime.replica_state(model)}
+    weights = {name: float(w.double().norm()) for name, w in distributed.replica_state(model)}
     if rt.is_main:
         Path(out).write_text(json.dumps({"seen": seen, "weights": weights}))
-    runtime.teardown(rt)
+    distributed.teardown(rt)
 
 
 class ParityGrader:
@@ -286,7 +289,7 @@ def write_base(folder: Path) -> None:
     shape = replace(SHAPE, vocab_size=1024, max_seq_len=128)
     model = mtp.build(shape)
     model.init_weights(seed=3)
-    runtime.save_checkpoint(folder / "base", 1, model, tokenizer=Tokenizer.load("tiny"), config={}, state={},
+    checkpoint.save(folder / "base", 1, model, tokenizer=Tokenizer.load("tiny"), config={}, state={},
                             meta={"stage": "sft", "chat": True}, shape=vars(shape))
     write_problems(folder / "problems.jsonl", [Problem(f"{i:016x}", "maths", f"What is {i} + {i * i}?",
                                                        answer=str(i + i * i)) for i in range(30)])
@@ -301,7 +304,7 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank=""):
     import configurator
     import rl
     rl.Grader = ParityGrader
-    setup, asked, calls = runtime.setup, runtime.stop_requested, iter(range(1, 1000))
+    setup, asked, calls = distributed.setup, distributed.stop_requested, iter(range(1, 1000))
     update, step = rl.update, rl.Engine.step
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -330,7 +333,7 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank=""):
             os.kill(os.getpid(), signal.SIGTERM)
         return asked(rt)
 
-    runtime.setup, runtime.stop_requested, rl.update = in_dtype, stop_requested, written_update
+    distributed.setup, distributed.stop_requested, rl.update = in_dtype, stop_requested, written_update
     if last_rank and rank == world - 1:
         rl.Engine.step = broken_step
     try:
@@ -340,7 +343,7 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank=""):
             "--lr=1e-3", "--save_every=1", "--judge_workers=1", "--reward_lag=2", "--micro_tokens=256", "--device=cpu",
             *flags]))
     finally:
-        runtime.setup, runtime.stop_requested, rl.update, rl.Engine.step = setup, asked, update, step
+        distributed.setup, distributed.stop_requested, rl.update, rl.Engine.step = setup, asked, update, step
 
 
 if __name__ == "__main__":

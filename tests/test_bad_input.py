@@ -18,19 +18,19 @@ import torch
 
 import checkpoint
 import configurator
+import distributed
 import eval as evaluation
 import hf
 import mtp
 import pretrain
 import rl
-import rl_data
-import runtime
 import sample
 import sft
-from data import corpus, hub, loader, prepare, sft_data, shards, tag
+from data import corpus, hub, loader, prepare, rl_problems, sft_data, shards, tag
 from data.jsonl import read_jsonl, write_jsonl
 from data.problems import read_problems
 from data.sft_data import read_questions, read_samples
+from metrics import Metrics
 from model import ModelConfig
 from tokenizer import Tokenizer
 
@@ -46,9 +46,9 @@ CHAT = {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assi
 
 def ends(call, *words):
     """call() ends the process with status 1 and one line that holds all words. -> the line."""
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises((SystemExit, configurator.UserError)) as e:    # a script's end, or what run() makes one of
         call()
-    line = e.value.code
+    line = e.value.code if isinstance(e.value, SystemExit) else str(e.value)
     assert isinstance(line, str) and "\n" not in line and len(line) < 600, line      # a text means status 1
     for word in map(str, words):
         assert word in line, f"{word!r} is not in: {line}"
@@ -77,8 +77,8 @@ def as_it_was():
 
 
 def save(run, stage, shape=SHAPE, step=1, state=None, chat=False):
-    model = runtime.materialise(mtp.build(shape, "meta"), runtime.setup(device="cpu"), seed=0)
-    checkpoint.save_checkpoint(run, step, model, tokenizer=TINY, config={}, meta={"stage": stage, "chat": chat},
+    model = checkpoint.materialise(mtp.build(shape, "meta"), distributed.setup(device="cpu"), seed=0)
+    checkpoint.save(run, step, model, tokenizer=TINY, config={}, meta={"stage": stage, "chat": chat},
                                state=state or {"step": step})
     return run
 
@@ -126,7 +126,7 @@ def rl_words(world, *more):
 
 def eval_words(world, *more):
     return [f"--ckpt={world}/base", f"--problems={world}/problems.jsonl", f"--out={world}/e/eval.json",
-            "--max_tokens=8", "--samples=1", "--device=cpu", *more]
+            "--max_new_tokens=8", "--samples=1", "--device=cpu", *more]
 
 
 def rl_data_words(world, *more):
@@ -134,7 +134,7 @@ def rl_data_words(world, *more):
             *more]
 
 
-WORDS = {pretrain: pretrain_words, sft: sft_words, rl: rl_words, evaluation: eval_words, rl_data: rl_data_words}
+WORDS = {pretrain: pretrain_words, sft: sft_words, rl: rl_words, evaluation: eval_words, rl_problems: rl_data_words}
 
 
 def test_the_whole_world_is_whole(world, capsys):
@@ -144,7 +144,7 @@ def test_the_whole_world_is_whole(world, capsys):
     kept = json.loads((the(world / "run") / "config.json").read_text())
     assert kept == configurator.to_dict(configurator.load(pretrain.Config, pretrain_words(world)))
     assert checkpoint.read_manifest(the(world / "run"))["commit"] == checkpoint.git_commit()
-    for module in (pretrain, rl_data, evaluation):
+    for module in (pretrain, rl_problems, evaluation):
         script(module, *WORDS[module](world))()
     assert (world / "run/latest").is_file() and (world / "rl.jsonl").is_file() and (world / "e/eval.json").is_file()
     with pytest.raises(SystemExit, match="none of 1 samples"):              # its one query stands in the problems too
@@ -171,12 +171,12 @@ SIZES = [
     (rl, "max_groups=2"), (rl, "slots=0"), (rl, "judge_workers=0"), (rl, "eps_low=0.5"), (rl, "easy_alpha=2"),
     (rl, "budget=[]"), (rl, "budget=[(0,0)]"), (rl, "budget=[(5,9)]"), (rl, "temperature=0.5"), (rl, "lr=-1"),
     (rl, "max_staleness=2"), (rl, "keep=-1"), (rl, "is_cap=0"), (rl, "reward_lag=-1"), (rl, "scheme=hard"),
-    (evaluation, "samples=0"), (evaluation, "max_tokens=-1"), (evaluation, "slots=0"), (evaluation, "top_p=0"),
+    (evaluation, "samples=0"), (evaluation, "max_new_tokens=-1"), (evaluation, "slots=0"), (evaluation, "top_p=0"),
     (evaluation, "top_p=1.5"), (evaluation, "temperature=-1"), (evaluation, "limit=-1"), (evaluation, "tasks=[]"),
     (evaluation, "tasks=['maths']"), (evaluation, "probe_lengths=[]"), (evaluation, "probe_count=0"),
-    (sample, "n=0"), (sample, "max_tokens=0"), (sample, "top_p=0"), (sample, "temperature=-0.1"), (sample, "slots=0"),
+    (sample, "n=0"), (sample, "max_new_tokens=0"), (sample, "top_p=0"), (sample, "temperature=-0.1"), (sample, "slots=0"),
     (sample, "compare"), (sample, "out=x"), (sample, "max_len=-1"), (sample, "top_k=-1"),
-    (rl_data, "levels=0"), (rl_data, "max_maths_rate=2"), (rl_data, "answers=[]"),
+    (rl_problems, "levels=0"), (rl_problems, "max_maths_rate=2"), (rl_problems, "answers=[]"),
     (prepare, "pages=3"), (prepare, "sft=0"), (prepare, "valid_share=1"), (prepare, "valid_share=0"),
     (prepare, "steps_share=1.5"), (prepare, "test=-1"), (prepare, "books=-1"), (prepare, "tests=0"),
 ]
@@ -238,7 +238,7 @@ def test_a_problems_file_names_the_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("module, flag", [(rl, "problems"), (rl, "valid"), (evaluation, "problems"),
-                                          (rl_data, "problems"), (sft, "heldout")])
+                                          (rl_problems, "problems"), (sft, "heldout")])
 @pytest.mark.parametrize("what", ["missing", "a folder", "empty", "not JSON"])
 def test_problems_that_a_script_cannot_read(world, module, flag, what):
     path = world / "bad.jsonl"
@@ -258,7 +258,7 @@ def test_answers_of_rl_data(world):
                          (lines({"id": "0a", "answers": [{"passed": 1, "verdicts": []}]}), ":1:", "passed"),
                          (lines({"id": "0a", "answers": [3]}), ":1:")):
         path.write_bytes(text)
-        ends(script(rl_data, *rl_data_words(world)), path, *words)
+        ends(script(rl_problems, *rl_data_words(world)), path, *words)
     assert not (world / "rl.jsonl").exists()
 
 
@@ -445,20 +445,20 @@ def test_resuming_with_other_data_or_seed(world):
 
 def test_weights_that_are_not_finite(world):
     """NaN ends a run before it is saved, and names the tensor; metrics stay JSON."""
-    model = runtime.materialise(mtp.build(SHAPE, "meta"), runtime.setup(device="cpu"), seed=0)
+    model = checkpoint.materialise(mtp.build(SHAPE, "meta"), distributed.setup(device="cpu"), seed=0)
     with torch.no_grad():
         model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     shutil.rmtree(world / "base")
-    checkpoint.save_checkpoint(world / "base", 1, model, tokenizer=TINY, config={}, meta={"chat": False}, state={})
+    checkpoint.save(world / "base", 1, model, tokenizer=TINY, config={}, meta={"chat": False}, state={})
     ends(script(sft, *sft_words(world, "--heldout=")), "step 0", "loss", "layers.0.mlp.up_proj.weight")
     assert not list((world / "run").glob("step_*"))
-    runtime.Metrics(world / "m").log(step=1, loss=float("nan"), more=[float("inf")])
+    Metrics(world / "m").log(step=1, loss=float("nan"), more=[float("inf")])
     assert json.loads((world / "m/metrics.jsonl").read_text()) == {"step": 1, "loss": None, "more": [None]}
 
 
 # ---- results that cannot be written --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("module", [pretrain, sft, rl, evaluation, rl_data])
+@pytest.mark.parametrize("module", [pretrain, sft, rl, evaluation, rl_problems])
 def test_a_file_in_the_way(world, module):
     (world / "wall").write_text("x")
     more = ["--heldout="] if module is sft else []
@@ -505,13 +505,13 @@ def test_a_disk_that_fills_up_leaves_the_old_file(world, monkeypatch):
     (world / "rl.jsonl").write_text("old")
     monkeypatch.setattr(builtins, "open", lambda file, mode="r", *a, **k: Full(real(file, mode, *a, **k))
                         if "w" in mode and "rl.jsonl" in str(file) else real(file, mode, *a, **k))
-    ends(script(rl_data, *rl_data_words(world)), "rl.jsonl", "No space left on device")
+    ends(script(rl_problems, *rl_data_words(world)), "rl.jsonl", "No space left on device")
     assert (world / "rl.jsonl").read_text() == "old" and not list(world.glob("*.tmp"))
 
 
 def test_no_sandbox_on_this_machine(world, monkeypatch):
     import judge
-    from sandbox import JudgeError
+    from judge.box import JudgeError
 
     def refuse(*_):
         raise JudgeError("no sandbox on this machine. A: no bwrap")
@@ -523,10 +523,10 @@ def test_no_sandbox_on_this_machine(world, monkeypatch):
 # ---- evaluation and sampling ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
-    (["--max_tokens=95"], ["max_tokens 95", "max_seq_len = 96"]),
+    (["--max_new_tokens=95"], ["max_new_tokens 95", "max_seq_len = 96"]),
     (["--tasks=['probes']", "--probe_lengths=[512]"], ["512", "96"]),
     (["--tasks=['probes']", "--probe_lengths=[20]"], ["does not fit"]),
-    (["--tasks=['mtp']", "--max_tokens=95"], ["max_tokens 95", "96"]),
+    (["--tasks=['mtp']", "--max_new_tokens=95"], ["max_new_tokens 95", "96"]),
 ])
 def test_evaluation_that_does_not_fit(world, flags, words):
     ends(script(evaluation, *eval_words(world, *flags)), *words)

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import load_model, resume
 from ranks import start
 
 import checkpoint
+import distributed
 import mtp
-import runtime
+from configurator import UserError
 from model import ModelConfig
 from tokenizer import Tokenizer
 
@@ -26,8 +28,8 @@ SHAPE = ModelConfig(vocab_size=64, n_layer=1, d_model=16, n_head=2, n_kv_head=1,
 
 
 def small(seed: int = 0):
-    rt = runtime.setup(seed=seed, device="cpu")
-    model = runtime.materialise(mtp.build(SHAPE, "meta"), rt, seed=seed)
+    rt = distributed.setup(seed=seed, device="cpu")
+    model = checkpoint.materialise(mtp.build(SHAPE, "meta"), rt, seed=seed)
     return rt, model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
 
 
@@ -44,7 +46,7 @@ def train(model, optimizer, steps: int = 1) -> list[float]:
 
 
 def save(run, step, model, optimizer, **more):
-    runtime.save_checkpoint(
+    checkpoint.save(
         run,
         step,
         model,
@@ -77,12 +79,12 @@ def test_folder_holds_all_that_the_design_names(tmp_path):
     assert (tmp_path / "latest").read_text().strip() == "step_00000500"
     for name in ("model.safetensors", "model.json", "config.json", "train_state.pt", "tokenizer.json"):
         assert (ckpt / name).stat().st_size > 0
-    manifest = runtime.read_manifest(ckpt)
+    manifest = checkpoint.read_manifest(ckpt)
     assert manifest["step"] == 500 and manifest["commit"] and manifest["meta"] == {"stage": "base"}
     assert set(manifest["files"]) == {p.name for p in ckpt.iterdir()} - {"manifest.json"}
-    assert ModelConfig(**runtime.read_shape(ckpt)) == SHAPE
+    assert ModelConfig(**checkpoint.read_shape(ckpt)) == SHAPE
     assert not list(tmp_path.glob(".*"))                       # no temporary left
-    shape, state, meta = runtime.load_model(tmp_path)          # a run folder or the checkpoint itself
+    shape, state, meta = load_model(tmp_path)          # a run folder or the checkpoint itself
     assert shape == vars(SHAPE) and meta == {"stage": "base"}
     assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
 
@@ -96,9 +98,9 @@ def test_resume_is_bit_equal(tmp_path, background):
     train(model, optimizer, 3)
     save(tmp_path, 3, model, optimizer, background=background)
     first = train(model, optimizer, 3)  # while the background save may still be writing
-    runtime.finish_saves()
+    checkpoint.finish()
     rt, other, optimizer2 = small(7)
-    state, ckpt = runtime.load_checkpoint(tmp_path, other, optimizer2)
+    state, ckpt = resume(tmp_path, other, optimizer2)
     assert state == {"step": 3, "cursor": [3, 2.5, "x"]} and ckpt.name == "step_00000003"
     assert train(other, optimizer2, 3) == first
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -111,8 +113,8 @@ def test_keep_last_n_and_newest(tmp_path):
     assert [p.name[-1] for p in checkpoint.steps_in(tmp_path / "run")] == ["5", "4", "3"]
     os.utime(tmp_path / "run/latest", (1, 1))
     save(tmp_path / "other", 1, model, optimizer)
-    assert runtime.newest(tmp_path) == tmp_path / "other/step_00000001"
-    assert runtime.newest(tmp_path / "nothing") is None
+    assert checkpoint.newest(tmp_path) == tmp_path / "other/step_00000001"
+    assert checkpoint.newest(tmp_path / "nothing") is None
 
 
 # ---- broken ones -------------------------------------------------------------------------------------------
@@ -126,13 +128,13 @@ def test_broken_newest_is_named_and_the_one_before_is_used(tmp_path, capsys, nam
     save(tmp_path, 1, model, optimizer)
     save(tmp_path, 2, model, optimizer)
     break_file(tmp_path / "step_00000002" / name, how)
-    assert runtime.latest(tmp_path) == tmp_path / "step_00000001"
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000001"
     warning = capsys.readouterr().err
     assert "step_00000002" in warning and name in warning and "not whole" in warning
-    with pytest.raises(SystemExit, match=f"step_00000002 is not whole: {name}"):
-        runtime.find(tmp_path / "step_00000002")
+    with pytest.raises(UserError, match=f"step_00000002 is not whole: {name}"):
+        checkpoint.find(tmp_path / "step_00000002")
     save(tmp_path, 2, model, optimizer)  # reaching the step again replaces the broken folder
-    assert runtime.latest(tmp_path) == tmp_path / "step_00000002"
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000002"
     assert not list(tmp_path.glob(".*"))
 
 
@@ -141,26 +143,26 @@ def test_broken_newest_is_named_and_the_one_before_is_used(tmp_path, capsys, nam
     (lambda p: p, "no checkpoint in"),
 ])
 def test_missing_checkpoint_is_one_line(tmp_path, make, message):
-    with pytest.raises(SystemExit, match=message) as e:
-        runtime.find(make(tmp_path))
+    with pytest.raises(UserError, match=message) as e:
+        checkpoint.find(make(tmp_path))
     assert "\n" not in str(e.value)
 
 
 def test_other_shapes_and_vocabularies_are_named(tmp_path):
     rt, model, optimizer = small()
     save(tmp_path, 1, model, optimizer)
-    ckpt = runtime.latest(tmp_path)
-    with pytest.raises(SystemExit, match="n_layer = 1 there, 2 here"):
-        runtime.same_shape(runtime.read_shape(ckpt), vars(SHAPE) | {"n_layer": 2}, ckpt)
+    ckpt = checkpoint.latest(tmp_path)
+    with pytest.raises(UserError, match="n_layer = 1 there, 2 here"):
+        checkpoint.same_shape(checkpoint.read_shape(ckpt), vars(SHAPE) | {"n_layer": 2}, ckpt)
     wide = ModelConfig(**{**vars(SHAPE), "vocab_size": 96})
-    with pytest.raises(SystemExit, match=r"shape \[64, 16\], the model \[96, 16\] \(vocabulary mismatch\)"):
-        runtime.read_weights(ckpt, mtp.build(wide))
-    with pytest.raises(SystemExit, match="lacks 'mtp_layers.1"):
-        runtime.read_weights(ckpt, mtp.build(ModelConfig(**{**vars(SHAPE), "n_mtp": 2})))
-    with pytest.raises(SystemExit, match="'mtp_layers.0.* too many"):
-        runtime.read_weights(ckpt, mtp.build(ModelConfig(**{**vars(SHAPE), "n_mtp": 0})))
+    with pytest.raises(UserError, match=r"shape \[64, 16\], the model \[96, 16\] \(vocabulary mismatch\)"):
+        checkpoint.read_weights(ckpt, mtp.build(wide))
+    with pytest.raises(UserError, match="lacks 'mtp_layers.1"):
+        checkpoint.read_weights(ckpt, mtp.build(ModelConfig(**{**vars(SHAPE), "n_mtp": 2})))
+    with pytest.raises(UserError, match="'mtp_layers.0.* too many"):
+        checkpoint.read_weights(ckpt, mtp.build(ModelConfig(**{**vars(SHAPE), "n_mtp": 0})))
     with pytest.raises(TypeError, match=r"state\['cursor'\] = \{1\} is a set"):
-        runtime.save_checkpoint(tmp_path, 2, model, config={}, meta={}, state={"cursor": {1}})
+        checkpoint.save(tmp_path, 2, model, config={}, meta={}, state={"cursor": {1}})
 
 
 # ---- full disks --------------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def test_no_room_is_told_before_a_byte_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1, model, optimizer)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    with pytest.raises(SystemExit, match=r"disk full: a checkpoint in .* needs 0.01 GB, 0.00 GB are free"):
+    with pytest.raises(UserError, match=r"disk full: a checkpoint in .* needs 0.01 GB, 0.00 GB are free"):
         save(tmp_path, 2, model, optimizer)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
@@ -193,13 +195,13 @@ def test_disk_full_in_the_middle_loses_nothing(tmp_path, monkeypatch, where, bac
             "replace": (os, "replace"),
         }[where]
         m.setattr(*target, fail)
-        with pytest.raises(SystemExit, match="step 2 in .* could not be written: disk full; earlier check"):
+        with pytest.raises(UserError, match="step 2 in .* could not be written: disk full; earlier check"):
             save(tmp_path, 2, model, optimizer, background=background)
-            runtime.finish_saves()
+            checkpoint.finish()
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    assert runtime.latest(tmp_path) == tmp_path / "step_00000001"
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000001"
     save(tmp_path, 2, model, optimizer)                        # with room again, it works
-    assert runtime.latest(tmp_path) == tmp_path / "step_00000002"
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000002"
 
 
 def test_a_real_write_error_is_one_line(tmp_path):
@@ -229,7 +231,7 @@ def test_a_real_write_error_is_one_line(tmp_path):
 def writer(run: str, background: bool) -> None:
     """Saves as fast as it can, from where it was; weights and state both say the step."""
     rt, model, optimizer = small()
-    state, _ = runtime.load_checkpoint(run, model, optimizer)
+    state, _ = resume(run, model, optimizer)
     step = first = state["step"] if state else 0
     while True:
         step += 1
@@ -256,14 +258,14 @@ def test_ten_kills_at_random_moments_lose_nothing(tmp_path, background):
         process.kill()
         process.join()
         done = int(told.read_text() or 0) if told.exists() else 0
-        ckpt = runtime.latest(tmp_path)
-        shape, weights, _ = runtime.load_model(ckpt)
+        ckpt = checkpoint.latest(tmp_path)
+        shape, weights, _ = load_model(ckpt)
         step = int(weights["norm.weight"][0])
-        assert runtime.read_state(ckpt)["step"] == step == int(ckpt.name[5:])
+        assert checkpoint.read_state(ckpt)["step"] == step == int(ckpt.name[5:])
         # a foreground save that returned is on the disk; a background one when the next has begun
         assert step >= max(before, done - background), f"kill {kill}: {done} was reported, {step} is there"
         # `latest` names a whole one
-        assert runtime.find(tmp_path / (tmp_path / "latest").read_text().strip())
+        assert checkpoint.find(tmp_path / (tmp_path / "latest").read_text().strip())
         before = step
     assert before >= 10
     assert "not whole" not in (tmp_path / "rank0.log").read_text()

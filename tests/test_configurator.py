@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 import configurator
-from configurator import ConfigError, from_dict, load, show, to_dict
+from configurator import UserError, from_dict, load, show, to_dict
 from model import ModelConfig
 from schedule import Stage
 
@@ -61,7 +61,7 @@ def test_rules_between_fields_are_checked_on_the_whole(tmp_path):
     """A file or flag may pass through a state that another flag mends."""
     (tmp_path / "odd.py").write_text("model = dict(n_head=3)\n")
     assert load(Config, [str(tmp_path / "odd.py"), "--model.n_head=6"]).model.n_head == 6
-    with pytest.raises(ConfigError, match="must be even"):
+    with pytest.raises(UserError, match="must be even"):
         load(Config, [str(tmp_path / "odd.py")])
 
 
@@ -123,7 +123,7 @@ def test_accepted(flag, name, value):
     (["--second.tokens=3"], "second is None"),
 ])
 def test_rejected_with_status_1_and_one_line(argv, message):
-    with pytest.raises(ConfigError) as e:
+    with pytest.raises(UserError) as e:
         load(Config, argv)
     text = str(e.value.code)
     assert message in text and "\n" not in text and text.startswith("config error: ")
@@ -135,7 +135,7 @@ def test_rejected_with_status_1_and_one_line(argv, message):
 ])
 def test_rejected_in_a_file_names_the_file(tmp_path, source, message):
     (tmp_path / "bad.py").write_text(source)
-    with pytest.raises(ConfigError) as e:
+    with pytest.raises(UserError) as e:
         load(Config, [str(tmp_path / "bad.py")])
     assert message in str(e.value.code) and "bad.py" in str(e.value.code)
 
@@ -149,7 +149,7 @@ def test_round_trip_and_marks():
 
 
 def test_help_prints_every_field(capsys):
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(UserError) as e:
         load(Config, ["--help"])
     assert e.value.code == 0
     out = capsys.readouterr().out
@@ -170,7 +170,7 @@ SCRIPTS = ["pretrain", "sft", "rl", "rl_data", "eval", "sample", "demo", "data.p
 def test_help_of_a_script_is_for_a_person(script, capsys):
     """What it does, how to call it, and every field, nested ones too, with its meaning."""
     module = importlib.import_module(script)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError):
         load(module.Config, ["config/tiny.py", "--help"])
     out = capsys.readouterr().out
     assert out.startswith(module.__doc__.strip()[:40])
@@ -189,7 +189,7 @@ def test_help_of_a_script_is_for_a_person(script, capsys):
 def test_help_of_the_others(words, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.syspath_prepend(str(ROOT))
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(UserError) as e:
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     assert e.value.code == 0 and "usage" in capsys.readouterr().out
 
@@ -219,7 +219,7 @@ def test_every_nested_field_is_read_somewhere(cls, files):
 @pytest.mark.parametrize("script", ["sft", "rl", "rl_data", "eval", "sample"])
 def test_the_shape_of_the_model_comes_from_the_checkpoint(script):
     """No flag can contradict it."""
-    with pytest.raises(ConfigError, match="unknown key model.n_layer"):
+    with pytest.raises(UserError, match="unknown key model.n_layer"):
         load(importlib.import_module(script).Config, ["--model.n_layer=3"])
 
 

@@ -9,6 +9,7 @@ import zlib
 
 import pytest
 
+from configurator import UserError
 from data import hub
 from data.problems import Problem, read_problems, write_problems
 
@@ -293,7 +294,7 @@ def test_command_writes_what_the_recipe_reads(tmp_path, monkeypatch, capsys):
     assert [p.answer for p in read_problems(tmp_path / "out.jsonl")] == ["2"]
     assert "1 written, 1 repeat" in capsys.readouterr().out
     write(tmp_path / "in" / "a.jsonl", [{"prompt": "text"}])
-    with pytest.raises(SystemExit, match=r"hub error: adapter dapo, row 1: row needs 'prompt'"):
+    with pytest.raises(UserError, match=r"hub error: adapter dapo, row 1: row needs 'prompt'"):
         run(monkeypatch, "dapo", tmp_path / "in", tmp_path / "other.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.jsonl"]
 
@@ -322,7 +323,7 @@ def test_command_writes_shards(tmp_path, monkeypatch, capsys):
     )
     info = json.loads((tmp_path / "shards" / "maths.json").read_text())
     assert info["documents"] == 2
-    with pytest.raises(SystemExit, match="no documents to write"):
+    with pytest.raises(UserError, match="no documents to write"):
         run(
             monkeypatch,
             "text",

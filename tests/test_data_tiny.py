@@ -85,8 +85,8 @@ def test_the_ladder_orders_tests_by_difficulty():
         drop = rng.choice(body)
         careless = code.compiled("\n".join(lines[:drop] + lines[drop + 1:]))
         for t in p.tests:
-            if t.level in passed:
-                passed[t.level].append(careless(json.loads(t.input)[0]) == json.loads(t.expected))
+            if t.difficulty in passed:
+                passed[t.difficulty].append(careless(json.loads(t.input)[0]) == json.loads(t.expected))
     easy, hard = (sum(v) / len(v) for v in passed.values())
     assert easy > hard + 0.2, (easy, hard)
     assert difficulty_levels([easy, hard], 2) == [0, 1]

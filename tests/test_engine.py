@@ -1,5 +1,5 @@
 """
-engine.py, cache.py, fast.py: exactness, acceptance, log-probs, scheduling, memory.
+engine.py, cache.py, kernels/cpu/decode.py: exactness, acceptance, log-probs, scheduling, memory.
 
 The checkpoint is trained here in a few seconds on a language of words: with it drafts are right often enough
 for a bug that only lowers acceptance to be seen. d = 48, 2 trunk layers, 3 MTP layers, 32 tokens.
@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from cache import KEYS, PIECE, ROWS, attend
-from draw import draw, keep_top, uniform
 from engine import Engine, Request, generate
-from fast import library
 from kernels.attention import doc_bounds
+from kernels.cpu.decode import library
 from kernels.linear_cross_entropy import logprob_entropy
 from model import ModelConfig
 from mtp import agreement, build
+from sampling import sample_tokens, top_p_filter, uniform
 
 V = 32
 CFG = ModelConfig(
@@ -145,7 +145,7 @@ def test_speculation_changes_nothing(model, plain, slots, n_draft):
     MTP."""
     got = generate(Engine(model, slots, 64, n_draft), mixed(200))
     same(got, plain)
-    assert sum(s.accepted[0] for s in got) > 0.5 * sum(s.drafted[0] for s in got) > 0  # and it did speculate
+    assert sum(s.accepted[0] for s in got) > 0.5 * sum(s.verified[0] for s in got) > 0  # and it did speculate
 
 
 @pytest.mark.parametrize("slots", [1, 7])
@@ -157,10 +157,10 @@ def test_company_changes_nothing(model, plain, slots):
     "options",
     [
         dict(chunk=4),
-        dict(chunk=8, budget=16),
+        dict(chunk=8, prefill_tokens=16),
         dict(max_len=100),
         dict(layout="blocks", block=8),
-        dict(fast=False),
+        dict(plain=True),
     ],
     ids=str,
 )
@@ -224,7 +224,7 @@ def test_chi_square_against_enumeration(n_draft):
 
     def chances(T, top_p):
         p = (logits / T).softmax(-1).flatten(0, 1)
-        p = keep_top(p, torch.full((len(p),), top_p), torch.zeros(len(p), dtype=torch.int64))
+        p = top_p_filter(p, torch.full((len(p),), top_p), torch.zeros(len(p), dtype=torch.int64))
         return p.view(512, 3, 8).gather(2, texts[..., None])[..., 0].prod(1)  # [512]
 
     runs = [Request(i, prompt, 3, T, top_p, seed=1000 + i) for i in range(N)]
@@ -262,7 +262,7 @@ def test_draw_by_hand():
     """
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(6, 3)
     u = torch.tensor([0.49, 0.51, 0.81, 0.8, 0.99, 0.99])
-    ids, logp = draw(
+    ids, logp = sample_tokens(
         logits,
         u,
         torch.tensor([1.0, 1, 1, 1, 1, 0]),
@@ -271,9 +271,9 @@ def test_draw_by_hand():
     )
     assert ids.tolist() == [0, 1, 2, 1, 0, 0]
     torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.3, 0.2, 0.375, 1, 0.5]))
-    plain = draw(logits, u)
+    plain = sample_tokens(logits, u)
     assert plain[0].tolist() == [0, 1, 2, 2, 2, 2]
-    zero = draw(torch.tensor([[0.0, -math.inf]]), torch.tensor([1 - 2.0**-24]))
+    zero = sample_tokens(torch.tensor([[0.0, -math.inf]]), torch.tensor([1 - 2.0**-24]))
     assert zero[0].item() == 0  # the largest u never reaches a token of mass 0
 
 
@@ -287,7 +287,7 @@ def test_group_samples_differ_from_the_first_token_on(model):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(fast=False), dict(layout="blocks", block=16), dict(chunk=8)], ids=str
+    "options", [{}, dict(plain=True), dict(layout="blocks", block=16), dict(chunk=8)], ids=str
 )
 def test_cached_logits_equal_the_full_forward(model, options, monkeypatch):
     """Prompts of 1..64 tokens: the logits of the first two decode steps, fp32, within 1e-4."""
@@ -332,7 +332,7 @@ def test_logprobs_equal_the_trainers(model, n_draft):
 def teacher_forced(model, sample, n_draft):
     """
     What the engine must count, from one full forward over the finished text: drafts of every layer at every
-    place, then a walk in rounds. -> (rounds' drafted, accepted) and (all places' drafted, accepted), each
+    place, then a walk in rounds. -> (rounds' verified, accepted) and (all places' verified, accepted), each
     [n_draft].
     """
     ids = torch.tensor([sample.prompt + sample.tokens + [0] * n_draft])
@@ -368,7 +368,7 @@ def teacher_forced(model, sample, n_draft):
 def counts(samples) -> list[list[int]]:
     return [
         [sum(x) for x in zip(*(getattr(s, name) for s in samples), strict=True)]
-        for name in ("drafted", "accepted")
+        for name in ("verified", "accepted")
     ]
 
 
@@ -403,7 +403,7 @@ def test_rows_that_fill_up_a_batch_leave_prompts_alone(model, n_draft):
     """Blocks: 9 to 11 sequences decode as 16 rows while long prompts are read, in chunks, in the last rows."""
     runs = [Request(i, text(2 + 17 * i % 78, i), 10 + i % 40, temperature=0.0) for i in range(40)]
     many, alone = (
-        generate(Engine(model, slots, 128, n_draft, layout="blocks", block=16, chunk=8, budget=16), runs)
+        generate(Engine(model, slots, 128, n_draft, layout="blocks", block=16, chunk=8, prefill_tokens=16), runs)
         for slots in (12, 1)
     )
     assert [s.tokens for s in many] == [s.tokens for s in alone]
@@ -425,7 +425,7 @@ def test_bf16_on_a_cpu(model, layout, n_draft):
     assert sorted([gone.id, *(s.id for s in done)]) == list(range(20))
     for s in done:
         r = runs[s.id]
-        assert s.prompt == r.prompt and 1 <= len(s.tokens) <= r.max_tokens and len(s.logprobs) == len(s.tokens)
+        assert s.prompt == r.prompt and 1 <= len(s.tokens) <= r.max_new_tokens and len(s.logprobs) == len(s.tokens)
 
 
 @pytest.mark.parametrize("n_draft", [5, 7])
@@ -433,7 +433,7 @@ def test_more_than_three_drafts(n_draft):
     m = build(replace(CFG, n_mtp=8))
     m.init_weights(1)
     runs = requests(12, temperature=1.0)
-    a, b = (generate(Engine(m, 4, 96, n_draft, layout=layout, fast=False), runs) for layout in ("rows", "blocks"))
+    a, b = (generate(Engine(m, 4, 96, n_draft, layout=layout, plain=True), runs) for layout in ("rows", "blocks"))
     assert [s.tokens for s in a] == [s.tokens for s in b]
     with pytest.raises(ValueError, match="n_draft = 8 should be at most 7"):
         Engine(m, 4, 96, 8, layout="blocks")
@@ -445,7 +445,7 @@ def test_drafts_depend_on_the_text_alone(model, n_draft, fast):
     """After rounds that kept 1 to 4 tokens the next drafts are those of an engine that has just read the whole text."""
     if fast and library() is None:
         pytest.skip("no C compiler")
-    engine, found = Engine(model, 4, 96, n_draft, fast=fast), {}
+    engine, found = Engine(model, 4, 96, n_draft, plain=not fast), {}
     for r in requests(40, most=30, temperature=1.0):
         engine.add(r)
     kept = set()
@@ -459,7 +459,7 @@ def test_drafts_depend_on_the_text_alone(model, n_draft, fast):
             ids = engine.state["tokens"][i, : n + n_draft].tolist()
             found[tuple(ids[:n])] = ids[n:]
     assert kept == set(range(1, n_draft + 2)) and len(found) > 100
-    fresh = Engine(model, 1, 96, n_draft, fast=fast)
+    fresh = Engine(model, 1, 96, n_draft, plain=not fast)
     for prompt, drafts in found.items():
         fresh.add(Request(0, list(prompt), 1, 0.0))
         fresh.tables()
@@ -517,7 +517,7 @@ def test_bugs_that_only_lower_acceptance_are_seen(model):
     best = tokens_per_round(good)
     found = {}
     for cls in (PostNorm, Shifted, Stale):       # in torch: nothing can be put into the C code
-        bad = generate(cls(model, 16, 96, 3, fast=False), runs)
+        bad = generate(cls(model, 16, 96, 3, plain=True), runs)
         assert [s.tokens for s in bad] == [s.tokens for s in good]
         found[cls.__name__] = tokens_per_round(bad)
     found["swapped"] = tokens_per_round(generate(Engine(swapped_halves(model), 16, 96, 3), runs))
@@ -553,14 +553,14 @@ def test_context_limit(model, n_draft, layout):
 
 
 def test_refusals_are_clear(small):
-    e = Engine(small, 2, 16, layout="blocks", memory=24, block=4)
+    e = Engine(small, 2, 16, layout="blocks", kv_tokens=24, block=4)
     e.add(Request("a", [1], 4))
     for request, words in (
         (Request("a", [1], 4), "in flight"),
         (Request("b", [], 4), "1 to max_len - 1 = 15"),
         (Request("b", [1] * 16, 1), "prompt of 16"),
         (Request("b", [V], 1), f"0..{V - 1}"),
-        (Request("b", [1], 0), "max_tokens = 0"),
+        (Request("b", [1], 0), "max_new_tokens = 0"),
         (Request("b", [1], 1, temperature=-1), ">= 0"),
         (Request("b", [1], 1, top_p=0.0), "(0, 1]"),
         (Request("b", [1], 1, stop=(1,) * 9), "at most 8"),
@@ -568,7 +568,7 @@ def test_refusals_are_clear(small):
         with pytest.raises(ValueError, match=".*".join(map(_escape, [words]))):
             e.add(request)
     with pytest.raises(ValueError, match="should fit the cache of 8"):
-        Engine(small, 2, 16, layout="blocks", memory=8, block=4).add(Request("b", [1] * 9, 4))
+        Engine(small, 2, 16, layout="blocks", kv_tokens=8, block=4).add(Request("b", [1] * 9, 4))
     Engine(small, 1, 16, 1).add(Request("b", [1] * 9, 40))  # exactly the capacity of one slot: taken
     with pytest.raises(ValueError, match="n_draft = 2"):
         Engine(small, 2, 16, 2)
@@ -583,7 +583,7 @@ def _escape(words: str) -> str:
 def test_memory_bound_makes_requests_wait(small):
     """Blocks for one request at a time: two slots, never two active, all answers right."""
     runs = [Request(i, [1 + i], 7, seed=i) for i in range(5)]
-    e = Engine(small, 2, 16, layout="blocks", memory=8, block=4)
+    e = Engine(small, 2, 16, layout="blocks", kv_tokens=8, block=4)
     for r in runs:
         e.add(r)
     done, most = [], 0
@@ -607,7 +607,7 @@ def test_long_prompt_does_not_stall_the_others(model):
 
 
 def test_load_takes_effect_and_shared_weights_are_seen(model):
-    """load() and an optimizer's in-place step both reach the merged weights of fast.py."""
+    """load() and an optimizer's in-place step both reach the merged weights of kernels/cpu/decode.py."""
     m = build(CFG)
     m.load_state_dict(model.state_dict())
     e, runs = Engine(m, 4, 64, 3), requests(8, temperature=0.0)
@@ -649,10 +649,10 @@ def test_random_events(small, layout, events):
     alone, no block stays taken, memory is flat.
     """
     rng = random.Random(layout)
-    e = Engine(small, 6, 24, 1, chunk=6, layout=layout, block=4, memory=100)
+    e = Engine(small, 6, 24, 1, chunk=6, layout=layout, block=4, kv_tokens=100)
     prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 20))] for _ in range(30)]
     settings = [
-        dict(max_tokens=m, temperature=t, stop=s)
+        dict(max_new_tokens=m, temperature=t, stop=s)
         for m in (1, 3, 9, 50)
         for t in (0.0, 1.0)
         for s in ((), (3, 4))
@@ -723,14 +723,14 @@ def test_padding_rows_of_the_head_are_never_drawn(model, fast, n_draft):
     with torch.no_grad():
         padded.lm_head.weight[V - 7:] = 3 * padded.lm_head.weight[:7]
     asked = [Request(i, text(5 + i, i), 20, temperature=float(i % 2), seed=i) for i in range(8)]
-    for s in generate(Engine(padded, 4, 64, n_draft, fast=fast, ids=V - 7), asked):
+    for s in generate(Engine(padded, 4, 64, n_draft, plain=not fast, n_ids=V - 7), asked):
         assert max(s.tokens) < V - 7
         with torch.no_grad():
             ids = torch.tensor([s.prompt + s.tokens])
             logp = padded.logits(padded(ids))[0, len(s.prompt) - 1:-1, :V - 7].log_softmax(-1)
         right = logp.gather(1, torch.tensor(s.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(s.logprobs), right, atol=1e-4, rtol=0)
-    drawn = {t for s in generate(Engine(padded, 4, 64, n_draft, fast=fast), asked) for t in s.tokens}
+    drawn = {t for s in generate(Engine(padded, 4, 64, n_draft, plain=not fast), asked) for t in s.tokens}
     assert max(drawn) >= V - 7
     with pytest.raises(ValueError, match="ids = 33 should be 1 to 32"):
         Engine(padded, 4, 64, ids=V + 1)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import load_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hf
 import mtp
-from checkpoint import find, latest, load_model, read_meta, save_checkpoint
+from checkpoint import find, latest, read_meta, save
+from configurator import UserError
 from model import ModelConfig
 from tokenizer import Tokenizer
 
@@ -144,7 +146,7 @@ def test_an_import_is_a_checkpoint(tmp_path):
     for name, p in model.named_parameters():
         assert torch.equal(p, state[hf.hub_name(name)].float()), name
     assert Tokenizer.load(ckpt).ranks == Tokenizer.load("tiny").ranks
-    with pytest.raises(SystemExit, match="holds step_00000000 already"):
+    with pytest.raises(UserError, match="holds step_00000000 already"):
         hf.import_folder(tmp_path / "hub", tmp_path / "run")
 
 
@@ -252,7 +254,7 @@ def cut_short(folder):
 def test_the_run_ends_naming_the_tensor(tmp_path, damage, message):
     official(tmp_path / "hub")
     damage(tmp_path / "hub")
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         hf.import_folder(tmp_path / "hub", tmp_path / "run")
     assert not list(tmp_path.glob("run/*"))        # nothing half-made is left
 
@@ -271,7 +273,7 @@ def test_the_run_ends_naming_the_tensor(tmp_path, damage, message):
 ])
 def test_a_config_that_is_not_mimo_is_refused(tmp_path, changes, message):
     official(tmp_path / "hub", **changes)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         hf.import_folder(tmp_path / "hub", tmp_path / "run")
 
 
@@ -308,10 +310,10 @@ def test_mimo_7b_mtps(tmp_path):
     assert config["num_nextn_predict_layers"] == 1          # SGLang would load a second layer over the first
     config = json.loads((tmp_path / "out_mtps" / "config.json").read_text())
     assert (config["architectures"], config["num_nextn_predict_layers"]) == (["MiMoMTPModel"], 3)
-    with pytest.raises(SystemExit, match="is in the main model already"):
+    with pytest.raises(UserError, match="is in the main model already"):
         hf.import_folder(tmp_path / "hub", tmp_path / "run3", mtps=tmp_path / "hub")
     save_file({n: t for n, t in extra.items() if ".1." not in n}, tmp_path / "mtps" / "model.safetensors")
-    with pytest.raises(SystemExit, match="mtp_layers.1.final_layernorm.weight is missing .16 such"):
+    with pytest.raises(UserError, match="mtp_layers.1.final_layernorm.weight is missing .16 such"):
         hf.import_folder(tmp_path / "hub", tmp_path / "run4", mtps=tmp_path / "mtps")
 
 
@@ -320,7 +322,7 @@ def test_mimo_7b_mtps(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     model = rough_model(SMALL)
-    save_checkpoint(tmp_path / "run", 7, model, meta={"stage": "rl", "chat": True}, config={}, state={},
+    save(tmp_path / "run", 7, model, meta={"stage": "rl", "chat": True}, config={}, state={},
                     tokenizer=Tokenizer.load("tiny"))
     return tmp_path / "run", model
 
@@ -382,9 +384,9 @@ def test_when_the_norm_is_folded(run, tmp_path):
     assert hf.export_folder(tmp_path / "run2", tmp_path / "c", "mimo", fold="yes")[3] is True
     with torch.no_grad():
         model.norm.weight[3] = 0
-    save_checkpoint(folder, 8, model, meta={"stage": "rl", "chat": True}, config={}, state={},
+    save(folder, 8, model, meta={"stage": "rl", "chat": True}, config={}, state={},
                     tokenizer=Tokenizer.load("tiny"))
-    with pytest.raises(SystemExit, match="norm.weight has a gain of 0, .*--fold=no"):
+    with pytest.raises(UserError, match="norm.weight has a gain of 0, .*--fold=no"):
         hf.export_folder(folder, tmp_path / "d", "mimo")
 
 
@@ -416,7 +418,7 @@ def test_what_an_export_holds(run, tmp_path):
 
 
 def test_a_base_model_stops_at_the_end_of_text(tmp_path):
-    save_checkpoint(tmp_path / "run", 1, rough_model(SMALL), meta={"stage": "pretrain", "chat": False},
+    save(tmp_path / "run", 1, rough_model(SMALL), meta={"stage": "pretrain", "chat": False},
                     config={}, state={}, tokenizer=Tokenizer.load("tiny"))
     hf.export_folder(tmp_path / "run", tmp_path / "out", "mimo")
     for file in ("config.json", "generation_config.json"):
@@ -426,7 +428,7 @@ def test_a_base_model_stops_at_the_end_of_text(tmp_path):
 def test_targets_are_replaced_only_if_they_are_ours(run, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("x")
-    with pytest.raises(SystemExit, match="is not empty and was not made by hf.py export"):
+    with pytest.raises(UserError, match="is not empty and was not made by hf.py export"):
         hf.export_folder(run[0], tmp_path / "home", "mimo")
     assert [p.name for p in (tmp_path / "home").iterdir()] == ["thesis.txt"]
     hf.export_folder(run[0], tmp_path / "out", "mimo")
@@ -440,7 +442,7 @@ def test_the_space_asked_for_is_that_of_the_dtype_written(run, tmp_path, monkeyp
         usage = shutil.disk_usage(tmp_path)._replace(free=50_000_000 + free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
         if dtype is torch.float32:
-            with pytest.raises(SystemExit, match="GB to write"):
+            with pytest.raises(UserError, match="GB to write"):
                 hf.export_folder(run[0], tmp_path / "out", "mimo", dtype=dtype)
             assert not (tmp_path / "out").exists()
         else:
@@ -467,9 +469,9 @@ def test_command_line(run, tmp_path, capsys):
     assert f"{SMALL.n_params():,} parameters" in capsys.readouterr().out
     assert {t.dtype for t in load_model(tmp_path / "run2")[1].values()} == {torch.bfloat16}
     for bad in (["export", str(run[0]), "x"], ["export", str(run[0]), "x", "--flavour=llama"], []):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError):
             hf.main(bad)
-    with pytest.raises(SystemExit, match="no checkpoint at"):
+    with pytest.raises(UserError, match="no checkpoint at"):
         hf.main(["export", str(tmp_path / "nowhere"), str(tmp_path / "x"), "--flavour=mimo"])
-    with pytest.raises(SystemExit, match="there is no second one to write"):
+    with pytest.raises(UserError, match="there is no second one to write"):
         hf.main(["export", str(run[0]), str(tmp_path / "y"), "--flavour=mimo", f"--mtps={tmp_path / 'z'}"])

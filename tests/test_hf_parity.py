@@ -14,8 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")                                # no
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))   # copies of our .py files
 transformers = pytest.importorskip("transformers")
 
+from checkpoints import load_model  # noqa: E402
+
 import mtp  # noqa: E402
-from checkpoint import find, load_model, read_weights, save_checkpoint  # noqa: E402
+from checkpoint import find, read_weights, save  # noqa: E402
 from engine import Engine, Request, generate  # noqa: E402
 from hf import export_folder, import_folder  # noqa: E402
 from model import ModelConfig  # noqa: E402
@@ -45,7 +47,7 @@ def ids(n=40, rows=2, seed=1):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("run"), rough_model()
-    save_checkpoint(folder, 3, model, meta={"stage": "sft", "chat": True}, config={}, state={},
+    save(folder, 3, model, meta={"stage": "sft", "chat": True}, config={}, state={},
                     tokenizer=Tokenizer.load("tiny"))
     return folder, model
 
@@ -159,7 +161,7 @@ def test_greedy_text_is_the_same(run, exports, flavour):
     ends = (tok.im_end_id, tok.eos_id)
     asked = ("What is 17 + 25?", "Given a list xs: drop zeros; return the sum.", "x")
     prompts = [tok.chat([{"role": "user", "content": q}], add_generation_prompt=True)[0] for q in asked]
-    requests = [Request(k, p, max_tokens=60, temperature=0.0, stop=ends) for k, p in enumerate(prompts)]
+    requests = [Request(k, p, max_new_tokens=60, temperature=0.0, stop=ends) for k, p in enumerate(prompts)]
     plain = generate(Engine(model, slots=3, max_len=128), requests)
     drafted = generate(Engine(model, slots=3, max_len=128, n_draft=1), requests)
     for prompt, a, b in zip(prompts, plain, drafted, strict=True):

@@ -8,8 +8,8 @@ import threading
 import time
 
 import pytest
-
 import sandbox
+
 from judge import Judge, JudgeError, Test, Verdict, from_asserts, same_text, same_value
 
 if os.name != "posix":
@@ -35,7 +35,7 @@ def statuses(verdicts):
 def open_judge(level, **kw):
     kw = {"workers": 1, "time_limit": 0.25, "wall": 8, "allow_unsafe": level == "C", "quiet": True, **kw}
     try:
-        return Judge(level=level, **kw)
+        return Judge(isolation=level, **kw)
     except JudgeError as error:
         pytest.skip(f"level {level} does not hold on this machine: {error}")
 
@@ -93,7 +93,7 @@ VERDICTS = {
 @pytest.mark.parametrize("name", VERDICTS)
 def test_verdicts(judge, name):
     program, expected = VERDICTS[name]
-    if name == "memory" and judge.level == "C" and sys.platform == "darwin":
+    if name == "memory" and judge.isolation == "C" and sys.platform == "darwin":
         pytest.skip("macOS keeps no RLIMIT_AS")
     assert statuses(judge.run(program, SQUARES)) == expected
 
@@ -162,7 +162,7 @@ def test_chance_is_the_same_in_every_run(best):
         "import random\ndef f():\n    return list({'a', 'b', 'c', 'd', 'e'}), hash('x'), random.random()"
     )
     first = best.run(program, [call([], 0)])[0].detail
-    with Judge(workers=1, level=best.level, allow_unsafe=True, quiet=True) as other:
+    with Judge(workers=1, isolation=best.isolation, allow_unsafe=True, quiet=True) as other:
         assert other.run(program, [call([], 0)])[0].detail == first
 
 
@@ -193,7 +193,7 @@ def test_many_timeouts_end_the_program(best):
 def test_stop_at_failed_level():
     """Levels 0 0 1 1 2, out of order: a failure at level 1 leaves out level 2, not the rest of level 1."""
     tests = [call([5], 0, 2), call([1], 1, 0), call([3], 0, 1), call([2], 4, 0), call([4], 16, 1)]
-    with Judge(workers=1, stop_at_failed_level=True, allow_unsafe=True, quiet=True) as judge:
+    with Judge(workers=1, stop_at_failed_isolation=True, allow_unsafe=True, quiet=True) as judge:
         assert statuses(judge.run(GOOD, tests)) == "NR AC WA AC AC"
         assert statuses(judge.run("def f(n):\n    return -1", tests)) == "NR WA NR WA NR"
         assert (
@@ -583,7 +583,7 @@ def test_exhaustion_is_contained(best, name):
     """On the strongest level only: limits and clocks are the same code on all. This process does not grow."""
     import resource
 
-    if best.level == "C":
+    if best.isolation == "C":
         pytest.skip("level C, the only one here, does not stop a fork bomb")
 
     program, expected = EXHAUSTION[name]
@@ -640,7 +640,7 @@ def test_secrets_of_the_parent_stay_outside(tight):
     """A file, an environment variable and an open descriptor of this process: none can be had inside."""
     os.environ["JUDGE_SECRET"] = "swordfish"
     try:
-        with tempfile.NamedTemporaryFile("w") as file, open_judge(tight.level) as judge:
+        with tempfile.NamedTemporaryFile("w") as file, open_judge(tight.isolation) as judge:
             file.write("swordfish")
             file.flush()
             os.chmod(file.name, 0o644)
@@ -698,7 +698,7 @@ linux = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads 
 def test_close_leaves_no_process(judge):
     """Closed in the middle of an endless program, others waiting: no process stays, every caller gets JE."""
     before = set(descendants(os.getpid()))
-    other = open_judge(judge.level, workers=2, time_limit=30)
+    other = open_judge(judge.isolation, workers=2, time_limit=30)
     waiting = []
     for _ in range(2):
         thread = threading.Thread(target=lambda: waiting.append(other.run("while True: pass", SQUARES)))
@@ -874,28 +874,28 @@ def test_many_judge_errors_are_loud(monkeypatch):
 
 def test_levels_are_printed_once_and_c_is_refused(capfd, monkeypatch):
     with pytest.raises(JudgeError, match="refused.*allow_unsafe"):
-        Judge(level="C")
-    with pytest.raises(ValueError, match="level 'D'"):
-        Judge(level="D")
+        Judge(isolation="C")
+    with pytest.raises(ValueError, match="isolation 'D'"):
+        Judge(isolation="D")
     monkeypatch.setattr("judge._printed", set())
     for _ in range(2):
         Judge(workers=1, allow_unsafe=True).close()
     out = capfd.readouterr().out
-    assert out.count("judge: level") == 1 and "rlimits" in out
+    assert out.count("judge: isolation") == 1 and "rlimits" in out
 
 
 @pytest.mark.parametrize("level", ["A", "B"])
 def test_a_level_that_leaks_does_not_count(level, monkeypatch):
     """The start-up attack is what grants a level: without a wall (here the filter) it is refused by name."""
     open_judge(level).close()
-    source = open(sandbox.server.__file__).read().replace('if cfg["level"] in "AB":', "if False:")
+    source = open(sandbox.server.__file__).read().replace('if cfg["isolation"] in "AB":', "if False:")
     with tempfile.NamedTemporaryFile("w", suffix=".py") as weak:
         weak.write(source)
         weak.flush()
         os.chmod(weak.name, 0o644)
         monkeypatch.setattr(sandbox.server, "__file__", weak.name)
         with pytest.raises(JudgeError, match="not tight: .*fork"):
-            Judge(level=level)
+            Judge(isolation=level)
 
 
 def test_bad_calls_say_what_is_wrong(best):

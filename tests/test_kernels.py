@@ -249,7 +249,7 @@ def test_block_step_equals_the_block(B, Q, through_triton):
         layer.plan = cache.plan(0, positions)
         cos, sin = R.rope_tables(positions, 16, 1e4)
         x = randn(B, Q, 64, grad=False, gen=torch.Generator().manual_seed(2))
-        assert G.serves(block, B, Q)
+        assert G.gemv_applies(block, B, Q)
         outputs.append(G.block_step(block, x, cos, sin, layer) if fused else block(x, cos, sin, None, layer))
         caches.append(cache.kv)
     close(outputs[0], outputs[1], 1e-5)

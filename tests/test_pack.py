@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from configurator import UserError
 from data import sft_data
 from data.jsonl import write_jsonl
 from data.pack import PackedLoader, best_fit
@@ -210,7 +211,7 @@ def test_tokenised_shards_are_the_same_samples(tmp_path, capsys):
     assert torch.equal(a.ids, b.ids) and torch.equal(a.mask, b.mask) and a.mask.any()
     sft_data.main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--cap=8"])
     assert read_samples(tmp_path / "b.jsonl") == rows
-    with pytest.raises(SystemExit, match="sft_data error: .*nowhere"):
+    with pytest.raises(UserError, match="sft_data error: .*nowhere"):
         sft_data.main([str(tmp_path / "nowhere"), str(tmp_path / "b.jsonl")])
     write_source(tmp_path / "shards", "sft_mask", [[1, 0]], 2)
     with pytest.raises(ValueError, match="sft and sft_mask do not belong together"):

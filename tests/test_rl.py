@@ -5,17 +5,17 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+import distributed
 import mtp
 import rl
-import runtime
-from configurator import ConfigError, load
+from configurator import UserError, load
 from model import ModelConfig
-from rl import Row, advantages, micro_batches, surrogate, token_logprobs
+from rl import Trajectory, advantages, micro_batches, surrogate, token_logprobs
 from rollout import Group, Task
 
 CFG = ModelConfig(vocab_size=32, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=48, max_seq_len=64,
                   n_mtp=1)
-RT = runtime.Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, True, False)
+RT = distributed.Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, True, False)
 
 
 def model(seed=0):
@@ -50,7 +50,7 @@ def test_surrogate_on_every_side(A, rho, value, clipped, gradient):
 def rows(lengths, seed=0):
     gen = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(1, 32, (n,), generator=gen).tolist()
-    return [Row(draw(p), draw(n), [0.0] * n, (-1.0) ** i) for i, (p, n) in enumerate(lengths)]
+    return [Trajectory(draw(p), draw(n), [0.0] * n, (-1.0) ** i) for i, (p, n) in enumerate(lengths)]
 
 
 def test_token_logprobs_equal_the_full_softmax_and_see_no_padding():
@@ -89,8 +89,8 @@ def groups(m, n=4, G=4, seed=0):
         some = rows([(3, 2 + (g + i) % 4) for i in range(G)], seed=seed + g)
         for r in some:
             with torch.no_grad():
-                r.behaviour = token_logprobs(m, [r], "cpu")[0].tolist()
-        answers = [Answer(r.prompt, r.tokens, r.behaviour) for r in some]
+                r.rollout_logprobs = token_logprobs(m, [r], "cpu")[0].tolist()
+        answers = [Answer(r.prompt, r.tokens, r.rollout_logprobs) for r in some]
         found.append(Group(Task(0, g, g, False), (0, 0), answers, [1.0] + [0.0] * (G - 1), [{}] * G, 0))
     return found
 
@@ -131,7 +131,7 @@ def test_loss_is_normalised_by_all_tokens_of_the_update():
     total, count = 0.0, sum(len(s.tokens) for g in some for s in g.samples)
     for g in some:
         for s, a in zip(g.samples, advantages(g.rewards), strict=True):
-            logp, _ = token_logprobs(m, [Row(s.prompt, s.tokens, s.logprobs, a)], "cpu")
+            logp, _ = token_logprobs(m, [Trajectory(s.prompt, s.tokens, s.logprobs, a)], "cpu")
             total = total - ((logp - logp.detach()).exp() * a).sum() / count
     total.backward()
     want = [p.grad.clone() for p in m.parameters() if p.grad is not None]
@@ -181,7 +181,7 @@ def test_a_bandit_learns_the_rewarded_token():
     ("--budget=[(5,10)]", "budget"), ("--scheme=hard", "scheme"),
 ])
 def test_bad_configs_are_refused(flag, message):
-    with pytest.raises(ConfigError) as e:
+    with pytest.raises(UserError) as e:
         load(rl.Config, [flag])
     assert message in str(e.value.code)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from rollout import Elsewhere, RolloutThread, Scheduler, Task, hash64
+from rollout import RemoteSample, RolloutThread, Scheduler, Task, hash64
 
 
 @dataclass
@@ -255,8 +255,8 @@ class OfRank:
     def __init__(self, all, rank):
         self.all, self.rank, self.world, self.steps = all, rank, all.world, all.steps
 
-    def __call__(self, facts):
-        self.all.parts[self.rank] = pickle.dumps(facts)
+    def __call__(self, state):
+        self.all.parts[self.rank] = pickle.dumps(state)
         self.all.barrier.wait()
         shared = [pickle.loads(part) for part in self.all.parts]
         self.all.barrier.wait()
@@ -282,7 +282,7 @@ def train_ranks(world, rounds, judge, steps=6, **how):
             out[rank].append(([(g.task, g.rewards, g.infos, [(len(s.tokens), s.finish) for s in g.samples])
                                for g in batch.groups], batch.state, batch.metrics, batch.note))
             for g in batch.groups:
-                assert all(isinstance(s, Elsewhere) == (g.rank != rank) for s in g.samples)
+                assert all(isinstance(s, RemoteSample) == (g.rank != rank) for s in g.samples)
                 luck |= {s.id: s.luck for s in g.samples if g.rank == rank}
         for thread in threads:
             thread.publish(("weights", step + 1))

@@ -10,6 +10,7 @@ import torch
 import configurator
 import sample
 from checkpoint import find
+from configurator import UserError
 from engine import Sample
 from model import ModelConfig
 from mtp import build
@@ -63,7 +64,7 @@ def test_prompt_plain_and_speculative_are_the_same_text(ckpt, capsys):
     path, _ = ckpt
     texts = []
     for extra in ((), ("--mtp",), ("--mtp", "--n_draft=1")):
-        run(f"--ckpt={path}", "--prompt=3 + 4 =", "--max_tokens=20", *extra)
+        run(f"--ckpt={path}", "--prompt=3 + 4 =", "--max_new_tokens=20", *extra)
         out, err = capsys.readouterr()
         texts.append(out)
         assert "tokens/s" in err and ("tokens per forward" in err) == bool(extra)
@@ -106,20 +107,20 @@ def test_file_in_file_out(ckpt, tmp_path, capsys):
         f"--file={tmp_path}/in.jsonl",
         f"--out={tmp_path}/new/out.jsonl",
         "--n=3",
-        "--max_tokens=8",
+        "--max_new_tokens=8",
         "--mtp",
     )
     got = [json.loads(line) for line in (tmp_path / "new/out.jsonl").read_text().splitlines()]
     assert [g["answers"] and len(g["answers"]) for g in got] == [3, 3] and got[0]["key"] == 7
     assert len(set(got[0]["answers"])) > 1  # each answer has a seed of its own
-    run(f"--ckpt={path}", f"--file={tmp_path}/in.jsonl", "--n=3", "--max_tokens=8", "--slots=1")
+    run(f"--ckpt={path}", f"--file={tmp_path}/in.jsonl", "--n=3", "--max_new_tokens=8", "--slots=1")
     # to stdout, one slot, no MTP
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == got
 
 
 def test_compare_prints_the_ratio_last(ckpt, capsys):
     path, _ = ckpt
-    run(f"--ckpt={path}", "--prompt=abc", "--max_tokens=10", "--compare")
+    run(f"--ckpt={path}", "--prompt=abc", "--max_new_tokens=10", "--compare")
     out, err = capsys.readouterr()
     assert re.search(r"^speculative / plain = \d+\.\d\dx$", out.splitlines()[-1])
     assert "same text: 1 of 1" in err and err.count("tokens/s") == 2
@@ -133,7 +134,7 @@ def test_chat_keeps_the_history_and_drops_the_oldest_turns(ckpt, capsys, monkeyp
     monkeypatch.setattr("builtins.input", lambda _="": next(lines))
     real = sample.prompt_tokens
     monkeypatch.setattr(sample, "prompt_tokens", lambda row, *a: seen.append(row) or real(row, *a))
-    run(f"--ckpt={path}", "--max_tokens=16", "--max_len=72")
+    run(f"--ckpt={path}", "--max_new_tokens=16", "--max_len=72")
     last = seen[-1]
     if chat:
         assert [m["role"] for m in seen[0]["messages"]] == ["user"]
@@ -177,13 +178,13 @@ def test_pieces_hold_back_half_characters():
     ],
 )
 def test_mistakes_end_in_one_line(argv, words):
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(UserError, match=words):
         run(*argv)
 
 
 def test_no_checkpoint_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="make demo"):
+    with pytest.raises(UserError, match="make demo"):
         run("--prompt=a")
 
 
@@ -195,8 +196,8 @@ def test_bad_files_name_the_line(ckpt, tmp_path):
         ('{"prompt": "' + "long " * 400 + '"}', "prompt 1 has"),
     ):
         (tmp_path / "in.jsonl").write_text(text)
-        with pytest.raises(SystemExit, match=words):
+        with pytest.raises(UserError, match=words):
             run(f"--ckpt={path}", f"--file={tmp_path}/in.jsonl")
     bare = write_checkpoint(tmp_path / "bare", chat=False, n_mtp=0)
-    with pytest.raises(SystemExit, match="no MTP layers"):
+    with pytest.raises(UserError, match="no MTP layers"):
         run(f"--ckpt={bare}", "--prompt=a", "--mtp")

@@ -16,7 +16,9 @@ from ranks import run_ranks, start
 from scale_worker import main as train
 from scale_worker import train_pretrain, train_rl, train_rl_updates, train_sft, write_base
 
-import runtime
+import checkpoint
+import distributed
+from metrics import read_rows
 
 
 def read(path):
@@ -139,7 +141,7 @@ def test_one_bad_rank_ends_all(tmp_path):
 # ---- the scripts themselves --------------------------------------------------------------------------------
 
 def losses_of(folder):
-    rows = [r for _, r in runtime.read_rows(folder / "metrics.jsonl") if "loss" in r]
+    rows = [r for _, r in read_rows(folder / "metrics.jsonl") if "loss" in r]
     return [[r["loss"], *r["mtp_loss"], r["grad_norm"]] for r in rows]
 
 
@@ -193,7 +195,7 @@ def rl_log(folder):
     """metrics.jsonl without what the clock decides."""
     timed = ("judge_queue_max", "decode_tokens_per_second")
     return [{k: v for k, v in r.items() if k not in timed and not k.endswith("_s")}
-            for _, r in runtime.read_rows(folder / "metrics.jsonl")]
+            for _, r in read_rows(folder / "metrics.jsonl")]
 
 
 def weights_of(run):
@@ -219,9 +221,9 @@ def same_rl(one, many):
                              "pool_size", "pool_draws", "valid", "all0", "all1", "trained_tokens", "epoch", "capped")
             assert y[name] == (x[name] if exact else pytest.approx(x[name], rel=1e-5, abs=1e-5)), (name, x["step"])
     ends = [run / (run / "latest").read_text().strip() for run in (one, many)]
-    a, b = (runtime.read_state(end)["scheduler"] for end in ends)
+    a, b = (checkpoint.read_state(end)["scheduler"] for end in ends)
     assert a == b and a["step"] == 4
-    a, b = (runtime.load_model(end)[1] for end in ends)
+    a, b = (checkpoint.load_model(end)[1] for end in ends)
     for name, w in a.items():           # a mean, 1/100 of a step: Adam makes much of a gradient that is rounding
         assert (b[name] - w).pow(2).mean().sqrt() < 1e-7, name
 
@@ -323,13 +325,13 @@ def test_rl_publishes_in_the_replicas_dtype(tmp_path, monkeypatch, staleness):
     monkeypatch.setattr(rl, "RolloutThread", Rollout)
     monkeypatch.setattr(rl, "Engine", Engine)
     train_rl(tmp_path, tmp_path / "run", f"--max_staleness={staleness}", "--steps=2", dtype="bfloat16")
-    (engine,), state = engines, runtime.load_model(tmp_path / "run/step_00000001")[1]
+    (engine,), state = engines, checkpoint.load_model(tmp_path / "run/step_00000001")[1]
     if staleness:
         assert {w.dtype for w in published[0].values()} == {torch.bfloat16}
         got = published[0]
     else:
         assert published == [None]
-        got, state = engine.model.state_dict(), runtime.load_model(tmp_path / "run/step_00000002")[1]
+        got, state = engine.model.state_dict(), checkpoint.load_model(tmp_path / "run/step_00000002")[1]
     assert all(torch.equal(got[name], w.bfloat16()) for name, w in state.items()) and len(got) == len(state)
 
 
@@ -341,10 +343,10 @@ def test_recomputation_changes_nothing(kind):
     from scale_worker import SHAPE, T, batch_at
 
     import mtp
-    rt, grads = runtime.setup(seed=1, device="cpu"), []
+    rt, grads = distributed.setup(seed=1, device="cpu"), []
     for checkpointing in ("none", kind):
-        model = runtime.shard(mtp.build(SHAPE, "meta"), rt, checkpointing=checkpointing)
-        runtime.materialise(model, rt, seed=3)
+        model = distributed.shard(mtp.build(SHAPE, "meta"), rt, checkpointing=checkpointing)
+        checkpoint.materialise(model, rt, seed=3)
         b = batch_at(0, 0, 1, False)
         from kernels.attention import doc_bounds
         trunk, extra = mtp.losses(model, b.ids, b.docs, b.positions, doc_bounds(b.cu_seqlens, 8, T), b.mask)

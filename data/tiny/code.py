@@ -13,8 +13,7 @@ import json
 import random
 from dataclasses import dataclass
 
-from data.problems import Problem, identity, split_of
-from judge import Test
+from data.problems import Problem, Test, identity, split_of
 
 
 @dataclass(frozen=True)
@@ -139,5 +138,5 @@ def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (2, 3, 4),
 
 if __name__ == "__main__":
     for p in problems(2, "train", 0, levels=(2, 3)):
-        tests = (f"  level {t.level}  f({t.input[1:-1]}) == {t.expected}" for t in p.tests)
+        tests = (f"  level {t.difficulty}  f({t.input[1:-1]}) == {t.expected}" for t in p.tests)
         print(p.question, p.solution, *tests, sep="\n")

@@ -13,11 +13,13 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import checkpoint
 import configurator
+import distributed
 import kernels
-import memory
 import mtp
-import runtime
+import plan
+from configurator import UserError
 from engine import Engine
 from model import Block, ModelConfig
 from schedule import Stage
@@ -33,14 +35,14 @@ def test_parameters_are_the_published_ones_and_those_of_the_modules():
     Face).
     """
     shape = ModelConfig.mimo_7b(n_mtp=1)
-    assert memory.parameters(shape)["trunk"] == 7_622_619_136
-    assert memory.parameters(shape)["all"] == 7_833_409_536
-    assert memory.parameters(shape, 3)["all"] == 8_254_990_336
+    assert plan.parameters(shape)["trunk"] == 7_622_619_136
+    assert plan.parameters(shape)["all"] == 7_833_409_536
+    assert plan.parameters(shape, 3)["all"] == 8_254_990_336
     for n in (0, 1, 3):
         model = mtp.build(ModelConfig.mimo_7b(n_mtp=n), "meta")
-        assert sum(p.numel() for p in model.parameters()) == memory.parameters(shape, n)["all"]
+        assert sum(p.numel() for p in model.parameters()) == plan.parameters(shape, n)["all"]
     small = mtp.build(ModelConfig(), "meta")
-    assert sum(p.numel() for p in small.parameters()) == memory.parameters(ModelConfig())["all"]
+    assert sum(p.numel() for p in small.parameters()) == plan.parameters(ModelConfig())["all"]
 
 
 def test_steps_by_hand():
@@ -48,11 +50,11 @@ def test_steps_by_hand():
     100 tokens in batches of 10 are 10 steps; growing from 5 to 10 over them 100/5 ln 2 = 13.86; then 10 a
     step.
     """
-    assert memory.steps_of(Stage(tokens=200, seq_len=2, batch_size=10)) == pytest.approx(10)
+    assert plan.steps_of(Stage(tokens=200, seq_len=2, batch_size=10)) == pytest.approx(10)
     grown = Stage(tokens=200, seq_len=2, batch_size=10, batch_size_start=5, batch_warmup_tokens=200)
-    assert memory.steps_of(grown) == pytest.approx(13.863, rel=1e-4)
+    assert plan.steps_of(grown) == pytest.approx(13.863, rel=1e-4)
     longer = Stage(tokens=400, seq_len=2, batch_size=10, batch_size_start=5, batch_warmup_tokens=200)
-    assert memory.steps_of(longer) == pytest.approx(23.863, rel=1e-4)
+    assert plan.steps_of(longer) == pytest.approx(23.863, rel=1e-4)
 
 
 def test_days_by_hand():
@@ -60,23 +62,23 @@ def test_days_by_hand():
     2 GPUs of 100 TFLOP/s at 50% are 1e14 FLOP/s: a stage of tokens x FLOPs/token = 8.64e18 takes one day.
     """
     shape = ModelConfig()
-    per_token = memory.flops_per_token(shape, 256)
-    (row,) = memory.plan(shape, [Stage(tokens=8.64e18 / per_token)], 2, mfu=0.5, tflops=100.0)
+    per_token = flops_per_token(shape, 256)
+    (row,) = plan.plan(shape, [Stage(tokens=8.64e18 / per_token)], 2, mfu=0.5, tflops=100.0)
     assert row["days"] == pytest.approx(1.0)
 
 
 def test_kv_cache_of_the_7b():
     """2 x 36 layers x 8 heads x 128 x 2 bytes = 147,456 per token."""
-    assert memory.kv_bytes_per_token(ModelConfig.mimo_7b()) == 147_456
-    (with_kv,) = memory.plan(ModelConfig.mimo_7b(), [Stage(seq_len=8192)], 8, kv_tokens=32_768)
+    assert plan.kv_bytes_per_token(ModelConfig.mimo_7b()) == 147_456
+    (with_kv,) = plan.plan(ModelConfig.mimo_7b(), [Stage(seq_len=8192)], 8, kv_tokens=32_768)
     assert with_kv["memory"]["KV"] == 32_768 * 147_456 + 2 * 7_622_619_136
 
 
 def test_sharding_divides_state_and_hybrid_sharding_divides_it_less():
     shape, stage = ModelConfig.mimo_7b(n_mtp=1), [Stage(seq_len=8192)]
-    full, hybrid = (memory.plan(shape, stage, 64, shard_ranks=n)[0]["memory"] for n in (0, 8))
+    full, hybrid = (plan.plan(shape, stage, 64, shard_ranks=n)[0]["memory"] for n in (0, 8))
     assert full["optimizer"] == 8 * 7_833_409_536 / 64 and hybrid["optimizer"] == 8 * 7_833_409_536 / 8
-    each, last = (memory.plan(shape, stage, 8, reduce_each=r)[0]["memory"]["gradients"] for r in (1, 0))
+    each, last = (plan.plan(shape, stage, 8, reduce_each=r)[0]["memory"]["gradients"] for r in (1, 0))
     assert last - each == pytest.approx(4 * 7_833_409_536 * 7 / 8)
 
 
@@ -113,11 +115,11 @@ class Live(TorchDispatchMode):
 
 def real_step(n_layer, vocab_size, checkpointing, micros, reduce_each=False):
     """The second of two AdamW steps, every storage counted. -> peak, row of the plan, bytes of Adam's state."""
-    rt = runtime.setup(seed=1, device="cpu")
+    rt = distributed.setup(seed=1, device="cpu")
     shape = ModelConfig(vocab_size, n_layer, d_model=96, n_head=6, n_kv_head=2, head_dim=16, d_ff=256, n_mtp=1)
     B, T = 8, 64
-    model = runtime.shard(mtp.build(shape, "meta"), rt, checkpointing=checkpointing)
-    runtime.materialise(model, rt)
+    model = distributed.shard(mtp.build(shape, "meta"), rt, checkpointing=checkpointing)
+    checkpoint.materialise(model, rt)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     ids = torch.randint(0, 1024, (B, T + 2))
     docs, positions = torch.zeros_like(ids), torch.arange(T)[None].expand(B, T)
@@ -128,15 +130,15 @@ def real_step(n_layer, vocab_size, checkpointing, micros, reduce_each=False):
             measured.peak = 0
             for micro in range(micros):                          # a second forward stands on accumulated gradients
                 trunk, extra = mtp.losses(model, ids, docs, positions, None)
-                runtime.sync_gradients(model, micro + 1 == micros or reduce_each, rt)
+                distributed.sync_gradients(model, micro + 1 == micros or reduce_each, rt)
                 (trunk + extra[0]).backward()
             peak = measured.peak
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    (row,) = memory.plan(shape, [Stage(tokens=1e6, seq_len=T, batch_size=B)], rt.world, micro_batch=B,
+    (row,) = plan.plan(shape, [Stage(tokens=1e6, seq_len=T, batch_size=B)], rt.world, micro_batch=B,
                          checkpointing=checkpointing, device="cpu", reduce_each=reduce_each)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
-    runtime.teardown(rt)
+    distributed.teardown(rt)
     return peak, row, state
 
 
@@ -190,7 +192,7 @@ def test_gpu_activations_are_the_kernels_own_save_lists(monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         block(x, cos, sin)
-    assert memory.block_bytes(shape, "none", gpu=True) == 119_432
+    assert plan.block_bytes(shape, "none", gpu=True) == 119_432
     assert sum(s.nbytes() for s in kept.values()) == T * 119_432
 
 
@@ -237,20 +239,20 @@ def test_every_config_loads_and_plans(path, capsys):
     assert "memory per GPU" in told and "KV" in told
     assert ("8,254,990,336" in told) == path.stem.startswith("mimo_7b")
     assert kind is pretrain or cfg.init != cfg.out and cfg.out.startswith("out/")
-    with pytest.raises(SystemExit, match="shard_ranks = 3 should divide dry_run_world = 8"):
+    with pytest.raises(UserError, match="shard_ranks = 3 should divide dry_run_world = 8"):
         configurator.load(kind.Config, [str(path), "--dry_run=True", "--shard_ranks=3"])
 
 
 def test_rl_memory_counts_what_the_engine_allocates():
     """A bf16 replica with three MTP layers and a cache of 2,048 tokens in blocks, as on a GPU; two of them draft."""
     shape = ModelConfig(vocab_size=512, n_layer=4, d_model=64, n_head=4, n_kv_head=2, head_dim=16, d_ff=160, n_mtp=3)
-    replica = runtime.replica(mtp.build(shape), "cpu", torch.bfloat16)
-    engine = Engine(replica, slots=4, max_len=1024, n_draft=2, layout="blocks", memory=2048, fast=False)
+    replica = distributed.replica(mtp.build(shape), "cpu", torch.bfloat16)
+    engine = Engine(replica, slots=4, max_len=1024, n_draft=2, layout="blocks", kv_tokens=2048, plain=True)
     cache = sum(t.nbytes for t in vars(engine.cache).values() if isinstance(t, torch.Tensor) and t.is_floating_point())
     weights = sum(p.nbytes for p in replica.parameters())
     how = dict(micro_tokens=64, n_draft=2, kv_tokens=2048)
-    kinds = memory.rl_memory(shape, 3, 8, **how)
+    kinds = plan.rl_memory(shape, 3, 8, **how)
     assert cache > 0 and kinds["KV"] == pytest.approx(weights + cache, rel=0.10)
-    assert memory.rl_memory(shape, 3, 8, copies=1, **how)["KV"] - kinds["KV"] == weights
+    assert plan.rl_memory(shape, 3, 8, copies=1, **how)["KV"] - kinds["KV"] == weights
     trunk = sum(p.numel() for n, p in replica.named_parameters() if not n.startswith("mtp_layers"))
     assert kinds["optimizer"] == 8 * trunk / 8                      # MTP layers are frozen

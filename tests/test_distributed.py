@@ -12,19 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import load_model
 from ranks import run_ranks
 from scale_worker import train_pretrain
 
-import memory
-import runtime
-from model import ModelConfig
+import checkpoint
+import distributed
+import metrics
+from configurator import UserError
+from metrics import Metrics, SpikeGuard, check_finite, mfu, read_rows
+from model import ModelConfig, flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def rt():
-    return runtime.setup(seed=1, device="cpu")
+    return distributed.setup(seed=1, device="cpu")
 
 
 # ---- setup and endings -------------------------------------------------------------------------------------
@@ -33,19 +37,19 @@ def test_setup_on_one_process(rt):
     assert (rt.rank, rt.world, rt.is_main, rt.sharded, rt.dtype) == (0, 1, True, False, torch.float32)
     assert not torch.distributed.is_initialized() and torch.get_num_threads() == 1
     first = torch.rand(3)
-    runtime.setup(seed=1, device="cpu")
+    distributed.setup(seed=1, device="cpu")
     assert torch.equal(torch.rand(3), first)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is absent")
 def test_absent_cuda_is_one_line():
-    with pytest.raises(SystemExit, match="error: device = 'cuda' but torch sees no CUDA device"):
-        runtime.setup(device="cuda")
+    with pytest.raises(UserError, match="error: device = 'cuda' but torch sees no CUDA device"):
+        distributed.setup(device="cuda")
 
 
 def test_die_is_one_line_and_status_1():
     done = subprocess.run(
-        [sys.executable, "-c", "import checkpoint; checkpoint.die('disk on fire: /dev/sda')"],
+        [sys.executable, "-c", "import checkpoint; raise UserError('disk on fire: /dev/sda')"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -54,11 +58,11 @@ def test_die_is_one_line_and_status_1():
 
 
 def test_sigterm_asks_for_a_stop(rt):
-    assert not runtime.stop_requested(rt)
+    assert not distributed.stop_requested(rt)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert runtime.stop_requested(rt)
-    runtime.setup(device="cpu")
-    assert not runtime.stop_requested(rt)
+    assert distributed.stop_requested(rt)
+    distributed.setup(device="cpu")
+    assert not distributed.stop_requested(rt)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -68,16 +72,16 @@ def test_sigterm_saves_exits_0_and_resumes_to_the_same_end(tmp_path):
         (tmp_path / name).mkdir()
     assert run_ranks(1, tmp_path / "whole", train_pretrain, str(tmp_path / "whole"), term_after=-1) == [0]
     assert run_ranks(1, tmp_path / "parts", train_pretrain, str(tmp_path / "parts"), term_after=7) == [0]
-    ckpt = runtime.latest(tmp_path / "parts/base")
-    assert runtime.read_state(ckpt)["step"] == 7
+    ckpt = checkpoint.latest(tmp_path / "parts/base")
+    assert checkpoint.read_state(ckpt)["step"] == 7
     assert run_ranks(1, tmp_path / "parts", train_pretrain, str(tmp_path / "parts"), term_after=-1) == [0]
-    one, two = (runtime.load_model(tmp_path / name / "base")[1] for name in ("whole", "parts"))
+    one, two = (load_model(tmp_path / name / "base")[1] for name in ("whole", "parts"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     drop = ("tokens_per_second", "mfu")
     logs = [
         [
             {k: v for k, v in row.items() if k not in drop}
-            for _, row in runtime.read_rows(tmp_path / name / "base/metrics.jsonl")
+            for _, row in read_rows(tmp_path / name / "base/metrics.jsonl")
         ]
         for name in ("whole", "parts")
     ]
@@ -96,17 +100,17 @@ def test_clip_by_the_global_norm():
         a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
         return [a, b, c]                                       # c has no gradient: frozen
     small, large = params(), params()
-    assert runtime.clip_grad_norm(small, 2.5) == pytest.approx(5.0)
+    assert distributed.clip_grad_norm(small, 2.5) == pytest.approx(5.0)
     assert torch.cat([p.grad for p in small[:2]]).tolist() == pytest.approx([1.5, 0.0, 2.0])
-    assert runtime.clip_grad_norm(large, 10.0) == pytest.approx(5.0)
+    assert distributed.clip_grad_norm(large, 10.0) == pytest.approx(5.0)
     assert torch.cat([p.grad for p in large[:2]]).tolist() == [3.0, 0.0, 4.0]
-    assert runtime.clip_grad_norm([small[2]], 1.0) == 0.0
+    assert distributed.clip_grad_norm([small[2]], 1.0) == 0.0
 
 
 def test_clipping_leaves_a_nan_for_the_guard_to_name():
     p = torch.nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([1.0, math.nan])
-    assert math.isnan(runtime.clip_grad_norm([p], 1.0))
+    assert math.isnan(distributed.clip_grad_norm([p], 1.0))
     assert p.grad[0] == 1.0
 
 
@@ -115,62 +119,62 @@ def test_clipping_leaves_a_nan_for_the_guard_to_name():
 def test_first_bad_tensor_is_named(bad, kind):
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     model(torch.ones(1, 2)).sum().backward()
-    runtime.check_finite({"loss": torch.ones(2), "norm": 1.0}, model, 12)
+    check_finite({"loss": torch.ones(2), "norm": 1.0}, model, 12)
     tensor = model[1].weight.data if kind == "weight" else model[1].weight.grad
     tensor[0, 1] = bad
-    with pytest.raises(SystemExit, match=f"step 12: loss is not finite; first bad .*: {kind} of 1.weight"):
-        runtime.check_finite({"norm": 1.0, "loss": torch.tensor([1.0, bad])}, model, 12)
+    with pytest.raises(UserError, match=f"step 12: loss is not finite; first bad .*: {kind} of 1.weight"):
+        check_finite({"norm": 1.0, "loss": torch.tensor([1.0, bad])}, model, 12)
 
 
 def test_spikes_are_skipped_only_when_asked_and_do_not_move_the_mean():
-    off, on = runtime.SpikeGuard(), runtime.SpikeGuard(5.0)
+    off, on = SpikeGuard(), SpikeGuard(5.0)
     for norm in [1.0] * 20:
         assert not on.skip(norm) and not off.skip(1e6)
     assert on.mean == pytest.approx(1.0)
     assert on.skip(5.1) and on.skip(1e9) and not on.skip(4.9) and on.skipped == 2
-    again = runtime.SpikeGuard(5.0)
+    again = SpikeGuard(5.0)
     again.load_state_dict(on.state_dict())
     assert (again.mean, again.n, again.skipped) == (on.mean, on.n, 2)
     # the first 20 are never skipped
-    assert not any(runtime.SpikeGuard(2.0).skip(10.0 ** k) for k in range(20))
+    assert not any(SpikeGuard(2.0).skip(10.0 ** k) for k in range(20))
 
 
 # ---- micro-batches -----------------------------------------------------------------------------------------
 
 def test_micro_ranges_by_hand(rt, monkeypatch):
-    assert runtime.micro_ranges(5, 2, rt) == [(0, 2, False), (2, 4, False), (4, 5, True)]
-    assert runtime.micro_ranges(4, 8, rt) == [(0, 4, True)]
-    with pytest.raises(SystemExit, match="a rank has no row"):
-        runtime.micro_ranges(0, 2, rt)
-    monkeypatch.setattr(runtime, "all_reduce_max", lambda t, rt: torch.tensor([7, -5]))  # another rank has 7
-    assert runtime.micro_ranges(5, 2, rt) == [(0, 2, False), (2, 4, False), (4, 5, False), (5, 5, True)]
+    assert distributed.micro_ranges(5, 2, rt) == [(0, 2, False), (2, 4, False), (4, 5, True)]
+    assert distributed.micro_ranges(4, 8, rt) == [(0, 4, True)]
+    with pytest.raises(UserError, match="a rank has no row"):
+        distributed.micro_ranges(0, 2, rt)
+    monkeypatch.setattr(distributed, "all_reduce_max", lambda t, rt: torch.tensor([7, -5]))  # another rank has 7
+    assert distributed.micro_ranges(5, 2, rt) == [(0, 2, False), (2, 4, False), (4, 5, False), (5, 5, True)]
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
 
 def test_metrics_drop_what_was_written_after_the_checkpoint(tmp_path):
-    log = runtime.Metrics(tmp_path)
+    log = Metrics(tmp_path)
     for step in range(1, 6):
         log.log(step=step, loss=1.0 / step)
     log.log(step=3, valid={"web": 2.0})
     with open(log.path, "a") as f:
         f.write('{"step": 4, "lo')                              # killed while writing
-    runtime.Metrics(tmp_path, resume_at=3).log(step=4, loss=float("nan"), by=[1.0, math.inf])
+    Metrics(tmp_path, resume_at=3).log(step=4, loss=float("nan"), by=[1.0, math.inf])
     rows = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 3, 4]
     assert rows[-1] == {"step": 4, "loss": None, "by": [1.0, None]}          # still JSON
-    runtime.Metrics(tmp_path, resume_at=2, enabled=False).log(step=9)        # another rank: touches nothing
+    Metrics(tmp_path, resume_at=2, enabled=False).log(step=9)        # another rank: touches nothing
     assert len(log.path.read_text().splitlines()) == 5
-    runtime.Metrics(tmp_path)                                                # a run from the start
+    Metrics(tmp_path)                                                # a run from the start
     assert log.path.read_text() == ""
 
 
 def test_mfu_is_flops_over_peak(rt, monkeypatch):
     """By hand: 7B trunk at T = 8,192; 1e4 tokens/s on one GPU of 989 TFLOP/s."""
     shape = ModelConfig.mimo_7b()
-    assert runtime.mfu(shape, 8192, 1e4, rt) is None  # a CPU has no peak to compare with
-    monkeypatch.setattr(runtime, "peak_tflops", lambda device: 989.0)
+    assert mfu(shape, 8192, 1e4, rt) is None  # a CPU has no peak to compare with
+    monkeypatch.setattr(metrics, "peak_tflops", lambda device: 989.0)
     per_token = 6 * 7.0010e9 + 6 * 36 * 32 * 128 * 8192  # matrices without the embedding; attention
-    assert runtime.mfu(shape, 8192, 1e4, rt) == pytest.approx(per_token * 1e4 / 989e12, rel=1e-3)
-    assert memory.flops_per_token(shape, 8192, causal=False) - memory.flops_per_token(shape, 8192) \
+    assert mfu(shape, 8192, 1e4, rt) == pytest.approx(per_token * 1e4 / 989e12, rel=1e-3)
+    assert flops_per_token(shape, 8192, causal=False) - flops_per_token(shape, 8192) \
         == 6 * 36 * 32 * 128 * 8192

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import configurator
-import runtime
+from configurator import UserError
 from data.jsonl import line_of, read_jsonl
 from data.problems import Problem, read_problems, write_problems
 from reward import difficulty_levels, estimate_pass_rates
@@ -37,9 +37,9 @@ class Config:
         configurator.at_least(self, 1, "levels")
         for name in ("max_maths_rate", "max_code_rate"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1]")
+                raise UserError(f"{name} = {getattr(self, name)} should be in [0, 1]")
         if not self.answers:
-            raise ValueError("answers = []: difficulty is estimated from the answers of at least one model")
+            raise UserError("answers = []: difficulty is estimated from the answers of at least one model")
 
 
 def read_answers(path: str) -> dict[str, list[dict]]:
@@ -50,9 +50,9 @@ def read_answers(path: str) -> dict[str, list[dict]]:
         with line_of(path, n, right):
             answers = row["answers"]
             if not isinstance(answers, list) or not answers:
-                raise ValueError(f"problem {row['id']} has no answers")
+                raise UserError(f"problem {row['id']} has no answers")
             if not all(isinstance(a["verdicts"], list) and isinstance(a["passed"], bool) for a in answers):
-                raise ValueError("each answer needs passed (a bool) and verdicts (a list)")
+                raise UserError("each answer needs passed (a bool) and verdicts (a list)")
             found[row["id"]] = answers
     return found
 
@@ -62,31 +62,29 @@ def with_levels(problem: Problem, answers: list[dict], k: int) -> Problem:
     n = len(problem.tests)
     table = [a["verdicts"] if len(a["verdicts"]) == n else ["RE"] * n for a in answers]
     levels = difficulty_levels(estimate_pass_rates(table), k)
-    tests = tuple(replace(test, level=level) for test, level in zip(problem.tests, levels, strict=True))
+    tests = tuple(replace(test, difficulty=level) for test, level in zip(problem.tests, levels, strict=True))
     return replace(problem, tests=tests)
 
 
 def main(cfg: Config) -> None:
-    with runtime.reading():
-        problems = read_problems(cfg.problems)
-        models = [read_answers(path) for path in cfg.answers]
+    problems = read_problems(cfg.problems)
+    models = [read_answers(path) for path in cfg.answers]
     kept, dropped, spread = [], Counter(), Counter()
     for p in problems:
         missing = [path for path, found in zip(cfg.answers, models, strict=True) if p.id not in found]
         if missing:
-            runtime.die(f"{missing[0]} has no answers to problem {p.id} of {cfg.problems}")
+            raise UserError(f"{missing[0]} has no answers to problem {p.id} of {cfg.problems}")
         last = models[-1][p.id]
         rate = sum(a["passed"] for a in last) / len(last)
         if rate > cfg.max_maths_rate if p.kind == "maths" else rate >= cfg.max_code_rate:
             dropped[p.kind] += 1
             continue
         if p.kind == "code":
-            with runtime.reading():
-                p = with_levels(p, [a for found in models for a in found[p.id]], cfg.levels)
-            spread[len({t.level for t in p.tests})] += 1
+            p = with_levels(p, [a for found in models for a in found[p.id]], cfg.levels)
+            spread[len({t.difficulty for t in p.tests})] += 1
         kept.append(p)
     if not kept:
-        runtime.die(f"{cfg.problems}: the SFT model solves every problem, nothing is left for RL")
+        raise UserError(f"{cfg.problems}: the SFT model solves every problem, nothing is left for RL")
     write_problems(cfg.out, kept)
     print(f"{len(kept)} of {len(problems)} problems kept in {cfg.out}; too easy: "
           + ", ".join(f"{dropped[k]} {k}" for k in ("maths", "code"))

@@ -1,7 +1,7 @@
-"""Top-p without a full sort: draw.keep_top against the definition, ties included."""
+"""Top-p without a full sort: draw.top_p_filter against the definition, ties included."""
 import torch
 
-from draw import keep_top
+from sampling import top_p_filter
 
 
 def by_definition(p, top_p, top_k):
@@ -16,7 +16,7 @@ def by_definition(p, top_p, top_k):
     return kept / kept.sum(-1, keepdim=True)
 
 
-def test_keep_top_is_its_definition():
+def test_top_p_filter_is_its_definition():
     gen = torch.Generator().manual_seed(0)
     for sharpness in (0.1, 1.0, 5.0):
         logits = torch.randn(40, 97, generator=gen) * sharpness
@@ -24,12 +24,12 @@ def test_keep_top_is_its_definition():
         p = logits.softmax(-1)
         top_p = torch.tensor([0.0, 0.3, 0.9, 0.95, 1.0]).repeat(8)
         top_k = torch.tensor([0, 0, 1, 7]).repeat(10)
-        torch.testing.assert_close(keep_top(p, top_p, top_k), by_definition(p, top_p, top_k))
+        torch.testing.assert_close(top_p_filter(p, top_p, top_k), by_definition(p, top_p, top_k))
 
 
 def test_a_row_does_not_depend_on_its_company():
     p = (torch.randn(30, 64, generator=torch.Generator().manual_seed(1)) * 2).round().softmax(-1)
     top_p, top_k = torch.linspace(0.5, 1.0, 30), torch.zeros(30, dtype=torch.int64)
-    together = keep_top(p, top_p, top_k)
+    together = top_p_filter(p, top_p, top_k)
     for i in range(30):
-        assert torch.equal(keep_top(p[i:i + 1], top_p[i:i + 1], top_k[i:i + 1])[0], together[i])
+        assert torch.equal(top_p_filter(p[i:i + 1], top_p[i:i + 1], top_k[i:i + 1])[0], together[i])

@@ -23,7 +23,9 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import sandbox_server as server
+from configurator import UserError
+from data.jsonl import strict_json
+from judge import server
 
 
 class JudgeError(RuntimeError):
@@ -32,7 +34,7 @@ class JudgeError(RuntimeError):
 
 # ---------------------------------------------------------------- how a box is started
 SYSTEM_PATHS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store")
-BOOT = "import sys; del sys.path[0]; exec(compile(open(sys.argv[1]).read(), 'sandbox_server.py', 'exec'))"
+BOOT = "import sys; del sys.path[0]; exec(compile(open(sys.argv[1]).read(), 'server.py', 'exec'))"
 BWRAP = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
          "--hostname", "box", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL")
 
@@ -51,15 +53,15 @@ def visible_paths() -> list[str]:
     return [path for path in dict.fromkeys((python, *library, *SYSTEM_PATHS)) if os.path.exists(path)]
 
 
-def box_command(level, way, fd, memory) -> list[str]:
+def box_command(isolation, way, fd, memory) -> list[str]:
     """The argv that starts a box. No secret in it: any process of the machine can read an argv."""
     paths, source = visible_paths(), os.path.realpath(server.__file__)
-    cfg = {"level": level, "way": way, "fd": fd, "memory": memory, "paths": paths,
+    cfg = {"isolation": isolation, "way": way, "fd": fd, "memory": memory, "paths": paths,
            "uid": unused_uid() if way == "uid" else None}
     # no site-packages, no .pyc written; not -I, which would ignore PYTHONHASHSEED
     inner = [paths[0], "-S", "-s", "-B", "-X", "utf8", "-c", BOOT,
-             "/sandbox_server.py" if level == "A" else source, json.dumps(cfg)]
-    if level != "A":
+             "/server.py" if isolation == "A" else source, json.dumps(cfg)]
+    if isolation != "A":
         return inner
     argv = [shutil.which("bwrap") or "bwrap", *BWRAP]
     if way == "namespace":    # an ordinary user: a user namespace of our own, in which we are nobody
@@ -71,7 +73,7 @@ def box_command(level, way, fd, memory) -> list[str]:
         for n in range(1, len(parts)):
             argv += ["--dir", "/" + "/".join(parts[:n])]    # else bwrap copies the mode of /root, 0700
         argv += ["--ro-bind", path, path]
-    return [*argv, "--ro-bind", source, "/sandbox_server.py", "--remount-ro", "/", "--chdir", "/", *inner]
+    return [*argv, "--ro-bind", source, "/server.py", "--remount-ro", "/", "--chdir", "/", *inner]
 
 
 # ---------------------------------------------------------------- one box
@@ -132,7 +134,7 @@ class Streams:
 class Box:
     """One sandboxed server. A JudgeError from any method means: throw the box away."""
 
-    def __init__(self, level, way, memory):
+    def __init__(self, isolation, way, memory):
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(30)
         self.stderr, self.devnull = tempfile.TemporaryFile(), open(os.devnull, "rb")
@@ -142,7 +144,7 @@ class Box:
                 # bwrap shows its own environment in /proc/1/environ: an empty one, but for a fixed order of
                 # sets
                 self.process = subprocess.Popen(
-                    box_command(level, way, theirs.fileno(), memory), env={"PYTHONHASHSEED": "0"}, cwd="/",
+                    box_command(isolation, way, theirs.fileno(), memory), env={"PYTHONHASHSEED": "0"}, cwd="/",
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.stderr,
                     pass_fds=(theirs.fileno(),), start_new_session=True)
             self._receive(b"Z")
@@ -268,25 +270,10 @@ class Box:
         return run
 
 
-def refuse(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-STRICT = json.JSONDecoder(parse_constant=refuse)    # json.loads would make one for every line
-
-
-def read_json(text):
-    """Strict JSON, str or bytes: NaN and infinities are refused (no JSON, and NaN equals nothing). ValueError."""
-    try:
-        return STRICT.decode(text if isinstance(text, str) else text.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def read_line(raw, index):
     """({"v": value} or {"e": error}, processor seconds it claims) of one result line of a hostile process."""
     try:
-        line = read_json(raw)
+        line = strict_json(raw)
         claim = line["c"]
         if line["i"] != index or not ("v" in line or "e" in line or index < 0):
             raise ValueError
@@ -370,22 +357,22 @@ def attack(box, way):
             raise JudgeError(f"not tight: {', '.join(holes)}")
 
 
-def open_level(level, memory) -> tuple[str, float]:
-    """Start a box of this level and attack it. -> (the way it gives up power, time scale of this machine >=
+def open_isolation(isolation, memory) -> tuple[str, float]:
+    """Start a box of this isolation and attack it. -> (the way it gives up power, time scale of this machine >=
     1).
 
-    JudgeError with the reasons if no way of this level holds here.
+    JudgeError with the reasons if no way of this isolation holds here.
     """
-    if level != "C" and (sys.platform != "linux" or platform.machine() not in server.AUDIT_ARCH):
+    if isolation != "C" and (sys.platform != "linux" or platform.machine() not in server.AUDIT_ARCH):
         raise JudgeError(f"needs Linux on {' or '.join(server.AUDIT_ARCH)}")
     root, reasons = os.geteuid() == 0, []
     ways = {"A": ("uid", "namespace") if root else ("namespace",),
-            "B": ("uid", "capabilities") if root else ("nothing",), "C": ("nothing",)}[level]
+            "B": ("uid", "capabilities") if root else ("nothing",), "C": ("nothing",)}[isolation]
     for way in ways:
         box = None
         try:
-            box = Box(level, way, memory)
-            if level != "C":
+            box = Box(isolation, way, memory)
+            if isolation != "C":
                 attack(box, way)
             return way, max(1.0, min(10.0, ask(box, CALIBRATION, []) / REFERENCE_SECONDS))
         except JudgeError as error:
@@ -396,17 +383,17 @@ def open_level(level, memory) -> tuple[str, float]:
     raise JudgeError("; ".join(reasons))
 
 
-def choose_level(level, memory, allow_unsafe) -> tuple[str, str, float]:
-    """(level, way, time scale): the strongest level that holds here, or the one asked for. JudgeError."""
-    if level not in ("auto", "A", "B", "C"):
-        raise ValueError(f"level {level!r}: should be 'auto', 'A', 'B' or 'C'")
+def choose_isolation(isolation, memory, allow_unsafe) -> tuple[str, str, float]:
+    """(isolation, way, time scale): the strongest isolation that holds here, or the one asked for. UserError without any."""
+    if isolation not in ("auto", "A", "B", "C"):
+        raise ValueError(f"isolation {isolation!r}: should be 'auto', 'A', 'B' or 'C'")
     reasons = []
-    for candidate in "ABC" if level == "auto" else level:
+    for candidate in "ABC" if isolation == "auto" else isolation:
         if candidate == "C" and not allow_unsafe:
             reasons.append("C: refused, rlimits do not confine untrusted code (allow_unsafe=True insists)")
             continue
         try:
-            return candidate, *open_level(candidate, memory)
+            return candidate, *open_isolation(candidate, memory)
         except JudgeError as error:
             reasons.append(f"{candidate}: {error}")
-    raise JudgeError("no sandbox on this machine. " + " | ".join(reasons))
+    raise UserError("no sandbox on this machine. " + " | ".join(reasons))

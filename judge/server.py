@@ -106,7 +106,7 @@ def pack_filter(code):
     return program
 
 
-# ---------------------------------------------------------------- Landlock and capabilities (level B)
+# ---------------------------------------------------------------- Landlock and capabilities (isolation B)
 def landlock(libc, paths):
     """Read-only access to `paths`, nothing else; no TCP; no signals out of the domain, if the kernel can."""
     abi = libc.syscall(444, None, 0, 1)
@@ -156,13 +156,13 @@ def prepare(cfg):
     for name in WARM:
         __import__(name)
     builtins.exit = builtins.quit = sys.exit    # site would have made them
-    if cfg["level"] == "B":
+    if cfg["isolation"] == "B":
         if cfg["way"] == "uid":
             change_user(cfg["uid"])
         elif cfg["way"] == "capabilities":
             drop_capabilities(libc)
         landlock(libc, cfg["paths"])
-    if cfg["level"] in "AB":
+    if cfg["isolation"] in "AB":
         libc.prctl(38, 1, 0, 0, 0)    # PR_SET_NO_NEW_PRIVS
         cfg["filter"] = pack_filter(seccomp_filter())
     gc.collect()
@@ -188,7 +188,7 @@ def serve(cfg):
             done, status, usage = os.wait4(pid, os.WNOHANG) if pid else (0, 0, None)
             if done:
                 pid = 0
-                if cfg["level"] == "C":
+                if cfg["isolation"] == "C":
                     sweep(done)
                 sock.sendall(MESSAGE.pack(b"E", status, usage.ru_utime + usage.ru_stime))
         if sock in ready:
@@ -276,8 +276,8 @@ def confine(cfg, cpu_seconds):
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
         except (ValueError, OSError):
             if cfg["linux"]:
-                raise    # elsewhere (level C) RLIMIT_AS may not exist
-    if cfg["level"] == "A" and cfg["way"] == "uid":
+                raise    # elsewhere (isolation C) RLIMIT_AS may not exist
+    if cfg["isolation"] == "A" and cfg["way"] == "uid":
         change_user(cfg["uid"])
     if cfg["linux"]:
         cfg["libc"].prctl(1, signal.SIGKILL, 0, 0, 0)    # after the change of user, which clears it

@@ -1,5 +1,5 @@
 """
-The compiled kernels of the CPU: train_cpu.c (training, fp32) and decode_cpu.c (generation, called by fast.py).
+The compiled kernels of the CPU: train_cpu.c (training, fp32) and decode_cpu.c (generation, called by decode.py).
 
 Both are compiled once for each machine into one library, out/native/cpu-<hash>.so (`cc -O3 -march=native`, four
 seconds). Without a compiler everything runs on torch alone, slower, and one line says so; CC names another compiler,
@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 
+import kernels
+
 HERE = Path(__file__).resolve().parent
 SOURCES = [HERE / "train_cpu.c", HERE / "decode_cpu.c"]
-FOLDER = HERE.parent / "out" / "native"
+FOLDER = HERE.parent.parent / "out" / "native"
 # no -ffast-math: sums keep their order, -inf and NaN their meaning. A fused multiply-add wherever a b + c stands,
 # by the same rule in every loop: a row's bits must not depend on which loop it went through
 FLAGS = ["-O3", "-ffp-contract=fast", "-fwrapv", "-shared", "-fPIC"]    # wrapv: e^x shifts an exponent past the sign
@@ -36,7 +38,7 @@ def library():
         lib = ctypes.CDLL(str(build(compiler)))
     except (OSError, subprocess.CalledProcessError) as e:
         why = (getattr(e, "stderr", "") or str(e)).strip().splitlines()
-        print(f"note: kernels/*_cpu.c not compiled by {compiler} into {FOLDER} ({why[0] if why else e}): on the CPU "
+        print(f"note: kernels/cpu/*.c not compiled by {compiler} into {FOLDER} ({why[0] if why else e}): on the CPU "
               "generation is several times slower, training too is slower; needed are a C compiler (apt install gcc, "
               "xcode-select --install) and a folder to write to", file=sys.stderr)
         return None
@@ -77,13 +79,13 @@ def build(compiler: str) -> Path:
     return path
 
 
-def trains(*tensors) -> bool:
+def c_kernels_apply(*tensors) -> bool:
     """
     True where the kernels of train_cpu.c serve: gradients are wanted, everything is fp32 on a CPU with a last axis of
     a multiple of 16, torch has one thread, as the kernels have, and there is a compiler. Without gradients torch's own
     operations run, to the bit those of transformers; and for DTensors, fake tensors and torch.compile.
     """
-    return (not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return (not kernels.is_plain() and not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
             and all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"
                     and t.dtype == torch.float32 and t.ndim and t.shape[-1] % 16 == 0 for t in tensors)
             and torch.get_num_threads() == 1 and library() is not None)

@@ -5,7 +5,7 @@ Drawing tokens: temperature, top-k, top-p and inversion, for all sequences of a 
 Each token owns its random number: a hash of its request's seed and its index in the answer. No generator has
 a state, so a token does not depend on the batch it was drawn in, nor on the order of the drawing.
 
-    ids, logp = draw(logits, uniform(seed, index), temperature, top_p, top_k)
+    ids, logp = sample_tokens(logits, uniform(seed, index), temperature, top_p, top_k)
 """
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def uniform(seed: Tensor, index: Tensor) -> Tensor:
     return (bits >> 40 & (1 << 24) - 1).float() * 2.0 ** -24
 
 
-def keep_top(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+def top_p_filter(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     """
     p [N,V] with everything outside top-k and top-p set to 0, renormalised. top_p fp32 [N], top_k int64 [N], 0
     = all. By hand: p = (.5, .3, .2) and top_p = .6 keep .5 (mass before it 0) and .3 (mass before it .5) ->
@@ -42,7 +42,7 @@ def keep_top(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     1 - top_p, so at least top_p comes before each of them.
     """
     if p.is_cuda:                                                   # in a graph: no look at the values
-        p = p.double()                                              # as in draw()
+        p = p.double()                                              # as in sample_tokens()
         sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
     else:
         n = int((p > ((1 - top_p) / p.shape[-1])[:, None]).sum(-1).max().clamp_min(1))
@@ -57,7 +57,7 @@ def keep_top(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     return (kept / kept.sum(-1, keepdim=True)).float()
 
 
-def draw(logits: Tensor, u: Tensor, temperature: Tensor | None = None, top_p: Tensor | None = None,
+def sample_tokens(logits: Tensor, u: Tensor, temperature: Tensor | None = None, top_p: Tensor | None = None,
          top_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     One token a row by inversion: the first id whose cumulated probability exceeds u. logits fp32 [N,V], the
@@ -73,9 +73,9 @@ def draw(logits: Tensor, u: Tensor, temperature: Tensor | None = None, top_p: Te
         greedy = temperature == 0
         p = (logits / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
         if logits.is_cuda:                                          # in a graph: no look at the values
-            p = keep_top(p, top_p, top_k)
+            p = top_p_filter(p, top_p, top_k)
         elif (cut := (top_p < 1) | (top_k > 0)).any():
-            p[cut] = keep_top(p[cut], top_p[cut], top_k[cut])
+            p[cut] = top_p_filter(p[cut], top_p[cut], top_k[cut])
     # on a GPU the order of a sum depends on the number of rows: in fp64 that does not reach the token
     cdf = (p.double() if p.is_cuda else p).cumsum(-1)
     # u <= 1 - 2^-24 keeps u * total below total in fp32, so a token of probability 0 is never drawn

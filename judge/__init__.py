@@ -3,7 +3,7 @@
 Report, section 3.2: code rewards are rule-based, from unit tests, run in great numbers by an online judge,
 and asynchronously to generation (3.4.1). The report says no more; the design is ours (docs/judge.md):
 - expected outputs never enter the sandbox; a program can only send bytes out, and this process compares them;
-- isolation levels A, B, C, tried at start-up and printed once (sandbox.py); C is refused unless
+- isolation levels A, B, C, tried at start-up and printed once (box.py); C is refused unless
   `allow_unsafe=True`;
 - one warm, confined interpreter per worker forks one process per program; no two programs ever share a
   process.
@@ -11,10 +11,9 @@ and asynchronously to generation (3.4.1). The report says no more; the design is
     with Judge(workers=2) as judge:
         verdicts = judge.run("def f(xs):\\n    return sum(xs)", [Test("call", "[[1, 2]]", "3")], entry="f")
 
-    python judge.py                # prints the level and measures programs per second
+    python bench/judge.py          # prints the level of isolation and measures programs per second
 Expect 200 to 500 programs of 12 call tests a second and worker on an idle core.
 """
-import ast
 import collections
 import decimal
 import json
@@ -25,43 +24,14 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
-from typing import Literal
 
-from sandbox import LABEL, Box, JudgeError, Run, choose_level, read_json
-from sandbox_server import plain
+from data.jsonl import strict_json
+from data.problems import Test
+from judge.box import LABEL, Box, JudgeError, Run, choose_isolation
 
 # accepted, wrong answer, time, memory, output limit exceeded, run-time error, judge error, not run (a lower
 # level of difficulty failed already; only with stop_at_failed_level)
 STATUSES = ("AC", "WA", "TLE", "MLE", "OLE", "RE", "JE", "NR")
-
-
-@dataclass(frozen=True)
-class Test:
-    """One unit test. `call`: input is a JSON list of arguments, expected is JSON; `stdio`: both are text.
-
-    level: difficulty, 0 = easiest (reward.difficulty_levels). ValueError if the JSON of a call test is not
-    readable.
-    """
-    __test__ = False    # not a class for pytest
-    kind: Literal["stdio", "call"]
-    input: str
-    expected: str
-    level: int = 0
-
-    def __post_init__(self):
-        if self.kind not in ("stdio", "call"):
-            raise ValueError(f"test kind {self.kind!r}: should be 'stdio' or 'call'")
-        for name, right in (("input", str), ("expected", str), ("level", int)):
-            if type(getattr(self, name)) is not right:
-                raise ValueError(f"test {name} {getattr(self, name)!r:.60}: should be {right.__name__}"
-                                 + (", JSON as text" if self.kind == "call" and right is str else ""))
-        if self.kind == "call":
-            try:
-                arguments, _ = read_json(self.input), read_json(self.expected)
-            except ValueError as error:
-                raise ValueError(f"call test {self.input[:50]!r}, {self.expected[:50]!r}: {error}") from None
-            if not isinstance(arguments, list):
-                raise ValueError(f"call test input {self.input[:60]!r}: should be a JSON list of arguments")
 
 
 @dataclass(frozen=True)
@@ -117,28 +87,6 @@ def _same_number(x, y, tolerance):
         return False
 
 
-def from_asserts(source: str, entry: str) -> list[Test]:
-    """HumanEval and MBPP style tests as call tests: each statement must read `assert entry(literals) ==
-    literal`.
-
-    ValueError names the first statement of another shape: its expected value would have to enter the box.
-    """
-    tests = []
-    for node in ast.parse(source).body:
-        try:
-            call, (operator,), (right,) = node.test.left, node.test.ops, node.test.comparators
-            if not isinstance(node, ast.Assert) or not isinstance(operator, ast.Eq) or call.keywords:
-                raise ValueError
-            if call.func.id != entry:
-                raise ValueError
-            arguments, expected = [ast.literal_eval(a) for a in call.args], ast.literal_eval(right)
-            tests.append(Test("call", json.dumps(plain(arguments)), json.dumps(plain(expected))))
-        except (AttributeError, ValueError, TypeError):
-            raise ValueError(f"line {node.lineno}: {ast.unparse(node)[:80]!r} should be "
-                             f"`assert {entry}(literals) == literal`") from None
-    return tests
-
-
 def how_it_ended(run: Run, cpu_total: float) -> tuple[str, str]:
     """(status, detail) of the test that was running when its process ended without a result."""
     if run.end in ("time", "output"):
@@ -184,7 +132,7 @@ class Judge:
     could not be judged: a swallowed judge error would be a wrong reward.
     """
 
-    def __init__(self, workers=2, time_limit=1.0, wall=5.0, memory_mb=512, output_kb=1024, level="auto",
+    def __init__(self, workers=2, time_limit=1.0, wall=5.0, memory_mb=512, output_kb=1024, isolation="auto",
                  allow_unsafe=False, stop_at_failed_level=False, max_timeouts=4, tolerance=None, remember=0,
                  quiet=False):
         if workers < 1 or time_limit <= 0 or wall < 1:
@@ -192,11 +140,11 @@ class Judge:
         self.memory, self.cap, self.wall, self.tolerance = memory_mb << 20, output_kb << 10, wall, tolerance
         self.stop_at_failed_level, self.max_timeouts = stop_at_failed_level, max_timeouts
         self.remember, self._known = remember, {}    # (program, tests, entry) -> verdicts, longest unused first
-        self.level, self.way, self.scale = choose_level(level, self.memory, allow_unsafe)
+        self.isolation, self.way, self.scale = choose_isolation(isolation, self.memory, allow_unsafe)
         self.limit = time_limit * self.scale
-        if not quiet and self.level not in _printed:
-            _printed.add(self.level)
-            print(f"judge: level {self.level} ({LABEL[self.level]}), {workers} workers, "
+        if not quiet and self.isolation not in _printed:
+            _printed.add(self.isolation)
+            print(f"judge: isolation {self.isolation} ({LABEL[self.isolation]}), {workers} workers, "
                   f"{time_limit:g} s a test x {self.scale:.2f} for this machine", flush=True)
         self.counts, self.seconds, self.last_error = collections.Counter(), 0.0, ""
         self._change = threading.Condition()    # guards everything below and the counts
@@ -327,7 +275,7 @@ class Judge:
                     del self._known[next(iter(self._known))]
 
     def _open_box(self, worker):
-        box = Box(self.level, self.way, self.memory)
+        box = Box(self.isolation, self.way, self.memory)
         with self._change:
             self._boxes[worker] = box
             if self._closing:    # close() has not seen this one
@@ -360,11 +308,11 @@ class Judge:
         """Tests still to run; those that need not run get their verdict here."""
         order = range(len(job.tests))
         if self.stop_at_failed_level:
-            order = sorted(order, key=lambda i: job.tests[i].level)
+            order = sorted(order, key=lambda i: job.tests[i].difficulty)
         timeouts = sum(v.status == "TLE" for v in verdicts.values())
-        failed = min((job.tests[i].level for i, v in verdicts.items() if v.status != "AC"), default=math.inf)
+        failed = min((job.tests[i].difficulty for i, v in verdicts.items() if v.status != "AC"), default=math.inf)
         for i in order:
-            if i not in verdicts and self.stop_at_failed_level and job.tests[i].level > failed:
+            if i not in verdicts and self.stop_at_failed_level and job.tests[i].difficulty > failed:
                 verdicts[i] = Verdict("NR", 0.0, f"level {failed} failed")
             elif i not in verdicts and timeouts >= self.max_timeouts:
                 verdicts[i] = Verdict("TLE", 0.0, f"not run: {timeouts} tests of this program timed out")
@@ -394,7 +342,7 @@ class Judge:
     def _verdict(self, test, line, seconds):
         if "e" in line:
             return Verdict("MLE" if line["e"].startswith("MemoryError") else "RE", seconds, line["e"])
-        if same_value(read_json(test.expected), line["v"]):
+        if same_value(strict_json(test.expected), line["v"]):
             return Verdict("AC", seconds)
         return Verdict("WA", seconds, f"on {test.input[:80]} gave {json.dumps(line['v'])[:80]}")
 
@@ -415,25 +363,3 @@ class Judge:
             else:
                 verdict = Verdict("WA", run.wall, f"printed {run.out[:80]!r}")
             verdicts[todo[0]] = verdict
-
-
-def main():
-    program = "def f(xs):\n    xs = [x for x in xs if x % 2 == 0]\n    return sorted(xs)"
-    tests = [Test("call", json.dumps([list(range(i, i - 8, -1))]),
-                  json.dumps([x for x in range(i - 7, i + 1) if x % 2 == 0])) for i in range(12)]
-    for workers in (1, 2):
-        with Judge(workers=workers) as judge:
-            judge.run(program, tests)
-            begin, n, got = time.perf_counter(), 400, 0
-            for i in range(n):
-                judge.submit(i, program, tests)
-            while got < n:
-                got += len(judge.poll())
-                time.sleep(0.002)
-            seconds = time.perf_counter() - begin
-            print(f"{workers} workers: {n / seconds:.0f} programs/s, {12 * n / seconds:.0f} tests/s; "
-                  f"{judge.counters()}")
-
-
-if __name__ == "__main__":
-    main()

@@ -333,9 +333,9 @@ static int more_likely(const void *a, const void *b) {
     return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : x->id - y->id;
 }
 
-// e [V], probabilities times total: all outside top-k and top-p set to 0 (draw.py, keep_top). -> the new total.
+// e [V], probabilities times total: all outside top-k and top-p set to 0 (draw.py, top_p_filter). -> the new total.
 // Sorts only what can be kept: the tokens above a threshold that is lowered until they have the mass or the number.
-static float keep_top(int V, float *e, Candidate *found, float total, float top_p, int64_t top_k) {
+static float top_p_filter(int V, float *e, Candidate *found, float total, float top_p, int64_t top_k) {
     int n = 0;
     for (float floor = 0.0625f; ; floor *= 0.0625f) {
         float mass = 0, limit = floor > 1e-12f ? floor * total : 0;
@@ -362,7 +362,7 @@ static float sum16(const float *e) {
 }
 
 // The first id whose cumulated probability exceeds u; temperature 0: the most likely. -> id, and its log-probability.
-static int draw(const Model *m, const float *logits, float u, float temperature, float top_p, int64_t top_k,
+static int sample_token(const Model *m, const float *logits, float u, float temperature, float top_p, int64_t top_k,
                 float *logp) {
     int V = m->s.V, Vp = m->s.Vp, id = 0;
     float *e = m->scratch + scratch_floats(&m->s) - 3L * Vp;        // [Vp], behind it [V] candidates
@@ -370,7 +370,7 @@ static int draw(const Model *m, const float *logits, float u, float temperature,
     if (temperature == 0) id = argmax(&m->s, e);
     float total = softmax(e, V, Vp), sum = 0, piece = 0, before = 0;
     if (temperature > 0) {
-        if (top_p < 1 || top_k > 0) total = keep_top(V, e, (Candidate *)(e + Vp), total, top_p, top_k);
+        if (top_p < 1 || top_k > 0) total = top_p_filter(V, e, (Candidate *)(e + Vp), total, top_p, top_k);
         for (int i = 0; i < Vp; i += 16) sum += sum16(e + i);       // in the order of the search, to the same bits
         float target = u * sum;                                     // below sum, for u <= 1 - 2^-24
         for (; id < Vp - 16 && !(before + (piece = sum16(e + id)) > target); id += 16) before += piece;
@@ -411,7 +411,7 @@ void uniform(int64_t seed, int64_t n, float *u) {
 
 // T more tokens of the B prompts in rows first .. first + B - 1, behind the n - 1 that are in the caches: through the
 // trunk, and as keys and values of the MTP layers. end [B]: how many tokens of each are read after this, padding left out.
-void read_chunk(const Model *m, const State *t, int64_t first, int64_t B, int64_t T, const int64_t *end) {
+void prefill_chunk(const Model *m, const State *t, int64_t first, int64_t B, int64_t T, const int64_t *end) {
     int64_t N = B * T, C = t->columns, D = m->s.D;
     const int64_t *tokens = t->tokens + first * C, *n = t->n + first;
     for (int i = 0; i < N; i++) {
@@ -456,7 +456,7 @@ int64_t decode(const Model *m, const State *t, int64_t R, int64_t *done) {
         t->ended[r] = 0;
         while (right && !t->ended[r]) {
             int64_t q = gain++, place = r * t->columns + n + q;
-            int id = draw(m, t->logits + (r * Q + q) * m->s.Vp, t->u[place], t->temperature[r], t->top_p[r],
+            int id = sample_token(m, t->logits + (r * Q + q) * m->s.Vp, t->u[place], t->temperature[r], t->top_p[r],
                           t->top_k[r], t->logp + place);
             right = q < m->n_draft && tokens[n + q] == id;          // a draft counts while it is the token drawn
             if (q < m->n_draft && n > 1) {                          // after a prompt of one token there was none

@@ -1,5 +1,5 @@
 """
-kernels/decode_cpu.c through fast.py: the same function as model.py and mtp.py, and bits that depend on the row alone.
+kernels/cpu/decode_cpu.c through kernels/cpu/decode.py: the same function as model.py and mtp.py, and bits that depend on the row alone.
 
 Random weights, large enough that attention is sharp. Each shape goes through the engine's cache in odd pieces.
 """
@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import fast
-from draw import signed64, uniform
 from engine import Engine, Request, generate
 from kernels import cpu
+from kernels.cpu import decode
 from model import ModelConfig
 from mtp import build
+from sampling import signed64, uniform
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(fast.library() is None, reason="no C compiler: the engine runs model.py's forward")
+pytestmark = pytest.mark.skipif(decode.library() is None, reason="no C compiler: the engine runs model.py's forward")
 
 # H/K = 1, 2, 4, 3; d = 16, 32, 64, 128 and 6; widths and vocabularies on and off multiples of 16
 SHAPES = [dict(n_head=4, n_kv_head=4, head_dim=16, d_model=64, d_ff=96, vocab_size=1000),
@@ -48,7 +48,7 @@ def ids_of(model, B: int, T: int) -> torch.Tensor:
     return torch.randint(model.cfg.vocab_size, (B, T), generator=torch.Generator().manual_seed(T))
 
 
-def forward_of(model, slots: int, columns: int = 128) -> fast.Forward:
+def forward_of(model, slots: int, columns: int = 128) -> decode.Forward:
     engine = Engine(model, slots, columns - 5, 3)
     engine.tables()
     return engine.forward
@@ -124,7 +124,7 @@ def test_random_numbers_are_those_of_draw_py(seed):
 
 def test_exp_is_accurate():
     """Relative error below 2e-7 where the result is a normal number; -inf -> 0; NaN stays NaN."""
-    lib = fast.library()
+    lib = decode.library()
     x = -torch.cat([torch.linspace(0, 87, 400_000), torch.tensor([0.0, 1e-30, 87.5, 1e30] * 4)])
     x[-3:] = torch.tensor([-torch.inf, torch.nan, -torch.inf])
     y = torch.empty_like(x)
@@ -139,9 +139,9 @@ def test_exp_is_accurate():
 def test_engine_in_c_and_in_torch_say_the_same(model, n_draft):
     """Greedy and sampled, up to the context limit: the same tokens, log-probs and acceptance counts from both."""
     runs = [Request(i, ids_of(model, 1, 1 + 5 * i)[0].tolist(), 60, temperature=float(i % 2), seed=i) for i in range(8)]
-    c, torch_ = (generate(Engine(model, 5, 50, n_draft, fast=f), runs) for f in (True, False))
+    c, torch_ = (generate(Engine(model, 5, 50, n_draft, plain=not f), runs) for f in (True, False))
     for a, b in zip(c, torch_, strict=True):
-        assert (a.tokens, a.finish, a.drafted, a.accepted) == (b.tokens, b.finish, b.drafted, b.accepted)
+        assert (a.tokens, a.finish, a.verified, a.accepted) == (b.tokens, b.finish, b.verified, b.accepted)
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
 
 

@@ -5,10 +5,10 @@ import random
 from dataclasses import dataclass
 
 import pytest
-
-import rl_data
-from data.problems import Problem, read_problems, write_problems
 from grade import Grader, bootstrap, pass_at_k, prompt_ids, stop_ids, summary
+
+from data import rl_problems
+from data.problems import Problem, read_problems, write_problems
 from judge import Judge, Test
 from tokenizer import Tokenizer
 
@@ -112,8 +112,8 @@ def test_rl_data_filters_and_levels_by_hand(tmp_path):
     for name, rows in (("one", one), ("two", two)):
         lines = [json.dumps({"id": k, "answers": v}) + "\n" for k, v in rows.items()]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    rl_data.main(rl_data.Config(f"{tmp_path}/all.jsonl", f"{tmp_path}/out.jsonl",
+    rl_problems.main(rl_problems.Config(f"{tmp_path}/all.jsonl", f"{tmp_path}/out.jsonl",
                                 [f"{tmp_path}/one.jsonl", f"{tmp_path}/two.jsonl"]))
     kept = read_problems(tmp_path / "out.jsonl")
     assert [p.id for p in kept] == ["a1", "b2"]
-    assert [t.level for t in kept[1].tests] == [0, 1, 2]
+    assert [t.difficulty for t in kept[1].tests] == [0, 1, 2]

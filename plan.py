@@ -1,7 +1,10 @@
 """
-Arithmetic about a run before it exists: parameters, schedule, FLOPs, memory per GPU, days; nothing allocated.
+What a run would take before anyone pays for it: parameters, schedule, FLOPs, memory per GPU, days. Nothing is allocated.
 
-    python pretrain.py config/mimo_7b.py --dry_run=True        # seconds on any laptop
+    python plan.py config/mimo_7b.py --gpus=8            # pre-training; seconds on any laptop
+    python plan.py config/mimo_7b_sft.py --gpus=8        # SFT
+    python plan.py config/mimo_7b_rl.py --gpus=8         # RL: trainer and rollout engine
+    python plan.py config/mimo_7b_rl.py --set.micro_tokens=16384     # any field of the configuration, changed
 
 Memory is what one rank holds at the end of a forward pass, its worst moment, by kind; of the second micro-batch of a
 step or a later one: with a single one gradients come as activations go, and the peak is less by about the gradients.
@@ -11,53 +14,89 @@ step or a later one: with a single one gradients come as activations go, and the
     optimizer    Adam's two moments, fp32 shards
     activations  what autograd keeps for the backward pass, from the kernels' own lists (block_floats)
     logits       gradients of the loss head, made in the forward, and one chunk of logits
-    KV           an engine replica's weights in bf16 and its cache (rl.py --dry_run=True), 0 in training
+    KV           RL: an engine replica's weights in bf16 and its cache; 0 in training
 
-Not counted: CUDA context, NCCL buffers and fragmentation, 2 to 4 GB. The figures agree within 10% with what a
-real step allocates (tests/test_memory.py measures it on CPU, and block by block with the GPU kernels' own
-save lists). The report gives no memory figures; parameters and schedule are its sections 2.2 and 2.3.
+Not counted: CUDA context, NCCL buffers and fragmentation, 2 to 4 GB. The figures agree within 10% with what a real
+step allocates (tests/test_plan.py measures it on CPU, and block by block with the GPU kernels' own save lists). The
+report gives no memory figures; parameters and schedule are its sections 2.2 and 2.3.
 """
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import configurator
+import pretrain
+import rl
+import sft
+from configurator import UserError
+from model import flops_per_token
+from schedule import Stage, batch_size_at, breakpoints, lr_at, mtp_weight_at, stage_at
 
 GB = 1e9
+SCRIPTS = (pretrain, sft, rl)
 
 
-# ---- parameters and FLOPs ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    config: str = ""                      # the configuration to plan for, of pretrain.py, sft.py or rl.py
+    model: str = ""                       # SFT and RL: the pre-training configuration whose model they train, with its
+                                          # final MTP layers; "" = the same name without _sft, _rl ...
+    gpus: int = 8                         # GPUs of the run
+    mfu: float = 0.4                      # model FLOP utilisation, for the days
+    tflops: float = 989.0                 # peak dense bf16 TFLOP/s of a GPU (H100, H200: 989)
+    set: dict[str, Any] = field(default_factory=dict)   # --set.KEY=VALUE: a field of the configuration, changed
 
-def block_params(shape) -> int:
-    """One block: q, k, v with bias, o, gate, up, down, two norms. 177,227,776 at 7B."""
-    D, d = shape.d_model, shape.head_dim
-    qkv = (D + 1) * d * (shape.n_head + 2 * shape.n_kv_head)
-    return qkv + shape.n_head * d * D + 3 * D * shape.d_ff + 2 * D
+    POSITIONAL = ("config",)
 
-
-def parameters(shape, n_mtp: int | None = None) -> dict[str, int]:
-    """Exact counts by part. By hand, 7B: embedding = head = 151,680 x 4,096; an MTP layer has 210,790,400."""
-    D, n_mtp = shape.d_model, shape.n_mtp if n_mtp is None else n_mtp
-    parts = {"embedding": shape.vocab_size * D, "head": shape.vocab_size * D, "final norm": D,
-             "blocks": shape.n_layer * block_params(shape),
-             "MTP layers": n_mtp * (block_params(shape) + 2 * D * D + 3 * D)}
-    parts["trunk"] = sum(parts.values()) - parts["MTP layers"]
-    parts["all"] = parts["trunk"] + parts["MTP layers"]
-    return parts
+    def __post_init__(self):
+        configurator.at_least(self, 1, "gpus")
+        if not 0 < self.mfu <= 1 or self.tflops <= 0:
+            raise ValueError(f"mfu = {self.mfu} should be in (0, 1], tflops = {self.tflops} above 0")
 
 
-def flops_per_token(shape, seq_len: int, causal: bool = True, n_mtp: int | None = None, trained: str = "all",
-                    ) -> float:
-    """
-    Training FLOPs per token: 6 per matrix weight it is multiplied with (2 forward, 4 backward), and 12 H d T
-    per layer for attention, half of it under a causal mask. Every MTP layer runs the head once more.
-    Recomputation is not counted. causal=False is the convention of PaLM and torchtitan, which counts the
-    masked half too; trained="mtp" is MTP fine-tuning, whose trunk only runs forward.
-    """
-    D, d, n_mtp = shape.d_model, shape.head_dim, shape.n_mtp if n_mtp is None else n_mtp
-    block = D * d * (shape.n_head + 2 * shape.n_kv_head) + shape.n_head * d * D + 3 * D * shape.d_ff
-    attention = 12 * shape.n_head * d * seq_len * (0.5 if causal else 1.0)
-    head = shape.vocab_size * D
-    trunk = shape.n_layer * (6.0 * block + attention) + 6.0 * head
-    extra = n_mtp * (6.0 * (block + 2 * D * D + head) + attention)
-    return trunk * (1 if trained == "all" else 1 / 3) + extra
+def main(cfg: Config) -> None:
+    flags = [f"--{key}={value}" for key, value in cfg.set.items()]
+    script = script_of(cfg.config)
+    run = configurator.load(script.Config, [cfg.config, *flags])
+    if run.shard_ranks and cfg.gpus % run.shard_ranks:
+        raise UserError(f"shard_ranks = {run.shard_ranks} should divide gpus = {cfg.gpus}")
+    how = dict(checkpointing=run.checkpointing, shard_ranks=run.shard_ranks, reduce_each=run.reduce_each)
+    if script is pretrain:
+        print(report(run.model, run.stages, cfg.gpus, mtp_stage=run.mtp_stage, n_mtp_final=run.n_mtp_final,
+                     micro_batch=run.micro_batch, mfu=cfg.mfu, tflops=cfg.tflops, **how))
+        return
+    path = cfg.model or model_config(cfg.config)
+    base = configurator.load(pretrain.Config, [path])
+    print(f"model of {path} with {base.n_mtp_final} MTP layers")
+    if script is sft:
+        stage = Stage("SFT", tokens=run.steps * run.batch_size * run.seq_len, seq_len=run.seq_len,
+                      batch_size=run.batch_size, lr=run.lr)
+        print(report(replace(base.model, n_mtp=base.n_mtp_final), [stage], cfg.gpus, n_mtp_final=base.n_mtp_final,
+                     micro_batch=run.micro_batch, mfu=cfg.mfu, tflops=cfg.tflops, **how))
+    else:
+        print(rl_report(base.model, base.n_mtp_final, cfg.gpus, micro_tokens=run.micro_tokens, n_draft=run.n_draft,
+                        kv_tokens=run.kv_tokens or run.slots * base.model.max_seq_len, copies=run.max_staleness,
+                        **how))
+
+
+def script_of(path: str):
+    """The module whose Config has all the fields that the configuration file sets. UserError if none or several do."""
+    values = configurator.read_file(path)
+    fit = [script for script in SCRIPTS if set(values) <= {f.name for f in fields(script.Config)}]
+    if len(fit) == 1:
+        return fit[0]
+    raise UserError(f"{path}: its fields are those of {'several' if fit else 'none'} of pretrain.py, sft.py and rl.py")
+
+
+def model_config(path: str) -> str:
+    """config/mimo_7b_rl_0530.py -> config/mimo_7b.py: the longest name that is a file and begins this one."""
+    folder, words = Path(path).parent, Path(path).stem.split("_")
+    for n in range(len(words) - 1, 0, -1):
+        if (found := folder / f"{'_'.join(words[:n])}.py").is_file():
+            if script_of(str(found)) is pretrain:
+                return str(found)
+    raise UserError(f"{path}: which model? --model=config/FILE.py names the pre-training configuration")
 
 
 # ---- activations -------------------------------------------------------------------------------------------
@@ -114,10 +153,10 @@ def passing_bytes(shape, tokens: int, checkpointing: str, gpu: bool) -> tuple[fl
     return (head, 0) if head > again else (0, again)
 
 
-# ---- the plan ----------------------------------------------------------------------------------------------
+# ---- memory by kind ----------------------------------------------------------------------------------------------
 
 def plan(shape, stages, world: int, *, micro_batch: int = 1, checkpointing: str = "none",
-         shard_ranks: int = 0, mtp_stage=None, n_mtp_final: int = 3, reduce_each: bool = False,
+         shard_ranks: int = 0, mtp_stage: Stage | None = None, n_mtp_final: int = 3, reduce_each: bool = False,
          device: str = "cuda", mfu: float = 0.4, tflops: float = 989.0, kv_tokens: int = 0) -> list[dict]:
     """
     One dict per stage: tokens, steps, rows of a micro-batch, parameters, FLOPs per token, days, and bytes per
@@ -135,14 +174,14 @@ def plan(shape, stages, world: int, *, micro_batch: int = 1, checkpointing: str 
     for s in table:
         last = s is mtp_stage
         n_mtp = n_mtp_final if last else shape.n_mtp
-        count = parameters(shape, n_mtp)
+        here = replace(shape, n_mtp=n_mtp)
+        count, P = here.params_by_part(), here.n_params()
         new = n_mtp - shape.n_mtp
-        P = count["all"]
         trained = new * (count["MTP layers"] // n_mtp) if last else P
         micro = max(1, micro_batch * shortest // s.seq_len)
         tokens = micro * s.seq_len
-        root = count["embedding"] + count["head"] + count["final norm"]
-        gathered = root + count["MTP layers"] + 2 * block_params(shape)     # 2: block in use and the next
+        root = count["embedding"] + count["lm_head"] + count["final norm"]
+        gathered = root + count["MTP layers"] + 2 * shape.block_params()     # 2: block in use and the next
         passing = passing_bytes(shape, tokens, checkpointing, gpu)
         memory = {
             "weights": 4 * P / n + (gathered * e if sharded else 0),
@@ -152,7 +191,7 @@ def plan(shape, stages, world: int, *, micro_batch: int = 1, checkpointing: str 
             "logits": logits_bytes(shape, tokens, n_mtp, gpu) + passing[0],
             "KV": kv_tokens * kv_bytes_per_token(shape, e) + (P * e if kv_tokens else 0),
         }
-        flops = flops_per_token(shape, s.seq_len, n_mtp=n_mtp, trained="mtp" if last else "all")
+        flops = flops_per_token(here, s.seq_len, train="mtp" if last else "all")
         rows.append({"name": s.name, "tokens": s.tokens, "steps": steps_of(s), "seq_len": s.seq_len,
                      "batch_size": s.batch_size, "micro_batch": micro, "parameters": count,
                      "trained": trained, "flops_per_token": flops, "memory": memory,
@@ -174,20 +213,20 @@ def rl_memory(shape, n_mtp: int, world: int, *, micro_tokens: int, kv_tokens: in
     replica with a cache of kv_tokens decodes. The replica takes new weights parameter by parameter; copies = 1: they
     are published whole as well (max_staleness 1).
     """
-    from schedule import Stage
     e, trunk = (2 if device == "cuda" else 4), replace(shape, n_mtp=0)
     (row,) = plan(trunk, [Stage(tokens=1e9, seq_len=micro_tokens)], world, checkpointing=checkpointing, device=device,
                   shard_ranks=shard_ranks, reduce_each=reduce_each)
-    frozen, P = parameters(shape, n_mtp)["MTP layers"], parameters(shape, n_mtp)["all"]
+    whole = replace(shape, n_mtp=n_mtp)
+    frozen, P = whole.params_by_part()["MTP layers"], whole.n_params()
     cache = kv_tokens * kv_bytes_per_token(replace(shape, n_layer=shape.n_layer + n_draft), e)
     return row["memory"] | {"weights": row["memory"]["weights"] + 4 * frozen / (shard_ranks or world),
                             "KV": (1 + copies) * P * e + cache}
 
 
 def rl_report(shape, n_mtp: int, world: int, **how) -> str:
-    """What rl.py --dry_run=True prints; how: as in rl_memory."""
+    """What is printed for an RL configuration; how: as in rl_memory."""
     kinds = rl_memory(shape, n_mtp, world, **how)
-    return "\n".join([f"parameters with {n_mtp} MTP layers: {parameters(shape, n_mtp)['all']:,}",
+    return "\n".join([f"parameters with {n_mtp} MTP layers: {replace(shape, n_mtp=n_mtp).n_params():,}",
                       f"memory per GPU in GB, {world} GPU(s), {how['micro_tokens']:,} tokens a forward, "
                       f"{how['kv_tokens']:,} tokens in the KV cache",
                       "  " + "".join(f"{k:>13}" for k in kinds) + f"{'total':>10}",
@@ -211,16 +250,14 @@ def steps_of(stage) -> float:
 
 def report(shape, stages, world: int, *, mtp_stage=None, n_mtp_final: int = 3, checkpointing: str = "none",
            micro_batch: int = 1, mfu: float = 0.4, tflops: float = 989.0, **more) -> str:
-    """What --dry_run=True prints. more: as in plan()."""
+    """What is printed for pre-training and SFT. more: as in plan()."""
     rows = plan(shape, stages, world, mtp_stage=mtp_stage, n_mtp_final=n_mtp_final, mfu=mfu, tflops=tflops,
                 checkpointing=checkpointing, micro_batch=micro_batch, **more)
     out = ["parameters"]
-    with_one, with_all = parameters(shape), parameters(shape, n_mtp_final)
-    for name in ("embedding", "head", "final norm", "blocks", "trunk"):
-        out.append(f"  {name:<34}{with_one[name]:>20,}")
-    out.append(f"  {f'with {shape.n_mtp} MTP layer' + 's' * (shape.n_mtp != 1):<34}{with_one['all']:>20,}")
-    if n_mtp_final != shape.n_mtp:
-        out.append(f"  {f'with {n_mtp_final} MTP layers':<34}{with_all['all']:>20,}")
+    parts = replace(shape, n_mtp=0).params_by_part()
+    out += [f"  {name:<34}{n:>20,}" for name, n in parts.items() if n] + [f"  {'trunk':<34}{sum(parts.values()):>20,}"]
+    for n in sorted({shape.n_mtp, n_mtp_final} - {0}):
+        out.append(f"  {f'with {n} MTP layer' + 's' * (n != 1):<34}{replace(shape, n_mtp=n).n_params():>20,}")
     out += ["", *schedule_lines(rows, list(stages) + ([mtp_stage] if mtp_stage else [])), ""]
     for s in stages:
         if (least := s.batch_size_start or s.batch_size) < world:
@@ -244,7 +281,6 @@ def report(shape, stages, world: int, *, mtp_stage=None, n_mtp_final: int = 3, c
 
 def schedule_lines(rows: list[dict], stages: list) -> list[str]:
     """The schedule at each of its breakpoints: what holds for the step that starts there."""
-    from schedule import batch_size_at, breakpoints, lr_at, mtp_weight_at, stage_at
     lines = ["schedule",
              f"  {'tokens seen':>14}  {'lr':>9}{'batch':>8}{'context':>9}{'RoPE base':>11}{'MTP':>6}  what"]
     for seen, what in breakpoints(stages):
@@ -260,3 +296,7 @@ def human(n: float) -> str:
         if n >= size:
             return f"{n / size:.5g}{unit}"
     return f"{n:.0f}"
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)

@@ -1,12 +1,12 @@
 """
-The forward pass for generation in fp32 on a CPU: kernels/decode_cpu.c, compiled, its weights packed, and called.
+The forward pass for generation in fp32 on a CPU: kernels/cpu/decode_cpu.c, compiled, its weights packed, and called.
 
 At batch 1 a small model spends its time between operations, not in them: model.py makes some 60 calls into torch
 a layer. Here a forward is one call into C, an order of magnitude faster (docs/engine.md). It computes the same
-function up to rounding; tests/test_native.py holds it against model.py. On a GPU the engine runs model.py in a
+function up to rounding; tests/test_cpu_decode.py holds it against model.py. On a GPU the engine runs model.py in a
 CUDA graph.
 
-Without a C compiler (kernels/cpu.py) the engine runs model.py's own forward: everything works, generation is several
+Without a C compiler (kernels/cpu/__init__.py) the engine runs model.py's own forward: everything works, generation is several
 times slower.
 """
 import ctypes
@@ -18,11 +18,9 @@ from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from draw import signed64
 from kernels import cpu
-from model import Block, MiMo
 
 
 def struct(name: str, **fields):
@@ -40,19 +38,19 @@ Entry = struct("Entry", **pointers("input_proj", "hidden_norm", "token_norm", "f
 Model = struct("Model", s=Shape, n_layer=c_int64, n_draft=c_int64, blocks=POINTER(Packed), caches=POINTER(c_void_p),
                mtp=POINTER(Entry), **pointers("embedding", "norm", "lm_head", "cos", "sin", "scratch"))
 Places = struct("Plan", first=c_int64, Q=c_int64, **pointers("position", "column"))
-STATE = ("tokens", "logp", "u", "n", "limit", "stop", "temperature", "top_p", "top_k", "h", "drafted", "accepted")
+STATE = ("tokens", "logp", "u", "n", "limit", "stop", "temperature", "top_p", "top_k", "h", "verified", "accepted")
 ROOM = ("ended", "position", "column", "ids", "x", "states", "logits")
 State = struct("State", columns=c_int64, ring=c_int64, stops=c_int64, **pointers(*STATE, *ROOM))
 
 
 @cache
 def library():
-    """The library of kernels/cpu.py with the functions of decode_cpu.c; None without a compiler."""
+    """The library of kernels/cpu with the functions of decode_cpu.c; None without a compiler."""
     lib = cpu.library()
     if lib is not None:
         p, i = c_void_p, c_int64
         cpu.bind(lib, scratch_floats=(i, p), trunk=(None, p, p, i, p, i, p), mtp=(None, p, i, p, i, p, p, i, p),
-                 head=(None, p, i, i, p, p), read_chunk=(None, p, p, i, i, i, p), decode=(i, p, p, i, p),
+                 head=(None, p, i, i, p, p), prefill_chunk=(None, p, p, i, i, i, p), decode=(i, p, p, i, p),
                  draft=(None, p, p, i, i, i), uniform=(None, i, i, p), exp_of=(None, i, p, p))
     return lib
 
@@ -92,12 +90,12 @@ def large_pages(n: int) -> Tensor:
 
 class Forward:
     """
-    The forward of one model over one cache (cache.Pieces), and the engine's read_chunk, decode and draft, which work on
+    The forward of one model over one cache (cache.PackedRows), and the engine's prefill_chunk, decode and draft, which work on
     the tensors of its state in place. n_ids: rows of the head in use, the rest is padding; chunk: most prompt tokens
     read at once. The packed weights are a private copy, made again after any parameter was written to (an optimizer
     step, a load).
     """
-    def __init__(self, model: MiMo, n_draft: int, rows, state: dict[str, Tensor], lib, n_ids: int, chunk: int):
+    def __init__(self, model: nn.Module, n_draft: int, rows, state: dict[str, Tensor], lib, n_ids: int, chunk: int):
         cfg, self.model, self.lib = model.cfg, model, lib
         self.mtp_layers = list(model.mtp_layers[:n_draft])
         self.params, self.version = list(model.parameters()), None
@@ -162,9 +160,9 @@ class Forward:
             self.kept[name], self.free = self.free[:value.numel()].view(value.shape), self.free[n:]
         return self.kept[name].copy_(value).data_ptr()
 
-    def read_chunk(self, first: int, B: int, T: int, end: list[int]) -> None:
-        """Engine.read_chunk for rows first .. first + B - 1; end: how many tokens of each are read after it."""
-        self.lib.read_chunk(self.at, self.rows, first, B, T, (c_int64 * B)(*end))
+    def prefill_chunk(self, first: int, B: int, T: int, end: list[int]) -> None:
+        """Engine.prefill_chunk for rows first .. first + B - 1; end: how many tokens of each are read after it."""
+        self.lib.prefill_chunk(self.at, self.rows, first, B, T, (c_int64 * B)(*end))
 
     def decode(self, R: int) -> tuple[Tensor | None, int]:
         """Engine.decode: -> (ended [R], None if no row has; most tokens a row has gained)."""
@@ -176,9 +174,9 @@ class Forward:
         self.lib.draft(self.at, self.rows, first, B, E)
 
     def uniform(self, row: int, first: int, seed: int) -> None:
-        """draw.uniform of the seed into the state's u, for the tokens at columns first and on."""
+        """sampling.uniform of the seed into the state's u, for the tokens at columns first and on."""
         u = self.kept["u"][row, first:]
-        self.lib.uniform(signed64(seed), len(u), u.data_ptr())
+        self.lib.uniform(seed, len(u), u.data_ptr())
 
     # -- the parts, each alone: the tests hold them against model.py
 
@@ -208,7 +206,7 @@ class Forward:
         return logits[:, :self.shape.V]
 
 
-def packed(block: Block, s: Shape) -> dict[str, Tensor]:
+def packed(block: nn.Module, s: Shape) -> dict[str, Tensor]:
     """
     One block's weights as decode_cpu.c reads them and in its order, heads and widths padded with zeros to multiples of
     16.
