@@ -1,8 +1,9 @@
 """
-JSON lines, as every data file of the recipe is written: problems, chats, answers, labels, prompts.
+JSON lines, the form of every data file of the recipe: problems, chats, answers, labels, prompts. And whole_file(), with
+which every result is written, so that no reader meets half a file.
 
-Not in the report. One reader for all of them, so that a broken line is always told in the same way: file, line, what is
-wrong with it, and what would be right.
+Not in the report. One reader for all files, so that the error for a broken line always has the same form: file, line,
+what is wrong with it, and what would be right.
 
     python -c "from data.jsonl import read_jsonl; print(next(read_jsonl('out/tiny/sft.jsonl')))"
 """
@@ -11,38 +12,73 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 from configurator import UserError
 
 
+# ---- writing --------------------------------------------------------------------------------------------------------
+
 @contextmanager
-def line_of(path, n: int, right: str = ""):
-    """What is wrong inside is told as "path:n: what; right". For the checks that a caller makes on a line's fields."""
+def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """
+    Open `path` for writing, mode "w" (UTF-8 text) or "wb", so that it appears only when it is complete. The content
+    goes to PATH.tmp, which is flushed to the disk and renamed at the end of the with-block: a reader sees the old file
+    or the whole new one. After an exception PATH.tmp is removed and the old file stays. Makes the folder. OSError.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """One JSON object per line; the file appears when it is complete (whole_file)."""
+    with whole_file(path) as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+def read_jsonl(path: str | Path, hint: str = "", file: BinaryIO | None = None) -> Iterator[tuple[int, dict]]:
+    """
+    (line number from 1, object) of each line that is not blank. hint: what a line should hold, added to every error.
+    file: an open binary file that is read instead of opening `path`; path is then only its name in errors.
+    UserError names file and line; OSError if the file cannot be opened.
+    """
+    with file or open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            if line.strip():
+                with line_of(path, n, hint):
+                    row = json_object(line)
+                yield n, row
+
+
+@contextmanager
+def line_of(path: str | Path, n: int, hint: str = "") -> Iterator[None]:
+    """
+    For the checks that a caller makes on the fields of line n: ValueError, KeyError, TypeError or AttributeError in the
+    with-block becomes UserError("path:n: what is wrong; hint").
+    """
     try:
         yield
     except KeyError as e:
-        raise UserError(f"{path}:{n}: no field {e}" + (f"; {right}" if right else "")) from None
+        raise UserError(f"{path}:{n}: no field {e}" + (f"; {hint}" if hint else "")) from None
     except (ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}:{n}: {e}" + (f"; {right}" if right else "")) from None
+        raise UserError(f"{path}:{n}: {e}" + (f"; {hint}" if hint else "")) from None
 
 
-def _refuse(name: str):
-    raise ValueError(f"{name} is not JSON")
-
-
-STRICT = json.JSONDecoder(parse_constant=_refuse)    # json.loads would make one for every line
-
-
-def strict_json(text: str | bytes):
-    """The value of strict JSON: NaN and infinities are refused (no JSON, and NaN equals nothing). ValueError."""
-    try:
-        return STRICT.decode(text if isinstance(text, str) else text.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def parse(line: bytes) -> dict:
-    """One line -> its object. ValueError in words for what is not UTF-8, not JSON, or not an object."""
+def json_object(line: bytes) -> dict:
+    """One line -> its object. UserError in words for what is not UTF-8, not JSON, or not an object."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as e:
@@ -56,29 +92,18 @@ def parse(line: bytes) -> dict:
     return row
 
 
-def read_jsonl(path, right: str = "", file=None) -> Iterator[tuple[int, dict]]:
-    """
-    (line number from 1, object) of each line that is not blank. right: what a line should be, told with every error.
-    file: an open binary file to read instead of path. ValueError names file and line; OSError if it cannot be opened.
-    """
-    with file or open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if line.strip():
-                with line_of(path, n, right):
-                    row = parse(line)
-                yield n, row
+# ---- strict JSON ----------------------------------------------------------------------------------------------------
+
+def _refuse(name: str):
+    raise ValueError(f"{name} is not JSON")
 
 
-def write_jsonl(path, rows: Iterable[dict]) -> None:
-    """A line an object, atomically: a reader sees the old file or the whole new one, whatever happens."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+STRICT = json.JSONDecoder(parse_constant=_refuse)    # made once: json.loads would build one at every call
+
+
+def strict_json(text: str | bytes) -> Any:
+    """The value of strict JSON. ValueError for what is not JSON, NaN and infinities included (NaN equals nothing)."""
     try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            for row in rows:
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        return STRICT.decode(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
