@@ -194,32 +194,28 @@ class Exchange:
 
 # ---- micro-batches and gradients ------------------------------------------------------------------------------------
 
-def micro_ranges(rows: int, per_micro: int, rt: Runtime) -> list[tuple[int, int, bool]]:
+def micro_batches(batch, per_micro: int, rt: Runtime):
     """
-    [(lo, hi, last)]: this rank's rows in pieces of per_micro. Every rank gets the same number of pieces, because each
-    forward is a collective under FSDP: a rank with fewer rows gets pieces lo == hi at the end, for which it must still
-    run a forward and a backward that add nothing. Raises UserError, on all ranks, when one has no row.
+    Yields (micro-batch, is it the last) of a data.loader.Batch, in pieces of per_micro rows. Every rank gets the same
+    number of pieces, because each forward is a collective under FSDP: where this rank has no rows left it gets its row
+    0 with nothing to learn (mask all zero), which adds nothing. UserError, on all ranks, when one has no row at all.
 
-    By hand: 5 rows in pieces of 2 are (0,2) (2,4) (4,5); if another rank has 7 rows, a fourth piece (5,5) follows.
+    By hand: 5 rows in pieces of 2 are rows (0,2) (2,4) (4,5); if another rank has 7 rows, a fourth piece follows.
     """
-    most, least = all_reduce_max(torch.tensor([rows, -rows], device=rt.device), rt).tolist()
+    most = rows = batch.positions.shape[0]
+    least = rows
+    if rt.world > 1:
+        most, least = all_reduce_max(torch.tensor([rows, -rows], device=rt.device), rt).tolist()
+        least = -least
     if least == 0:
         raise UserError(f"a rank has no row: the batch must have at least {rt.world} rows, one per process")
     n = -(-most // per_micro)
-    return [(min(i * per_micro, rows), min((i + 1) * per_micro, rows), i == n - 1) for i in range(n)]
-
-
-def micro_batches(batch, per_micro: int, rt: Runtime):
-    """
-    Yields (micro-batch, is it the last) of a data.loader.Batch, the same number on every rank (micro_ranges). Where
-    this rank has no rows left it gets its row 0 with nothing to learn: mask all zero.
-    """
-    for lo, hi, last in micro_ranges(batch.positions.shape[0], per_micro, rt):
-        if hi > lo:
-            yield batch.rows(lo, hi), last
-        else:
-            row = batch.rows(0, 1)
-            yield replace(row, mask=torch.zeros_like(row.ids, dtype=torch.bool)), last
+    for i in range(n):
+        lo, hi = min(i * per_micro, rows), min((i + 1) * per_micro, rows)
+        part = batch.rows(lo, hi) if hi > lo else batch.rows(0, 1)
+        if hi == lo:
+            part = replace(part, mask=torch.zeros_like(part.ids, dtype=torch.bool))
+        yield part, i == n - 1
 
 
 def sync_gradients(model: nn.Module, last: bool, rt: Runtime) -> None:
@@ -256,11 +252,19 @@ def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float) -> floa
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return 0.0
-    norm = full(torch.nn.utils.get_total_norm(grads))
-    value = float(norm)
+    norm = torch.nn.utils.get_total_norm(grads)
+    value = float(norm.full_tensor() if hasattr(norm, "placements") else norm)
     if math.isfinite(value) and value > max_norm > 0:
-        torch._foreach_mul_([local(g) for g in grads], max_norm / (value + 1e-6))
+        torch._foreach_mul_([g.to_local() if hasattr(g, "placements") else g for g in grads], max_norm / (value + 1e-6))
     return value
+
+
+def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the parameters that are not frozen; weight decay on matrices only, gains and biases have none."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
 
 # ---- sharding -------------------------------------------------------------------------------------------------------

@@ -7,10 +7,13 @@ The validation loss is measured by pretrain.py at the end of each stage.
     python eval.py --ckpt=out/tiny/base --tasks="['probes']"     # needle, variable tracking, word extraction (Fig. 4)
     python eval.py --ckpt=out/tiny/sft --tasks="['mtp']"         # teacher-forced and real acceptance of the MTP layers
 
-Problems are held out by identity (data/problems.py); a base checkpoint gets the plain text prompt, a chat checkpoint
-the chat template. avg@n is the mean over problems of the pass rate over n samples, with a bootstrap 95% interval over
-problems; pass@k is the unbiased estimate. Results go to eval.json in the checkpoint's run folder, every answer to
-eval_answers.jsonl beside it.
+Problems are held out by identity (data/problems.py). A base checkpoint gets the plain text prompt, a chat checkpoint
+the chat template.
+
+    avg@n     mean of the pass rates over n samples a problem; with a bootstrap 95% interval over problems
+    pass@k    1 - C(n-c, k) / C(n, k), the unbiased estimate from c correct of n (Chen et al., arXiv 2107.03374)
+
+Results go to eval.json in the checkpoint's run folder, every answer to eval_answers.jsonl beside it.
 """
 import json
 import math
@@ -25,16 +28,16 @@ import torch
 import checkpoint
 import configurator
 import distributed
+import kernels
 import mtp
 from configurator import UserError
 from data.jsonl import write_jsonl
 from data.loader import make_batch
 from data.problems import Problem, prompt_ids, read_problems, stop_ids
 from data.tiny import probes
-from data.tiny.world import make_world
+from data.tiny.world import World, make_world
 from engine import Engine, Request, generate
 from judge import Judge
-from kernels.attention import doc_bounds
 from model import MiMo, ModelConfig
 from reward import Grader
 from tokenizer import Tokenizer
@@ -49,7 +52,7 @@ class Config:
     samples: int = 8                      # answers per problem [paper 3.5: avg@32 on AIME, avg@8 on LiveCodeBench]
     temperature: float = 0.6              # [paper 3.5]
     top_p: float = 0.95                   # [paper 3.5]
-    max_new_tokens: int = 128                 # generation budget, tokens
+    max_new_tokens: int = 128             # longest answer, tokens
     probe_lengths: list[int] = (256, 512, 1024)      # context lengths of the probes, tokens
     probe_count: int = 10                 # probes per kind and length
     slots: int = 128                      # answers decoded at a time
@@ -57,6 +60,7 @@ class Config:
     seed: int = 7                         # of the samples
     threads: int = 1                      # torch threads on CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
+    plain: bool = False                   # torch code only: no C, no Triton; for reading and debugging
     out: str = ""                         # result file; default <run>/eval.json
 
     def __post_init__(self):
@@ -69,56 +73,55 @@ class Config:
 
 
 def main(cfg: Config) -> dict:
+    # ---- 1. model, problems, and all checks that would otherwise fail after minutes of work ------------------------
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    kernels.set_plain(cfg.plain)
     ckpt = checkpoint.find(cfg.ckpt)
     tokenizer = Tokenizer.load(ckpt)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(ckpt), f"{ckpt}/model.json")
     problems = read_problems(cfg.problems) if {"problems", "mtp"} & set(cfg.tasks) else []
     model = checkpoint.materialise(mtp.build(shape, "meta"), rt, ckpt=ckpt).eval()
-    chat, run = checkpoint.read_meta(ckpt).get("chat", False), ckpt.parent
-    found = {"ckpt": str(ckpt), "chat": chat, "commit": checkpoint.git_commit(), "config": configurator.to_dict(cfg)}
-    path = configurator.writable(cfg.out or run / "eval.json")
+    chat = checkpoint.read_meta(ckpt).get("chat", False)
+    path = configurator.writable(cfg.out or ckpt.parent / "eval.json")
     if problems:
-        check_context(problems, tokenizer, chat, shape.max_seq_len, cfg)
-    asked = asked_probes(tokenizer, shape.max_seq_len, cfg) if "probes" in cfg.tasks else {}
+        longest = max(len(prompt_ids(tokenizer, p, chat)) for p in problems)
+        if longest + cfg.max_new_tokens > shape.max_seq_len:
+            raise UserError(f"{cfg.problems}: longest prompt {longest} + max_new_tokens {cfg.max_new_tokens} exceed "
+                            f"the context of {cfg.ckpt}, max_seq_len = {shape.max_seq_len}")
+    asked = make_probes(tokenizer, shape.max_seq_len, cfg) if "probes" in cfg.tasks else {}
+
+    # ---- 2. measure ------------------------------------------------------------------------------------------------
+    results = {"ckpt": str(ckpt), "chat": chat, "commit": checkpoint.git_commit(), "config": configurator.to_dict(cfg)}
     t0 = time.perf_counter()
     if "problems" in cfg.tasks:
-        found["problems"], lines = {}, []
-        judge = Judge(workers=cfg.judge_workers, remember=10_000)
-        with judge:
-            for kind in sorted({p.kind for p in problems}):
-                some = [p for p in problems if p.kind == kind][:cfg.limit or None]
-                longest = max(len(prompt_ids(tokenizer, p, chat)) for p in some)
-                engine = Engine(model, slots=cfg.slots, max_len=longest + cfg.max_new_tokens, n_ids=tokenizer.n_ids)
-                answers = solve(engine, tokenizer, judge, some, chat=chat, n=cfg.samples, max_new_tokens=cfg.max_new_tokens,
-                                temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
-                found["problems"][kind] = row = summary(answers)
-                lines += answer_rows(some, answers)
-                print(f"{kind:6} avg@{cfg.samples} {row['avg']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  "
-                      + "  ".join(f"{k} {v:.1%}" for k, v in row.items() if k.startswith("pass@"))
-                      + f"  {row['tokens']:.0f} tokens an answer, {row['truncated']:.1%} truncated, "
-                        f"{row['n']} problems")
-        write_jsonl(path.with_name(f"{path.stem}_answers.jsonl"), lines)
+        results["problems"], answers = measure_problems(model, tokenizer, problems, chat, cfg)
+        write_jsonl(path.with_name(f"{path.stem}_answers.jsonl"), answers)
     if "mtp" in cfg.tasks:
-        found["mtp"] = measure_mtp(model, tokenizer, problems, chat, cfg)
-        print("MTP acceptance per layer: teacher-forced " + shares(found["mtp"]["teacher_forced"])
-              + ", speculative decoding " + shares(found["mtp"]["online"]))
+        results["mtp"] = measured = measure_mtp(model, tokenizer, problems, chat, cfg)
+        shares = {key: " ".join(f"{v:.1%}" for v in measured[key]) for key in ("teacher_forced", "online")}
+        print(f"MTP acceptance per layer: teacher-forced {shares['teacher_forced']}, "
+              f"speculative decoding {shares['online']}")
     if "probes" in cfg.tasks:
-        found["probes"] = measure_probes(model, tokenizer, asked)
-        for kind, by_length in found["probes"].items():
+        results["probes"] = measure_probes(model, tokenizer, asked)
+        for kind, by_length in results["probes"].items():
             print(f"{kind:24}" + "  ".join(f"{n} tokens {share:.0%}" for n, share in by_length.items()))
-    found["seconds"] = time.perf_counter() - t0
+
+    # ---- 3. keep ---------------------------------------------------------------------------------------------------
+    results["seconds"] = time.perf_counter() - t0
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
     temporary.replace(path)                                  # whole or not at all: demo.py takes it as done
-    print(f"{path} ({found['seconds']:.0f} s)")
-    return found
+    print(f"{path} ({results['seconds']:.0f} s)")
+    return results
 
 
-# ---- estimators and grading, what rl.py's held-out curve uses too ----
+# ---- estimators -----------------------------------------------------------------------------------------------------
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """By hand: n = 4, c = 1, k = 2: 1 - C(3,2)/C(4,2) = 1 - 3/6 = 0.5."""
+    """
+    Probability that one of k samples is right, estimated from c right of n. ValueError unless 0 <= c <= n, 1 <= k <= n.
+    By hand: n = 4, c = 1, k = 2: 1 - C(3,2)/C(4,2) = 1 - 3/6 = 0.5.
+    """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
@@ -132,78 +135,88 @@ def bootstrap(values: list[float], draws: int = 2000, seed: int = 0) -> tuple[fl
     return float(x.mean()), float(low), float(high)
 
 
-def solve(engine: Engine, tokenizer, judge: Judge, problems: list[Problem], *, chat: bool, n: int, max_new_tokens: int,
-          temperature: float = 0.6, top_p: float = 0.95, seed: int = 0) -> list[list[dict]]:
+def summary(graded: list[list[dict]], ks: tuple[int, ...] = (1, 4, 8, 16)) -> dict[str, float]:
+    """avg@n with its interval, pass@k, mean length (tokens) and truncated share of what solve() returns."""
+    rates = [sum(s["passed"] for s in row) / len(row) for row in graded]
+    n = len(graded[0])
+    avg, low, high = bootstrap(rates)
+    samples = [s for row in graded for s in row]
+    return {"avg": avg, "low": low, "high": high, "n": len(graded), "samples": n,
+            **{f"pass@{k}": sum(pass_at_k(n, sum(s["passed"] for s in row), k) for row in graded) / len(graded)
+               for k in ks if k <= n},
+            "tokens": sum(s["tokens"] for s in samples) / len(samples),
+            "truncated": sum(s["finish"] == "length" for s in samples) / len(samples)}
+
+
+# ---- held-out problems ----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class GradedTask:
+    """What reward.Grader reads of a rollout.Task: the index of the problem."""
+    prompt: int
+
+
+def solve(engine: Engine, tokenizer: Tokenizer, judge: Judge, problems: list[Problem], *, chat: bool, n: int,
+          max_new_tokens: int, temperature: float = 0.6, top_p: float = 0.95, seed: int = 0) -> list[list[dict]]:
     """
     n samples of every problem, graded. -> per problem, per sample {"passed", "verdicts", "text", "tokens", "finish"}.
     The seed of a sample depends on (seed, problem, number) only, so any subset of problems gives the same samples.
     """
-    class Task:                                  # what Grader reads of rollout.Task
-        def __init__(self, prompt): self.prompt = prompt
-    grader = Grader(problems, tokenizer, judge, "vanilla")
-    requests = []
+    grader, requests, stop = Grader(problems, tokenizer, judge, "vanilla"), [], stop_ids(tokenizer, chat)
     for i, problem in enumerate(problems):
-        ids = prompt_ids(tokenizer, problem, chat)
-        rng = random.Random(f"{seed} {problem.id}")
-        requests += [Request((i, j), ids, max_new_tokens, temperature=temperature, top_p=top_p,
-                             stop=stop_ids(tokenizer, chat), seed=rng.getrandbits(62)) for j in range(n)]
+        ids, rng = prompt_ids(tokenizer, problem, chat), random.Random(f"{seed} {problem.id}")
+        requests += [Request((i, j), ids, max_new_tokens, temperature=temperature, top_p=top_p, stop=stop,
+                             seed=rng.getrandbits(62)) for j in range(n)]
     for request in requests:
         engine.add(request)
-    samples, graded = [], {}
-    while len(graded) < len(requests):           # programs run while other answers are still being written
-        if finished := engine.step():
-            samples += finished
-            for s in finished:
-                grader.submit(s.id, Task(s.id[0]), s)
-        graded |= {key: info for key, _, info in grader.poll()}
+    samples, outcomes = [], {}
+    while len(outcomes) < len(requests):         # programs run while other answers are still being written
+        finished = engine.step()
+        samples += finished
+        for s in finished:
+            grader.submit(s.id, GradedTask(s.id[0]), s)
+        outcomes |= {key: info for key, _, info in grader.poll()}
         if len(samples) == len(requests):
             time.sleep(0.005)                    # nothing left to decode: leave the core to the judge's workers
     grader.close()
-    found = [[{}] * n for _ in problems]
+    graded = [[{}] * n for _ in problems]
     for s in samples:
-        found[s.id[0]][s.id[1]] = graded[s.id] | {"text": tokenizer.decode(s.tokens, skip_control=True),
-                                                  "tokens": len(s.tokens), "finish": s.finish}
-    return found
+        i, j = s.id
+        graded[i][j] = outcomes[s.id] | {"text": tokenizer.decode(s.tokens, skip_control=True), "tokens": len(s.tokens),
+                                         "finish": s.finish}
+    return graded
 
 
-def summary(found: list[list[dict]], ks: tuple[int, ...] = (1, 4, 8, 16)) -> dict[str, float]:
-    """avg@n with its interval, pass@k, mean length and truncated share of what `solve` found."""
-    rates = [sum(s["passed"] for s in row) / len(row) for row in found]
-    n = len(found[0])
-    avg, low, high = bootstrap(rates)
-    every = [s for row in found for s in row]
-    return {"avg": avg, "low": low, "high": high, "n": len(found), "samples": n,
-            **{f"pass@{k}": sum(pass_at_k(n, sum(s["passed"] for s in row), k) for row in found) / len(found)
-               for k in ks if k <= n},
-            "tokens": sum(s["tokens"] for s in every) / len(every),
-            "truncated": sum(s["finish"] == "length" for s in every) / len(every)}
+def measure_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], chat: bool, cfg: Config,
+                     ) -> tuple[dict[str, dict], list[dict]]:
+    """
+    -> (kind of problem -> summary, one row a problem with every answer and its verdicts, for reading and for
+    data/rl_problems.py).
+    """
+    results, rows = {}, []
+    with Judge(workers=cfg.judge_workers, remember=10_000) as judge:
+        for kind in sorted({p.kind for p in problems}):
+            some = [p for p in problems if p.kind == kind][:cfg.limit or None]
+            longest = max(len(prompt_ids(tokenizer, p, chat)) for p in some)
+            engine = Engine(model, slots=cfg.slots, max_len=longest + cfg.max_new_tokens, n_ids=tokenizer.n_ids)
+            graded = solve(engine, tokenizer, judge, some, chat=chat, n=cfg.samples, seed=cfg.seed,
+                           max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p)
+            results[kind] = row = summary(graded)
+            rows += [{"id": p.id, "question": p.question, "answers": answers}
+                     for p, answers in zip(some, graded, strict=True)]
+            print(f"{kind:6} avg@{cfg.samples} {row['avg']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  "
+                  + "  ".join(f"{k} {v:.1%}" for k, v in row.items() if k.startswith("pass@"))
+                  + f"  {row['tokens']:.0f} tokens an answer, {row['truncated']:.1%} truncated, {row['n']} problems")
+    return results, rows
 
 
-def answer_rows(problems: list[Problem], found: list[list[dict]]) -> list[dict]:
-    """Every answer with its verdicts, an object a problem, for reading and for difficulty estimation (rl_data.py)."""
-    return [{"id": problem.id, "question": problem.question, "answers": row}
-            for problem, row in zip(problems, found, strict=True)]
-
-
-# ---- the three measurements ----
-
-def check_context(problems, tokenizer, chat: bool, context: int, cfg: Config) -> None:
-    """Ends the run before it begins when the longest prompt and its answer do not fit the model's context."""
-    longest = max(len(prompt_ids(tokenizer, p, chat)) for p in problems)
-    if longest + cfg.max_new_tokens > context:
-        raise UserError(f"{cfg.problems}: longest prompt {longest} + max_new_tokens {cfg.max_new_tokens} exceed the context of "
-                        f"{cfg.ckpt}, max_seq_len = {context}")
-
-
-def shares(values: list[float]) -> str:
-    return " ".join(f"{v:.1%}" for v in values)
-
+# ---- acceptance of the MTP layers -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> dict:
+def measure_mtp(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], chat: bool, cfg: Config) -> dict:
     """
-    Greedy answers to held-out problems, once plain and once with every MTP layer drafting: the texts must be equal, the
-    acceptance per layer is counted online and, on the same texts, teacher-forced (mtp.agreement).
+    Greedy answers to held-out problems, once plain and once with every MTP layer drafting. The texts must be equal;
+    acceptance per layer is counted in the engine and, on the same texts, teacher-forced.
     """
     problems = [p for p in problems if p.kind == "maths"][:64] + [p for p in problems if p.kind == "code"][:64]
     n_mtp = len(model.mtp_layers)
@@ -218,33 +231,34 @@ def measure_mtp(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> di
     t2 = time.perf_counter()
     verified = [sum(s.verified[k] for s in fast) for k in range(n_mtp)]
     accepted = [sum(s.accepted[k] for s in fast) for k in range(n_mtp)]
-    agreed, looked = [0] * n_mtp, [0] * n_mtp
+    counts = np.zeros((n_mtp, 2), int)                       # teacher-forced: accepted, verified
     for s in plain:                                          # one row a text: prompt, answer, look-ahead
         ids = s.prompt + s.tokens
         T, ahead = len(ids) - 1, [tokenizer.eos_id] * n_mtp
-        batch = make_batch(torch.tensor([ids + ahead]).numpy(), torch.tensor([[0] * len(ids) + [1] * n_mtp]).numpy(), T,
-                           mask=torch.tensor([[0] * len(s.prompt) + [1] * (len(s.tokens) + n_mtp)]).numpy())
+        batch = make_batch(np.array([ids + ahead]), np.array([[0] * len(ids) + [1] * n_mtp]), T,
+                           mask=np.array([[0] * len(s.prompt) + [1] * (len(s.tokens) + n_mtp)]))
         batch = batch.to(model.lm_head.weight.device)
-        bounds = doc_bounds(batch.cu_seqlens, 1, T)
-        for k, (a, n) in enumerate(mtp.agreement(model, batch.ids, batch.docs, batch.positions, bounds, batch.mask)):
-            agreed[k], looked[k] = agreed[k] + a, looked[k] + n
+        counts += np.array(mtp.teacher_forced_acceptance(model, batch.ids, batch.docs, batch.positions, batch.bounds,
+                                                         batch.mask)).reshape(n_mtp, 2)
     tokens = sum(len(s.tokens) for s in fast)
-    return {"online": [a / max(1, d) for a, d in zip(accepted, verified, strict=True)],
-            "teacher_forced": [a / max(1, n) for a, n in zip(agreed, looked, strict=True)],
+    return {"online": [a / max(1, v) for a, v in zip(accepted, verified, strict=True)],
+            "teacher_forced": [int(a) / max(1, int(v)) for a, v in counts],
             "equal_text": all(a.tokens == b.tokens for a, b in zip(plain, fast, strict=True)),
             "tokens_per_forward": tokens / max(1, tokens - sum(accepted)), "speedup": (t1 - t0) / (t2 - t1),
             "answers": len(fast)}
 
 
+# ---- long-context probes --------------------------------------------------------------------------------------------
+
 REPLY = 24                                                   # tokens of a probe's answer, part of its length
 
 
-def asked_probes(tokenizer, context: int, cfg: Config) -> dict[tuple[int, str], list[probes.Probe]]:
-    """(length in tokens, kind) -> probes. ValueError for a length that is too short, or longer than the context."""
+def make_probes(tokenizer: Tokenizer, context: int, cfg: Config) -> dict[tuple[int, str], list[probes.Probe]]:
+    """(length in tokens, kind) -> probes. UserError for a length that is too short, or longer than the context."""
     world, asked = make_world(cfg.seed), {}
     for length in cfg.probe_lengths:
         if length > context:
-            raise ValueError(f"probe_lengths: {length} tokens exceed the context of {cfg.ckpt}, {context}")
+            raise UserError(f"probe_lengths: {length} tokens exceed the context of {cfg.ckpt}, {context}")
         for kind in probes.KINDS:
             asked[length, kind] = [fitting_probe(kind, cfg.seed * 1000 + i, length - REPLY, tokenizer, world)
                                    for i in range(cfg.probe_count)]
@@ -252,7 +266,7 @@ def asked_probes(tokenizer, context: int, cfg: Config) -> dict[tuple[int, str], 
 
 
 @torch.no_grad()
-def measure_probes(model: MiMo, tokenizer, asked: dict) -> dict[str, dict[int, float]]:
+def measure_probes(model: MiMo, tokenizer: Tokenizer, asked: dict) -> dict[str, dict[int, float]]:
     """Mean score of RULER-like probes (greedy), per kind and context length in tokens [report Fig. 4]."""
     found: dict[str, dict[int, float]] = {}
     stop = stop_ids(tokenizer, True)
@@ -266,13 +280,13 @@ def measure_probes(model: MiMo, tokenizer, asked: dict) -> dict[str, dict[int, f
     return found
 
 
-def fitting_probe(kind: str, seed: int, tokens: int, tokenizer, world) -> probes.Probe:
+def fitting_probe(kind: str, seed: int, tokens: int, tokenizer: Tokenizer, world: World) -> probes.Probe:
     """The longest probe of this kind and seed whose prompt is at most `tokens` long."""
     words = tokens
     while len(tokenizer.encode((p := probes.probe(kind, seed, words, world=world)).prompt)) > tokens:
         words = int(words * 0.9)
         if words < 8:
-            raise ValueError(f"probe_lengths: a {kind} probe does not fit {tokens} tokens and an answer of {REPLY}")
+            raise UserError(f"probe_lengths: a {kind} probe does not fit {tokens} tokens and an answer of {REPLY}")
     return p
 
 

@@ -6,7 +6,9 @@ An MTP layer is one more transformer block. Layer k (k = 0, 1, 2) at position i 
 the final norm, beside the embedding of the token k+1 places ahead, and predicts the token after that:
 
     z_i    = Block_k( W_k [ RMSNorm(h_i) ; RMSNorm(emb(x_{i+k+1})) ] )          hidden first, embedding second
-    logits = lm_head( RMSNorm_final(z_i) )   predicts   x_{i+k+2}               head and embedding are the trunk's
+    logits = lm_head( RMSNorm_k(z_i) )       predicts   x_{i+k+2}
+
+The embedding and lm_head are the trunk's. Every norm is the layer's own, the last one (final_layernorm) too.
 
     position          i      i+1      i+2      i+3      i+4
     trunk      h_i  ----> predicts x_{i+1}
@@ -14,11 +16,11 @@ the final norm, beside the embedding of the token k+1 places ahead, and predicts
     layer 1    h_i +         x_{i+2} ------> x_{i+3}        all three read the SAME h_i: they are parallel,
     layer 2    h_i +                 x_{i+3} ------> x_{i+4}    not a chain
 
-Pre-training trains one layer (loss weight 0.3, then 0.1). Afterwards it is copied into two more, trunk and layer 0
-are frozen and the copies fine-tuned (pretrain.py, last stage). SFT trains all three, RL freezes them.
+Pre-training trains one layer (loss weight 0.3, then 0.1). Afterwards it is copied into two more, trunk and layer 0 are
+frozen and the copies fine-tuned (pretrain.py, last stage). SFT trains all three, RL freezes them.
 
-The report is silent on the weight of each depth when three are trained: we average them. On held-out reasoning text
-the report finds about 90% acceptance for the first layer and more than 75% for the third; the demo prints ours.
+The report is silent on the weight of each depth when three are trained: we average them. On held-out reasoning text it
+finds about 90% acceptance for the first layer and more than 75% for the third; the demo prints ours.
 """
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ class MTPLayer(Block):
         return super().forward(self.enter(h, emb), cos, sin, bounds, cache)
 
     def enter(self, h: Tensor, emb: Tensor) -> Tensor:
-        """What the block reads, [B,T,D]."""
+        """The block's input [B,T,D]: both normed, side by side, projected back to width D. Shapes as in forward."""
         return self.input_proj(torch.cat([self.hidden_layernorm(h), self.token_layernorm(emb)], -1))   # [B,T,2D] -> D
 
 
@@ -77,92 +79,88 @@ def freeze_all_but_new(model: MiMo, first: int = 1) -> None:
         p.requires_grad_(name.startswith("mtp_layers.") and int(name.split(".")[1]) >= first)
 
 
-def mtp_targets(ids: Tensor, docs: Tensor, T: int, depth: int) -> Tensor:
+def mtp_targets(ids: Tensor, docs: Tensor, T: int, n_mtp: int, mask: Tensor | None = None) -> list[Tensor]:
     """
-    What each position predicts `depth` tokens ahead, -100 where that would cross into another document.
-    ids, docs [B, >= T+depth]; docs numbers the document of each token. depth 1 is the trunk, k+2 is MTP layer k.
-    -> [B,T].
+    What each of T positions predicts, [B,T] for the trunk and for each of n_mtp layers: the token 1, 2, .. n_mtp + 1
+    places ahead, or -100 where that lies in another document. ids, docs [B, T+1+n_mtp]; docs numbers the document of
+    each token. mask [B, T+1+n_mtp]: 0 marks tokens that are context and no targets (SFT: the user's).
 
-    By hand, two documents A0 A1 A2 | B0 B1 and a neighbour C0, T = 5:
-        depth 1:  A1 A2 --- | B1 ---
-        depth 2:  A2 --- --- | --- ---
+    By hand, documents A0 A1 A2 | B0 B1 and a neighbour C0, T = 5:
+        depth 1, the trunk:    A1 A2 --- | B1 ---
+        depth 2, MTP layer 0:  A2 --- --- | --- ---
     """
-    ahead = ids[:, depth:T + depth]
-    return ahead.masked_fill(docs[:, :T] != docs[:, depth:T + depth], -100)
+    targets = []
+    for depth in range(1, n_mtp + 2):
+        target = ids[:, depth:T + depth].masked_fill(docs[:, :T] != docs[:, depth:T + depth], -100)
+        targets.append(target if mask is None else target.masked_fill(mask[:, depth:T + depth] == 0, -100))
+    return targets
 
 
 def target_counts(ids: Tensor, docs: Tensor, T: int, n_mtp: int, mask: Tensor | None = None) -> Tensor:
     """How many targets the trunk and each of n_mtp layers have, int64 [1 + n_mtp]; known before any forward."""
-    return torch.stack([(t >= 0).sum() for t in all_targets(ids, docs, T, n_mtp, mask)])
-
-
-def all_targets(ids: Tensor, docs: Tensor, T: int, n_mtp: int, mask: Tensor | None) -> list[Tensor]:
-    """mtp_targets for depth 1 .. n_mtp + 1; where mask is 0 the token is context, not a target."""
-    targets = [mtp_targets(ids, docs, T, depth) for depth in range(1, n_mtp + 2)]
-    if mask is not None:
-        targets = [t.masked_fill(mask[:, d:T + d] == 0, -100) for d, t in enumerate(targets, 1)]
-    return targets
+    return torch.stack([(t >= 0).sum() for t in mtp_targets(ids, docs, T, n_mtp, mask)])
 
 
 def losses(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor, mask: Tensor | None = None,
            ) -> tuple[Tensor, list[Tensor]]:
     """
-    Summed cross-entropies of the trunk and of each MTP layer, in nats.
-      ids, docs [B, T+1+n] with look-ahead for n MTP layers; positions [B,T] within the document; bounds int32 [2,B,T];
-      mask [B, T+1+n], 1 on tokens that are trained on as targets (SFT: the assistant's), default all.
-    -> (trunk sum, [sum per MTP layer]).
+    Summed cross-entropies of the trunk and of each MTP layer, in nats. -> (trunk sum, [sum per MTP layer]).
+
+      ids, docs   [B, T+1+n] with look-ahead for n MTP layers
+      positions   [B,T] within the document
+      bounds      int32 [2,B,T], the document of each token (data.loader.Batch)
+      mask        [B, T+1+n], 1 on tokens that are trained on as targets (SFT: the assistant's); default all
+
     Sums, not means: the caller divides by target_counts over the whole batch and all ranks, so that micro-batches and
-    ranks never change the loss.
+    ranks never change the loss. The [B*T,V] logits are never kept (kernels/linear_cross_entropy.py).
     """
     T = positions.shape[1]
     n_mtp = min(ids.shape[1] - T - 1, len(model.mtp_layers))
-    first, *rest = all_targets(ids, docs, T, n_mtp, mask)
+    first, *rest = mtp_targets(ids, docs, T, n_mtp, mask)
     h = model(ids[:, :T], positions, bounds)                        # [B,T,D], before the final norm
-    main, extra = head_loss(model, model.norm(h), first), []
+    main = linear_cross_entropy(model.norm(h).flatten(0, 1), model.lm_head.weight, first.flatten())
     cos, sin = model.rope_at(ids[:, :T], positions)
+    extra = []
     for k, (layer, target) in enumerate(zip(model.mtp_layers, rest, strict=False)):
         emb = model.embed_tokens(ids[:, k + 1:T + k + 1])           # the embedding is tied with the trunk's [Fig. 2]
-        z = layer(h, emb, cos, sin, bounds)
-        extra.append(head_loss(model, layer.final_layernorm(z), target))
+        z = layer.final_layernorm(layer(h, emb, cos, sin, bounds))  # [B,T,D]
+        extra.append(linear_cross_entropy(z.flatten(0, 1), model.lm_head.weight, target.flatten()))
     return main, extra
 
 
-def head_loss(model: MiMo, x: Tensor, targets: Tensor) -> Tensor:
-    """Sum of -log p(target) over the targets >= 0. x [B,T,D] already normed; the [B*T,V] logits are never kept."""
-    return linear_cross_entropy(x.flatten(0, 1), model.lm_head.weight, targets.flatten())
-
-
 @torch.no_grad()
-def agreement(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor, mask: Tensor | None = None,
-              ) -> list[tuple[int, int]]:
+def teacher_forced_acceptance(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor,
+                              mask: Tensor | None = None) -> list[tuple[int, int]]:
     """
-    Teacher-forced acceptance per MTP layer: of the drafts that speculative decoding would look at while it writes this
-    text, how many are the text's own token; the quantity that the engine counts online. One forward gives all drafts;
-    then each row is walked in rounds, as the engine goes: a round looks at layer 0, 1, .. up to the first wrong draft,
-    and the next round starts behind the token that corrected it. A plain average over all places is another quantity:
-    rounds start where the last one failed, which is no fair sample of places.
-    Equal to the online count, per layer, where the text is the model's own, greedy or sampled, down to near-ties of
-    rounding; stop ids end rows of either alike (tests/test_engine.py). Elsewhere it answers "as if it had said this".
-    mask: 1 on the tokens that the model wrote, default all. -> [(kept, looked at) per layer]; shapes as in losses.
+    Acceptance of each MTP layer on a given text: [(accepted, verified) per layer]; shapes as in losses, mask: 1 on the
+    tokens that the model wrote, default all.
+
+    A draft is verified only if all drafts before it in the round were accepted, the same definition as the engine's
+    counters. One forward gives all drafts; then each row is walked in rounds, as the engine goes: a round verifies
+    layer 0, 1, .. up to the first wrong draft, and the next round starts behind the token that corrected it. A plain
+    average over all positions is another quantity, because rounds start where the last one failed.
+
+    Equal to the engine's count where the text is the model's own, down to near-ties of rounding (tests/test_engine.py).
+    Elsewhere it answers "as if the model had written this".
     """
     T, n = positions.shape[1], len(model.mtp_layers)
     h = model(ids[:, :T], positions, bounds)
     cos, sin = model.rope_at(ids[:, :T], positions)
-    right, there = [], []                                           # [n][B,T]: draft of x_{i+k+2}, and is there one
+    right, exists = [], []          # [n][B][T]: is the draft of x_{i+k+2} right; is there such a token
     for k, layer in enumerate(model.mtp_layers):
         z = layer(h, model.embed_tokens(ids[:, k + 1:T + k + 1]), cos, sin, bounds)
         draft = (layer.final_layernorm(z) @ model.lm_head.weight.T).argmax(-1)      # [B,T]
         target = ids[:, k + 2:T + k + 2]
         same = docs[:, :T] == docs[:, k + 2:T + k + 2]
         right.append((draft == target).tolist())
-        there.append((same if mask is None else same & (mask[:, k + 2:T + k + 2] > 0)).tolist())
+        exists.append((same if mask is None else same & (mask[:, k + 2:T + k + 2] > 0)).tolist())
     counts = [[0, 0] for _ in range(n)]
     for row in range(len(ids)):
         i = 0
         while i < T:
             step = 1
             for k in range(n):
-                if not there[k][row][i]:
+                if not exists[k][row][i]:
                     break
                 counts[k][1] += 1
                 if not right[k][row][i]:
@@ -170,7 +168,7 @@ def agreement(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds:
                 counts[k][0] += 1
                 step += 1
             i += step
-    return [(kept, looked) for kept, looked in counts]
+    return [(accepted, verified) for accepted, verified in counts]
 
 
 # ---- acceptance rules, pure functions (Leviathan et al., arXiv 2211.17192) -------------------------------------------
@@ -185,22 +183,27 @@ def accept_greedy(drafts: Tensor, argmax: Tensor) -> Tensor:
 
 def accept_sampled(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Speculative sampling that keeps the output distribution p exactly.
-      p [B,n+1,V] target probabilities at each verified position; q [B,n,V] draft probabilities (one-hot for greedy
-      drafts); drafts [B,n] sampled from q; u [B,n] uniform in [0,1).
-    Draft x is kept with probability min(1, p(x)/q(x)); the token after the last kept one comes from the residual
-        r = max(p - q, 0) / sum max(p - q, 0)
-    or from p itself when everything was kept. -> (accepted int64 [B], next-token probabilities [B,V]).
+    The general rule, for reading and for tests. The engine needs only accept_greedy: its drafts are greedy, so that it
+    samples the trunk's token first and compares (engine.py says why this is the same law).
 
-    By hand, V = 2, p = (.3, .7), q = (.6, .4): draft 0 is kept with probability 1/2, else r = (0, 1); so
+    Speculative sampling keeps the output distribution p exactly.
+      p       [B,n+1,V] target probabilities at each verified position
+      q       [B,n,V] draft probabilities (one-hot for greedy drafts)
+      drafts  [B,n] sampled from q
+      u       [B,n] uniform in [0,1)
+    Draft x is accepted with probability min(1, p(x)/q(x)); the token after the last accepted one is sampled from
+        r = max(p - q, 0) / sum max(p - q, 0)
+    or from p itself when everything was accepted. -> (accepted int64 [B], next-token probabilities [B,V]).
+
+    By hand, V = 2, p = (.3, .7), q = (.6, .4): draft 0 is accepted with probability 1/2, else r = (0, 1); so
     P(0) = .6 * .5 = .3 and P(1) = .4 + .6 * .5 = .7.
     """
-    B, n = drafts.shape
+    n = drafts.shape[1]
     px = p[:, :n].gather(2, drafts[..., None])[..., 0]              # [B,n]
     qx = q.gather(2, drafts[..., None])[..., 0]
-    kept = (u * qx < px).long().cumprod(1).sum(1)                   # u < p/q without dividing by 0
-    at = kept[:, None, None].expand(-1, 1, p.shape[2])
-    target = p.gather(1, at)[:, 0]                                  # [B,V] p at the first position not kept
-    draft = torch.cat([q, torch.zeros_like(q[:, :1])], 1).gather(1, at)[:, 0]   # q there, 0 when all were kept
+    accepted = (u * qx < px).long().cumprod(1).sum(1)               # u < p/q without dividing by 0
+    at = accepted[:, None, None].expand(-1, 1, p.shape[2])
+    target = p.gather(1, at)[:, 0]                                  # [B,V] p at the first position not accepted
+    draft = torch.cat([q, torch.zeros_like(q[:, :1])], 1).gather(1, at)[:, 0]   # q there, 0 when all were accepted
     residual = (target - draft).clamp_min(0)
-    return kept, residual / residual.sum(-1, keepdim=True)
+    return accepted, residual / residual.sum(-1, keepdim=True)

@@ -2,7 +2,7 @@
 Pre-training in three stages, then MTP fine-tuning (report sections 2.1-2.3).
 
     python pretrain.py config/tiny.py                              # 1.3M parameters on a laptop CPU, minutes
-    python pretrain.py config/mimo_7b.py --dry_run=True            # what the 7B run would be: parameters, memory, days
+    python plan.py config/mimo_7b.py --gpus=8                      # what the 7B run would take
     torchrun --nproc_per_node=8 pretrain.py config/mimo_7b.py      # the 7B run under FSDP2
 
 One loop serves all of it. What changes on the way - learning rate, batch, MTP weight, RoPE base, context, mixture - is
@@ -10,13 +10,13 @@ read from the table of `Stage`s (schedule.py) at the number of tokens seen. The 
 
     L = CE(trunk) + w * mean_k CE(MTP layer k)            w = 0.3, later 0.1; one MTP layer in stages 1-3
 
-and after stage 3 the MTP layer is copied into two more, trunk and first layer are frozen, and the copies train on the
-same mixture with w = 1 (section 2.2). The report is silent on the length of that stage and its learning rate.
+After stage 3 the MTP layer is copied into two more, trunk and first layer are frozen, and the copies train on the same
+mixture with w = 1 (section 2.2). The report is silent on the length of that stage and on its learning rate.
 
 The data are token shards, one folder a source (data/prepare.py makes those of the tiny world). A run is resumed by
 running the same command again; on one CPU process the result is bit-equal to an uninterrupted run. Expect for
-config/tiny.py: 7.4 nats per token at the first step (ln 1024, and 1/2 for logits of variance 1); the held-out loss per
-source is printed where a stage ends, and results/demo keeps the curves of a whole run.
+config/tiny.py: 7.4 nats per token at the first step (ln 1024, and 1/2 for logits of variance 1). The held-out loss per
+source is printed where a stage ends; results/demo keeps the curves of a whole run.
 """
 import time
 from dataclasses import dataclass, field
@@ -24,20 +24,24 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import configurator
 import distributed
+import kernels
 import mtp
 from configurator import UserError
 from data.loader import Batch, MixtureLoader
 from data.shards import Shards, sources
-from kernels.attention import doc_bounds
+from engine import Engine, Request, generate
 from metrics import Metrics, SpikeGuard, check_finite, mfu
 from model import MiMo, ModelConfig
 from schedule import Stage, batch_size_at, lr_at, mtp_weight_at, stage_at, total_tokens
 from tokenizer import Tokenizer
+
+SAMPLE_PROMPT = "Problem: What is 7+4-6?\nSolution:"     # continued greedily now and then, for the screen
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,18 @@ class Config:
     save_every: int = 200                 # steps between checkpoints (also at stage ends and on SIGTERM)
     keep: int = 2                         # checkpoints kept
     sample_every: int = 150               # steps between samples printed to the screen, 0 = never
-    sample_prompt: str = "Problem: What is 7+4-6?\nSolution:"   # continued greedily for them
     seed: int = 1                         # weights and data order
     threads: int = 1                      # torch threads per process on CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
     checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing, 7B needs it
     compile: bool = False                 # torch.compile per block, CUDA
     shard_ranks: int = 0                  # ranks a parameter is sharded over; fewer than all = hybrid sharding, 0 = all
-    reduce_each: bool = False             # FSDP reduces every micro-batch: 4 bytes x parameters less, more traffic
-    async_save: bool = False              # write checkpoints beside training
-    skip_spikes: float = 0.0              # skip steps with a gradient norm of so many times its running mean, 0 = never
+    reduce_each: bool = False             # reduce-scatter gradients after every micro-batch: saves one fp32 copy of
+                                          # them per GPU, costs more communication
+    async_save: bool = False              # write checkpoints in the background while training goes on
+    skip_spikes: float = 0.0              # skip a step whose gradient norm exceeds this multiple of its running mean,
+                                          # 0 = never
+    plain: bool = False                   # torch code only: no C, no Triton; for reading and debugging
 
     def __post_init__(self):
         if not self.stages:
@@ -89,103 +95,65 @@ class Config:
         return self.stages + ([self.mtp_stage] if self.mtp_stage else [])
 
 
-def optimizer_for(model: MiMo, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices; gains and biases have none. Frozen parameters are left out."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True)
-
-
 def main(cfg: Config) -> None:
-    stages = cfg.all_stages()
-    # ---- where we run, what we read ----------------------------------------------------------------------------
+    # ---- 1. where we run, what we read --------------------------------------------------------------------------
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
-    run = Path(cfg.out)
-    tokenizer = Tokenizer.load(cfg.tokenizer)
-    if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise UserError(f"tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size:,} ids, model.vocab_size = "
-                        f"{cfg.model.vocab_size:,}: the model must have at least as many rows")
-    names = sorted({name for s in stages for name, w in s.mix.items() if w > 0})
-    ahead = cfg.n_mtp_final if cfg.mtp_stage else cfg.model.n_mtp      # tokens of look-ahead that the last stage needs
-    if not Path(cfg.data).is_dir():
-        raise UserError(f"no shards in {cfg.data!r}: `python -m data.prepare` makes those of the tiny world, "
-                        "docs/data.md says how to make your own")
-    loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=ahead, seed=cfg.seed,
-                           max_seq_len=cfg.model.max_seq_len)
-    for name in sources(Path(cfg.data) / "valid"):       # a stage's end is no time to find these broken
-        Shards(Path(cfg.data) / "valid", name, cfg.model.vocab_size)
+    kernels.set_plain(cfg.plain)
+    stages, run = cfg.all_stages(), Path(cfg.out)
+    end = total_tokens(stages)
+    tokenizer, loader = open_data(cfg, stages)
 
-    # ---- start or resume ---------------------------------------------------------------------------------------
-    seen, step, at = 0, 0, -1                                # tokens, optimizer steps, stage we are set up for
+    # ---- 2. start or resume -------------------------------------------------------------------------------------
     ckpt = checkpoint.latest(run)
-    saved = checkpoint.read_state(ckpt, "seen", "loader", "spikes") if ckpt else None
-    if saved:
-        seen, step, at = saved["seen"], saved["step"], saved["stage"]
-        if at >= len(stages):
-            raise UserError(f"{ckpt} is in stage {at + 1} of its table, this configuration has {len(stages)}")
-        loader.load_state_dict(saved["loader"])
-        shape = checkpoint.read_shape(ckpt)
-        checkpoint.same_shape(shape, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
-        model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{ckpt}/model.json"), "meta")
-    else:
-        model = mtp.build(cfg.model, "meta")
-    model, optimizer = prepare(model, stages, at, cfg, rt, ckpt)
-    if saved:
-        checkpoint.load_optimizer(ckpt, model, optimizer)
-    if rt.is_main:
-        print(configurator.show(cfg))
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {total_tokens(stages):,.0f} tokens, "
-              f"{rt.world} process(es) on {rt.device}" + (f", resumed at step {step} from {ckpt}" if saved else ""))
-    metrics = Metrics(run, resume_at=step, enabled=rt.is_main)
-    bar = tqdm(total=int(total_tokens(stages)), initial=seen, unit="tok", unit_scale=True, desc="pretrain",
-               disable=None if rt.is_main else True)
-
-    def save():
-        state = {"seen": seen, "step": step, "stage": at, "loader": loader.state_dict(), "spikes": spikes.state_dict()}
-        checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
-                                meta={"stage": "base", "chat": False, "tokens": seen}, optimizer=optimizer,
-                                keep=cfg.keep, state=state, shape=vars(model.cfg), rt=rt, background=cfg.async_save)
-
-    # ---- the loop ----------------------------------------------------------------------------------------------
+    model, optimizer, saved = start(cfg, stages, loader, rt, ckpt)
+    seen, step, at = (saved["seen"], saved["step"], saved["stage"]) if saved else (0, 0, -1)   # at: stage set up for
     spikes = SpikeGuard(cfg.skip_spikes)
     if saved:
         spikes.load_state_dict(saved["spikes"])
-    while seen < total_tokens(stages):
+    if rt.is_main:
+        print(configurator.show(cfg))
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {end:,.0f} tokens, {rt.world} process(es) "
+              f"on {rt.device}" + (f", resumed at step {step} from {ckpt}" if saved else ""))
+    metrics = Metrics(run, resume_at=step, enabled=rt.is_main)
+    bar = tqdm(total=int(end), initial=seen, unit="tok", unit_scale=True, desc="pretrain",
+               disable=None if rt.is_main else True)
+
+    # ---- 3. the loop --------------------------------------------------------------------------------------------
+    while seen < end:
         t0 = time.perf_counter()
         i, _ = stage_at(stages, seen)
         if i != at:                                          # a stage begins: context, RoPE base, perhaps new layers
             at = i
-            if stages[i] is cfg.mtp_stage:
-                model = mtp.replicate(distributed.unshard(model), cfg.n_mtp_final)
-                model = distributed.place(model, rt)
-            model.set_context(stages[i].rope_base, max(s.seq_len for s in stages[:i + 1]))
-            fresh = stages[i] is cfg.mtp_stage
-            model, optimizer = prepare(model, stages, at, cfg, rt) if fresh else (model, optimizer)
-        s, rows = stages[i], batch_size_at(stages, seen)
-        tokens = rows * s.seq_len
-        middle = min(seen + tokens / 2, total_tokens(stages[:i + 1]) - 1)
-        lr = lr_at(stages, middle)                           # of the step's middle: never 0 at step 0
-        w = mtp_weight_at(stages, seen)
+            model, optimizer = begin_stage(model, optimizer, stages, at, cfg, rt)
+            micro, stage_end, n_mtp = micro_rows(cfg, stages[i]), total_tokens(stages[:i + 1]), len(model.mtp_layers)
 
+        # 3a. what the table says of this step
+        s, rows, w = stages[i], batch_size_at(stages, seen), mtp_weight_at(stages, seen)
+        tokens = rows * s.seq_len
+        lr = lr_at(stages, min(seen + tokens / 2, stage_end - 1))     # at the step's middle: never 0 at step 0
+
+        # 3b. a batch. Targets are counted over all ranks and micro-batches before the first forward: the loss is then
+        # a mean over tokens, whatever the number of ranks and micro-batches
         batch = loader.next_batch(i, s.mix, s.seq_len, rows, rt.rank, rt.world).to(rt.device)
-        # targets are counted over all ranks and micro-batches before the first of them: the loss is a mean over tokens
-        n_mtp = len(model.mtp_layers)
         counts = distributed.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, s.seq_len, n_mtp), rt)
+
+        # 3c. forward and backward
         total = torch.zeros(1 + n_mtp, device=rt.device)
-        for micro, last in distributed.micro_batches(batch, micro_rows(cfg, s), rt):
-            sums = forward(model, micro, n_mtp)              # [1 + n_mtp] summed nats
+        for part, last in distributed.micro_batches(batch, micro, rt):
+            sums = forward(model, part, n_mtp)               # [1 + n_mtp] summed nats
             loss = sums[0] / counts[0]
             if n_mtp:
                 loss = loss + w * (sums[1:] / counts[1:].clamp_min(1)).mean()
-            distributed.sync_gradients(model, last or cfg.reduce_each, rt)   # FSDP reduces once, after the last micro-batch
+            distributed.sync_gradients(model, last or cfg.reduce_each, rt)
             (loss * rt.world).backward()                     # FSDP averages over ranks; the counts are global already
             total += sums.detach()
         total = distributed.all_reduce_sum(total, rt) / counts.clamp_min(1)
+
+        # 3d. update
         distributed.average_gradients(model, rt)
         norm = distributed.clip_grad_norm(model, cfg.grad_clip)
         check_finite({"loss": total, "gradient norm": norm}, model, step)
-        skipped = spikes.skip(float(norm))
+        skipped = spikes.skip(norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if not skipped:
@@ -193,46 +161,109 @@ def main(cfg: Config) -> None:
         optimizer.zero_grad(set_to_none=True)
         seen, step = seen + tokens, step + 1
 
-        # ---- tell, check, save -------------------------------------------------------------------------------
+        # 3e. log, validate, save
         seconds = time.perf_counter() - t0
         metrics.log(step=step, tokens=seen, stage=s.name, loss=float(total[0]), mtp_loss=total[1:].tolist(), lr=lr,
-                    batch_size=rows, seq_len=s.seq_len, mtp_weight=w, grad_norm=float(norm), skipped=skipped,
+                    batch_size=rows, seq_len=s.seq_len, mtp_weight=w, grad_norm=norm, skipped=skipped,
                     tokens_per_second=tokens / seconds, mfu=mfu(model.cfg, s.seq_len, tokens / seconds, rt),
-                    epochs={k: round(v, 4) for k, v in loader.epochs().items()})
+                    epochs={name: round(n, 4) for name, n in loader.epochs().items()})
         bar.update(tokens)
-        mtp_mean = float(total[1:].mean()) if n_mtp else 0.0
-        bar.set_postfix_str(f"{s.name} loss {float(total[0]):.3f} mtp {mtp_mean:.3f} lr {lr:.1e}")
+        bar.set_postfix_str(f"{s.name} loss {float(total[0]):.3f} mtp {float(total[1:].mean()) if n_mtp else 0:.3f} "
+                            f"lr {lr:.1e}")
         if cfg.sample_every and step % cfg.sample_every == 0 and not rt.sharded:
-            bar.write(f"  sample at {seen:,} tokens: {continue_text(model, tokenizer, cfg.sample_prompt)!r}")
-        ended = seen >= total_tokens(stages[:i + 1])
-        if ended:
+            bar.write(f"  sample at {seen:,} tokens: {continue_text(model, tokenizer, SAMPLE_PROMPT)!r}")
+        if stage_ended := seen >= stage_end:
             losses = validate(model, cfg, s, rt)
             metrics.log(step=step, tokens=seen, stage=s.name, valid=losses)
             if rt.is_main:
                 bar.write(f"  {s.name} ends at {seen:,} tokens; validation loss, nats per token: "
-                          + ", ".join(f"{k} {v['loss']:.3f}" for k, v in losses.items()))
+                          + ", ".join(f"{name} {v['loss']:.3f}" for name, v in losses.items()))
         stop = distributed.stop_requested(rt)
-        if ended or stop or step % cfg.save_every == 0:
-            save()
+        if stage_ended or stop or step % cfg.save_every == 0:
+            state = {"seen": seen, "step": step, "stage": at, "loader": loader.state_dict(),
+                     "spikes": spikes.state_dict()}
+            checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), state=state,
+                            meta={"stage": "base", "chat": False, "tokens": seen}, optimizer=optimizer, keep=cfg.keep,
+                            shape=vars(model.cfg), rt=rt, background=cfg.async_save)
         if stop:
             break
     bar.close()
+    checkpoint.finish()
     distributed.teardown(rt)
+
+
+# ---- start, resume, stages ------------------------------------------------------------------------------------------
+
+def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoader]:
+    """Tokenizer and loader, with everything checked now that a later stage would stumble over. UserError says what."""
+    missing = []
+    if cfg.tokenizer != "tiny" and not Path(cfg.tokenizer).is_dir():
+        missing.append(f"tokenizer files in {cfg.tokenizer!r}: tokenizer.json (or vocab.json and merges.txt) of "
+                       "XiaomiMiMo/MiMo-7B-Base or any Qwen2 model, from the Hugging Face hub")
+    if not Path(cfg.data).is_dir():
+        missing.append(f"token shards in {cfg.data!r}: `python -m data.prepare` makes those of the tiny world, "
+                       "docs/data.md says how to make them from your own text")
+    if missing:
+        raise UserError("this run needs what is not here yet:\n  - " + "\n  - ".join(missing) + "\n"
+                        "`python plan.py CONFIG --gpus=8` works without: parameters, schedule, memory, days")
+    tokenizer = Tokenizer.load(cfg.tokenizer)
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise UserError(f"tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size:,} ids, model.vocab_size = "
+                        f"{cfg.model.vocab_size:,}: the model must have at least as many rows")
+    names = sorted({name for s in stages for name, w in s.mix.items() if w > 0})
+    n_mtp = cfg.n_mtp_final if cfg.mtp_stage else cfg.model.n_mtp      # the last stage needs the most look-ahead
+    loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=n_mtp, seed=cfg.seed,
+                           max_seq_len=cfg.model.max_seq_len)
+    for name in sources(Path(cfg.data) / "valid"):
+        Shards(Path(cfg.data) / "valid", name, cfg.model.vocab_size)
+    return tokenizer, loader
+
+
+def start(cfg: Config, stages: list[Stage], loader: MixtureLoader, rt, ckpt: Path | None,
+          ) -> tuple[MiMo, torch.optim.AdamW, dict | None]:
+    """A new model, or that of ckpt with optimizer and loader where they were. -> (model, optimizer, saved state)."""
+    saved = checkpoint.read_state(ckpt, "seen", "loader", "spikes") if ckpt else None
+    shape, at = cfg.model, -1
+    if saved:
+        at = saved["stage"]
+        if at >= len(stages):
+            raise UserError(f"{ckpt} is in stage {at + 1} of its table, this configuration has {len(stages)}")
+        loader.load_state_dict(saved["loader"])
+        fields = checkpoint.read_shape(ckpt)
+        checkpoint.same_shape(fields, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
+        shape = configurator.from_dict(ModelConfig, fields, f"{ckpt}/model.json")
+    model, optimizer = prepare(mtp.build(shape, "meta"), stages, at, cfg, rt, ckpt)
+    if saved:
+        checkpoint.load_optimizer(ckpt, model, optimizer)
+    return model, optimizer, saved
+
+
+def begin_stage(model: MiMo, optimizer: torch.optim.AdamW, stages: list[Stage], at: int, cfg: Config, rt,
+                ) -> tuple[MiMo, torch.optim.AdamW]:
+    """Context and RoPE base of stage `at`; MTP fine-tuning starts from copies of the layer, with a new optimizer."""
+    fresh = stages[at] is cfg.mtp_stage
+    if fresh:
+        model = distributed.place(mtp.replicate(distributed.unshard(model), cfg.n_mtp_final), rt)
+    model.set_context(stages[at].rope_base, max(s.seq_len for s in stages[:at + 1]))
+    return prepare(model, stages, at, cfg, rt) if fresh else (model, optimizer)
 
 
 def prepare(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt, ckpt=None) -> tuple[MiMo, torch.optim.AdamW]:
     """
-    Freeze what the stage does not train, shard, fill a model that is still on the meta device (each rank its own rows,
+    Freeze what stage `at` does not train, shard, fill a model that is still on the meta device (each rank its own rows,
     from the checkpoint or the seed), and make the optimizer. at = -1 before the first stage.
     """
     model.requires_grad_(True)
     if 0 <= at and stages[at] is cfg.mtp_stage:
         mtp.freeze_all_but_new(model, cfg.model.n_mtp)
-    model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
+    model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile,
+                              shard_ranks=cfg.shard_ranks)
     if next(model.parameters()).is_meta:
         model = checkpoint.materialise(model, rt, seed=cfg.seed, ckpt=ckpt)
-    return model, optimizer_for(model, cfg)
+    return model, distributed.adamw(model, lr=0.0, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
 
+
+# ---- forward passes -------------------------------------------------------------------------------------------------
 
 def micro_rows(cfg: Config, stage: Stage) -> int:
     """
@@ -242,17 +273,16 @@ def micro_rows(cfg: Config, stage: Stage) -> int:
     return max(1, cfg.micro_batch * min(s.seq_len for s in cfg.all_stages()) // stage.seq_len)
 
 
-def forward(model: MiMo, batch: Batch, n_mtp: int) -> torch.Tensor:
+def forward(model: MiMo, batch: Batch, n_mtp: int) -> Tensor:
     """Summed losses [1 + n_mtp] of one micro-batch, nats."""
-    B, T = batch.positions.shape
-    bounds = doc_bounds(batch.cu_seqlens, B, T)
-    ids, docs = batch.ids[:, :T + 1 + n_mtp], batch.docs[:, :T + 1 + n_mtp]
-    main, extra = mtp.losses(model, ids, docs, batch.positions, bounds, batch.mask)
+    width = batch.positions.shape[1] + 1 + n_mtp             # the loader's look-ahead is that of the last stage
+    main, extra = mtp.losses(model, batch.ids[:, :width], batch.docs[:, :width], batch.positions, batch.bounds,
+                             batch.mask)
     return torch.stack([main, *extra])
 
 
 @torch.no_grad()
-def validate(model: MiMo, cfg: Config, stage: Stage, rt) -> dict[str, dict[str, float]]:
+def validate(model: MiMo, cfg: Config, stage: Stage, rt) -> dict[str, dict[str, float | list[float]]]:
     """Loss and MTP losses per source on held-out documents, nats per token, at the stage's context."""
     folder = Path(cfg.data) / "valid"
     n_mtp, found = len(model.mtp_layers), {}
@@ -261,7 +291,7 @@ def validate(model: MiMo, cfg: Config, stage: Stage, rt) -> dict[str, dict[str, 
         rows = max(rt.world, int(cfg.valid_tokens) // stage.seq_len)
         batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, rows, rt.rank, rt.world).to(rt.device)
         parts = distributed.micro_batches(batch, micro_rows(cfg, stage), rt)
-        sums = sum(forward(model, micro, n_mtp) for micro, _ in parts)
+        sums = sum(forward(model, part, n_mtp) for part, _ in parts)
         counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp)
         mean = distributed.all_reduce_sum(sums, rt) / distributed.all_reduce_sum(counts, rt).clamp_min(1)
         found[name] = {"loss": float(mean[0]), "mtp": mean[1:].tolist()}
@@ -270,8 +300,7 @@ def validate(model: MiMo, cfg: Config, stage: Stage, rt) -> dict[str, dict[str, 
 
 @torch.no_grad()
 def continue_text(model: MiMo, tokenizer: Tokenizer, prompt: str, n: int = 40) -> str:
-    """A greedy continuation for the progress bar; sample.py has the real thing."""
-    from engine import Engine, Request, generate
+    """A greedy continuation of at most n tokens for the progress bar; sample.py has the real thing."""
     ids = tokenizer.encode(prompt)
     out = generate(Engine(model, slots=1, max_len=len(ids) + n, n_ids=tokenizer.n_ids),
                    [Request(0, ids, max_new_tokens=n, temperature=0.0, stop=(tokenizer.eos_id,))])[0]

@@ -2,7 +2,7 @@
 Supervised fine-tuning on packed chat samples (report section 3.1).
 
     python sft.py config/tiny_sft.py                               # from out/tiny/base, seconds to minutes on a CPU
-    python sft.py config/mimo_7b_sft.py --dry_run=True             # memory per GPU by kind, nothing is trained
+    python plan.py config/mimo_7b_sft.py --gpus=8                  # memory per GPU by kind, nothing is trained
     torchrun --nproc_per_node=8 sft.py config/mimo_7b_sft.py       # from the 7B base, packed to 32,768 tokens
 
 The recipe: three filters (16-gram overlap of the query with an evaluation set; mixed-language or incomplete answers; at
@@ -18,17 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import checkpoint
 import configurator
 import distributed
+import kernels
 import mtp
 from configurator import UserError
 from data.pack import PackedLoader
-from data.sft_data import load_samples
-from kernels.attention import doc_bounds
+from data.sft_data import load_samples, read_questions
 from metrics import Metrics, check_finite
 from model import ModelConfig
 from tokenizer import Tokenizer
@@ -60,7 +61,9 @@ class Config:
     checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing
     compile: bool = False                 # torch.compile per block, CUDA
     shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
-    reduce_each: bool = False             # FSDP reduces every micro-batch: 4 bytes x parameters less, more traffic
+    reduce_each: bool = False             # reduce-scatter gradients after every micro-batch: saves one fp32 copy of
+                                          # them per GPU, costs more communication
+    plain: bool = False                   # torch code only: no C, no Triton; for reading and debugging
 
     def __post_init__(self):
         configurator.at_least(self, 2, "seq_len")
@@ -73,27 +76,27 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    # ---- start or resume ---------------------------------------------------------------------------------------
+    # ---- 1. where we run, start or resume -----------------------------------------------------------------------
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
+    kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
     ckpt = checkpoint.latest(run)
     saved = checkpoint.read_state(ckpt, "step", "loader") if ckpt else None
     if ckpt:
         checkpoint.same_start(ckpt, cfg.init)
-    start = ckpt or checkpoint.find(cfg.init)                   # a folder of checkpoints or one checkpoint
+    start = ckpt or checkpoint.find(cfg.init)                # a folder of checkpoints or one checkpoint
     shape, tokenizer = checkpoint.read_shape(start), Tokenizer.load(start)
     if cfg.seq_len > shape["max_seq_len"]:
         raise UserError(f"seq_len = {cfg.seq_len} is longer than the context of {start}, "
                         f"max_seq_len = {shape['max_seq_len']}")
     model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{start}/model.json"), "meta")
-    model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile, shard_ranks=cfg.shard_ranks)
-    model = checkpoint.materialise(model, rt, ckpt=start)       # each rank reads its own rows
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+    model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile,
+                              shard_ranks=cfg.shard_ranks)
+    model = checkpoint.materialise(model, rt, ckpt=start)    # each rank reads its own rows
+    optimizer = distributed.adamw(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     n_mtp = len(model.mtp_layers)
 
-    # ---- samples: filter, then pack ------------------------------------------------------------------------------
+    # ---- 2. samples: filter, then pack --------------------------------------------------------------------------
     samples, report = load_samples(cfg.data, tokenizer, cfg.heldout, max_per_query=cfg.max_per_query)
     loader = PackedLoader(samples, cfg.seq_len, tokenizer.eos_id, n_mtp=n_mtp, seed=cfg.seed,
                           vocab_size=shape["vocab_size"], max_seq_len=shape["max_seq_len"])
@@ -102,6 +105,8 @@ def main(cfg: Config) -> None:
         step = saved["step"]
         loader.load_state_dict(saved["loader"])
         checkpoint.load_optimizer(ckpt, model, optimizer)
+    meta = {"stage": "sft", "chat": True, "init": str(cfg.init if saved else start), "turns": turns(samples),
+            "examples": examples(cfg.heldout)}
     if rt.is_main:
         print(configurator.show(cfg))
         print(f"samples: {report}; {loader.n_dropped} longer than a row; rows filled to {loader.fill:.1%}"
@@ -109,16 +114,20 @@ def main(cfg: Config) -> None:
     metrics = Metrics(run, resume_at=step, enabled=rt.is_main)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="sft", disable=None if rt.is_main else True)
 
-    # ---- the loop ------------------------------------------------------------------------------------------------
+    # ---- 3. the loop --------------------------------------------------------------------------------------------
     while step < cfg.steps:
         t0 = time.perf_counter()
         lr = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else cfg.lr
+
+        # 3a. a batch of packed rows; targets are counted over all ranks before the first forward
         batch = loader.next_batch(cfg.batch_size, rt.rank, rt.world).to(rt.device)
-        counts = distributed.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, cfg.seq_len, n_mtp, batch.mask), rt)
+        counts = mtp.target_counts(batch.ids, batch.docs, cfg.seq_len, n_mtp, batch.mask)
+        counts = distributed.all_reduce_sum(counts, rt)
+
+        # 3b. forward and backward
         total = torch.zeros(1 + n_mtp, device=rt.device)
-        for micro, last in distributed.micro_batches(batch, cfg.micro_batch, rt):
-            bounds = doc_bounds(micro.cu_seqlens, micro.positions.shape[0], cfg.seq_len)
-            main_sum, extra = mtp.losses(model, micro.ids, micro.docs, micro.positions, bounds, micro.mask)
+        for part, last in distributed.micro_batches(batch, cfg.micro_batch, rt):
+            main_sum, extra = mtp.losses(model, part.ids, part.docs, part.positions, part.bounds, part.mask)
             sums = torch.stack([main_sum, *extra])           # [1 + n_mtp] summed nats
             # a mean over all trained tokens of the global batch: per-row means would overweigh short rows
             loss = sums[0] / counts[0]
@@ -128,6 +137,8 @@ def main(cfg: Config) -> None:
             (loss * rt.world).backward()
             total += sums.detach()
         total = distributed.all_reduce_sum(total, rt) / counts.clamp_min(1)
+
+        # 3c. update
         distributed.average_gradients(model, rt)
         norm = distributed.clip_grad_norm(model, cfg.grad_clip)
         check_finite({"loss": total, "gradient norm": norm}, model, step)
@@ -137,23 +148,35 @@ def main(cfg: Config) -> None:
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        # ---- tell and save ---------------------------------------------------------------------------------------
+        # 3d. log and save
         seconds = time.perf_counter() - t0
-        metrics.log(step=step, loss=float(total[0]), mtp_loss=total[1:].tolist(), lr=lr, grad_norm=float(norm),
+        metrics.log(step=step, loss=float(total[0]), mtp_loss=total[1:].tolist(), lr=lr, grad_norm=norm,
                     trained_tokens=int(counts[0]), epochs=round(loader.epochs(), 3),
                     tokens_per_second=cfg.batch_size * cfg.seq_len / seconds)
         bar.update(1)
         bar.set_postfix_str(f"loss {float(total[0]):.3f} epoch {loader.epochs():.2f}")
         stop = distributed.stop_requested(rt)
         if stop or step == cfg.steps or step % cfg.save_every == 0:
-            checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg),
-                                    meta={"stage": "sft", "chat": True, "init": str(start if not saved else cfg.init)},
-                                    optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt,
-                                    state={"step": step, "loader": loader.state_dict()})
+            checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), meta=meta,
+                            optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt,
+                            state={"step": step, "loader": loader.state_dict()})
         if stop:
             break
     bar.close()
+    checkpoint.finish()
     distributed.teardown(rt)
+
+
+def turns(samples) -> str:
+    """"multi" if one of the first 1,000 samples (ids, mask) has more than one answer, else "single"; sample.py asks."""
+    several = lambda mask: np.count_nonzero(np.diff(np.asarray(mask, np.int8), prepend=0) == 1) > 1
+    return "multi" if any(several(samples[i][1]) for i in range(min(1000, len(samples)))) else "single"
+
+
+def examples(heldout: str) -> list[str]:
+    """Three held-out questions, the first, one from the middle and the last: what sample.py suggests to ask."""
+    questions = read_questions(heldout) if heldout else []
+    return [questions[i] for i in sorted({0, len(questions) // 2, len(questions) - 1})] if questions else []
 
 
 if __name__ == "__main__":

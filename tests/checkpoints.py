@@ -15,7 +15,7 @@ def load_model(path) -> tuple[dict, dict[str, Tensor], dict]:
     return checkpoint.read_shape(ckpt), state, checkpoint.read_meta(ckpt)
 
 
-def resume(run, model: nn.Module, optimizer) -> tuple[dict, Path] | tuple[None, None]:
+def load_latest(run, model: nn.Module, optimizer) -> tuple[dict, Path] | tuple[None, None]:
     """latest + read_weights + load_optimizer. -> (state, folder), (None, None) when there is nothing to resume."""
     ckpt = checkpoint.latest(run)
     if ckpt is None:

@@ -23,7 +23,6 @@ import checkpoint  # noqa: E402
 import distributed  # noqa: E402
 import mtp  # noqa: E402
 from data.loader import make_batch  # noqa: E402
-from kernels.attention import doc_bounds  # noqa: E402
 from metrics import check_finite  # noqa: E402
 from model import ModelConfig  # noqa: E402
 
@@ -81,13 +80,12 @@ def main(
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), fused=True)
     start = 0
     if resume:
-        state, _ = resume(run, model, optimizer)
+        state, _ = load_latest(run, model, optimizer)
         start = state["step"]
     seen = []
 
     def forward(batch, rows):
-        bounds = doc_bounds(batch.cu_seqlens, rows, T)
-        trunk, extra = mtp.losses(model, batch.ids, batch.docs, batch.positions, bounds, batch.mask)
+        trunk, extra = mtp.losses(model, batch.ids, batch.docs, batch.positions, batch.bounds, batch.mask)
         return torch.stack([trunk, *extra])
 
     for step in range(start, steps):

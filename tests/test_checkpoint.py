@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import load_model, resume
+from checkpoints import load_latest, load_model
 from ranks import start
 
 import checkpoint
@@ -100,7 +100,7 @@ def test_resume_is_bit_equal(tmp_path, background):
     first = train(model, optimizer, 3)  # while the background save may still be writing
     checkpoint.finish()
     rt, other, optimizer2 = small(7)
-    state, ckpt = resume(tmp_path, other, optimizer2)
+    state, ckpt = load_latest(tmp_path, other, optimizer2)
     assert state == {"step": 3, "cursor": [3, 2.5, "x"]} and ckpt.name == "step_00000003"
     assert train(other, optimizer2, 3) == first
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -231,7 +231,7 @@ def test_a_real_write_error_is_one_line(tmp_path):
 def writer(run: str, background: bool) -> None:
     """Saves as fast as it can, from where it was; weights and state both say the step."""
     rt, model, optimizer = small()
-    state, _ = resume(run, model, optimizer)
+    state, _ = load_latest(run, model, optimizer)
     step = first = state["step"] if state else 0
     while True:
         step += 1

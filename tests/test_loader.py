@@ -10,6 +10,7 @@ import torch
 
 from data.loader import MixtureLoader, Stream, make_batch
 from data.shards import Shards, sources, write_shard, write_source
+from kernels.attention import doc_bounds
 
 EOS = 1000
 
@@ -45,7 +46,7 @@ def test_write_and_read(tmp_path):
     s = Shards(tmp_path, "a", verify=True)
     assert len(s.shards) > 5 and s.n_documents == 200 and s.n_tokens == sum(map(len, documents))
     assert [d.tolist() for d in s.documents()] == documents
-    assert s[199].tolist() == documents[199] and sources(tmp_path) == ["a"]
+    assert sources(tmp_path) == ["a"]
     assert s.shards[0].tokens.dtype == np.uint16
     make(tmp_path, "a", 3)           # rewritten with fewer shards: the old ones are gone
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a_00000.bin"]
@@ -55,10 +56,10 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     """151,679, the last row of MiMo-7B's embedding, does not fit 16 bits."""
     write_source(tmp_path, "a", [[151_679, 7]], 151_680)
     s = Shards(tmp_path, "a", 151_680)
-    assert s.shards[0].tokens.dtype == np.uint32 and s[0].tolist() == [151_679, 7]
+    assert s.shards[0].tokens.dtype == np.uint32 and s.shards[0].document(0).tolist() == [151_679, 7]
     write_source(tmp_path, "b", [[65_535, 7]], 65_536)
     s = Shards(tmp_path, "b")
-    assert s.shards[0].tokens.dtype == np.uint16 and s[0].tolist() == [65_535, 7]
+    assert s.shards[0].tokens.dtype == np.uint16 and s.shards[0].document(0).tolist() == [65_535, 7]
 
 
 @pytest.mark.parametrize("ids", [[5, 1001], [-1, 5]])
@@ -105,17 +106,17 @@ def flip(path, at):
 def test_make_batch_by_hand():
     """
     T = 4, one token of look-ahead. Row 0 holds documents 7 7 | 8 8 (8 goes on), row 1 is one document 9
-    throughout: positions 0 1 0 1 and 0 1 2 3; boundaries at 0 2 4 | 8 of the flattened 8 inputs.
+    throughout: positions 0 1 0 1 and 0 1 2 3; bounds first 0 0 2 2 and 0 0 0 0, end 2 2 4 4 and 4 4 4 4.
     """
     ids, docs = np.arange(10).reshape(2, 5), np.array([[7, 7, 8, 8, 8], [9, 9, 9, 9, 3]])
     b = make_batch(ids, docs, 4)
     assert b.positions.tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]
-    assert b.cu_seqlens.tolist() == [0, 2, 4, 8] and b.cu_seqlens.dtype == torch.int32
+    assert b.bounds.tolist() == [[[0, 0, 2, 2], [0] * 4], [[2, 2, 4, 4], [4] * 4]] and b.bounds.dtype == torch.int32
     assert b.ids.dtype == torch.int64 and b.ids.shape == (2, 5)
     free = make_batch(ids, docs, 4, mask_documents=False)
-    assert free.positions.tolist() == [[0, 1, 2, 3]] * 2 and free.cu_seqlens.tolist() == [0, 4, 8]
+    assert free.positions.tolist() == [[0, 1, 2, 3]] * 2 and free.bounds.tolist() == [[[0] * 4] * 2, [[4] * 4] * 2]
     second = b.rows(1, 2)
-    assert second.cu_seqlens.tolist() == [0, 4] and second.ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert second.bounds.tolist() == [[[0] * 4], [[4] * 4]] and second.ids.tolist() == [[5, 6, 7, 8, 9]]
 
 
 def test_boundaries_are_where_documents_end(folder):
@@ -126,7 +127,8 @@ def test_boundaries_are_where_documents_end(folder):
     assert torch.equal(b.docs[:, 1:] != b.docs[:, :-1], after_eos)
     assert torch.equal(b.positions[:, 1:] == 0, after_eos[:, :63])
     starts = torch.nonzero(b.positions.flatten() == 0).flatten().tolist()
-    assert b.cu_seqlens.tolist() == [*starts, 12 * 64]
+    cuts = torch.tensor([*starts, 12 * 64], dtype=torch.int32)
+    assert torch.equal(b.bounds, doc_bounds(cuts, 12, 64)), "as the kernels' own function has them"
 
 
 def test_micro_batches_are_the_rows_of_the_batch(folder):
@@ -135,7 +137,7 @@ def test_micro_batches_are_the_rows_of_the_batch(folder):
     assert torch.equal(torch.cat([p.ids for p in parts]), b.ids)
     for lo, p in zip((0, 5), parts, strict=True):
         again = make_batch(p.ids.numpy(), p.docs.numpy(), 32)
-        assert torch.equal(p.cu_seqlens, again.cu_seqlens) and torch.equal(p.positions, again.positions)
+        assert torch.equal(p.bounds, again.bounds) and torch.equal(p.positions, again.positions)
         assert p.sources == b.sources[lo:lo + 5]
 
 

@@ -29,21 +29,21 @@ def test_targets_by_hand():
     """[A0 A1 A2 B0 B1] with a neighbour C: no target crosses a document."""
     ids = torch.tensor([[10, 11, 12, 20, 21, 30, 31, 32]])
     docs = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
-    assert mtp.mtp_targets(ids, docs, 5, 1).tolist() == [[11, 12, -100, 21, -100]]
-    assert mtp.mtp_targets(ids, docs, 5, 2).tolist() == [[12, -100, -100, -100, -100]]
-    assert mtp.mtp_targets(ids, docs, 5, 3).tolist() == [[-100] * 5]
+    trunk, layer0, layer1 = (t.tolist() for t in mtp.mtp_targets(ids, docs, 5, 2))
+    assert trunk == [[11, 12, -100, 21, -100]]
+    assert layer0 == [[12, -100, -100, -100, -100]] and layer1 == [[-100] * 5]
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
     assert mtp.target_counts(ids, docs, 5, 1, mask).tolist() == [2, 1]
 
 
 def test_losses_equal_cross_entropy_of_the_full_logits():
     m, b = model(), batch()
-    bounds = doc_bounds(b.cu_seqlens, 2, 12)
+    bounds = b.bounds
     main, extra = mtp.losses(m, b.ids, b.docs, b.positions, bounds)
     h = m(b.ids[:, :12], b.positions, bounds)
     cos, sin = m.rope_at(b.ids[:, :12], b.positions)
     summed = lambda logits, depth: F.cross_entropy(
-        logits.flatten(0, 1), mtp.mtp_targets(b.ids, b.docs, 12, depth).flatten(), reduction="sum")
+        logits.flatten(0, 1), mtp.mtp_targets(b.ids, b.docs, 12, 3)[depth - 1].flatten(), reduction="sum")
     want = [summed(m.logits(h), 1)]
     for k, layer in enumerate(m.mtp_layers):
         z = layer(h, m.embed_tokens(b.ids[:, k + 1:13 + k]), cos, sin, bounds)
@@ -60,8 +60,7 @@ def test_micro_batches_add_up_to_the_whole_gradient():
     def grad(parts):
         m.zero_grad()
         for p in parts:
-            B = p.positions.shape[0]
-            main, extra = mtp.losses(m, p.ids, p.docs, p.positions, doc_bounds(p.cu_seqlens, B, 12))
+            main, extra = mtp.losses(m, p.ids, p.docs, p.positions, p.bounds)
             (main + sum(extra)).backward()
         return torch.cat([q.grad.flatten() for q in m.parameters()])
     torch.testing.assert_close(grad([b]), grad([b.rows(0, 1), b.rows(1, 2)]), atol=1e-4, rtol=1e-4)
@@ -78,10 +77,10 @@ def test_mtp_layer_reads_the_state_before_the_final_norm_hidden_first():
     from model import Block
     torch.testing.assert_close(layer(h, emb, cos, sin), Block.forward(layer, z, cos, sin), atol=1e-5, rtol=1e-4)
     # a gain on the final norm must not reach the MTP input
-    before = mtp.losses(m, b.ids, b.docs, b.positions, doc_bounds(b.cu_seqlens, 2, 12))[1][0]
+    before = mtp.losses(m, b.ids, b.docs, b.positions, b.bounds)[1][0]
     with torch.no_grad():
         m.norm.weight.mul_(3.0)
-    after = mtp.losses(m, b.ids, b.docs, b.positions, doc_bounds(b.cu_seqlens, 2, 12))[1][0]
+    after = mtp.losses(m, b.ids, b.docs, b.positions, b.bounds)[1][0]
     assert torch.equal(before, after)
 
 
@@ -153,5 +152,5 @@ def test_agreement_walks_in_rounds(monkeypatch):
         monkeypatch.setattr(layer.final_layernorm, "forward", lambda z: z)
     bounds = doc_bounds(torch.tensor([0, 8], dtype=torch.int32), 1, T)
     at = ids, docs, torch.arange(T)[None], bounds
-    assert mtp.agreement(m, *at) == [(2, 4), (1, 2)]
-    assert mtp.agreement(m, *at, torch.tensor([[0] * 4 + [1] * 7])) == [(1, 3), (1, 1)]
+    assert mtp.teacher_forced_acceptance(m, *at) == [(2, 4), (1, 2)]
+    assert mtp.teacher_forced_acceptance(m, *at, torch.tensor([[0] * 4 + [1] * 7])) == [(1, 3), (1, 1)]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import configurator
 from configurator import UserError
 from data import sft_data
 from data.jsonl import write_jsonl
@@ -18,6 +19,7 @@ from data.sft_data import (
     read_samples,
 )
 from data.shards import write_source
+from kernels.attention import doc_bounds
 from tokenizer import Tokenizer
 
 
@@ -30,8 +32,8 @@ def samples(n=60, seed=0, longest=30):
 
 def test_best_fit_by_hand():
     """
-    T = 10, lengths 6 5 4 3 2 12: 12 is dropped; 6 opens row 0, 5 row 1, 4 fits row 0 (gap 4 is tighter than
-    5), 3 goes to row 1, 2 fills it: 10 + 10 tokens in two rows, nothing wasted.
+    T = 10, lengths 6 5 4 3 2 12: 12 is dropped; 6 opens row 0, 5 row 1, 4 fits row 0 (gap 4 is tighter than 5), 3 goes
+    to row 1, 2 fills it: 10 + 10 tokens in two rows, nothing wasted.
     """
     assert best_fit([6, 5, 4, 3, 2, 12], 10) == ([[0, 2], [1, 3, 4]], [5])
     assert best_fit([], 10) == ([], [])
@@ -50,9 +52,10 @@ def test_every_sample_is_packed_once_and_rows_are_full():
 
 
 def test_rows_hold_whole_samples_with_their_own_positions_and_mask():
-    """For each sample of a row: contiguous, positions from 0, its own doc number, its own mask but for its
-    first token (nothing in the sample predicts that one); padding is never trained on and is a document of
-    its own."""
+    """
+    For each sample of a row: contiguous, positions from 0, its own document number, its own mask but for its first
+    token (nothing in the sample predicts that one). Padding is never trained on and is a document of its own.
+    """
     data = samples()
     loader = PackedLoader(data, 64, pad_id=0, n_mtp=2)
     b = loader.next_batch(len(loader.rows))
@@ -68,8 +71,8 @@ def test_rows_hold_whole_samples_with_their_own_positions_and_mask():
             found.append(k)
         assert not mask[docs < 0].any() and (ids[docs < 0] == 0).all() and (docs[64:] < 0).all()
     assert sorted(found) == list(range(60))
-    cuts = set(b.cu_seqlens.tolist())
-    assert {*torch.nonzero(b.positions.flatten() == 0).flatten().tolist(), b.positions.numel()} == cuts
+    cuts = torch.tensor([*torch.nonzero(b.positions.flatten() == 0).flatten().tolist(), b.positions.numel()])
+    assert torch.equal(b.bounds, doc_bounds(cuts.int(), *b.positions.shape))
 
 
 def test_too_long_samples_are_dropped_and_counted():
@@ -111,7 +114,7 @@ def test_ranks_and_resume(world):
 def test_a_rank_without_rows():
     """One row over four ranks: three of them get an empty batch of the right width, and must not fail."""
     b = PackedLoader(samples(), 64, pad_id=0, n_mtp=1).next_batch(1, rank=0, world=4)
-    assert b.ids.shape == (0, 66) and b.positions.shape == (0, 64) and b.cu_seqlens.tolist() == [0]
+    assert b.ids.shape == (0, 66) and b.positions.shape == (0, 64) and b.bounds.shape == (2, 0, 64)
 
 
 def test_pack_errors():
@@ -123,7 +126,7 @@ def test_pack_errors():
         PackedLoader(samples(), 8, pad_id=0, max_seq_len=4)
 
 
-# ---- filters -----------------------------------------------------------------------------------------------
+# ---- filters --------------------------------------------------------------------------------------------------------
 
 def sample(query, answer, **more):
     user, assistant = {"role": "user", "content": query}, {"role": "assistant", "content": answer}
@@ -156,9 +159,7 @@ def test_incomplete_by_its_own_account_or_without_an_answer():
     ("naïve café Müller", False), ("한국어 문장 입니다 그리고 here are many English words too", True),
 ])
 def test_mixed_language(text, bad):
-    """
-    By hand, the first: words Let, the, case and characters 考, 虑: 2 of 5 foreign. (Let's is Let + a lone s.)
-    """
+    """By hand, the first: words Let, the, case and characters 考, 虑: 2 of 5 foreign. (Let's is Let + a lone s.)"""
     assert is_mixed(text) is bad
 
 
@@ -166,7 +167,7 @@ def test_filters_count_each_reason_in_order():
     rows = [sample("in the test set", GOOD), sample("in the test set", ""), sample("a", "<think>\nx"),
             sample("b", "Let's 考虑 it"), sample("c", GOOD), sample("c", GOOD),
             *[sample(" D  d" if k % 2 else "d d", f"answer {k}") for k in range(11)]]
-    kept, dropped = filter_samples(rows, contaminated=lambda query: "test set" in query)
+    kept, dropped = filter_samples(rows, is_contaminated=lambda query: "test set" in query)
     assert dropped == {"contaminated": 2, "incomplete": 1, "mixed": 1, "duplicate": 1, "over_cap": 3}
     assert tuple(dropped) == REASONS and len(kept) + sum(dropped.values()) == len(rows)
     assert kept == [rows[4], *rows[6:14]]
@@ -174,7 +175,7 @@ def test_filters_count_each_reason_in_order():
 
 def test_the_cap_keeps_the_best_scored():
     rows = [sample("q", f"answer {k}", score=k % 5) for k in range(10)]
-    kept, dropped = filter_samples(rows, cap=3)
+    kept, dropped = filter_samples(rows, max_per_query=3)
     assert kept == [rows[3], rows[4], rows[9]] and dropped["over_cap"] == 7
 
 
@@ -202,17 +203,20 @@ def test_tokenised_shards_are_the_same_samples(tmp_path, capsys):
     """The command's folder of shards packs to the same batches as the JSONL file itself."""
     rows = [sample(f"question {k}", f"answer {k} " * (k % 7 + 1)) for k in range(100)]
     write_jsonl(tmp_path / "a.jsonl", rows)
-    sft_data.main([str(tmp_path / "a.jsonl"), str(tmp_path / "shards"), "--workers=2"])
+    command = lambda *words: sft_data.main(configurator.load(sft_data.Config, [str(word) for word in words]))
+    command(tmp_path / "a.jsonl", tmp_path / "shards", "--workers=2")
     assert "100 of 100 kept" in capsys.readouterr().out
     tok = Tokenizer.load("tiny")
     one, two = (PackedLoader(load_samples(tmp_path / p, tok)[0], 128, tok.eos_id, vocab_size=1024)
                 for p in ("a.jsonl", "shards"))
     a, b = one.next_batch(30), two.next_batch(30)
     assert torch.equal(a.ids, b.ids) and torch.equal(a.mask, b.mask) and a.mask.any()
-    sft_data.main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--cap=8"])
+    command(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--max_per_query=8")
     assert read_samples(tmp_path / "b.jsonl") == rows
-    with pytest.raises(UserError, match="sft_data error: .*nowhere"):
-        sft_data.main([str(tmp_path / "nowhere"), str(tmp_path / "b.jsonl")])
+    with pytest.raises(SystemExit, match="error: .*nowhere: No such file"), configurator.one_line():
+        command(tmp_path / "nowhere", tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match="out is missing; usage: "):
+        command(tmp_path / "a.jsonl")
     write_source(tmp_path / "shards", "sft_mask", [[1, 0]], 2)
     with pytest.raises(ValueError, match="sft and sft_mask do not belong together"):
         load_samples(tmp_path / "shards", tok)

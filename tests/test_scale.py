@@ -340,7 +340,7 @@ def test_rl_publishes_in_the_replicas_dtype(tmp_path, monkeypatch, staleness):
 @pytest.mark.parametrize("kind", ["selective", "full"])
 def test_recomputation_changes_nothing(kind):
     """Same loss and bit-equal gradients with activation checkpointing, on one process."""
-    from scale_worker import SHAPE, T, batch_at
+    from scale_worker import SHAPE, batch_at
 
     import mtp
     rt, grads = distributed.setup(seed=1, device="cpu"), []
@@ -348,8 +348,7 @@ def test_recomputation_changes_nothing(kind):
         model = distributed.shard(mtp.build(SHAPE, "meta"), rt, checkpointing=checkpointing)
         checkpoint.materialise(model, rt, seed=3)
         b = batch_at(0, 0, 1, False)
-        from kernels.attention import doc_bounds
-        trunk, extra = mtp.losses(model, b.ids, b.docs, b.positions, doc_bounds(b.cu_seqlens, 8, T), b.mask)
+        trunk, extra = mtp.losses(model, b.ids, b.docs, b.positions, b.bounds, b.mask)
         (trunk + sum(extra)).backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
