@@ -1,21 +1,23 @@
 """
-Everything the tiny run reads, from one seed (report sections 2.1, 3.1, 3.2).
+All data of the tiny run, made from one seed (report sections 2.1, 3.1, 3.2).
 
-    python -m data.prepare                     # out/tiny: shards, problems, SFT samples
+    python -m data.prepare                     # writes shards, problems and SFT samples to out/tiny in half a minute
 
     problems/test.jsonl      held out by identity: what eval.py measures
-    problems/valid.jsonl     held out by identity: curves during RL
-    problems/rl_all.jsonl    training problems of RL, code with a ladder of tests; rl_data.py filters them
+    problems/valid.jsonl     held out by identity: the curves during RL
+    problems/rl_all.jsonl    training problems of RL, code with a ladder of tests; `python -m data.rl_problems` filters
+                             them
     sft.jsonl                chat samples, maths with worked reasoning
-    data/<source>            token shards for the stages' mixtures: web, maths, code, books, synth
+    data/<source>            token shards for the mixtures of the stages: web, maths, code, books, synth
     data/valid/<source>      documents kept back for the validation loss
 
 The crawl goes through the same extraction, dedup, tagging and decontamination as a real one (data/corpus.py). Maths
-pages answer some of their problems in steps, the others in one go; forum answers to code problems are sometimes
-careless, as on the real web: that mixture is what RL later finds better ways in. Synthetic reasoning (`synth`: maths
-with its steps inside <think>, code as the program alone) is for stage 3 only, as in the report.
+pages answer most of their problems in steps and the others with the result alone; forum answers to code problems are
+sometimes careless, as on the real web. So the base model knows good and bad ways to answer, and RL can raise the share
+of the good ones. Synthetic reasoning (source `synth`: maths with its steps inside <think>, code as the program alone)
+is for stage 3 only, as in the report.
 
-Differs from the report: the reasoning is written by the problem generators, not by a stronger model.
+Differs from the report: the problem generators write the reasoning, not a stronger model.
 """
 import random
 from dataclasses import dataclass
@@ -36,16 +38,16 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "out/tiny"                 # everything goes below this folder
-    tokenizer: str = "tiny"               # "tiny" (embedded) or a folder
+    out: str = "out/tiny"                 # folder for all that is written
+    tokenizer: str = "tiny"               # "tiny" (embedded) or a folder with tokenizer files
     seed: int = 1                         # world, pages, problems; the recipe was chosen on this one (docs/lab_log.md)
     pages: int = 5000                     # original pages of the crawl
     books: int = 150                      # long documents, for the long-context stage
     book_words: int = 500                 # words in each
-    maths_problems: int = 20_000          # worked on pages, training split
-    code_problems: int = 8_000            # worked on pages, training split
-    steps_share: float = 0.9              # share of maths pages' problems that show their steps
-    careless_share: float = 0.35          # share of code pages' answers that forget something
+    maths_problems: int = 20_000          # worked problems on pages, training split
+    code_problems: int = 8_000            # worked problems on pages, training split
+    steps_share: float = 0.9              # share of the maths problems on pages that show their steps
+    careless_share: float = 0.35          # share of the code answers on pages that have a mistake
     tables: int = 500                     # pages of number facts
     synth: int = 3_000                    # synthetic reasoning answers for stage 3, half maths, half code
     sft: int = 4_000                      # chat samples, half maths, half code
@@ -73,17 +75,28 @@ GENERATORS = {"maths": maths, "code": code}
 
 
 def training(kind: str, n: int, rng: random.Random) -> list[Problem]:
-    """n problems of the training split, repeats allowed (a crawl repeats itself); without tests."""
-    found = []
-    while len(found) < n:
+    """n problems of the training split, without tests. A problem may occur twice, as in a real crawl."""
+    problems = []
+    while len(problems) < n:
         p = GENERATORS[kind].problem(rng)
         if split_of(p.id) == "train":
-            found.append(p)
-    return found
+            problems.append(p)
+    return problems
+
+
+def heldout(kind: str, split: str, n: int, cfg: Config) -> list[Problem]:
+    """n different problems of the split "test" or "valid", code with unit tests."""
+    tests = {"tests": cfg.tests} if kind == "code" else {}
+    return GENERATORS[kind].problems(n, split, cfg.seed, **tests)
+
+
+def reference_response(p: Problem) -> str:
+    """The right response to a problem: maths with its reasoning inside <think>, code as the program alone."""
+    return response(p, think=p.kind == "maths")
 
 
 def page_answer(p: Problem, rng: random.Random, cfg: Config) -> str:
-    """What a web page answers: maths with or without steps, code right or careless."""
+    """The answer on a web page: maths with or without steps, code right or careless."""
     if p.kind == "maths":
         steps = p.reasoning.replace("\n", ", ") + ". " if rng.random() < cfg.steps_share else ""
         return steps + p.solution
@@ -92,16 +105,11 @@ def page_answer(p: Problem, rng: random.Random, cfg: Config) -> str:
     lines = p.solution.split("\n")
     body = [i for i, line in enumerate(lines) if line.startswith("    xs = ")]
     if rng.random() < 0.7:
-        del lines[rng.choice(body)]                              # a clause forgotten
+        del lines[rng.choice(body)]                              # one step of the program is missing
     else:
-        last = len(lines) - 2                                    # another return than asked for
+        last = len(lines) - 2                                    # it returns something else than the problem asks for
         lines[last] = f"    return {rng.choice(code.CORES).line}"
     return "\n".join(lines)
-
-
-def heldout(kind: str, split: str, n: int, cfg: Config) -> list[Problem]:
-    more = {"tests": cfg.tests} if kind == "code" else {}
-    return GENERATORS[kind].problems(n, split, cfg.seed, **more)
 
 
 def main(cfg: Config) -> None:
@@ -110,7 +118,7 @@ def main(cfg: Config) -> None:
     tokenizer = Tokenizer.load(cfg.tokenizer)
     rng = random.Random(f"prepare {cfg.seed}")
 
-    # ---- problems: three disjoint splits by identity ---------------------------------------------------------------
+    # ---- problems: three disjoint splits by identity ----------------------------------------------------------------
     held = {split: {kind: heldout(kind, split, n, cfg) for kind in GENERATORS}
             for split, n in (("test", cfg.test), ("valid", cfg.valid))}
     for split, kinds in held.items():
@@ -120,27 +128,28 @@ def main(cfg: Config) -> None:
     write_problems(out / "problems/rl_all.jsonl", rl)
     print(f"problems: {2 * cfg.test} test, {2 * cfg.valid} valid, {len(rl)} for RL")
 
-    # ---- chat samples for SFT ------------------------------------------------------------------------------------
+    # ---- chat samples for SFT ---------------------------------------------------------------------------------------
     samples = training("maths", cfg.sft // 2, rng) + training("code", cfg.sft // 2, rng)
     rng.shuffle(samples)
-    write_jsonl(out / "sft.jsonl", ({"id": p.id, "source": p.kind, "messages": messages(p, answer(p))}
+    write_jsonl(out / "sft.jsonl", ({"id": p.id, "source": p.kind, "messages": messages(p, reference_response(p))}
                                     for p in samples))
 
-    # ---- documents: the crawl through the pipeline, books, synthetic reasoning -------------------------------------
+    # ---- documents: the crawl through the pipeline, books, synthetic reasoning --------------------------------------
     pages = {kind: [(p.question, page_answer(p, rng, cfg)) for p in training(kind, n, rng)]
              for kind, n in (("maths", cfg.maths_problems), ("code", cfg.code_problems))}
-    secret = {kind: [(p.question, p.solution) for split in held.values() for p in split[kind]] for kind in GENERATORS}
-    made = corpus.build(pages, secret, cfg.seed, cfg.pages, cfg.books, cfg.book_words)
-    print(made.table())
-    documents = dict(made.documents)
+    held_pairs = {kind: [(p.question, p.solution) for split in held.values() for p in split[kind]]
+                  for kind in GENERATORS}
+    crawl = corpus.build(pages, held_pairs, cfg.seed, cfg.pages, cfg.books, cfg.book_words)
+    print(crawl.table())
+    documents = dict(crawl.documents)
     documents["maths"] = documents["maths"] + [maths.table(rng) for _ in range(cfg.tables)]
-    documents["synth"] = [f"{PLAIN.format(question=p.question)} {answer(p)}"
+    documents["synth"] = [f"{PLAIN.format(question=p.question)} {reference_response(p)}"
                           for kind in GENERATORS for p in training(kind, cfg.synth // 2, rng)]
 
-    # ---- shards ---------------------------------------------------------------------------------------------------
+    # ---- shards -----------------------------------------------------------------------------------------------------
     for name, texts in documents.items():
         ids = [np.array(tokenizer.encode(text) + [tokenizer.eos_id]) for text in texts]
-        # by content, so that copies of a document stay on one side
+        # chosen by content, so that all copies of a document are on one side
         kept_back = [int(identity(text), 16) % 10_000 < 10_000 * cfg.valid_share for text in texts]
         for folder, wanted in ((out / "data", False), (out / "data/valid", True)):
             part = [x for x, back in zip(ids, kept_back, strict=True) if back == wanted]
@@ -149,11 +158,6 @@ def main(cfg: Config) -> None:
             write_source(str(folder), name, part, tokenizer.vocab_size)
             if not wanted:
                 print(f"  {name:8} {len(part):7,} documents {sum(map(len, part)):10,} tokens")
-
-
-def answer(p: Problem) -> str:
-    """The reference answer with its reasoning; code answers go straight to the program."""
-    return response(p, think=p.kind == "maths")
 
 
 if __name__ == "__main__":
