@@ -32,7 +32,7 @@ mtp_stage = Stage(name="MTP", tokens=4 * _M, seq_len=8192, batch_size=16, lr=5e-
                   warmup_tokens=0.4 * _M, decay_tokens=2 * _M, mtp_weight=1.0, rope_base=640_000.0,
                   mix=_stage_3)
 
-micro_batch = 8                            # rows of 2,048: 16,384 tokens at a time
+micro_batch = 8                            # rows of 2,048 tokens, 16,384 tokens per forward
 checkpointing = "none"
 compile = True
 save_every = 200

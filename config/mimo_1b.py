@@ -4,8 +4,8 @@ A 1.1B model with the 7B recipe: 60B tokens, about two days on 8 H100 at 40% MFU
     torchrun --nproc_per_node=8 pretrain.py config/mimo_1b.py
     python plan.py config/mimo_1b.py --gpus=8
 
-Everything here is ours: the report trained one size. Shape: the 7B's ratios (d_ff 2.7 D, 4 query heads per kv
-head); stages: the 7B's proportions (75% / 17% / 8% of the tokens) and its decay of the learning rate.
+Everything here is ours: the report trained one size. Shape: the 7B's ratios (d_ff = 2.7 D, 4 query heads per kv head).
+Stages: the 7B's proportions (75% / 17% / 8% of the tokens) and its decay of the learning rate.
 """
 from model import ModelConfig
 from schedule import Stage
@@ -33,7 +33,7 @@ mtp_stage = Stage(name="MTP", tokens=1 * _B, seq_len=32_768, batch_size=64, lr=3
                   warmup_tokens=0.05 * _B, decay_tokens=0.5 * _B, mtp_weight=1.0,
                   rope_base=640_000.0, mix=_stage_3)
 
-micro_batch = 8                            # rows of 4,096: one of 32,768
+micro_batch = 8                            # rows of 4,096 tokens; in stage 3 one row of 32,768
 checkpointing = "selective"
 compile = True
 async_save = True

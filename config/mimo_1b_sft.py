@@ -1,5 +1,5 @@
 """
-SFT of the 1B model (report section 3.1, scaled down; all values ours but the recipe's shape).
+SFT of the 1B model (report section 3.1, scaled down; the recipe is the report's, the values are ours).
 
     torchrun --nproc_per_node=8 sft.py config/mimo_1b_sft.py
 """

@@ -1,19 +1,19 @@
 """
 MiMo-7B, pre-training: the report's values (sections 2.2 and 2.3).
 
-    python plan.py config/mimo_7b.py --gpus=8          # parameters, schedule, memory, days
-    torchrun --nproc_per_node=8 pretrain.py config/mimo_7b.py    # docs/scale.md: lines for several nodes
+    python plan.py config/mimo_7b.py --gpus=8                    # parameters, schedule, memory, days
+    torchrun --nproc_per_node=8 pretrain.py config/mimo_7b.py    # lines for several nodes: docs/scale.md
 
-Ours, where the report is silent: the weights inside a mixture, the first batch of the warm-up (1/16 of the
-full one), and everything about the stage that fine-tunes the two copied MTP layers.
+Ours, where the report is silent: the weights inside a mixture, the first batch of the warm-up (1/16 of the full one),
+and everything about the stage that fine-tunes the two copied MTP layers.
 """
 from model import ModelConfig
 from schedule import Stage
 
-_T, _B = 1e12, 1e9                         # trillion and billion tokens; names with _ are private to the file
+_T, _B = 1e12, 1e9                         # a trillion and a billion tokens; names with _ are private to the file
 
 out = "out/mimo_7b/base"
-data = "out/mimo_7b/data"                  # shards: <data>/<source>, docs/data.md says how to make them
+data = "out/mimo_7b/data"                  # shards <data>/<source>; docs/data.md: how to make them
 tokenizer = "out/qwen2_tokenizer"          # folder with Qwen2's tokenizer.json
 model = ModelConfig(vocab_size=151_680, n_layer=36, d_model=4096, n_head=32, n_kv_head=8, head_dim=128,
                     d_ff=11_008, rms_eps=1e-5, rope_base=10_000.0, max_seq_len=32_768, n_mtp=1)
@@ -38,9 +38,9 @@ mtp_stage = Stage(name="MTP", tokens=20 * _B, seq_len=32_768, batch_size=640, lr
 n_mtp_final = 3
 
 micro_batch = 1                            # one row of 8,192 or of 32,768 tokens at a time
-checkpointing = "full"                     # 8 GPUs: 65 GB each in stage 3, 38 with reduce_each; "selective" is faster
+checkpointing = "full"                     # 65 GB on each of 8 GPUs in stage 3, 38 GB with reduce_each
 compile = True
 async_save = True
-save_every = 50                            # on 8 GPUs a step takes some six minutes
+save_every = 50                            # steps; one takes some six minutes on 8 GPUs
 sample_every = 0
 valid_tokens = 4_194_304

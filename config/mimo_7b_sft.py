@@ -1,11 +1,11 @@
 """
-MiMo-7B, SFT: 500K samples packed to 32,768 tokens, batch 128, constant learning rate 3e-5 (report section
-3.1).
+MiMo-7B, SFT: 500K samples packed to 32,768 tokens, batch 128, constant learning rate 3e-5 (report section 3.1).
 
+    python plan.py config/mimo_7b_sft.py --gpus=8                                     # memory, days
     torchrun --nproc_per_node=8 sft.py config/mimo_7b_sft.py
     torchrun --nproc_per_node=8 sft.py config/mimo_7b_sft.py --init=out/mimo_7b_hf     # from imported weights
 
-Ours: three epochs (the report is silent), so 1,700 steps if a sample has 4,800 tokens on average.
+Ours: three epochs (the report is silent), which are 1,700 steps if a sample has 4,800 tokens on average.
 """
 init = "out/mimo_7b/base"
 out = "out/mimo_7b/sft"
