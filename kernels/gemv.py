@@ -128,12 +128,12 @@ def block_step(block, x, cos, sin, cache):
     and sin [B,Q,d] -> [B,Q,D]. Up to rounding: gate and up stay in fp32 until their
     product.
     """
-    a, mlp, shape, plan = block.self_attn, block.mlp, x.shape, cache.plan
+    a, mlp, shape, ctx = block.self_attn, block.mlp, x.shape, cache.ctx
     x = x.reshape(-1, shape[-1])                                                    # [N,D], N = B Q
     norm, qkv = block.input_layernorm, (a.q_proj, a.k_proj, a.v_proj)
     qkv = gemv(rmsnorm(x, norm.weight, norm.eps), [p.weight for p in qkv], [p.bias for p in qkv])   # [N,(H+2K)d]
-    q = rope_store(qkv, cos.flatten(0, 1), sin.flatten(0, 1), cache.k, cache.v, plan.where)         # [N,H,d]
-    o = decode_attention(q.view(*shape[:2], *q.shape[1:]), cache.k, cache.v, plan.table, plan.lengths)
+    q = rope_store(qkv, cos.flatten(0, 1), sin.flatten(0, 1), cache.k, cache.v, ctx.slot_mapping)   # [N,H,d]
+    o = decode_attention(q.view(*shape[:2], *q.shape[1:]), cache.k, cache.v, ctx.block_table, ctx.lengths)
     norm, o = block.post_attention_layernorm, gemv(o.view(len(x), -1), [a.o_proj.weight])
     y, x = rmsnorm_residual(o, x, norm.weight, norm.eps)
     h = gemv(y, [mlp.gate_proj.weight, mlp.up_proj.weight], glu=True)                               # [N,F]

@@ -242,12 +242,12 @@ def test_block_step_equals_the_block(B, Q, through_triton):
         cache = Blocks(1, 3, 2, 2, 64, 16, torch.float32, torch.device("cpu"), 16, 12)
         cache.kv.copy_(randn(*cache.kv.shape, grad=False, gen=torch.Generator().manual_seed(1)))
         for row in range(3):
-            cache.take(row, 64)
-            cache.assign(row, row)
+            cache.allocate(row, 64)
+            cache.map_row(row, row)
         positions = torch.tensor([[5], [30], [17]])[:B] + torch.arange(Q)
         layer = cache.layers[0]
-        layer.plan = cache.plan(0, positions)
         cos, sin = R.rope_tables(positions, 16, 1e4)
+        layer.ctx = cache.context(0, positions, cos, sin)
         x = randn(B, Q, 64, grad=False, gen=torch.Generator().manual_seed(2))
         assert G.gemv_applies(block, B, Q)
         outputs.append(G.block_step(block, x, cos, sin, layer) if fused else block(x, cos, sin, None, layer))

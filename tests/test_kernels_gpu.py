@@ -108,7 +108,7 @@ def test_aborts_reloads_and_full_queues_on_the_gpu():
     from engine import Engine
     model, other = small_model(), small_model()
     engine = Engine(model, 4, 200, 3)
-    free = len(engine.cache.free)
+    free = len(engine.cache.free_blocks)
     todo = requests(40, temperature=1.0)
     for r in todo:
         engine.add(r)
@@ -124,4 +124,4 @@ def test_aborts_reloads_and_full_queues_on_the_gpu():
                 ended[s.id] = s
         if steps == 20:
             engine.load(other.state_dict())
-    assert len(ended) == 40 and len(engine.cache.free) == free and not engine.ids
+    assert len(ended) == 40 and len(engine.cache.free_blocks) == free and not engine.in_flight

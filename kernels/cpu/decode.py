@@ -88,7 +88,7 @@ def large_pages(n: int) -> Tensor:
     return floats[skip:skip + n]
 
 
-class Forward:
+class CpuForward:
     """
     The forward of one model over one cache (cache.PackedRows), and the engine's prefill_chunk, decode and draft, which work on
     the tensors of its state in place. n_ids: rows of the head in use, the rest is padding; chunk: most prompt tokens
