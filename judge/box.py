@@ -1,13 +1,16 @@
-"""The judge's side of the sandbox: start a box, put one program into it, read bytes out, end it. And the
-levels.
+"""
+The judge's side of the sandbox: start a box, put one program into it, read bytes out, end it; and choose the isolation.
 
-Report, section 3.2 (an online judge; it says nothing about isolation). Levels, strongest first; each is tried
-at start-up and then attacked by a program of ours, and counts only if every attack fails:
-    A  bubblewrap (own pid, net, ipc, mount, uts namespaces; read-only system) + seccomp + rlimits + unused
-    user B  Landlock (read-only system, nothing else) + seccomp + rlimits: an ordinary user, or a default
-    container C  rlimits and a process group: macOS, old kernels. For trusted code; the judge refuses it
-    unless told otherwise
-What is inside a box is in sandbox_server.py.
+Report, section 3.2 (an online judge; it says nothing about isolation). Three kinds of isolation, strongest first. Each
+is tried at start-up, then attacked by a program of ours (PROBE), and counts only if every attack fails:
+
+    A   bubblewrap + seccomp + rlimits   own pid, network, ipc, mount and host name spaces; only the interpreter and its
+                                         libraries can be read; an unused user. Needs bwrap, and a kernel that lets it
+    B   Landlock + seccomp + rlimits     only the interpreter and its libraries can be read. For ordinary users and for
+                                         containers with default settings
+    C   rlimits + process group          macOS, old kernels. For trusted code: refused unless allow_unsafe=True
+
+What runs inside a box is in judge/server.py.
 """
 import json
 import os
@@ -20,19 +23,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from configurator import UserError
-from data.jsonl import strict_json
+from data.jsonl import STRICT
 from judge import server
 
 
 class JudgeError(RuntimeError):
-    """The judge failed, not the program: a box did not start, died, or broke its protocol."""
+    """The judge failed while it ran, not the program: a box did not start, died, or broke its protocol."""
 
 
-# ---------------------------------------------------------------- how a box is started
+# ---- how a box is started -------------------------------------------------------------------------------------------
+
 SYSTEM_PATHS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store")
 BOOT = "import sys; del sys.path[0]; exec(compile(open(sys.argv[1]).read(), 'server.py', 'exec'))"
 BWRAP = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
@@ -40,7 +46,7 @@ BWRAP = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--
 
 
 def unused_uid() -> int:
-    """A user id that no account has; root becomes it."""
+    """A user id that no account has. A box that root starts runs its programs as this user."""
     import pwd
     taken = {entry.pw_uid for entry in pwd.getpwall()}
     return next(uid for uid in range(64999, 60000, -1) if uid not in taken)
@@ -53,44 +59,48 @@ def visible_paths() -> list[str]:
     return [path for path in dict.fromkeys((python, *library, *SYSTEM_PATHS)) if os.path.exists(path)]
 
 
-def box_command(isolation, way, fd, memory) -> list[str]:
-    """The argv that starts a box. No secret in it: any process of the machine can read an argv."""
+def box_command(isolation: str, drop_by: str, fd: int, memory: int) -> list[str]:
+    """
+    The argv that starts a box. Nothing secret is in it: any process of the machine can read an argv. drop_by: see
+    open_isolation; fd: the server's end of the socket; memory: address space of a program, bytes.
+    """
     paths, source = visible_paths(), os.path.realpath(server.__file__)
-    cfg = {"isolation": isolation, "way": way, "fd": fd, "memory": memory, "paths": paths,
-           "uid": unused_uid() if way == "uid" else None}
+    cfg = {"isolation": isolation, "drop_by": drop_by, "fd": fd, "memory": memory, "paths": paths,
+           "uid": unused_uid() if drop_by == "uid" else None}
     # no site-packages, no .pyc written; not -I, which would ignore PYTHONHASHSEED
     inner = [paths[0], "-S", "-s", "-B", "-X", "utf8", "-c", BOOT,
              "/server.py" if isolation == "A" else source, json.dumps(cfg)]
     if isolation != "A":
         return inner
     argv = [shutil.which("bwrap") or "bwrap", *BWRAP]
-    if way == "namespace":    # an ordinary user: a user namespace of our own, in which we are nobody
+    if drop_by == "namespace":        # an ordinary user: a user namespace of our own, in which we are nobody
         argv += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    else:    # root: the server keeps what it needs to turn its children into the unused user
+    else:                             # root: the server keeps what it needs to turn its children into the unused user
         argv += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL"]
     for path in paths:
         parts = path.strip("/").split("/")
         for n in range(1, len(parts)):
-            argv += ["--dir", "/" + "/".join(parts[:n])]    # else bwrap copies the mode of /root, 0700
+            argv += ["--dir", "/" + "/".join(parts[:n])]      # otherwise bwrap copies the mode of /root, 0700
         argv += ["--ro-bind", path, path]
     return [*argv, "--ro-bind", source, "/server.py", "--remount-ro", "/", "--chdir", "/", *inner]
 
 
-# ---------------------------------------------------------------- one box
+# ---- one box --------------------------------------------------------------------------------------------------------
+
 @dataclass
 class Run:
     """What came out of one process."""
-    begun: bool = False    # the walls stood before the program was read: what follows is its own doing
-    loaded: bool = False    # call tests: the program has said that it is loaded, or why not
+    confined: bool = False    # limits and filter stood before it read the program: what follows is its own doing
+    loaded: bool = False      # call tests: the program has reported that it is loaded, or why it could not be
     out: bytes = b""
     err: bytes = b""
-    end: str = "exit"    # exit | time | output | enough (the caller had seen all it wanted)
-    status: int = 0    # as from waitpid
-    cpu: float = 0.0    # processor seconds of the whole process, from its rusage
-    wall: float = 0.0    # seconds since the last result line, or since the start
+    end: str = "exit"         # exit | time | output (over a limit) | stopped (on_line returned True)
+    status: int = 0           # as waitpid gives it
+    cpu: float = 0.0          # processor seconds of the whole process, from its rusage
+    wall: float = 0.0         # seconds by the clock since the last result line, or since the start
 
 
-def memory_file(data: bytes):
+def memory_file(data: bytes) -> BinaryIO:
     """An open, unnamed file that holds `data`, at its beginning."""
     if hasattr(os, "memfd_create"):
         file = os.fdopen(os.memfd_create("job"), "w+b", buffering=0)
@@ -101,86 +111,80 @@ def memory_file(data: bytes):
     return file
 
 
+@dataclass
 class Streams:
-    """Three pipes of a hostile process, read without waiting; bytes beyond `cap` of each are thrown away."""
+    """The pipes of a hostile process, read without waiting. What is beyond max_output bytes of one is thrown away."""
+    data: dict[int, bytearray]    # file descriptor -> what was read of it
+    live: set[int]                # those into which somebody can still write
+    poll: select.poll
+    max_output: int
 
-    def __init__(self, fds, cap):
-        self.cap, self.poll, self.live = cap, select.poll(), {*fds}
-        self.data = {fd: bytearray() for fd in fds}
-        for fd in fds:
-            self.poll.register(fd, select.POLLIN)
-
-    def pump(self, fd) -> bool:
-        """Read one block; False if no more is to be had now."""
+    def read(self, fd: int) -> bool:
+        """Take one block of a live pipe. -> False if there is no more now, or if more than max_output bytes came."""
         try:
-            block = os.read(fd, 1 << 16) if fd in self.live else b""
+            block = os.read(fd, 1 << 16)
         except BlockingIOError:
             return False
-        if not block and fd in self.live:
+        if not block:
             self.live.discard(fd)
             self.poll.unregister(fd)
-        if len(self.data[fd]) <= self.cap:
+        if len(self.data[fd]) <= self.max_output:
             self.data[fd] += block
-        return bool(block) and len(self.data[fd]) <= self.cap
-
-    def drain(self):
-        while any([self.pump(fd) for fd in self.data]):
-            pass
-
-    def overflowed(self) -> bool:
-        return max(map(len, self.data.values())) > self.cap
+        return bool(block) and len(self.data[fd]) <= self.max_output
 
 
 class Box:
-    """One sandboxed server. A JudgeError from any method means: throw the box away."""
+    """
+    One sandboxed server. isolation: "A", "B" or "C"; drop_by: see open_isolation; memory: address space of a program in
+    bytes. JudgeError from any method means: throw the box away.
+    """
 
-    def __init__(self, isolation, way, memory):
+    def __init__(self, isolation: str, drop_by: str, memory: int):
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(30)
         self.stderr, self.devnull = tempfile.TemporaryFile(), open(os.devnull, "rb")
         self.process = None
         try:
             with theirs:
-                # bwrap shows its own environment in /proc/1/environ: an empty one, but for a fixed order of
-                # sets
+                # bwrap shows its own environment in /proc/1/environ, so there is none but a fixed order of sets
                 self.process = subprocess.Popen(
-                    box_command(isolation, way, theirs.fileno(), memory), env={"PYTHONHASHSEED": "0"}, cwd="/",
+                    box_command(isolation, drop_by, theirs.fileno(), memory), env={"PYTHONHASHSEED": "0"}, cwd="/",
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.stderr,
                     pass_fds=(theirs.fileno(),), start_new_session=True)
-            self._receive(b"Z")
+            kind, _, _ = self._receive()
+            if kind != b"Z":
+                raise JudgeError(f"the box sent {kind!r} where b'Z' was due")
         except (OSError, JudgeError) as error:
             self.kill()
             self.stderr.seek(0)
-            said = self.stderr.read(4000).decode("utf-8", "replace").strip().split("\n")[-1]
+            last_line = self.stderr.read(4000).decode("utf-8", "replace").strip().split("\n")[-1]
             self.close()
-            raise JudgeError(said or str(error)) from None
+            raise JudgeError(last_line or str(error)) from None
 
-    def _receive(self, want=b""):
+    def _receive(self) -> tuple[bytes, int, float]:
+        """The next message of the server: (kind, integer, seconds)."""
         try:
             data = self.sock.recv(server.MESSAGE.size, socket.MSG_WAITALL)
         except OSError as error:
             raise JudgeError(f"the box does not answer: {error}") from None
         if len(data) < server.MESSAGE.size:
             raise JudgeError("the box has gone")
-        kind, number, seconds = server.MESSAGE.unpack(data)
-        if want and kind != want:
-            raise JudgeError(f"the box said {kind!r} where {want!r} was due")
-        return kind, number, seconds
+        return server.MESSAGE.unpack(data)
 
-    def _send(self, operation, number=0, fds=()):
+    def _send(self, kind: bytes, number: int = 0, fds: Iterable[int] = ()) -> None:
         try:
-            socket.send_fds(self.sock, [server.MESSAGE.pack(operation, number, 0.0)], list(fds))
+            socket.send_fds(self.sock, [server.MESSAGE.pack(kind, number, 0.0)], list(fds))
         except OSError as error:
             raise JudgeError(f"the box does not listen: {error}") from None
 
-    def kill(self):
-        """At once, from any thread: whoever waits for this box gets a JudgeError."""
+    def kill(self) -> None:
+        """End the server at once, from any thread: whoever waits for this box gets a JudgeError."""
         if self.process:
             self.process.kill()
             self.process.wait()
 
-    def close(self):
-        """Close the line; the server then ends its child and itself. Make sure of it."""
+    def close(self) -> None:
+        """Close the socket, at which the server ends its child and itself; after a second, kill both."""
         self.sock.close()
         if self.process:
             try:
@@ -191,102 +195,111 @@ class Box:
         self.stderr.close()
         self.devnull.close()
 
-    def execute(self, job, stdin, limit, wall, cap, cpu_total, on_line) -> Run:
-        """Run one program in a fresh process and collect what it says.
-
-        job: {"program", "entry", "inputs"}; stdin: bytes; limit processor seconds and limit * wall wall-clock
-        seconds per result line (of the process, if it writes none); cap: bytes per stream; cpu_total: whole
-        processor seconds of the process, kept by the kernel; on_line(i, line, seconds) -> True ends the
-        process.
+    def execute(self, job: dict, stdin: bytes, cpu_limit: float, wall_limit: float, cpu_total: int, max_output: int,
+                on_line: Callable[[int, dict, float], bool]) -> Run:
         """
-        opened = []
+        Run one program in a fresh process and collect what it writes.
+
+        job: {"program": text, "entry": name, "inputs": [JSON text, ...]}; entry "" for a whole program that reads
+        `stdin` and has no result lines. cpu_limit, wall_limit: processor and wall-clock seconds per result line, or of
+        the process if it writes none. cpu_total: processor seconds of the process, kept by the kernel. max_output:
+        bytes per stream. on_line(k, {"v": value} or {"e": error}, seconds) is called for every result line, with k = -1
+        (loaded), 0, 1 ...; it returns True to end the process. JudgeError if the box fails.
+        """
+        pipes = []
         try:
-            for _ in range(3):    # stdout, stderr, results
-                opened += os.pipe()
-            ours, theirs = opened[0::2], opened[1::2]
+            for _ in range(3):        # stdout, stderr, results
+                pipes += os.pipe()
+            ours, theirs = pipes[0::2], pipes[1::2]
             with (memory_file(json.dumps(job).encode()) as job_file,
                   memory_file(stdin) if stdin else nullcontext(self.devnull) as source):
                 self._send(b"R", cpu_total, [source.fileno(), *theirs, job_file.fileno()])
             for fd in theirs:
                 os.close(fd)
-                opened.remove(fd)
+                pipes.remove(fd)
             for fd in ours:
                 os.set_blocking(fd, False)
-            return self._collect(Streams(ours, cap), limit, wall, on_line)
+            return self._collect(ours, cpu_limit, wall_limit, max_output, on_line)
         finally:
-            for fd in opened:
+            for fd in pipes:
                 os.close(fd)
 
-    def _collect(self, streams, limit, wall, on_line):
-        run, at, reported, count = Run(), 0, 0.0, -3    # count: -2 the walls stand, -1 loaded, 0.. the tests
+    def _collect(self, fds: list[int], cpu_limit: float, wall_limit: float, max_output: int, on_line: Callable) -> Run:
+        """Read stdout, stderr and results (fds) of a hostile process until it has ended; execute() says the rest."""
+        run, streams = Run(), Streams({fd: bytearray() for fd in fds}, {*fds}, select.poll(), max_output)
         out, err, results = streams.data.values()
-        streams.poll.register(self.sock.fileno(), select.POLLIN)
+        for fd in (*fds, self.sock.fileno()):
+            streams.poll.register(fd, select.POLLIN)
+        k, at, claimed = -3, 0, 0.0                       # last line: -2 confined, -1 loaded, 0.. tests; where it ended
         last = now = time.monotonic()
-        # at `soft` the server is asked for the processor time, at `hard` the process is ended in any case
-        soft, hard, killed = last + limit, last + limit * wall, 0.0
-        asked = over = False
-        while not over:
-            until = killed + 10 if killed else hard if asked else min(soft, hard)
+        ask_at, end_at = last + cpu_limit, last + wall_limit   # ask for the processor time; end the process anyway
+        asked, killed_at, ended = False, 0.0, False
+        while not ended:
+            until = killed_at + 10 if killed_at else end_at if asked else min(ask_at, end_at)
             for fd, _ in streams.poll.poll(max(0, until - now) * 1000 + 1):
                 if fd != self.sock.fileno():
-                    streams.pump(fd)
+                    streams.read(fd)
                     continue
                 kind, number, seconds = self._receive()
                 if kind == b"E":
-                    over, run.status, run.cpu = True, number, seconds
+                    ended, run.status, run.cpu = True, number, seconds
                 else:
-                    # the answer to "C": has this test used up its processor time, or was it kept waiting?
-                    # `reported` is what the program claims for earlier tests: a lie buys it time up to
-                    # `hard`, nothing else
-                    used, asked = max(0.0, seconds - reported) if seconds >= 0 else limit, False
-                    soft, hard = now + max(0.01, limit - used), 0.0 if used >= 0.97 * limit else hard
+                    # "C": has this test used up its processor time, or was it kept waiting? `claimed` is what the
+                    # program reports for the tests before it: a lie buys it time up to end_at, nothing else
+                    used, asked = max(0.0, seconds - claimed) if seconds >= 0 else cpu_limit, False
+                    ask_at, end_at = now + max(0.01, cpu_limit - used), 0.0 if used >= 0.97 * cpu_limit else end_at
             now = time.monotonic()
-            if over:
-                streams.drain()    # nothing can write any more: take what is left
+            if ended:                                     # nobody can write any more: take what is left
+                while any([streams.read(fd) for fd in [*streams.live]]):
+                    pass
             stop = False
-            while (newline := results.find(b"\n", at)) >= 0 and not (stop or killed):
-                raw, at, count = bytes(results[at:newline]), newline + 1, count + 1
-                run.begun, run.loaded = True, count >= -1
-                if count >= -1:
-                    line, claim = read_line(raw, count)
-                    reported = max(reported, claim)
-                    stop = on_line(count, line, now - last)
-                    last, soft, hard = now, now + limit, now + limit * wall
-            if killed:
-                if now > killed + 10 and not over:
+            while (newline := results.find(b"\n", at)) >= 0 and not (stop or killed_at):
+                raw, at, k = bytes(results[at:newline]), newline + 1, k + 1
+                run.confined, run.loaded = True, k >= -1
+                if run.loaded:
+                    line, seconds = read_line(raw, k)
+                    claimed = max(claimed, seconds)
+                    stop = on_line(k, line, now - last)
+                    last, ask_at, end_at = now, now + cpu_limit, now + wall_limit
+            if killed_at:
+                if now > killed_at + 10 and not ended:
                     raise JudgeError("a killed program did not end")
                 continue
-            run.end = ("enough" if stop else "output" if streams.overflowed() else
-                       "time" if now >= hard else "exit")
-            if run.end != "exit" and not over:
-                killed = now
+            full = max(map(len, streams.data.values())) > max_output
+            run.end = "stopped" if stop else "output" if full else "time" if now >= end_at else "exit"
+            if run.end != "exit" and not ended:
+                killed_at = now
                 self._send(b"K")
-            elif now >= soft and not asked and not over:
+            elif now >= ask_at and not asked and not ended:
                 asked = True
                 self._send(b"C")
         run.out, run.err, run.wall = bytes(out), bytes(err), now - last
-        if not run.begun:
+        if not run.confined:
             raise JudgeError(run.err[:300].decode("utf-8", "replace") or "no sign of life")
         return run
 
 
-def read_line(raw, index):
-    """({"v": value} or {"e": error}, processor seconds it claims) of one result line of a hostile process."""
+def read_line(raw: bytes, k: int) -> tuple[dict, float]:
+    """
+    One result line of a hostile process, of which k is due -> {"v": value} or {"e": error}, and the processor seconds
+    that the process claims to have used. A line that is anything else is an error too.
+    """
     try:
-        line = strict_json(raw)
-        claim = line["c"]
-        if line["i"] != index or not ("v" in line or "e" in line or index < 0):
+        line = STRICT.decode(raw.decode("utf-8"))
+        seconds = line["c"]
+        if line["i"] != k or not ("v" in line or "e" in line or k < 0):
             raise ValueError
-        if type(claim) is not float or not 0 <= claim < 1e6:
+        if type(seconds) is not float or not 0 <= seconds < 1e6:
             raise ValueError
-        return ({"e": str(line["e"])[:300]} if "e" in line else {"v": line.get("v")}), claim
-    except (ValueError, AttributeError, KeyError, TypeError):
+        return ({"e": str(line["e"])[:300]} if "e" in line else {"v": line.get("v")}), seconds
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return {"e": "the result is not readable"}, 0.0
 
 
-# ---------------------------------------------------------------- levels: found by trying
-# Tries what no program may do, and returns the list of what worked. The first imports must work: one of the
-# library's Python files and one of its machine code.
+# ---- isolation: found by trying -------------------------------------------------------------------------------------
+
+# Tries what no program may do, and returns the list of what worked. The first imports have to work: one Python file and
+# one file of machine code of the library.
 PROBE = """
 import colorsys, os
 import mmap
@@ -329,62 +342,71 @@ def f():
         best = min(best, time.process_time() - begin)
     return best
 """
-REFERENCE_SECONDS = 1.5e-3    # CALIBRATION on an idle 2023 server core: time limits count in its seconds
+REFERENCE_SECONDS = 1.5e-3    # CALIBRATION on an idle server core of 2023: time limits are in seconds of that machine
 LABEL = {"A": "bubblewrap + seccomp + rlimits", "B": "Landlock + seccomp + rlimits",
          "C": "rlimits only, for trusted code"}
 
 
-def ask(box, program, arguments):
-    """The value one of our own programs returns in a box. JudgeError if it returns none."""
-    answer = []
+def call_in_box(box: Box, program: str, arguments: list) -> object:
+    """What f(*arguments) of one of our own programs returns in a box. JudgeError if it returns nothing."""
+    answers = []
 
-    def on_line(i, line, seconds):
-        answer.append(line)
-        return i == 0
+    def on_line(k: int, line: dict, seconds: float) -> bool:
+        answers.append(line)
+        return k == 0
+
     job = {"program": program, "entry": "f", "inputs": [json.dumps(arguments)]}
-    run = box.execute(job, b"", 20, 3, 1 << 16, 60, on_line)
-    if run.end != "enough" or "v" not in answer[-1]:
-        raise JudgeError(f"the probe gave no answer: {answer} {run.err[:200]!r} {run.end} {run.status}")
-    return answer[-1]["v"]
+    run = box.execute(job, b"", cpu_limit=20, wall_limit=60, cpu_total=60, max_output=1 << 16, on_line=on_line)
+    if run.end != "stopped" or "v" not in answers[-1]:
+        raise JudgeError(f"the probe gave no answer: {answers} {run.err[:200]!r} {run.end} {run.status}")
+    return answers[-1]["v"]
 
 
-def attack(box, way):
-    """Run PROBE; JudgeError names the holes."""
+def attack(box: Box, drop_by: str) -> None:
+    """Run PROBE in the box. JudgeError names the holes."""
     with tempfile.NamedTemporaryFile() as secret:
         os.chmod(secret.name, 0o644)
-        project = os.path.dirname(os.path.realpath(__file__))
-        if holes := ask(box, PROBE, [secret.name, project, unused_uid() if way == "uid" else 0]):
+        project = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+        if holes := call_in_box(box, PROBE, [secret.name, project, unused_uid() if drop_by == "uid" else 0]):
             raise JudgeError(f"not tight: {', '.join(holes)}")
 
 
-def open_isolation(isolation, memory) -> tuple[str, float]:
-    """Start a box of this isolation and attack it. -> (the way it gives up power, time scale of this machine >=
-    1).
+def open_isolation(isolation: str, memory: int) -> tuple[str, float]:
+    """
+    Start a box of this isolation ("A", "B", "C") and attack it. -> (drop_by, time scale of this machine, 1 to 10).
 
-    JudgeError with the reasons if no way of this isolation holds here.
+    drop_by: how a program's process loses the rights of the user who started the judge, by what that user may do:
+        uid            root: it becomes an unused user (A: each child; B: the server)
+        capabilities   root whose interpreter an unused user could not read: all capabilities are dropped (B)
+        namespace      an ordinary user: it is nobody in a user namespace of its own (A)
+        nothing        an ordinary user, who has no rights to lose (B); isolation C
+    memory: address space of a program in bytes. JudgeError with the reasons if this isolation does not hold here.
     """
     if isolation != "C" and (sys.platform != "linux" or platform.machine() not in server.AUDIT_ARCH):
         raise JudgeError(f"needs Linux on {' or '.join(server.AUDIT_ARCH)}")
     root, reasons = os.geteuid() == 0, []
     ways = {"A": ("uid", "namespace") if root else ("namespace",),
             "B": ("uid", "capabilities") if root else ("nothing",), "C": ("nothing",)}[isolation]
-    for way in ways:
+    for drop_by in ways:
         box = None
         try:
-            box = Box(isolation, way, memory)
+            box = Box(isolation, drop_by, memory)
             if isolation != "C":
-                attack(box, way)
-            return way, max(1.0, min(10.0, ask(box, CALIBRATION, []) / REFERENCE_SECONDS))
+                attack(box, drop_by)
+            return drop_by, max(1.0, min(10.0, call_in_box(box, CALIBRATION, []) / REFERENCE_SECONDS))
         except JudgeError as error:
-            reasons.append(f"{way}: {error}")
+            reasons.append(f"{drop_by}: {error}")
         finally:
             if box:
                 box.close()
     raise JudgeError("; ".join(reasons))
 
 
-def choose_isolation(isolation, memory, allow_unsafe) -> tuple[str, str, float]:
-    """(isolation, way, time scale): the strongest isolation that holds here, or the one asked for. UserError without any."""
+def choose_isolation(isolation: str, memory: int, allow_unsafe: bool) -> tuple[str, str, float]:
+    """
+    The strongest isolation that holds here ("auto"), or the one that is named. -> (isolation, drop_by, time scale).
+    UserError with the reasons if there is none; ValueError for another name.
+    """
     if isolation not in ("auto", "A", "B", "C"):
         raise ValueError(f"isolation {isolation!r}: should be 'auto', 'A', 'B' or 'C'")
     reasons = []

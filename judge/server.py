@@ -1,18 +1,17 @@
-"""The inside of the judge's sandbox: a warm interpreter that forks one confined process per program.
+"""
+The inside of the judge's sandbox: a warm interpreter that forks one confined process for every program.
 
-Report, section 3.2: code rewards come from unit tests run by an online judge. This file is all of ours that
-runs inside the box; `sandbox.py` starts it, `judge.py` alone knows the expected outputs. It is read by a bare
-interpreter with an empty environment, and uses the standard library only. Two kinds of process:
+Report, section 3.2: code rewards come from unit tests that an online judge runs. This file is all of ours that runs
+inside a box: box.py starts it, and the expected outputs stay in the judge's process. A bare interpreter with an empty
+environment reads it, so it imports the standard library only. There are two kinds of process:
 
-- the server (trusted): imports the usual modules once, then waits for jobs. It never reads a program, an
-  input or an output: a job arrives as open file descriptors, so nothing of one program is left in memory for
-  the next.
-- the child (hostile): a fork of the pristine server that serves exactly one program and dies. Before it reads
-  the program it closes every other descriptor, sets its limits, becomes an unused user, and installs a
-  seccomp filter that allows some seventy system calls: no process creation, no signals, no sockets, no exec,
-  no mount, no writes.
+- the server (trusted) imports the usual modules once, then waits for jobs. It never reads a program, an input or an
+  output: a job arrives as open file descriptors, so nothing of one program is left in memory for the next.
+- the child (hostile) is a fork of the unused server; it runs exactly one program and ends. Before it reads the program
+  it closes every other descriptor, sets its limits, becomes an unused user, and installs a seccomp filter that allows
+  some seventy system calls: no process creation, no signals, no sockets, no exec, no mount, no change of a file.
 
-A fork of a warm interpreter costs 1 to 2 ms, a fresh sandboxed interpreter about 30.
+A fork of a warm interpreter takes 1 to 2 ms, a fresh sandboxed interpreter about 30 ms.
 """
 import builtins
 import ctypes
@@ -34,10 +33,11 @@ STDIN, STDOUT, STDERR, RESULTS, JOB = range(5)    # descriptors of a child
 WARM = ("math", "collections", "itertools", "functools", "heapq", "bisect", "re", "string", "random",
         "operator", "copy", "io", "typing")
 
-# ---------------------------------------------------------------- seccomp: an allow list
-# name: number on (x86_64, aarch64), -1 where the machine has no such call. Absent on purpose: fork, vfork,
-# execve, kill and its kin, ptrace, process_vm_*, socket, memfd_create, io_uring, bpf, mount, unshare, chmod,
-# unlink, truncate, keyctl, shm*, mq_*, timer_*, setsid, setpriority, sched_setaffinity, prctl.
+# ---- seccomp: an allow list -----------------------------------------------------------------------------------------
+
+# name: number on (x86_64, aarch64), -1 where the machine has no such call. Left out on purpose: fork, vfork, execve,
+# kill and the other ways to send a signal, ptrace, process_vm_*, socket, memfd_create, io_uring, bpf, mount, unshare,
+# chmod, unlink, truncate, keyctl, shm*, mq_*, timer_*, setsid, setpriority, sched_setaffinity, prctl.
 ALLOW = {
     "read": (0, 63), "write": (1, 64), "open": (2, -1), "close": (3, 57), "stat": (4, -1), "fstat": (5, 80),
     "lstat": (6, -1), "poll": (7, -1), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
@@ -50,23 +50,25 @@ ALLOW = {
     "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175),
     "getegid": (108, 177), "getppid": (110, 173), "sigaltstack": (131, 132), "gettid": (186, 178),
     "time": (201, -1), "futex": (202, 98), "sched_getaffinity": (204, 123), "getdents64": (217, 61),
-    "set_tid_address": (218, 96),
-    "restart_syscall": (219, 128), "clock_gettime": (228, 113), "clock_getres": (229, 114),
-    "clock_nanosleep": (230, 115), "exit_group": (231, 94), "openat": (257, 56), "newfstatat": (262, 79),
-    "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73),
-    "set_robust_list": (273, 99), "get_robust_list": (274, 100), "dup3": (292, 24), "pipe2": (293, 59),
-    "getcpu": (309, 168), "getrandom": (318, 278), "membarrier": (324, 283), "statx": (332, 291),
+    "set_tid_address": (218, 96), "restart_syscall": (219, 128), "clock_gettime": (228, 113),
+    "clock_getres": (229, 114), "clock_nanosleep": (230, 115), "exit_group": (231, 94), "openat": (257, 56),
+    "newfstatat": (262, 79), "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72),
+    "ppoll": (271, 73), "set_robust_list": (273, 99), "get_robust_list": (274, 100), "dup3": (292, 24),
+    "pipe2": (293, 59), "getcpu": (309, 168), "getrandom": (318, 278), "membarrier": (324, 283), "statx": (332, 291),
     "rseq": (334, 293), "close_range": (436, 436), "faccessat2": (439, 439),
 }
 CLONE, CLONE3, FCNTL, IOCTL, PRLIMIT = (56, 220), (435, 435), (72, 25), (16, 29), (302, 261)
-# DUPFD GETFD SETFD GETFL DUPFD_CLOEXEC. Not SETOWN and SETSIG: together they send any signal to any process
-# of the same user. Not SETPIPE_SZ: memory outside RLIMIT_AS.
+# DUPFD GETFD SETFD GETFL DUPFD_CLOEXEC. Not SETOWN and SETSIG: together they send any signal to any process of the same
+# user. Not SETPIPE_SZ: it takes memory that RLIMIT_AS does not count.
 FCNTL_ALLOW = (0, 1, 2, 3, 1030)
 AUDIT_ARCH = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
 
-def seccomp_filter():
-    """The classic-BPF program, a list of (code, jt, jf, k). Source: linux/seccomp.h, linux/filter.h."""
+def seccomp_filter() -> list[tuple[int, int, int, int]]:
+    """
+    The classic BPF program as instructions (code, jt, jf, k): after a comparison the next jt (true) or jf (false)
+    instructions are left out. Source: linux/seccomp.h, linux/filter.h.
+    """
     arch, column = AUDIT_ARCH[os.uname().machine]
     LOAD, EQUAL, ANY, RETURN = 0x20, 0x15, 0x45, 0x06    # load; jump if equal; jump if any bit; return
     PASS, DENY, KILL = 0x7FFF0000, 0x00050000, 0x80000000    # DENY | errno
@@ -78,8 +80,8 @@ def seccomp_filter():
     for numbers in ALLOW.values():
         if numbers[column] >= 0:
             code += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, PASS)]
-    # clone: threads only (CLONE_THREAD); clone3 hides its flags in memory, so it "does not exist" and libc
-    # uses clone
+    # clone: threads only (CLONE_THREAD). clone3 has its flags in memory, where a filter cannot look: it "does not
+    # exist" (ENOSYS), and libc uses clone
     code += [(EQUAL, 0, 4, CLONE[column]), argument(0), (ANY, 0, 1, 0x10000), (RETURN, 0, 0, PASS),
              (RETURN, 0, 0, DENY | errno.EPERM)]
     code += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, DENY | errno.ENOSYS)]
@@ -94,8 +96,8 @@ def seccomp_filter():
     return code
 
 
-def pack_filter(code):
-    """struct sock_fprog for prctl; the array it points to is kept alive as an attribute."""
+def pack_filter(code: list[tuple[int, int, int, int]]) -> ctypes.Structure:
+    """struct sock_fprog for prctl. Its attribute `keep` is the array that it points to, which has to stay alive."""
     class Program(ctypes.Structure):
         _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
@@ -106,9 +108,13 @@ def pack_filter(code):
     return program
 
 
-# ---------------------------------------------------------------- Landlock and capabilities (isolation B)
-def landlock(libc, paths):
-    """Read-only access to `paths`, nothing else; no TCP; no signals out of the domain, if the kernel can."""
+# ---- Landlock and capabilities (isolation B) ------------------------------------------------------------------------
+
+def landlock(libc: ctypes.CDLL, paths: list[str]) -> None:
+    """
+    From now on this process can read `paths` and no other file, write none, use no TCP, and signal only processes that
+    it confined with itself; the last two if the kernel can (ABI 4 and 6). OSError if there is no Landlock.
+    """
     abi = libc.syscall(444, None, 0, 1)
     if abi < 1:
         raise OSError(f"Landlock is not available (ABI {abi})")
@@ -129,23 +135,28 @@ def landlock(libc, paths):
     os.close(ruleset)
 
 
-def drop_capabilities(libc):
-    """Root without its powers: all capability sets empty (linux/capability.h)."""
+def drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Root without its powers: all capability sets become empty (linux/capability.h). OSError if that fails."""
     for capability in range(64):
         libc.prctl(24, capability, 0, 0, 0)    # PR_CAPBSET_DROP
     if libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)):
         raise OSError("capset failed")
 
 
-def change_user(uid):
+def change_user(uid: int) -> None:
+    """Become user and group `uid`, with no other group and no way back."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
 
 
-# ---------------------------------------------------------------- the server
-def prepare(cfg):
-    """Everything that is done once: warm imports, and the walls that the server itself stands behind."""
+# ---- the server -----------------------------------------------------------------------------------------------------
+
+def prepare(cfg: dict) -> None:
+    """
+    What is done once: imports, and the confinement of the server itself. cfg: as box.box_command writes it; added are
+    linux (bool), libc, filter (for seccomp, or None) and pid (of the server).
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     cfg |= {"linux": sys.platform == "linux", "libc": libc, "filter": None, "pid": os.getpid()}
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -155,23 +166,31 @@ def prepare(cfg):
         libc.prctl(36, 1, 0, 0, 0)    # PR_SET_CHILD_SUBREAPER: orphans come back to us
     for name in WARM:
         __import__(name)
-    builtins.exit = builtins.quit = sys.exit    # site would have made them
+    builtins.exit = builtins.quit = sys.exit    # the module site makes them, and -S leaves it out
     if cfg["isolation"] == "B":
-        if cfg["way"] == "uid":
+        if cfg["drop_by"] == "uid":
             change_user(cfg["uid"])
-        elif cfg["way"] == "capabilities":
+        elif cfg["drop_by"] == "capabilities":
             drop_capabilities(libc)
         landlock(libc, cfg["paths"])
     if cfg["isolation"] in "AB":
         libc.prctl(38, 1, 0, 0, 0)    # PR_SET_NO_NEW_PRIVS
         cfg["filter"] = pack_filter(seccomp_filter())
     gc.collect()
-    gc.freeze()    # the collector must not touch, and so copy, the pages that children share
+    gc.freeze()    # the collector must not write to, and so copy, the memory pages that children share
 
 
-def serve(cfg):
-    """Wait for jobs until the line closes. In: R run (with 5 descriptors), K kill, C how much processor time
-    has the child used; out: Z ready, E ended (status, processor seconds), C (processor seconds)."""
+def serve(cfg: dict) -> None:
+    """
+    Wait for messages until the socket closes. A message is (kind, integer, seconds):
+
+        in    R   run a program; integer: its processor seconds; with it the 5 descriptors of a child
+              K   kill the child
+              C   how much processor time has the child used?
+        out   Z   ready
+              E   the child has ended; integer: its wait status; seconds: its processor time
+              C   seconds: processor time of the child so far
+    """
     sock = socket.socket(fileno=cfg["fd"])
     prepare(cfg)
     wake_r, wake_w = os.pipe()
@@ -193,23 +212,23 @@ def serve(cfg):
                 sock.sendall(MESSAGE.pack(b"E", status, usage.ru_utime + usage.ru_stime))
         if sock in ready:
             message, fds, _, _ = socket.recv_fds(sock, MESSAGE.size, 5, socket.MSG_WAITALL)
-            if not message:    # the judge is gone, and so are we
+            if not message:    # the judge has gone: end with it
                 return end(pid)
-            operation, number, _ = MESSAGE.unpack(message)
-            if operation == b"R":
+            kind, number, _ = MESSAGE.unpack(message)
+            if kind == b"R":
                 pid = os.fork()
                 if not pid:
                     child(cfg, number, fds)
                 for fd in fds:
                     os.close(fd)
-            elif operation == b"K":
+            elif kind == b"K":
                 end(pid)
-            elif operation == b"C" and pid:    # no answer if it has ended: the judge reads that in our E
+            elif kind == b"C" and pid:    # no answer if it has ended: then the judge gets E instead
                 sock.sendall(MESSAGE.pack(b"C", 0, processor_time(pid)))
 
 
-def end(pid):
-    """SIGKILL to a child's group, and to itself alone in case it has not become a group leader yet."""
+def end(pid: int) -> None:
+    """SIGKILL to the group of a child, and to the child alone in case it leads no group yet. pid 0: no child."""
     for kill in (os.killpg, os.kill) if pid else ():
         try:
             kill(pid, signal.SIGKILL)
@@ -217,8 +236,11 @@ def end(pid):
             pass
 
 
-def sweep(pid):
-    """Level C has no filter against fork: end the program's group, then every orphan handed to us (Linux)."""
+def sweep(pid: int) -> None:
+    """
+    Isolation C has no filter against fork: end the group of a program that has ended, then every orphan that the kernel
+    has handed to this process (Linux).
+    """
     end(pid)
     children = f"/proc/self/task/{os.getpid()}/children"
     while os.path.exists(children) and (orphans := open(children).read().split()):
@@ -230,20 +252,22 @@ def sweep(pid):
                 pass
 
 
-def processor_time(pid) -> float:
-    """Processor seconds of another process; clock number (~pid << 3) | 2, clock_getcpuclockid. Or -1."""
+def processor_time(pid: int) -> float:
+    """Processor seconds of another process, or -1. Its clock has the number (~pid << 3) | 2, as clock_getcpuclockid."""
     try:
         return time.clock_gettime((~pid << 3) | 2)
     except (OSError, OverflowError, AttributeError):
         return -1.0
 
 
-# ---------------------------------------------------------------- the child
-def child(cfg, cpu_seconds, fds):
-    """Confine this process for good, then run its one program. Never returns.
+# ---- the child ------------------------------------------------------------------------------------------------------
 
-    The first line on RESULTS says that the walls stand; it is written before a byte of the program is read,
-    so that a program cannot pass off its own end as a failure of the judge.
+def child(cfg: dict, cpu_seconds: int, fds: list[int]) -> None:
+    """
+    Confine this process for good, then run its one program. Never returns.
+
+    The first line on RESULTS reports that the process is confined. It is written before a byte of the program is read,
+    so that no program can make its own end look like a failure of the judge.
     """
     try:
         signal.set_wakeup_fd(-1)
@@ -254,7 +278,7 @@ def child(cfg, cpu_seconds, fds):
             os.dup2(fd, i)
         os.closerange(5, 64)
         confine(cfg, cpu_seconds)
-        sys.modules["random"].seed(0)    # fork() has just seeded it from the system: verdicts must repeat
+        sys.modules["random"].seed(0)    # fork() has just seeded it from the system, but verdicts must repeat
         os.write(RESULTS, b"{}\n")
         job = b""
         while block := os.read(JOB, 1 << 20):
@@ -268,7 +292,8 @@ def child(cfg, cpu_seconds, fds):
     run_call(job, main) if job["entry"] else run_stdio(job, main)
 
 
-def confine(cfg, cpu_seconds):
+def confine(cfg: dict, cpu_seconds: int) -> None:
+    """Limits, user and system call filter of a child. cpu_seconds: processor time, kept by the kernel."""
     # FSIZE 0: not a byte into any file
     limits = {"FSIZE": 0, "CPU": cpu_seconds, "NOFILE": 32, "AS": cfg["memory"]}
     for name, value in limits.items():
@@ -277,7 +302,7 @@ def confine(cfg, cpu_seconds):
         except (ValueError, OSError):
             if cfg["linux"]:
                 raise    # elsewhere (isolation C) RLIMIT_AS may not exist
-    if cfg["isolation"] == "A" and cfg["way"] == "uid":
+    if cfg["isolation"] == "A" and cfg["drop_by"] == "uid":
         change_user(cfg["uid"])
     if cfg["linux"]:
         cfg["libc"].prctl(1, signal.SIGKILL, 0, 0, 0)    # after the change of user, which clears it
@@ -287,29 +312,35 @@ def confine(cfg, cpu_seconds):
         raise OSError("seccomp failed")
 
 
-def describe(error) -> str:
+def describe(error: BaseException) -> str:
+    """Type and text of an error; the program's own __str__ may fail."""
     try:
         return f"{type(error).__name__}: {error}"[:300]
     except BaseException:
         return "exception"
 
 
-def plain(value):
-    """Only JSON's own types leave the box; a tuple leaves as a list, every other type is an error."""
+def json_types(value: object) -> object:
+    """The same value, made of JSON's own types; a tuple becomes a list. TypeError for every other type."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
     if kind in (list, tuple):
-        return [plain(item) for item in value]
+        return [json_types(item) for item in value]
     if kind is dict and all(type(key) is str for key in value):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: json_types(item) for key, item in value.items()}
     raise TypeError(f"a result of type {kind.__name__} is not JSON")
 
 
-def run_call(job, main):
-    """All call tests of one program. A line of JSON each: {"i": index, "v": value or "e": error, "c":
-    processor s}; index -1 says whether the program loaded."""
-    def report(line):
+def run_call(job: dict, main: types.ModuleType) -> None:
+    """
+    Run all call tests of one program. Each gives one line of JSON on RESULTS:
+
+        {"i": index, "v": value, "c": processor seconds so far}, or with "e": error in place of "v"
+
+    The line with index -1 comes first and tells whether the program loaded.
+    """
+    def report(line: dict) -> None:
         data = json.dumps(line).encode() + b"\n"
         while data:
             data = data[os.write(RESULTS, data):]
@@ -326,16 +357,16 @@ def run_call(job, main):
     for i, text in enumerate(job["inputs"] if "e" not in line else ()):
         line = {"i": i}
         try:
-            line["v"] = plain(function(*json.loads(text)))    # parsed anew: a program may change arguments
+            line["v"] = json_types(function(*json.loads(text)))    # parsed anew: a program may change its arguments
             line["c"] = time.process_time()
             report(line)
-        except BaseException as error:    # also an integer beyond the digit limit, in report()
+        except BaseException as error:    # also an integer with too many digits, in report()
             report({"i": i, "e": describe(error), "c": time.process_time()})
     os._exit(0)
 
 
-def run_stdio(job, main):
-    """A whole program, standard input to standard output. Exit status 0, or 1 with the error on stderr."""
+def run_stdio(job: dict, main: types.ModuleType) -> None:
+    """Run a whole program, standard input to standard output. Exit status 0, or 1 with the error on stderr."""
     sys.stdin, sys.stdout = open(STDIN, encoding="utf-8"), open(STDOUT, "w", encoding="utf-8")
     code = 0
     try:
@@ -344,9 +375,9 @@ def run_stdio(job, main):
         except SystemExit as stop:
             code = 0 if stop.code is None else stop.code if isinstance(stop.code, int) else 1
         if "threading" in sys.modules:
-            sys.modules["threading"]._shutdown()    # threads started and not joined: a contest idiom
+            sys.modules["threading"]._shutdown()    # some contest programs start threads and do not join them
         if "atexit" in sys.modules:
-            sys.modules["atexit"]._run_exitfuncs()    # so is output written at exit
+            sys.modules["atexit"]._run_exitfuncs()    # others write their output at exit
         sys.stdout.flush()
     except BaseException as error:
         os.write(STDERR, describe(error).encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""The judge: verdicts, the levels, attacks that must be contained, reward hacks that must not be paid."""
+"""The judge: verdicts, isolation, attacks that must be contained, reward hacks that must not be paid."""
 
 import json
 import os
@@ -8,20 +8,25 @@ import threading
 import time
 
 import pytest
-import sandbox
 
-from judge import Judge, JudgeError, Test, Verdict, from_asserts, same_text, same_value
+from configurator import UserError
+from data.problems import Test
+from judge import STATUSES, Judge, Verdict, same_text, same_value, server
+from judge.box import Box, JudgeError
 
 if os.name != "posix":
     pytest.skip("the judge needs a POSIX system", allow_module_level=True)
 
 
-def call(arguments, expected, level=0):
-    return Test("call", json.dumps(arguments), json.dumps(expected), level)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(server.__file__)))
 
 
-def stdio(given, expected, level=0):
-    return Test("stdio", given, expected, level)
+def call(arguments, expected):
+    return Test("call", json.dumps(arguments), json.dumps(expected))
+
+
+def stdio(given, expected):
+    return Test("stdio", given, expected)
 
 
 SQUARES = [call([n], n * n) for n in (1, 2, 3, 4)]
@@ -32,36 +37,37 @@ def statuses(verdicts):
     return " ".join(v.status for v in verdicts)
 
 
-def open_judge(level, **kw):
-    kw = {"workers": 1, "time_limit": 0.25, "wall": 8, "allow_unsafe": level == "C", "quiet": True, **kw}
+def open_judge(isolation, **kw):
+    kw = {"workers": 1, "time_limit": 0.25, "wall_factor": 8, "allow_unsafe": isolation == "C", "quiet": True, **kw}
     try:
-        return Judge(isolation=level, **kw)
-    except JudgeError as error:
-        pytest.skip(f"level {level} does not hold on this machine: {error}")
+        return Judge(isolation=isolation, **kw)
+    except UserError as error:
+        pytest.skip(f"isolation {isolation} does not hold on this machine: {error}")
 
 
 @pytest.fixture(scope="module", params=["A", "B", "C"])
 def judge(request):
-    """Each level: verdicts are the same whatever the walls."""
+    """Each isolation: verdicts are the same in all."""
     with open_judge(request.param) as judge:
         yield judge
 
 
 @pytest.fixture(scope="module", params=["A", "B"])
-def tight(request):
-    """The levels for untrusted code."""
+def strict_judge(request):
+    """Isolation for untrusted code."""
     with open_judge(request.param) as judge:
         yield judge
 
 
 @pytest.fixture(scope="module")
-def best():
-    """The strongest level of this machine; C only where nothing else is (macOS)."""
-    with Judge(workers=1, time_limit=0.25, wall=8, allow_unsafe=True, quiet=True) as judge:
+def best_judge():
+    """The strongest isolation of this machine; C only where nothing else is (macOS)."""
+    with Judge(workers=1, time_limit=0.25, wall_factor=8, allow_unsafe=True, quiet=True) as judge:
         yield judge
 
 
-# ---------------------------------------------------------------- verdicts
+# ---- verdicts -------------------------------------------------------------------------------------------------------
+
 VERDICTS = {
     "right": (GOOD, "AC AC AC AC"),
     "wrong": ("def f(n):\n    return n", "AC WA WA WA"),
@@ -79,14 +85,8 @@ VERDICTS = {
     "memory": ("def f(n):\n    return n * n if n != 4 else len(bytearray(2 << 30))", "AC AC AC MLE"),
     "floods stdout": ("def f(n):\n    while n == 1: print('x' * 9999)\n    return n * n", "OLE AC AC AC"),
     "prints a little": ("def f(n):\n    print('debug', n)\n    return n * n", "AC AC AC AC"),
-    "no JSON": (
-        "def f(n):\n    return {1, 2} if n == 1 else (lambda: 0) if n == 2 else n * n",
-        "RE RE AC AC",
-    ),
-    "crashes": (
-        "import ctypes\ndef f(n):\n    return ctypes.string_at(0) if n == 2 else n * n",
-        "AC RE AC AC",
-    ),
+    "no JSON": ("def f(n):\n    return {1, 2} if n == 1 else (lambda: 0) if n == 2 else n * n", "RE RE AC AC"),
+    "crashes": ("import ctypes\ndef f(n):\n    return ctypes.string_at(0) if n == 2 else n * n", "AC RE AC AC"),
 }
 
 
@@ -109,14 +109,8 @@ STDIO = {
     "exit(3) after the answer": ("print(int(input()) ** 2)\nexit(3)", "RE RE"),
     "os._exit(0)": ("import os\nos._exit(0)", "WA WA"),
     "at exit": ("import atexit\nn = int(input())\natexit.register(lambda: print(n * n))", "AC AC"),
-    "thread": (
-        "import threading\nthreading.Thread(target=lambda: print(int(input()) ** 2)).start()",
-        "AC AC",
-    ),
-    "binary": (
-        "import sys\nn = int(sys.stdin.buffer.read())\nsys.stdout.buffer.write(b'%d' % (n * n))",
-        "AC AC",
-    ),
+    "thread": ("import threading\nthreading.Thread(target=lambda: print(int(input()) ** 2)).start()", "AC AC"),
+    "binary": ("import sys\nn = int(sys.stdin.buffer.read())\nsys.stdout.buffer.write(b'%d' % (n * n))", "AC AC"),
     "open(0)": ("print(int(open(0).read()) ** 2)", "AC AC"),
     "raises": ("print(int(input()) ** 2)\n1 / 0", "RE RE"),
     "sleeps": ("import time\nn = int(input())\nn == 3 and time.sleep(60)\nprint(n * n)", "TLE AC"),
@@ -126,52 +120,48 @@ STDIO = {
 
 
 @pytest.mark.parametrize("name", STDIO)
-def test_stdio_verdicts(best, name):
+def test_stdio_verdicts(best_judge, name):
     program, expected = STDIO[name]
-    assert statuses(best.run(program, [stdio("3\n", "9\n"), stdio("4\n", "16\n")])) == expected
+    assert statuses(best_judge.run(program, [stdio("3\n", "9\n"), stdio("4\n", "16\n")])) == expected
 
 
-def test_details_say_what_happened(best):
-    assert best.run("def f(n):\n    return n", SQUARES)[1].detail == "on [2] gave 2"
-    assert "ZeroDivisionError" in best.run("def f(n):\n    return 1 / 0", SQUARES)[0].detail
-    assert "ZeroDivisionError" in best.run("1 / 0", [stdio("", "x")])[0].detail
-    assert "signal 11" in best.run("import ctypes\nctypes.string_at(0)", SQUARES)[0].detail
+def test_details_say_what_happened(best_judge):
+    assert best_judge.run("def f(n):\n    return n", SQUARES)[1].detail == "on [2] gave 2"
+    assert "ZeroDivisionError" in best_judge.run("def f(n):\n    return 1 / 0", SQUARES)[0].detail
+    assert "ZeroDivisionError" in best_judge.run("1 / 0", [stdio("", "x")])[0].detail
+    assert "signal 11" in best_judge.run("import ctypes\nctypes.string_at(0)", SQUARES)[0].detail
 
 
-def test_inputs_are_fresh_copies(best):
+def test_inputs_are_fresh_copies(best_judge):
     """A program may destroy its arguments: the next test, with an equal input, must not see it."""
     tests = [call([[3, 1, 2]], [3, 2, 1]), call([[3, 1, 2]], [3, 2, 1])]
-    assert (
-        statuses(best.run("def f(xs):\n    xs.sort()\n    return [xs.pop() for _ in range(3)]", tests))
-        == "AC AC"
-    )
+    program = "def f(xs):\n    xs.sort()\n    return [xs.pop() for _ in range(3)]"
+    assert statuses(best_judge.run(program, tests)) == "AC AC"
 
 
-def test_programs_share_nothing(best):
+def test_programs_share_nothing(best_judge):
     """Each program has its own process: what one changes in the interpreter, the next does not see."""
     spoil = "import builtins, math\nbuiltins.sum = lambda x: 7\nmath.pi = 4\ndef f():\n    return sum([])"
     clean = "import math\ndef f():\n    return [sum([]), math.pi]"
     for _ in range(2):
-        assert statuses(best.run(spoil, [call([], 7)])) == "AC"
-        assert statuses(best.run(clean, [call([], [0, 3.141592653589793])])) == "AC"
+        assert statuses(best_judge.run(spoil, [call([], 7)])) == "AC"
+        assert statuses(best_judge.run(clean, [call([], [0, 3.141592653589793])])) == "AC"
 
 
-def test_chance_is_the_same_in_every_run(best):
+def test_chance_is_the_same_in_every_run(best_judge):
     """Set order and `random` are fixed: a program that leans on them gets the same verdict each time."""
-    program = (
-        "import random\ndef f():\n    return list({'a', 'b', 'c', 'd', 'e'}), hash('x'), random.random()"
-    )
-    first = best.run(program, [call([], 0)])[0].detail
-    with Judge(workers=1, isolation=best.isolation, allow_unsafe=True, quiet=True) as other:
+    program = "import random\ndef f():\n    return list({'a', 'b', 'c', 'd', 'e'}), hash('x'), random.random()"
+    first = best_judge.run(program, [call([], 0)])[0].detail
+    with Judge(workers=1, isolation=best_judge.isolation, allow_unsafe=True, quiet=True) as other:
         assert other.run(program, [call([], 0)])[0].detail == first
 
 
-def test_entry_may_be_a_method(best):
+def test_entry_may_be_a_method(best_judge):
     program = "class Solution:\n    def add(self, a, b):\n        return a + b"
-    assert statuses(best.run(program, [call([1, 2], 3)], entry="Solution.add")) == "AC"
+    assert statuses(best_judge.run(program, [call([1, 2], 3)], entry="Solution.add")) == "AC"
 
 
-def test_time_limit_is_processor_time_of_one_test(best):
+def test_time_limit_is_processor_time_of_one_test(best_judge):
     """Eight tests that each use half the limit pass, though together they use four times the limit."""
     program = """
 import time
@@ -180,29 +170,18 @@ def f(seconds):
     while time.process_time() < until: pass
     return 1
 """
-    assert statuses(best.run(program, [call([0.5 * best.limit], 1)] * 8)) == "AC " * 7 + "AC"
-    assert statuses(best.run(program, [call([30], 1)])) == "TLE"
+    assert statuses(best_judge.run(program, [call([0.5 * best_judge.cpu_limit], 1)] * 8)) == "AC " * 7 + "AC"
+    assert statuses(best_judge.run(program, [call([30], 1)])) == "TLE"
 
 
-def test_many_timeouts_end_the_program(best):
-    verdicts = best.run("def f(n):\n    while True: pass", [call([n], 0) for n in range(7)])
+def test_many_timeouts_end_the_program(best_judge):
+    verdicts = best_judge.run("def f(n):\n    while True: pass", [call([n], 0) for n in range(7)])
     assert statuses(verdicts) == "TLE " * 6 + "TLE"
     assert [v.detail.startswith("not run") for v in verdicts] == [False] * 4 + [True] * 3
 
 
-def test_stop_at_failed_level():
-    """Levels 0 0 1 1 2, out of order: a failure at level 1 leaves out level 2, not the rest of level 1."""
-    tests = [call([5], 0, 2), call([1], 1, 0), call([3], 0, 1), call([2], 4, 0), call([4], 16, 1)]
-    with Judge(workers=1, stop_at_failed_isolation=True, allow_unsafe=True, quiet=True) as judge:
-        assert statuses(judge.run(GOOD, tests)) == "NR AC WA AC AC"
-        assert statuses(judge.run("def f(n):\n    return -1", tests)) == "NR WA NR WA NR"
-        assert (
-            statuses(judge.run("print(1)", [stdio("", "2", 1), stdio("", "1", 0), stdio("", "1", 2)]))
-            == "WA AC NR"
-        )
+# ---- reward hacks: wrong programs, never paid -----------------------------------------------------------------------
 
-
-# ---------------------------------------------------------------- reward hacks: wrong programs, never paid
 ALWAYS_EQUAL = """
 class Always({base}):
     __eq__ = lambda *_: True
@@ -213,10 +192,7 @@ def f(n):
     return Always()
 """
 HACKS = {
-    **{
-        f"always equal {base}": ALWAYS_EQUAL.format(base=base)
-        for base in ("object", "int", "str", "float", "list")
-    },
+    **{f"always equal {base}": ALWAYS_EQUAL.format(base=base) for base in ("object", "int", "str", "float", "list")},
     "sys.exit(0)": "import sys\nsys.exit(0)",
     "raise SystemExit": "def f(n):\n    raise SystemExit(0)",
     "os._exit(0)": "import os\ndef f(n):\n    os._exit(0)",
@@ -265,7 +241,7 @@ def f(n):
 import json, sys
 def f(n):
     runner = sys._getframe(1).f_globals
-    runner["plain"] = runner["describe"] = lambda *_: True
+    runner["json_types"] = runner["describe"] = lambda *_: True
     json.dumps = lambda *_, **__: '{"i": 0, "v": true, "c": 0.0, "status": "AC", "passed": true}'
 """,
     "write verdicts into every descriptor": """
@@ -310,31 +286,30 @@ def f(n):
 
 
 @pytest.mark.parametrize("name", HACKS)
-def test_reward_hacks_are_not_paid(tight, name):
+def test_reward_hacks_are_not_paid(strict_judge, name):
     tests = [call([n], n * n) for n in (1, 5, 6)]
-    verdicts = tight.run(HACKS[name], tests)
+    verdicts = strict_judge.run(HACKS[name], tests)
     assert not any(v.status in ("AC", "JE") for v in verdicts), verdicts
-    assert statuses(tight.run(GOOD, tests)) == "AC AC AC"
+    assert statuses(strict_judge.run(GOOD, tests)) == "AC AC AC"
 
 
-def test_a_program_cannot_make_a_judge_error(tight):
+def test_a_program_cannot_make_a_judge_error(strict_judge):
     """JE is retried and can stop a run: the end a broken sandbox would make must count as the program's."""
     fake = "import os\nos.write(2, b'sandbox: broken')\nos._exit(97)"
-    assert statuses(tight.run(fake, SQUARES)) == "RE RE RE RE"
-    assert statuses(tight.run(fake, [stdio("", "1")])) == "RE"
-    assert (
-        statuses(tight.run("import os\nos.closerange(0, 64)\nwhile True: pass", SQUARES)) == "TLE TLE TLE TLE"
-    )
-    assert tight.counters()["JE"] == tight.counters()["retries"] == 0
+    assert statuses(strict_judge.run(fake, SQUARES)) == "RE RE RE RE"
+    assert statuses(strict_judge.run(fake, [stdio("", "1")])) == "RE"
+    assert statuses(strict_judge.run("import os\nos.closerange(0, 64)\nwhile True: pass", SQUARES)) == "TLE TLE TLE TLE"
+    assert strict_judge.counts["JE"] == strict_judge.counts["retries"] == 0
 
 
-def test_a_stdio_prefix_or_superset_is_not_paid(tight):
+def test_a_stdio_prefix_or_superset_is_not_paid(strict_judge):
     tests = [stdio("", "1\n2\n3\n")]
     for text in ("1", "1\\n2", "1\\n2\\n3\\n4", "1 2 3", "1\\n\\n2\\n3", "", "AC", "1\\n2\\n3 3"):
-        assert statuses(tight.run(f"print('{text}')", tests)) == "WA", text
+        assert statuses(strict_judge.run(f"print('{text}')", tests)) == "WA", text
 
 
-# ---------------------------------------------------------------- attacks: programs return what they achieved
+# ---- attacks: programs return what they achieved --------------------------------------------------------------------
+
 HELPERS = """
 import os, sys, ctypes, signal
 holes = []
@@ -506,11 +481,11 @@ if os.uname().machine == "x86_64":
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attacks_are_contained(tight, name):
+def test_attacks_are_contained(strict_judge, name):
     program = HELPERS + ATTACKS[name] + "\ndef f():\n    return holes"
-    (verdict,) = tight.run(program, [call([], [])])
+    (verdict,) = strict_judge.run(program, [call([], [])])
     assert verdict.status == "AC", verdict
-    assert statuses(tight.run(GOOD, SQUARES)) == "AC AC AC AC"  # and the box still serves
+    assert statuses(strict_judge.run(GOOD, SQUARES)) == "AC AC AC AC"  # and the box still serves
 
 
 EXHAUSTION = {  # program, statuses that are right
@@ -538,24 +513,17 @@ EXHAUSTION = {  # program, statuses that are right
         {"TLE"},
     ),
     "exceptions caught": (
-        "def f(n):\n    while True:\n        try:\n            while True: pass\n"
-        "        except BaseException: pass",
+        "def f(n):\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass",
         {"TLE"},
     ),
-    "recursion": (
-        "import sys\nsys.setrecursionlimit(10**9)\ndef f(n):\n    return f(n)",
-        {"RE", "MLE", "TLE"},
-    ),
+    "recursion": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(n):\n    return f(n)", {"RE", "MLE", "TLE"}),
     "recursion in C": (
         "import sys\nsys.setrecursionlimit(10**9)\ndef f(n):\n    x = []\n"
         "    for _ in range(10**6): x = [x]\n    return x",
         {"RE", "MLE", "TLE"},
     ),
     "big power": ("def f(n):\n    return (9 ** 9 ** 9) % 7", {"TLE", "MLE"}),
-    "catastrophic regular expression": (
-        "import re\ndef f(n):\n    return re.match('(a+)+$', 'a' * 60 + 'b')",
-        {"TLE"},
-    ),
+    "catastrophic regular expression": ("import re\ndef f(n):\n    return re.match('(a+)+$', 'a' * 60 + 'b')", {"TLE"}),
     "stdout flood": ("import os\ndef f(n):\n    while True: os.write(1, b'x' * 65536)", {"OLE"}),
     "stderr flood": ("import os\ndef f(n):\n    while True: os.write(2, b'x' * 65536)", {"OLE"}),
     "result flood": ("import os\ndef f(n):\n    while True: os.write(3, b'x' * 65536)", {"OLE"}),
@@ -566,39 +534,31 @@ EXHAUSTION = {  # program, statuses that are right
         "class E(BaseException):\n    def __str__(self):\n        while True: pass\ndef f(n):\n    raise E()",
         {"TLE"},
     ),
-    "negative clock": (
-        "import time\ntime.process_time = lambda: -1e9\ndef f(n):\n    while True: pass",
-        {"RE"},
-    ),
-    "stopped clock": (
-        "import time\ntime.process_time = lambda: 0.0\ndef f(n):\n    while True: pass",
-        {"TLE"},
-    ),
+    "negative clock": ("import time\ntime.process_time = lambda: -1e9\ndef f(n):\n    while True: pass", {"RE"}),
+    "stopped clock": ("import time\ntime.process_time = lambda: 0.0\ndef f(n):\n    while True: pass", {"TLE"}),
     "lying clock": ("import time\ntime.process_time = lambda: 1e5\ndef f(n):\n    while True: pass", {"TLE"}),
 }
 
 
 @pytest.mark.parametrize("name", EXHAUSTION)
-def test_exhaustion_is_contained(best, name):
-    """On the strongest level only: limits and clocks are the same code on all. This process does not grow."""
+def test_exhaustion_is_contained(best_judge, name):
+    """With the strongest isolation only: limits and clocks are the same code in all. This process does not grow."""
     import resource
 
-    if best.isolation == "C":
-        pytest.skip("level C, the only one here, does not stop a fork bomb")
+    if best_judge.isolation == "C":
+        pytest.skip("isolation C, the only one here, does not stop a fork bomb")
 
     program, expected = EXHAUSTION[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.monotonic()
-    (verdict,) = best.run(program, [call([1], 1)])
+    (verdict,) = best_judge.run(program, [call([1], 1)])
     assert verdict.status in expected, verdict
     assert time.monotonic() - begin < 60
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
-    )  # KiB: the flood was not kept
-    assert statuses(best.run(GOOD, SQUARES)) == "AC AC AC AC"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB: the flood was not kept
+    assert statuses(best_judge.run(GOOD, SQUARES)) == "AC AC AC AC"
 
 
-def test_the_32_bit_entry_is_closed(tight):
+def test_the_32_bit_entry_is_closed(strict_judge):
     """int 0x80 from made machine code reaches the 32-bit table, with other numbers: the filter kills."""
     if os.uname().machine != "x86_64":
         pytest.skip("x86_64 only")
@@ -610,14 +570,14 @@ entry = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffe
 def f():
     return entry()
 """
-    (verdict,) = tight.run(program, [call([], 0)])
+    (verdict,) = strict_judge.run(program, [call([], 0)])
     assert verdict.status == "RE" and "signal 31" in verdict.detail, verdict  # SIGSYS
 
 
-def test_nothing_of_one_program_reaches_the_next(tight):
+def test_nothing_of_one_program_reaches_the_next(strict_judge):
     """The server never reads a job, so a search of the heap finds no earlier program or input."""
     secret = "x" + "q7Zp" * 5
-    tight.run(f"word = '{secret}'\ndef f(s):\n    return s + word", [call([secret], secret + secret)])
+    strict_judge.run(f"word = '{secret}'\ndef f(s):\n    return s + word", [call([secret], secret + secret)])
     program = f"""
 import gc, sys
 half = "q7" + "Zp"
@@ -632,15 +592,15 @@ def f():
     return found
 # {len(secret)}
 """
-    (verdict,) = tight.run(program, [call([], [])])
+    (verdict,) = strict_judge.run(program, [call([], [])])
     assert verdict.status == "AC", verdict
 
 
-def test_secrets_of_the_parent_stay_outside(tight):
+def test_secrets_of_the_parent_stay_outside(strict_judge):
     """A file, an environment variable and an open descriptor of this process: none can be had inside."""
     os.environ["JUDGE_SECRET"] = "swordfish"
     try:
-        with tempfile.NamedTemporaryFile("w") as file, open_judge(tight.isolation) as judge:
+        with tempfile.NamedTemporaryFile("w") as file, open_judge(strict_judge.isolation) as judge:
             file.write("swordfish")
             file.flush()
             os.chmod(file.name, 0o644)
@@ -648,7 +608,7 @@ def test_secrets_of_the_parent_stay_outside(tight):
                 HELPERS
                 + f"""
 attempt("file", lambda: open({file.name!r}).read())
-attempt("project", lambda: open({os.path.abspath("judge.py")!r}).read())
+attempt("project", lambda: open({os.path.join(ROOT, "judge", "__init__.py")!r}).read())
 attempt("tests", lambda: os.listdir({os.path.dirname(os.path.abspath(__file__))!r}))
 attempt("variable", lambda: os.environ["JUDGE_SECRET"])
 def f():
@@ -661,19 +621,20 @@ def f():
         del os.environ["JUDGE_SECRET"]
 
 
-def test_root_is_given_up(tight):
+def test_root_is_given_up(strict_judge):
     if os.geteuid() != 0:
         pytest.skip("not root: nothing to give up")
     powers = """
 import ctypes, os, struct
 libc = ctypes.CDLL(None)
 def f():
-    return [os.getuid() == 0 and WAY == "uid", os.geteuid() == 0 and WAY == "uid"]
-""".replace("WAY", repr(tight.way))
-    assert statuses(tight.run(powers, [call([], [False, False])])) == "AC"
+    return [os.getuid() == 0 and DROP_BY == "uid", os.geteuid() == 0 and DROP_BY == "uid"]
+""".replace("DROP_BY", repr(strict_judge.drop_by))
+    assert statuses(strict_judge.run(powers, [call([], [False, False])])) == "AC"
 
 
-# ---------------------------------------------------------------- processes
+# ---- processes ------------------------------------------------------------------------------------------------------
+
 def descendants(pid):
     found = []
     for task in os.listdir(f"/proc/{pid}/task"):
@@ -705,7 +666,7 @@ def test_close_leaves_no_process(judge):
         thread.start()
     for i in range(3):
         other.submit(i, GOOD, SQUARES)
-    while other.counters()["running"] < 2 or len(set(descendants(os.getpid())) - before) < 4:
+    while other._running < 2 or len(set(descendants(os.getpid())) - before) < 4:
         time.sleep(0.01)
     started = set(descendants(os.getpid())) - before
     other.close()
@@ -725,15 +686,14 @@ def test_a_killed_judge_takes_its_boxes_along():
     import subprocess
 
     code = (
-        "from judge import Judge, Test\njudge = Judge(workers=1, time_limit=60, allow_unsafe=True)\n"
+        "from data.problems import Test\nfrom judge import Judge\n"
+        "judge = Judge(workers=1, time_limit=60, allow_unsafe=True)\n"
         "judge.submit(0, 'while True: pass', [Test('stdio', '', '')])\n"
-        "while not judge.counters()['running']: pass\nimport time\ntime.sleep(0.5)\nprint('up', flush=True)\n"
+        "while not judge._running: pass\nimport time\ntime.sleep(0.5)\nprint('up', flush=True)\n"
         "time.sleep(60)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        cwd=os.path.dirname(os.path.abspath(sandbox.__file__)),
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT
     )
     while (said := process.stdout.readline()) != b"up\n":
         assert said.startswith(b"judge:")
@@ -749,7 +709,7 @@ def test_a_killed_judge_takes_its_boxes_along():
 
 
 @linux
-def test_level_c_ends_what_a_program_forked():
+def test_isolation_c_ends_what_a_program_forked():
     with open_judge("C") as judge:
         program = (
             "import os, time\ndef f(n):\n    if os.fork() == 0:\n        os.setsid()\n"
@@ -763,7 +723,8 @@ def test_level_c_ends_what_a_program_forked():
         assert descendants(box.process.pid) == []
 
 
-# ---------------------------------------------------------------- the pool
+# ---- the pool -------------------------------------------------------------------------------------------------------
+
 def drain(judge, n):
     found, until = {}, time.monotonic() + 60
     while len(found) < n and time.monotonic() < until:
@@ -772,15 +733,15 @@ def drain(judge, n):
     return found
 
 
-def test_submit_and_poll(best):
+def test_submit_and_poll(best_judge):
     programs = [f"def f(n):\n    return n * {k}" for k in range(20)]
     for k, program in enumerate(programs):
-        best.submit(("key", k), program, [call([3], 9), call([2], 2)])
-    found = drain(best, 20)
+        best_judge.submit(("key", k), program, [call([3], 9), call([2], 2)])
+    found = drain(best_judge, 20)
     assert {k: statuses(v) for k, v in found.items()} == {
         ("key", k): f"{'AC' if k == 3 else 'WA'} {'AC' if k == 1 else 'WA'}" for k in range(20)
     }
-    assert best.poll() == []
+    assert best_judge.poll() == []
 
 
 def test_workers_change_no_verdict():
@@ -791,79 +752,77 @@ def test_workers_change_no_verdict():
             for i, program in enumerate(programs):
                 judge.submit(i, program, SQUARES)
             results.append({i: statuses(v) for i, v in drain(judge, len(programs)).items()})
-            counts = judge.counters()
+            counts = judge.counts
             assert counts["programs"] == len(programs) and counts["tests"] == 4 * len(programs)
-            assert (
-                sum(counts[s] for s in ("AC", "WA", "TLE", "MLE", "OLE", "RE", "JE", "NR")) == counts["tests"]
-            )
-            assert counts["queued"] == counts["running"] == 0 and counts["seconds"] > 0
+            assert sum(counts[s] for s in STATUSES) == counts["tests"]
+            assert len(judge._queue) == judge._running == 0
     assert results[0] == results[1] and len(results[0]) == len(programs)
 
 
 def test_the_same_program_is_run_once():
-    """remember: the same program with the same tests has the same verdicts, and no second process."""
-    with Judge(workers=1, remember=2, allow_unsafe=True, quiet=True) as judge:
+    """cache_size: the same program with the same tests has the same verdicts, and no second process."""
+    with Judge(workers=1, cache_size=2, allow_unsafe=True, quiet=True) as judge:
         first = judge.run(GOOD, SQUARES)
         assert statuses(first) == "AC AC AC AC" and judge.run(GOOD, SQUARES) == first
-        assert judge.counters()["processes"] == judge.counters()["repeats"] == 1
-        assert judge.counters()["programs"] == 2 and judge.counters()["AC"] == 8
+        assert judge.counts["processes"] == judge.counts["cached"] == 1
+        assert judge.counts["programs"] == 2 and judge.counts["AC"] == 8
         # any other text, test or entry is another program
         both = GOOD + "\ndef g(n):\n    return n + 1"
         assert statuses(judge.run(GOOD, [call([2], 5)])) == "WA"
         assert statuses(judge.run(both, SQUARES)) == "AC AC AC AC"
         assert statuses(judge.run(both, SQUARES, entry="g")) == "WA WA WA WA"
-        assert judge.counters()["processes"] == 4 and judge.counters()["repeats"] == 1
+        assert judge.counts["processes"] == 4 and judge.counts["cached"] == 1
         # two are kept: the first is forgotten by now
-        assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC" and judge.counters()["processes"] == 5
+        assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC" and judge.counts["processes"] == 5
 
 
 @pytest.mark.parametrize("body", ["while n: pass", "return [0] * 10 ** 10", "return n / 0"])
 def test_what_did_not_end_by_itself_is_run_again(body):
     program = f"def f(n):\n    {body}"
-    with Judge(workers=1, remember=9, time_limit=0.1, allow_unsafe=True, quiet=True) as judge:
+    with Judge(workers=1, cache_size=9, time_limit=0.1, allow_unsafe=True, quiet=True) as judge:
         for times in (1, 2):
             assert statuses(judge.run(program, SQUARES[-1:])) in ("TLE", "MLE", "RE")
-            assert judge.counters()["processes"] == times and judge.counters()["repeats"] == 0
+            assert judge.counts["processes"] == times and judge.counts["cached"] == 0
 
 
-def test_half_a_verdict_is_not_remembered(monkeypatch):
+def test_half_a_verdict_is_not_cached(monkeypatch):
     """A box that dies twice in the middle: JE, and asked again the program is judged anew."""
-    with Judge(workers=1, remember=9, allow_unsafe=True, quiet=True) as judge:
-        def half(box, job, verdicts, counts):
-            verdicts[0] = Verdict("AC", 0.0)
+    with Judge(workers=1, cache_size=9, allow_unsafe=True, quiet=True) as judge:
+
+        def half(box, job):
+            job.verdicts[0] = Verdict("AC", 0.0)
             raise JudgeError("broken pipe")
+
         with monkeypatch.context() as broken:
             broken.setattr(judge, "_judge_calls", half)
             assert statuses(judge.run(GOOD, SQUARES)) == "AC JE JE JE"
         assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC"
-        assert judge.counters()["repeats"] == 0
+        assert judge.counts["cached"] == 0
 
 
-def test_nothing_is_remembered_unless_asked(best):
-    before = best.counters()["processes"]
-    assert statuses(best.run(GOOD, SQUARES)) == statuses(best.run(GOOD, SQUARES)) == "AC AC AC AC"
-    assert best.counters()["processes"] == before + 2
+def test_nothing_is_cached_by_default(best_judge):
+    before = best_judge.counts["processes"]
+    assert statuses(best_judge.run(GOOD, SQUARES)) == statuses(best_judge.run(GOOD, SQUARES)) == "AC AC AC AC"
+    assert best_judge.counts["processes"] == before + 2
 
 
-def test_a_lost_box_is_retried_once_then_told(monkeypatch):
+def test_a_lost_box_is_retried_once_and_then_a_judge_error(monkeypatch):
     """A box that dies under a program: tried again in a new one. Twice: JE, never a silent 0."""
     with Judge(workers=1, allow_unsafe=True, quiet=True) as judge:
         assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC"
         judge._boxes[0].process.kill()
         judge._boxes[0].process.wait()
         assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC"
-        assert judge.counters()["retries"] == 1
-        monkeypatch.setattr(
-            sandbox.Box, "execute", lambda *_: (_ for _ in ()).throw(JudgeError("broken pipe"))
-        )
+        assert judge.counts["retries"] == 1
+        monkeypatch.setattr(Box, "execute", lambda *_: (_ for _ in ()).throw(JudgeError("broken pipe")))
         (verdict,) = judge.run(GOOD, SQUARES[:1])
         assert verdict.status == "JE" and "broken pipe" in verdict.detail
-        assert judge.counters()["JE"] == 1
+        assert judge.counts["JE"] == 1
 
 
 def test_many_judge_errors_are_loud(monkeypatch):
     with Judge(workers=1, allow_unsafe=True, quiet=True) as judge:
-        monkeypatch.setattr(sandbox.Box, "execute", lambda *_: 1 / 0)
+        monkeypatch.setattr(Box, "execute", lambda *_: 1 / 0)
         for i in range(25):
             judge.submit(i, GOOD, SQUARES[:1])
         with pytest.raises(JudgeError, match="could not be judged.*ZeroDivisionError"):
@@ -872,8 +831,8 @@ def test_many_judge_errors_are_loud(monkeypatch):
                 time.sleep(0.01)
 
 
-def test_levels_are_printed_once_and_c_is_refused(capfd, monkeypatch):
-    with pytest.raises(JudgeError, match="refused.*allow_unsafe"):
+def test_isolation_is_printed_once_and_c_is_refused(capfd, monkeypatch):
+    with pytest.raises(UserError, match="refused.*allow_unsafe"):
         Judge(isolation="C")
     with pytest.raises(ValueError, match="isolation 'D'"):
         Judge(isolation="D")
@@ -884,27 +843,29 @@ def test_levels_are_printed_once_and_c_is_refused(capfd, monkeypatch):
     assert out.count("judge: isolation") == 1 and "rlimits" in out
 
 
-@pytest.mark.parametrize("level", ["A", "B"])
-def test_a_level_that_leaks_does_not_count(level, monkeypatch):
-    """The start-up attack is what grants a level: without a wall (here the filter) it is refused by name."""
-    open_judge(level).close()
-    source = open(sandbox.server.__file__).read().replace('if cfg["isolation"] in "AB":', "if False:")
+@pytest.mark.parametrize("isolation", ["A", "B"])
+def test_an_isolation_that_leaks_does_not_count(isolation, monkeypatch):
+    """An isolation counts only if the attack at start-up fails: without the filter it is refused by name."""
+    open_judge(isolation).close()
+    whole = open(server.__file__).read()
+    source = whole.replace('if cfg["isolation"] in "AB":', "if False:")
+    assert source != whole
     with tempfile.NamedTemporaryFile("w", suffix=".py") as weak:
         weak.write(source)
         weak.flush()
         os.chmod(weak.name, 0o644)
-        monkeypatch.setattr(sandbox.server, "__file__", weak.name)
-        with pytest.raises(JudgeError, match="not tight: .*fork"):
-            Judge(isolation=level)
+        monkeypatch.setattr(server, "__file__", weak.name)
+        with pytest.raises(UserError, match="not tight: .*fork"):
+            Judge(isolation=isolation)
 
 
-def test_bad_calls_say_what_is_wrong(best):
+def test_bad_calls_say_what_is_wrong(best_judge):
     with pytest.raises(ValueError, match="without tests"):
-        best.run(GOOD, [])
+        best_judge.run(GOOD, [])
     with pytest.raises(ValueError, match="all 'call' or all 'stdio'"):
-        best.run(GOOD, [*SQUARES, stdio("", "")])
+        best_judge.run(GOOD, [*SQUARES, stdio("", "")])
     with pytest.raises(ValueError, match="entry"):
-        best.run(GOOD, SQUARES, entry="")
+        best_judge.run(GOOD, SQUARES, entry="")
     with pytest.raises(ValueError, match="workers=0"):
         Judge(workers=0)
     with pytest.raises(ValueError, match="'stdio' or 'call'"):
@@ -915,16 +876,11 @@ def test_bad_calls_say_what_is_wrong(best):
         Test("call", "[3]", "NaN")
 
 
-# ---------------------------------------------------------------- comparison
+# ---- comparison -----------------------------------------------------------------------------------------------------
+
 def test_same_value():
     """By hand: 1 = 1, 0.1 + 0.2 = 0.3 (within 1e-9); True != 1, 1 != 1.0, [1] != [1, 1], {} != []."""
-    equal = [
-        (1, 1),
-        (0.3, 0.1 + 0.2),
-        ([1, [2.0, "x"]], [1, [2.0, "x"]]),
-        ({"a": [None]}, {"a": [None]}),
-        ([], []),
-    ]
+    equal = [(1, 1), (0.3, 0.1 + 0.2), ([1, [2.0, "x"]], [1, [2.0, "x"]]), ({"a": [None]}, {"a": [None]}), ([], [])]
     different = [
         (1, True),
         (True, 1),
@@ -946,36 +902,8 @@ def test_same_value():
 
 
 def test_same_text():
-    """By hand: trailing blanks do not count, lines and tokens do; within 0.01, 1.001 is 1, 100.5 is 100."""
+    """By hand: blanks at the end of a line or of the text do not count; lines, tokens and digits do."""
     assert same_text("1\n2\n", "1 \n2\n\n") and same_text("", "\n") and same_text("a  b", "a  b")
     for got in ("1", "1\n2\n3", "1 2", "1\n\n2", " 1\n2", "", "01\n2", "1\n2.0"):
         assert not same_text("1\n2", got), got
-    assert (
-        not same_text("1.0", "1.001")
-        and same_text("1.0", "1.001", 0.01)
-        and same_text("100 x", "100.5 x", 0.01)
-    )
-    assert (
-        not same_text("1", "1.1", 0.01)
-        and not same_text("1 2", "1", 0.01)
-        and not same_text("1", "nan", 0.01)
-    )
-    assert not same_text("inf", "1", 0.01) and not same_text("1", "1e999999999", 0.01)
-
-
-def test_from_asserts():
-    tests = from_asserts("assert f(1, [2]) == (3, 'x')\nassert f(True) == {'a': None}", "f")
-    assert [(t.input, t.expected) for t in tests] == [("[1, [2]]", '[3, "x"]'), ("[true]", '{"a": null}')]
-    for bad in (
-        "assert f(1) > 2",
-        "assert g(1) == 2",
-        "assert f(x) == 2",
-        "assert f(1) == {1: 2}",
-        "x = 1",
-        "assert f(a=1) == 2",
-        "assert f(1) == 2 == 2",
-        "assert abs(f(1) - 2) < 1",
-        "assert f(1) == {2}",
-    ):
-        with pytest.raises(ValueError, match="line 1: .* should be `assert f"):
-            from_asserts(bad, "f")
+    assert not same_text("1.0", "1.001") and not same_text("1", "nan")
