@@ -1,8 +1,8 @@
 """
-Figures of a demo run, from the metrics.jsonl and eval.json of its folders. Only running means are computed here, the
-rest was logged.
+Figures of a demo run, from the metrics.jsonl and eval.json in its folders. Only running means are computed here; all
+other numbers were logged by the scripts themselves.
 
-    python paper/figures.py --run=out/tiny        # writes out/tiny/figures/*.png and, beside each, the points as CSV
+    python paper/figures.py --run=out/tiny        # 4 seconds; writes out/tiny/figures/*.png, and its points as CSV
 
     pretrain.png   losses over tokens, the three stages shaded, validation loss per source at each stage's end
     rl.png         avg@n on held-out problems over RL iterations, RL-Zero beside RL from SFT (report: Fig. 7)
@@ -11,17 +11,23 @@ rest was logged.
     mtp.png        acceptance per MTP layer, teacher-forced and in real decoding (report: 2.2)
     probes.png     long-context probes of the base model (report: Fig. 4)
 """
-import argparse
 import csv
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
-INK, SOFT = "#222222", "#bbbbbb"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import configurator  # noqa: E402
+from configurator import UserError  # noqa: E402
+
+INK = "#222222"
 COLOURS = {"maths": "#1b6ca8", "code": "#c8553d", "web": "#6a994e", "books": "#9c6ade", "synth": "#d4a017"}
 NAMES = {"base": "Base", "rl_zero": "RL-Zero", "sft": "SFT", "rl": "RL"}
 plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -29,12 +35,19 @@ plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.spines.top": False
                      "axes.axisbelow": True, "savefig.bbox": "tight"})
 
 
+@dataclass(frozen=True)
+class Config:
+    run: str = "out/tiny"        # folder of the demo run; the figures go to RUN/figures
+
+
 def rows_of(run: Path) -> list[dict]:
+    """The lines of RUN/metrics.jsonl, oldest first; none where the run does not exist."""
     path = run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def save(fig, folder: Path, name: str, header: list[str], points: list[list]) -> None:
+def save(fig: Figure, folder: Path, name: str, header: list[str], points: list[list]) -> None:
+    """Write folder/NAME.png, and the points drawn in it as folder/NAME.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{name}.png")
     plt.close(fig)
@@ -43,11 +56,15 @@ def save(fig, folder: Path, name: str, header: list[str], points: list[list]) ->
 
 
 def smooth(values: list[float], n: int) -> list[float]:
-    """Mean of the last n values at each point."""
+    """Running mean: at each place the mean of the last n values, fewer at the start."""
     return [sum(values[max(0, i - n + 1):i + 1]) / len(values[max(0, i - n + 1):i + 1]) for i in range(len(values))]
 
 
 def pretrain(run: Path, folder: Path) -> None:
+    """
+    Training loss of the trunk and of each MTP layer over tokens, smoothed over 15 steps; held-out loss per source at
+    the end of each stage. Losses above 4 nats (the first steps) are cut off.
+    """
     rows = rows_of(run / "base")
     steps = [r for r in rows if "loss" in r]
     tokens = [r["tokens"] / 1e6 for r in steps]
@@ -76,6 +93,7 @@ def pretrain(run: Path, folder: Path) -> None:
 
 
 def rl(run: Path, folder: Path) -> None:
+    """The held-out curve of RL and RL-Zero, one panel for maths and one for code, with 95% intervals."""
     fig, axes = plt.subplots(1, 2, figsize=(6.8, 2.9), sharey=True)
     points = []
     for name, style in (("rl", "-"), ("rl_zero", "--")):
@@ -97,6 +115,7 @@ def rl(run: Path, folder: Path) -> None:
 
 
 def rollout(run: Path, folder: Path) -> None:
+    """Nine numbers that rl.py logs per iteration, RL beside RL-Zero."""
     series = [("reward_launched", "reward, all answers"), ("all0", "groups all wrong"), ("all1", "groups all right"),
               ("entropy", "entropy, nats per token"), ("length_mean", "answer length, tokens"),
               ("pool_size", "easy pool, problems"), ("waste", "valid samples wasted"),
@@ -118,6 +137,7 @@ def rollout(run: Path, folder: Path) -> None:
 
 
 def models(run: Path, folder: Path) -> None:
+    """Bars: avg@n of the four models on held-out maths and code problems, with 95% intervals."""
     files = {name: run / name / "eval.json" for name in NAMES}
     found = {name: json.loads(path.read_text())["problems"] for name, path in files.items() if path.is_file()}
     fig, ax = plt.subplots(figsize=(5.4, 2.9))
@@ -139,6 +159,7 @@ def models(run: Path, folder: Path) -> None:
 
 
 def mtp(run: Path, folder: Path) -> None:
+    """Bars: share of drafts accepted per MTP layer of the base and SFT models; lines: the report's numbers."""
     fig, ax = plt.subplots(figsize=(4.2, 3.1), layout="constrained")
     points = []
     for i, name in enumerate(("base", "sft")):
@@ -159,6 +180,7 @@ def mtp(run: Path, folder: Path) -> None:
 
 
 def probes(run: Path, folder: Path) -> None:
+    """A table of scores: each long-context probe at each length. Nothing where eval.py ran no probes."""
     path = run / "base/eval.json"
     found = json.loads(path.read_text()).get("probes") if path.is_file() else None
     if not found:
@@ -178,13 +200,15 @@ def probes(run: Path, folder: Path) -> None:
          [[k, n, by[n]] for k, by in found.items() for n in lengths])
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="out/tiny", help="folder of the demo run")
-    run = Path(parser.parse_args().run)
+def main(cfg: Config) -> None:
+    run = Path(cfg.run)
     if not (run / "base/metrics.jsonl").is_file():
-        raise SystemExit(f"no run in {run}: `make demo` makes one")
+        raise UserError(f"no run in {run}: `make demo` makes one in out/tiny")
     folder = run / "figures"
     for draw in (pretrain, rl, rollout, models, mtp, probes):
         draw(run, folder)
     print(f"{len(list(folder.glob('*.png')))} figures in {folder}")
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)

@@ -3,14 +3,20 @@ The results block of README.md, written from the committed demo run (the report'
 
     python paper/readme_table.py        # rewrites README.md between its two marks; prints the block
 
-Reads results/demo/summary.json (demo.py) and, where it exists, results/demo/run.json (command, commit,
-hardware, seeds). Nobody edits the README between the marks by hand: tests/test_docs.py compares the block
+Reads results/demo/summary.json (a copy of what demo.py wrote) and, where it exists, results/demo/run.json (command,
+hardware, versions, seeds). Nobody edits the README between the marks by hand: tests/test_docs.py compares the block
 with what this script makes of the committed files.
 """
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import configurator  # noqa: E402
+from configurator import UserError  # noqa: E402
+
 RUN = ROOT / "results/demo"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMES = {"base": "Base", "rl_zero": "RL-Zero", "sft": "SFT", "rl": "RL"}
@@ -19,12 +25,18 @@ REPORT = {"base": (37.4, 32.9, 32.9), "rl_zero": (93.6, 56.4, 49.1), "sft": (93.
           "rl": (95.8, 68.2, 57.8)}
 
 
+@dataclass(frozen=True)
+class Config:
+    """No settings: the block depends on the committed files alone."""
+
+
 def percent(x: float) -> str:
+    """0.352 -> 35.2%."""
     return f"{100 * x:.1f}%"
 
 
 def block(summary: dict, run: dict) -> str:
-    """The text between the marks. summary: a demo's summary.json; run: where and how it was made."""
+    """The text between the marks. summary: a demo's summary.json; run: where and how it was made ({} = unknown)."""
     cell = lambda row: f"{percent(row['avg'])} [{percent(row['low'])}, {percent(row['high'])}]"
     layers = lambda shares: ", ".join(map(percent, shares))
     tail = lambda row: ", ".join(f"{k} {percent(v)}" for k, v in row.items() if k.startswith("pass@"))
@@ -58,20 +70,22 @@ def block(summary: dict, run: dict) -> str:
     return "\n".join(lines)
 
 
-def show(value) -> str:
+def show(value: object) -> str:
+    """A value of run.json in words: dicts and lists flat, with commas."""
     if isinstance(value, dict):
         return ", ".join(f"{k} {show(v)}" for k, v in value.items())
     return ", ".join(map(show, value)) if isinstance(value, list) else f"`{value}`"
 
 
 def inside(readme: str) -> str:
-    """What stands between the marks. ValueError if they do not stand there once each, in order."""
+    """What stands between the marks. UserError when the README does not have both, once each and in order."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md should have {BEGIN} and {END}, once each")
+        raise UserError(f"README.md should have {BEGIN} and {END}, once each")
     return readme[readme.index(BEGIN) + len(BEGIN):readme.index(END)].strip("\n")
 
 
 def replaced(readme: str, text: str) -> str:
+    """The README with text between the marks. UserError as inside()."""
     inside(readme)
     return readme[:readme.index(BEGIN) + len(BEGIN)] + "\n" + text + "\n" + readme[readme.index(END):]
 
@@ -83,9 +97,13 @@ def committed() -> str:
     return block(read(RUN / "summary.json"), read(run) if run.is_file() else {})
 
 
-if __name__ == "__main__":
+def main(cfg: Config) -> None:
     if not (RUN / "summary.json").is_file():
-        raise SystemExit(f"error: no {RUN}/summary.json: `make demo` writes out/tiny/summary.json, copy it")
+        raise UserError(f"no {RUN}/summary.json: `make demo` writes out/tiny/summary.json, copy it")
     text, path = committed(), ROOT / "README.md"
     path.write_text(replaced(path.read_text(encoding="utf-8"), text), encoding="utf-8")
     print(text)
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)
