@@ -194,7 +194,7 @@ def measure_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem],
     data/rl_problems.py).
     """
     results, rows = {}, []
-    with Judge(workers=cfg.judge_workers, remember=10_000) as judge:
+    with Judge(workers=cfg.judge_workers, cache_size=10_000) as judge:
         for kind in sorted({p.kind for p in problems}):
             some = [p for p in problems if p.kind == kind][:cfg.limit or None]
             longest = max(len(prompt_ids(tokenizer, p, chat)) for p in some)

@@ -255,7 +255,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {start}")
 
     # ---- the two threads: rollout there, updates here ---------------------------------------------------------------
-    judge = Judge(workers=cfg.judge_workers, remember=10_000)
+    judge = Judge(workers=cfg.judge_workers, cache_size=10_000)
     grader = Grader(problems, tokenizer, judge, cfg.scheme)
     scheduler = Scheduler(len(problems), cfg.batch_size, cfg.group_size, seed=cfg.seed, alpha=cfg.easy_alpha,
                           dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups, reward_lag=cfg.reward_lag)
@@ -425,7 +425,7 @@ def evaluate(model: MiMo, tokenizer, problems, chat: bool, cfg: Config) -> dict[
     prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
     tokens = cfg.max_new_tokens[-1][1]
     engine = Engine(model, slots=cfg.slots, max_len=max(map(len, prompts)) + tokens, n_ids=tokenizer.n_ids)
-    with Judge(workers=cfg.judge_workers, remember=10_000) as judge:
+    with Judge(workers=cfg.judge_workers, cache_size=10_000) as judge:
         return {kind: summary(solve(engine, tokenizer, judge, [p for p in problems if p.kind == kind], chat=chat,
                                     n=cfg.eval_samples, max_new_tokens=tokens, seed=cfg.seed))
                 for kind in sorted({p.kind for p in problems})}
