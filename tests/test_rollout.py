@@ -1,9 +1,9 @@
-"""The rollout engine: what is launched, when a step stops, what is trained on, and that no judge changes it.
+"""
+The rollout engine: what is launched, when a step stops, what is trained on, and that no judge changes it.
 
-The engine is fake, and on purpose NOT batch-invariant: an answer depends on who else was in the batch at
-every step, as it does in floating point. So equality means that even the make-up of each decode step was
-equal. """
-
+The engine is fake, and on purpose NOT batch-invariant: an answer depends on which other answers were in the batch at
+every step, as it does in floating point. So equal answers mean that the batches of all decode steps were equal.
+"""
 import json
 import pickle
 import random
@@ -13,7 +13,25 @@ from dataclasses import dataclass
 
 import pytest
 
+from paper.table2 import Ablation
 from rollout import RemoteSample, RolloutThread, Scheduler, Task, hash64
+
+
+def scheduler(*args, rate=0.5, **flags):
+    """A scheduler whose last step had this share of valid groups."""
+    sched = Scheduler(*args, **flags)
+    sched.rate = rate
+    return sched
+
+
+def no_pool(*args, rate=0.5, **flags):
+    """The same without an easy pool: what a test computes by hand does not lose prompts to it."""
+    return Ablation(*args, rate=rate, **flags)
+
+
+def missing(sched):
+    """Rewards that are due and not observed."""
+    return [g.task.key(i) for g in sched.due() for i, r in enumerate(g.rewards) if r is None]
 
 
 @dataclass
@@ -26,7 +44,7 @@ class Answer:
 
 
 class FakeEngine:
-    """`slots` places, one token a step each; length(prompt, seed) in tokens. Else neighbours count."""
+    """`slots` slots, one token a step each; length(prompt, seed) in tokens. Not invariant: neighbours count."""
 
     def __init__(self, slots, length, invariant=True):
         self.slots, self.length, self.invariant = slots, length, invariant
@@ -159,11 +177,11 @@ def play(sched, length, reward, free=None, give_up=10**6):
     """One step without a thread: length(task, i) steps, reward(task, i), no delay. -> (groups, metrics)."""
     running, clock = {}, 0
     while True:
-        if sched.missing():
-            sched.observe([(k, reward(sched.groups[k[1]].task, k[2]), None) for k in sched.missing()])
+        if late := missing(sched):
+            sched.observe([(k, reward(sched.groups[k[1]].task, k[2]), None) for k in late])
         for task in sched.launch(free):
             running |= {task.key(i): clock + length(task, i) for i in range(sched.G)}
-        if sched.done():
+        if sched.selected is not None:
             return sched.batch()
         clock += 1
         assert clock < give_up
@@ -229,12 +247,24 @@ def test_state_only_between_steps_and_only_for_the_same_problems():
 
 
 def test_sample_seeds_differ_and_depend_on_the_name_alone():
-    a, b = Scheduler(10, 2, 4, seed=1), Scheduler(99, 5, 8, seed=1)
-    keys = [(s, k, i) for s in range(5) for k in range(20) for i in range(8)]
-    seeds = [a.sample_seed(k) for k in keys]
-    assert len(set(seeds)) == len(keys) and all(0 <= s < 2**63 for s in seeds)
-    assert seeds == [b.sample_seed(k) for k in keys]
-    assert Scheduler(10, 2, 4, seed=2).sample_seed(keys[0]) != seeds[0]
+    """Two runs with other prompts, batches, group sizes and slots give a sample of the same name the same seed."""
+    def seeds(sched, slots):
+        found = {}
+        def ask(task, i, seed):
+            found[task.key(i)] = seed
+            return request(task, i, seed)
+        rollout = RolloutThread(sched, FakeEngine(slots, lengths), ShuffledJudge(0, patience=0), ask)
+        for _ in range(5):
+            rollout.take()
+            rollout.publish("v")
+        rollout.close()
+        return found
+    a, b = seeds(Scheduler(60, 8, 4, seed=1), 12), seeds(Scheduler(99, 9, 8, seed=1), 30)
+    assert len(a) > 150 and len(set(a.values())) == len(a) and all(0 <= seed < 2**63 for seed in a.values())
+    both = a.keys() & b.keys()
+    assert len(both) > 100 and all(a[key] == b[key] for key in both)
+    other = seeds(Scheduler(60, 8, 4, seed=2), 12)
+    assert all(a[key] != other[key] for key in a.keys() & other.keys())
 
 
 # ---- several ranks -----------------------------------------------------------------------------------------
@@ -264,7 +294,7 @@ class OfRank:
 
 
 def ranks(world, rounds, judge, invariant=True, **flags):
-    """Rollout threads of `world` ranks, 20 places in all. judge(rank). -> (engines, threads)."""
+    """Rollout threads of `world` ranks, 20 slots in all. judge(rank). -> (engines, threads)."""
     together = Together(world, rounds)
     engines = [FakeEngine(20 // world, lengths, invariant) for _ in range(world)]
     flags = {"n_prompts": 60, "batch": 6, "G": 4, "seed": 5, "reward_lag": 8, **flags}
@@ -334,15 +364,14 @@ def test_rewards_as_they_come_are_the_same_news_on_every_rank():
 
 def test_a_launch_goes_to_the_rank_with_the_fewest_samples():
     """
-    By hand: two ranks of two places, three groups of two. Launches 0 and 1 fill both; launch 0 takes 60 steps, launch 1
+    By hand: two ranks of two slots, three groups of two. Launches 0 and 1 fill both; launch 0 takes 60 steps, launch 1
     takes 3, then rank 1 waits for the end of the round of 8; launch 2 joins it and takes 10. The eighth round
-    ends after 4 steps, when rank 0 has nothing left: 60 in all. Busy 2 * (60 + 3 + 10) of 4 * 60 places.
+    ends after 4 steps, when rank 0 has nothing left: 60 in all. Busy 2 * (60 + 3 + 10) of 4 * 60 slot-steps.
     """
     together, threads = Together(2, 8), []
     for r in range(2):
-        sched = Scheduler(9, 3, 2, rate=1.0, reward_lag=0, alpha=None)
-        order = [sched._next_prompt() for _ in range(3)]
-        sched.cursor = (0, 0)
+        sched = no_pool(9, 3, 2, rate=1.0, reward_lag=0)
+        order = sorted(range(9), key=lambda i: hash64(0, "epoch", 0, i))[:3]
         length = lambda prompt, seed, order=order: dict(zip(order, (60, 3, 10), strict=True))[prompt]
         judge = ShuffledJudge(0, patience=0)
         judge.submit = lambda key, task, s, judge=judge: judge.inbox.append((key, float(key[2]), None))
@@ -434,7 +463,7 @@ def test_fifo_is_the_first_valid_groups_in_launch_order(seed):
     rng = random.Random(seed)
     n, batch, G = 200, rng.randint(2, 9), rng.randint(2, 5)
     lag, free = rng.choice([None, 0, 3, 50]), rng.choice([None, G, 3 * G])
-    sched = Scheduler(n, batch, G, seed=seed, alpha=None, reward_lag=lag)
+    sched = no_pool(n, batch, G, seed=seed, reward_lag=lag)
     queue = sorted(range(n), key=lambda i: hash64(seed, "epoch", 0, i))
     for step in range(3):
         want, taken = [], 0
@@ -452,7 +481,7 @@ def test_fifo_is_the_first_valid_groups_in_launch_order(seed):
 def test_every_prompt_of_an_epoch_is_used_once():
     """By hand: 20 prompts, no pool; whatever is aborted, the committed prompts are one permutation an
     epoch."""
-    sched, seen = Scheduler(20, 3, 2, alpha=None, seed=3), []
+    sched, seen = no_pool(20, 3, 2, seed=3), []
     while len(seen) < 40:
         launched = []
         draw = sched._draw
@@ -468,7 +497,7 @@ def test_fifo_does_not_prefer_short_answers_but_first_finished_does():
     are generous (the last step's rate is said to be 0.2, it is 0.5), or nobody would have a choice."""
     share = {}
     for stop in ("fifo", "drain", "first"):
-        sched, odd = Scheduler(100_000, 20, 2, seed=1, stop=stop, alpha=None), []
+        sched, odd = no_pool(100_000, 20, 2, seed=1, stop=stop), []
         for _ in range(20):
             sched.rate = 0.2
             length = lambda task, i: 100 if task.prompt % 2 else 10
@@ -486,7 +515,7 @@ def test_stop_waits_for_the_older_and_aborts_the_younger():
     First-finished would stop at step 2 with launch 1. FIFO stops at step 9 with launch 0 and undoes launch
     1, which is one valid group beyond a batch of one: waste 1. The next step starts from the rate 1: one
     launch."""
-    sched = Scheduler(10, 1, 2, rate=0.5, reward_lag=0, alpha=None)
+    sched = no_pool(10, 1, 2, reward_lag=0)
     groups, metrics = play(sched, lambda task, i: 9 if task.index == 0 else 2, lambda task, i: float(i))
     assert [g.task.index for g in groups] == [0]
     assert (metrics["groups_launched"], metrics["groups_undone"], metrics["engine_steps"]) == (2, 1, 9)
@@ -505,7 +534,7 @@ def test_continuous_launch_by_hand():
     empty, p stays 0.5, 0 + 0.5 * 7 < 4: one more. Launch 0 comes back valid: the prefix is 2 long, p = (1 +
     0.5) / (2 + 1) = 0.5, 1 + 0.5 * 7 >= 4: none. Launch 2 invalid: p = 1.5 / 4 = 0.375, 1 + 0.375 * 6 < 4
     until r = 8: two more. Launch 3 invalid: p = 1.5 / 5 = 0.3, until r = 10: three more."""
-    sched = Scheduler(100, 4, 2, rate=0.5, reward_lag=0)
+    sched = Scheduler(100, 4, 2, reward_lag=0)
     assert len(sched.launch()) == 8
     def end(index, rewards):
         key = lambda i: (0, index, i)
@@ -522,14 +551,14 @@ def test_rewards_wait_for_the_lag_but_not_when_nothing_is_left_to_decode():
     """batch 1, one launch of 5 steps, reward_lag 100: over after 5 steps. Two launches of 5 and 50 steps,
     the first invalid, the second valid: its reward ends the step at 50, though the first one's would be due
     at 105."""
-    sched = Scheduler(9, 1, 2, rate=1.0, reward_lag=100)
+    sched = scheduler(9, 1, 2, rate=1.0, reward_lag=100)
     assert play(sched, lambda t, i: 5, lambda t, i: float(i))[1]["engine_steps"] == 5
     sched.rate = 0.5
     _, metrics = play(sched, lambda t, i: (5, 50)[t.index], lambda t, i: float(i * t.index))
     assert metrics["engine_steps"] == 50
     # lag 10: launch 0's failure is known at 15: p = 1/4, launches 2, 3, 4 begin. That of launch 1 is known at
     # 60: p = 1/6, three more. Launch 2 ends at 115, is known to be valid at 125, and some are still running
-    sched = Scheduler(9, 1, 2, rate=0.5, reward_lag=10, alpha=None)
+    sched = no_pool(9, 1, 2, reward_lag=10)
     length = lambda t, i: (5, 50)[t.index] if t.index < 2 else 100
     _, metrics = play(sched, length, lambda t, i: 0.0 if t.index < 2 else float(i))
     assert metrics["groups_launched"] == 8 and metrics["engine_steps"] == 125
@@ -537,7 +566,7 @@ def test_rewards_wait_for_the_lag_but_not_when_nothing_is_left_to_decode():
 
 def test_groups_that_end_together_are_applied_in_launch_order():
     """first-finished, three valid groups end at the same step, listed youngest first: the oldest is taken."""
-    sched = Scheduler(9, 1, 2, rate=0.3, reward_lag=0, stop="first")
+    sched = no_pool(9, 1, 2, rate=0.3, reward_lag=0, stop="first")
     sched.launch()
     keys = [(0, k, i) for k in (2, 1, 0) for i in (0, 1)]
     sched.advance([(k, Answer(k, range(1), "stop", 0)) for k in keys], 8)
@@ -547,7 +576,7 @@ def test_groups_that_end_together_are_applied_in_launch_order():
 
 
 def test_free_slots_limit_launches_to_groups_that_can_start():
-    sched = Scheduler(100, 8, 4, rate=0.5)
+    sched = Scheduler(100, 8, 4)
     assert [len(sched.launch(free)) for free in (9, 0, -2)] == [3, 0, 0]
     assert len(sched.launch()) == 13  # 16 in all
 
@@ -576,7 +605,7 @@ def test_aborted_samples_may_also_come_out_of_step():
 
 def test_waves_by_hand():
     """batch 3, every second launch valid: nothing is launched before all of a wave is graded."""
-    sched = Scheduler(99, 3, 2, launch="wave", stop="drain", alpha=None, reward_lag=0)
+    sched = no_pool(99, 3, 2, launch="wave", stop="drain", reward_lag=0)
     sizes = []
     real = sched.launch
     sched.launch = lambda free=None: [sizes.append(len(t)) or t for t in [real(free)]][0]
@@ -597,7 +626,7 @@ def test_without_dynamic_sampling_the_batch_is_what_was_launched():
     ((0.3, 0.3 + 1e-8, 0.3 - 1e-8, 0.3), False),  # std > 0 by rounding, and the mean lies inside (0, 1)
 ])
 def test_dynamic_sampling_is_by_range(rewards, valid):
-    sched = Scheduler(50, 1, 4, max_groups=1, alpha=None)
+    sched = Scheduler(50, 1, 4, max_groups=1)
     groups, metrics = play(sched, lambda t, i: 1, lambda t, i: rewards[i])
     assert len(groups) == valid and metrics["valid"] == valid and metrics["capped"] == (not valid)
 
@@ -623,7 +652,9 @@ def test_cap_ends_a_hopeless_step_and_says_so():
 
 
 def pool_run(alpha, reward, steps=1, n=40, batch=4, **flags):
-    sched, metrics = Scheduler(n, batch, 2, seed=2, alpha=alpha, max_groups=4 * batch, **flags), []
+    pool = {} if alpha is None else {"alpha": alpha}
+    sched = (no_pool if alpha is None else Scheduler)(n, batch, 2, seed=2, max_groups=4 * batch, **pool, **flags)
+    metrics = []
     for _ in range(steps):
         metrics.append(play(sched, lambda t, i: 1 + hash64(t, i) % 9, reward)[1])
     return sched, metrics
@@ -637,7 +668,7 @@ def test_solved_problems_go_to_the_pool_and_out_of_the_queue():
     sched.launch()
     assert all(g.task.pool == (g.task.prompt < 20) for g in sched.groups)
     assert all(m["pool_regressed"] == 0 and m["pool_hit"] == 0 for m in metrics)
-    # alpha = 0 removes them outright; None keeps them in the ordinary queue
+    # alpha = 0 removes them outright; without a pool they stay in the queue
     sched, metrics = pool_run(0.0, solved, steps=30)
     assert sorted(sched.pool) == list(range(20)) and all(m["pool_draws"] == 0 for m in metrics)
     sched, metrics = pool_run(None, solved, steps=30)
@@ -646,7 +677,7 @@ def test_solved_problems_go_to_the_pool_and_out_of_the_queue():
 
 def test_a_launch_draws_from_the_pool_with_probability_alpha():
     """4,000 coins at alpha = 0.1: 400 expected, standard deviation 19."""
-    sched = Scheduler(10_000, 4000, 2, rate=1.0, alpha=0.1)
+    sched = scheduler(10_000, 4000, 2, rate=1.0, alpha=0.1)
     sched.pool = dict.fromkeys(range(50))
     draws = [t.prompt for t in sched.launch() if t.pool]
     assert abs(len(draws) - 400) < 5 * 19 and set(draws) == set(range(50))
@@ -656,7 +687,7 @@ def test_a_launch_draws_from_the_pool_with_probability_alpha():
 def test_a_relapse_leaves_the_pool_and_counts():
     """Pool {0, 1}, alpha = 1: prompt 0 is still solved and stays; prompt 1 is now solved half the time: a
     hit (it gives a training group), a regression, and back in the ordinary queue."""
-    sched = Scheduler(20, 1, 2, alpha=1.0, rate=0.25, reward_lag=0, stop="drain")
+    sched = scheduler(20, 1, 2, alpha=1.0, rate=0.25, reward_lag=0)
     sched.pool = dict.fromkeys((0, 1))
     groups, m = play(sched, lambda t, i: 1, lambda t, i: 1.0 if t.prompt == 0 else float(i))
     assert [g.task.prompt for g in groups] == [1] and groups[0].task.pool
@@ -668,7 +699,7 @@ def test_a_relapse_leaves_the_pool_and_counts():
 def test_results_of_undone_launches_touch_nothing():
     """batch 1: launch 0 is valid but slow, launch 1 was solved meanwhile. It is undone: not in the pool,
     and the next step's first prompt."""
-    sched = Scheduler(20, 1, 2, rate=0.5, reward_lag=0)
+    sched = Scheduler(20, 1, 2, reward_lag=0)
     tasks = sched.launch()
     sched._begin()
     sched.cursor = (0, 0)
@@ -688,11 +719,11 @@ def test_everything_solved_does_not_hang():
 
 def test_metrics_by_hand():
     """Two slots, G = 2, batch 1, two launches. Launch 0 (all 0, dropped) takes 2 and 2 steps, launch 1
-    (valid) 3 and 1. Busy 2 + 2 + 2 + 1 + 1 = 8 of 2 * 5 places: idle 0.2. Tokens 2 + 2 + 3 + 1 = 8. Pass
-    rate launched 1/4, trained 1/2. Were there 8 aborted tokens beside, half of the busy places would count:
+    (valid) 3 and 1. Busy 2 + 2 + 2 + 1 + 1 = 8 of 2 * 5 slot-steps: idle 0.2. Tokens 2 + 2 + 3 + 1 = 8. Pass
+    rate launched 1/4, trained 1/2. Were there 8 aborted tokens beside, half of the busy ones would count:
     idle 0.6."""
     for aborted, idle in ((0, 0.2), (8, 0.6)):
-        sched = Scheduler(9, 1, 2, rate=1.0, reward_lag=0, alpha=None, max_groups=2)
+        sched = scheduler(9, 1, 2, rate=1.0, reward_lag=0, max_groups=2)
         for index in (0, 1):
             assert [t.index for t in sched.launch()] == [index]
             if index == 0:
@@ -704,7 +735,7 @@ def test_metrics_by_hand():
                 sched.advance([((0, 1, 1), Answer(None, range(1), "stop", 0))], 2)
                 sched.advance([((0, 1, 0), Answer(None, range(3), "stop", 0))], 2, steps=2)
                 sched.observe([((0, 1, i), float(i), None) for i in (0, 1)])
-        assert sched.launch() == [] and sched.done() and sched.aborts() == []
+        assert sched.launch() == [] and sched.selected is not None and sched.aborts() == []
         _, m = sched.batch(slots=2, aborted_tokens=aborted)
         assert m["slot_idle"] == pytest.approx(idle) and m["tokens"] == 8 and m["engine_steps"] == 5
         assert (m["reward_launched"], m["reward_trained"], m["waste"]) == (0.25, 0.5, 0)
@@ -716,8 +747,10 @@ def test_metrics_by_hand():
     dict(max_groups=1), dict(rate=0.0),
 ])
 def test_settings_out_of_range(flags):
+    """What only the ablation has (launch, stop, rate) is refused there."""
+    made = Ablation if {"launch", "stop", "rate"} & set(flags) else Scheduler
     with pytest.raises(ValueError):
-        Scheduler(**{"n_prompts": 9, "batch": 2, "G": 2, **flags})
+        made(**{"n_prompts": 9, "batch": 2, "G": 2, **flags})
 
 
 def test_bad_results_are_errors_not_zeros():
