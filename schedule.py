@@ -14,7 +14,7 @@ differ in numbers only.
 The stages add up to 23.8T tokens; the report says "approximately 25T". Where the report is silent: the weights inside
 a stage's mixture, and the first batch size of the warm-up (we start at 1/16 of the full one).
 
-    python pretrain.py config/mimo_7b.py --dry_run=True       # prints the schedule at each breakpoint
+    python plan.py config/mimo_7b.py --gpus=8       # prints the schedule at each breakpoint
 """
 import math
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Stage:
+    """One row of the pre-training table [paper 2.3]. ValueError for values that make no sense together."""
     name: str = "stage"
     tokens: float = 1e6                 # length of the stage, tokens (inputs to the trunk)
     seq_len: int = 256                  # T, context of a row, tokens
@@ -59,6 +60,7 @@ class Stage:
 
 
 def total_tokens(stages: list[Stage]) -> float:
+    """Length of the whole run, tokens."""
     return sum(s.tokens for s in stages)
 
 
@@ -102,7 +104,7 @@ def mtp_weight_at(stages: list[Stage], seen: float) -> float:
 
 
 def breakpoints(stages: list[Stage]) -> list[tuple[float, str]]:
-    """Every number of tokens at which the schedule changes its law, with what happens there; --dry_run prints them."""
+    """(tokens seen, what happens there) wherever the schedule changes its law; plan.py prints them."""
     points, start = [], 0.0
     for s in stages:
         points.append((start, f"{s.name} starts: context {s.seq_len:,}, RoPE base {s.rope_base:,.0f}"))
