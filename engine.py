@@ -52,7 +52,6 @@ import kernels
 from cache import MIN_ROWS, Blocks, ForwardContext, PackedRows, Rows
 from kernels.cpu.decode import CpuForward, library, up16
 from kernels.gemv import block_step, gemv, gemv_applies
-from kernels.rope import rope_tables
 from model import Block, MiMo, ModelConfig
 from mtp import accept_greedy
 from sampling import sample_tokens, signed64, uniform
@@ -284,7 +283,7 @@ class Engine:
         """cos, sin [C,d] of all positions, made again when the RoPE base has changed; the weights that C has packed."""
         if self.rope_base != self.model.cfg.rope_base:
             self.rope_base, self.graphs = self.model.cfg.rope_base, {}
-            self.cos, self.sin = rope_tables(self.arange, self.model.cfg.head_dim, self.rope_base)
+            self.cos, self.sin = self.model.rope_at(None, self.arange)
         if self.c:
             self.c.refresh(self.cos, self.sin)
 

@@ -5,20 +5,22 @@ The trunk of MiMo-7B: a decoder of pre-RMSNorm blocks with GQA, RoPE and SwiGLU 
                                                     |
                                                     +-> MTP layers (mtp.py), which read h BEFORE the final norm
 
-The trunk is exactly Qwen2 with QKV bias: on the same weights its fp32 logits equal transformers'
-Qwen2ForCausalLM bit for bit (tests/test_hf_parity.py). Parameter names below the top level are the
-Hugging Face ones, so hf.py only has to add the prefix "model.".
+The trunk is exactly Qwen2 with QKV bias: on the same weights its fp32 logits equal transformers' Qwen2ForCausalLM bit
+for bit (tests/test_hf_parity.py). Parameter names below the top level are the Hugging Face ones, so hf.py only has to
+add the prefix "model.".
 
-Differs from the report in nothing we know of; initialisation and the untied, padded head are explained
-at the lines concerned. One file for every size: the laptop toy and the 7B model differ in ModelConfig alone.
+Differs from the report in nothing we know of; initialisation and the untied, padded head are explained at the lines
+concerned. One file for every size: the laptop toy and the 7B model differ in ModelConfig alone.
 
     python -c "from model import *; print(f'{ModelConfig.mimo_7b().n_params():,}')"     # 7,622,619,136
 
-Symbols, the same in every file: B batch, T time, D model width, H query heads, K kv heads, d head width,
-F feed-forward width, V vocabulary.
+Symbols, the same in every file: B batch, T time, D model width, H query heads, K kv heads, d head width, F feed-forward
+width, V vocabulary.
 """
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +28,27 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.attention import attention
+from kernels.cpu import train as cpu_kernels
 from kernels.rmsnorm import rmsnorm, rmsnorm_residual
-from kernels.rope import rope, rope_tables
+from kernels.rope import rope
 from kernels.swiglu import swiglu
+
+# The five operators of a block: the Triton kernel for CUDA tensors, torch's own operations for all others.
+OPERATORS = SimpleNamespace(rmsnorm=rmsnorm, rmsnorm_residual=rmsnorm_residual, rope=rope, swiglu=swiglu,
+                            attention=attention)
+
+
+def operators(*tensors: Tensor) -> ModuleType | SimpleNamespace:
+    """
+    The build of the five operators for these tensors: the C of kernels/cpu/train.py where a CPU trains in fp32, else
+    OPERATORS. One function and one gradient, up to rounding; the flag --plain leaves torch's operations alone.
+    """
+    return cpu_kernels if cpu_kernels.c_kernels_apply(*tensors) else OPERATORS
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The shape of a model. ValueError for a shape that cannot be."""
     vocab_size: int = 1024        # V, rows of embedding and head, padding rows included (7B: 151,680) [paper 2.2]
     n_layer: int = 4              # trunk blocks (7B: 36) [paper 2.2]
     d_model: int = 128            # D (7B: 4,096) [paper 2.2]
@@ -45,7 +61,7 @@ class ModelConfig:
     max_seq_len: int = 1024       # longest context the model is trained for, tokens (7B: 32,768) [paper 2.1]
     n_mtp: int = 1                # MTP layers: 1 in pre-training, 3 for inference [paper 2.2]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ff", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
@@ -61,7 +77,7 @@ class ModelConfig:
 
     @staticmethod
     def mimo_7b(n_mtp: int = 0) -> "ModelConfig":
-        """The published shape [paper 2.2; HF config.json of MiMo-7B]."""
+        """The published shape with n_mtp MTP layers [paper 2.2; HF config.json of MiMo-7B]."""
         return ModelConfig(vocab_size=151_680, n_layer=36, d_model=4096, n_head=32, n_kv_head=8, head_dim=128,
                            d_ff=11_008, rope_base=640_000.0, max_seq_len=32_768, n_mtp=n_mtp)
 
@@ -72,7 +88,10 @@ class ModelConfig:
         return qkv + self.n_head * d * D + 3 * D * self.d_ff + 2 * D
 
     def params_by_part(self) -> dict[str, int]:
-        """Exact counts. By hand, 7B: embedding = lm_head = 151,680 x 4,096; each MTP layer has 210,790,400."""
+        """
+        Exact parameter counts. By hand, 7B: embedding = lm_head = 151,680 x 4,096 = 621,281,280, and each MTP layer has
+        210,790,400.
+        """
         D = self.d_model
         return {"embedding": self.vocab_size * D, "blocks": self.n_layer * self.block_params(), "final norm": D,
                 "lm_head": self.vocab_size * D, "MTP layers": self.n_mtp * (self.block_params() + 2 * D * D + 3 * D)}
@@ -84,10 +103,10 @@ class ModelConfig:
 
 def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool = True, train: str = "all") -> float:
     """
-    Training FLOPs per token: 6 per weight of a matrix it is multiplied with (2 forward, 4 backward), and 12 H d T per
-    layer for attention, half of it under a causal mask. Every MTP layer runs the head once more. Recomputation is not
-    counted. causal=False counts the masked half too, the convention of PaLM and torchtitan; train="mtp" is MTP
-    fine-tuning, whose trunk only runs forward.
+    Training FLOPs per token in rows of T = seq_len tokens: 6 per weight of every matrix product (2 forward, 4 backward),
+    and 12 H d T per layer for attention, half of it under a causal mask. Every MTP layer runs the head once more.
+    Recomputation is not counted. causal=False counts the masked half too, the convention of PaLM and torchtitan.
+    train="mtp" is MTP fine-tuning, whose trunk only runs forward.
     """
     D, d = cfg.d_model, cfg.head_dim
     block = D * d * (cfg.n_head + 2 * cfg.n_kv_head) + cfg.n_head * d * D + 3 * D * cfg.d_ff
@@ -99,14 +118,14 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool = True, train: 
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * w, in fp32, cast back before the gain as Qwen2 does."""
+    """y = x / sqrt(mean(x^2) + eps) * w, in fp32, cast back before the gain as Qwen2 does; x [...,D] -> [...,D]."""
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rmsnorm(x, self.weight, self.eps)
+        return operators(x, self.weight).rmsnorm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -121,15 +140,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(cfg.n_head * d, D, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None, cache) -> Tensor:
+        """x [B,T,D] -> [B,T,D]; cos, sin, bounds and cache as in Block."""
         # views, not einops: this line runs per token in decode (docs/deviations.md)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rope(q, k, cos, sin)                                 # q [B,T,H,d], k and v [B,T,K,d]
-        o = attention(q, k, v, bounds) if cache is None else cache.attend(q, k, v)
+        q, k = operators(q, k, cos, sin).rope(q, k, cos, sin)       # q [B,T,H,d], k and v [B,T,K,d]
+        o = operators(q, k, v).attention(q, k, v, bounds) if cache is None else cache.attend(q, k, v)
         return self.o_proj(o.flatten(-2))                           # [B,T,H,d] -> [B,T,D]
 
 
 class MLP(nn.Module):
-    """SwiGLU: down( silu(gate(x)) * up(x) )."""
+    """SwiGLU: down( silu(gate(x)) * up(x) ), x [B,T,D] -> [B,T,D]."""
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
@@ -137,7 +157,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))   # [B,T,D] -> [B,T,F] -> [B,T,D]
+        gate, up = self.gate_proj(x), self.up_proj(x)               # [B,T,D] -> [B,T,F]
+        return self.down_proj(operators(gate, up).swiglu(gate, up))
 
 
 class Block(nn.Module):
@@ -151,20 +172,21 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None = None, cache=None) -> Tensor:
         """
-        x [B,T,D]; cos, sin [B or 1,T,d] from rope_at; bounds int32 [2,B,T] keeps attention inside each document
-        (kernels.attention.doc_bounds); cache is any object with attend(q, k, v) -> o (engine.py), None in training.
+        x [B,T,D] -> [B,T,D]. cos, sin [B or 1,T,d] from rope_at. bounds int32 [2,B,T] keeps attention inside each
+        document: the first and the one-past-last index, in its row, of each token's document; None: a row is one
+        document. cache: None in training, in decoding an object with attend(q, k, v) -> o (cache.py).
         """
         a = self.self_attn(self.input_layernorm(x), cos, sin, bounds, cache)
         post = self.post_attention_layernorm
-        y, x = rmsnorm_residual(a, x, post.weight, post.eps)        # x + a and its norm in one pass over memory
+        y, x = operators(a, post.weight, x).rmsnorm_residual(a, post.weight, post.eps, x)   # x + a and its norm
         return x + self.mlp(y)
 
 
 class MiMo(nn.Module):
     """
-    The trunk plus a list of MTP layers that mtp.build attaches. Calling the model gives h, the state before the
-    final norm: the loss heads (mtp.py), the RL log-probs (rl.py) and the engine each take it from there, so the
-    [B,T,V] logits exist only where somebody wants all of them.
+    The trunk plus a list of MTP layers that mtp.build attaches. Calling the model gives h, the state before the final
+    norm: the losses (mtp.py), the RL log-probs (rl.py) and the engine each take it from there, so the [B,T,V] logits
+    exist only where somebody wants all of them.
     """
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -187,27 +209,41 @@ class MiMo(nn.Module):
             x = block(x, cos, sin, bounds)
         return x
 
-    def rope_at(self, ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos, sin fp32 [1 or B,T,d] for the given positions under the current RoPE base."""
+    def rope_at(self, ids: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """
+        The angles of RoPE under the current base: positions [...,T] integers, default 0 .. T-1 for ids [B,T]
+        -> cos, sin fp32 [...,T,d], both halves of d alike.
+
+        By hand: d = 4, base 100: theta = (1, 0.1), so position 2 gives the angles (2, 0.2, 2, 0.2).
+        """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        return rope_tables(positions, self.cfg.head_dim, self.cfg.rope_base)
+        # theta_i = base^(-2i/d), i < d/2 ; the same angle serves elements i and i + d/2
+        even = torch.arange(0, self.cfg.head_dim, 2, dtype=torch.int64, device=positions.device).float()
+        theta = 1.0 / (self.cfg.rope_base ** (even / self.cfg.head_dim))            # [d/2]
+        angle = positions[..., None].float() * theta                                # [...,T,d/2]
+        angle = torch.cat((angle, angle), -1)                                       # [...,T,d]
+        return angle.cos(), angle.sin()
 
     def logits(self, h: Tensor) -> Tensor:
-        """h [...,D] -> fp32 [...,V]. The head runs in the weights' dtype, the softmax that follows never does."""
+        """
+        h [...,D] before the final norm -> fp32 [...,V]. The head runs in the weights' dtype; the softmax that follows
+        is always fp32.
+        """
         return F.linear(self.norm(h), self.lm_head.weight).float()
 
     def set_context(self, rope_base: float, max_seq_len: int) -> None:
         """Stage 3 raises the RoPE base with the context (10,000 -> 640,000 at 7B) [paper 2.3]; weights stay."""
         self.cfg = replace(self.cfg, rope_base=float(rope_base), max_seq_len=int(max_seq_len))
 
-    def initial_weights(self, seed: int = 0):
+    def initial_weights(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         """
-        (name, full tensor), one parameter at a time: N(0, 1/D), which is a deviation of 0.0156 at 7B and keeps a toy's
-        layers from starting near zero (docs/lab_log.md); the two projections that write to the residual stream scaled
-        by 1/sqrt(2 n_layer) as GPT-2, biases 0, gains 1 [ours: the report is silent].
-        Drawn in name order from one CPU generator, so that any device, any sharding and any number of ranks starts from
-        the same numbers.
+        (name, full tensor on the CPU), one parameter at a time: N(0, 1/D), which is a deviation of 0.0156 at 7B and
+        keeps a toy's layers from starting near zero (docs/lab_log.md); the two projections that write to the residual
+        stream scaled by 1/sqrt(2 n_layer) as in GPT-2; biases 0, gains 1 [ours: the report is silent].
+
+        The numbers come in the order of names from one CPU generator, so that any device, any sharding and any number
+        of ranks starts from the same ones.
         """
         gen = torch.Generator().manual_seed(seed)
         std = 1 / math.sqrt(self.cfg.d_model)
@@ -220,6 +256,7 @@ class MiMo(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
+        """Give every parameter its initial value, in place."""
         params = dict(self.named_parameters())
         for name, value in self.initial_weights(seed):
             params[name].copy_(value)
@@ -227,8 +264,9 @@ class MiMo(nn.Module):
 
 def causal_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
-    Attention as the textbook writes it, for readers and tests: o = softmax(q k^T / sqrt(d) + causal mask) v.
-    q [B,T,H,d], k and v [B,T,K,d] -> [B,T,H,d].
+    Attention as the textbook writes it, for readers and tests. q [B,T,H,d], k and v [B,T,K,d] -> [B,T,H,d].
+
+        o = softmax(q k^T / sqrt(d) + causal mask) v
     """
     T, G = q.shape[1], q.shape[2] // k.shape[2]
     q = rearrange(q, "B T (K G) d -> B K G T d", G=G)

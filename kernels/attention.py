@@ -1,55 +1,123 @@
 """
 Causal grouped-query flash attention with document boundaries, forward and backward (report section 2.2).
 
-    o_i = sum_{j visible to i} softmax_j(scale q_i . k_j) v_j        visible: same document and j <= i
+    o_i = sum_{j visible to i} softmax_j(scale q_i . k_j) v_j        visible: same document and j <= i; scale = d^-0.5
 
-The reference computes it with torch's scaled_dot_product_attention. The Triton kernels never write the [T, T]
-scores to memory. They go over the keys block by block and keep, for each query row, a running maximum m, a
-running sum l and a running output acc, each relative to m:
+The reference computes it with torch's scaled_dot_product_attention. The Triton kernels never write the [T, T] scores to
+memory. They go over the keys block by block and keep, for each query row, a running maximum m, a running sum l and a
+running output acc, each relative to m:
 
     m' = max(m, max_j s_j)      a = 2^(m - m')      p_j = 2^(s_j - m')
     l' = a l + sum_j p_j        acc' = a acc + sum_j p_j v_j                    at the end  o = acc / l
 
-with s in base 2 (scale * log2 e folded into one factor), since the hardware's exponential is 2^x. One number
-a row is kept for the backward pass, lse = m + log2 l, from which p is recomputed:
+with s in base 2 (scale * log2 e folded into one factor), since the hardware's exponential is 2^x. One number a row is
+kept for the backward pass, lse = m + log2 l, from which p is recomputed:
 
     p = 2^(s - lse)    dv = p^T do    dp = do v^T    delta = rowsum(o * do)    ds = p (dp - delta)
     dq = scale ds k    dk = scale ds^T q
 
-dq runs over keys, dk and dv run over queries, in two kernels: 7 matrix products where one kernel with atomic
-adds needs 5, but no atomics: the same input gives the same bits every time. docs/kernels.md derives all this.
+dq runs over keys, dk and dv run over queries, in two kernels: 7 matrix products where one kernel with atomic adds needs
+5, but no atomics: the same input gives the same bits every time. docs/kernels.md derives all this.
 
-The report does not describe its kernels; this file is ours. One form serves every target: the tile loads are
-tensor descriptors, which become TMA on sm_90 and sm_100 and pointer arithmetic with cp.async on sm_80.
-See the registers and shared memory of each build:
+The report does not describe its kernels; this file is ours. One form serves every target: the tile loads are tensor
+descriptors, which become TMA on sm_90 and sm_100 and pointer arithmetic with cp.async on sm_80. The registers and the
+shared memory of each build (the same in C for training on a CPU: kernels/cpu/train.py):
 
-    python -m kernels.report      # forward sm_90 128x64: 158 registers, none spilled, 24 wgmma, 13 bulk loads
+    python bench/kernel_builds.py      # forward sm_90 128x64: 158 registers, none spilled, 24 wgmma, 13 bulk loads
 """
-from ctypes import Structure, byref, c_float, c_int64, c_void_p
-
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from kernels import acc_type, arch, cpu, jit, next_pow2, scratch, tl, tune, use_triton, wide
+import kernels
+from kernels import acc_type, arch, jit, next_pow2, scratch, tl, tune
 
 LOG2E = 1.4426950408889634
-HEAD_DIMS = (16, 32, 64, 128, 256)
+HEAD_DIMS = (16, 32, 64, 128, 256)                      # of the Triton kernels; other widths take the reference
 
+
+def doc_bounds(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
+    """
+    Document starts cu_seqlens int32 [n+1] over the flattened B*T tokens -> int32 [2, B, T]: the first and the
+    one-past-last index, within its row, of each token's document. Row ends are boundaries too. All layers share it.
+
+    By hand: B = 1, T = 4, cu_seqlens = (0, 1, 4): first = (0, 1, 1, 1), end = (1, 4, 4, 4).
+    """
+    device = cu_seqlens.device
+    rows = torch.arange(0, B * T + 1, T, device=device, dtype=torch.int64)
+    cuts = torch.cat((cu_seqlens.long(), rows)).unique()                            # sorted
+    at = torch.arange(B * T, device=device)
+    j = torch.searchsorted(cuts, at, right=True)                                    # first cut after each token
+    row = at - at % T
+    return torch.stack((cuts[j - 1] - row, cuts[j] - row)).view(2, B, T).to(torch.int32)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
+    """
+    Causal grouped-query attention with scale d^-0.5. q [B, T, H, d], k and v [B, T, K, d], K divides H -> [B, T, H, d].
+
+    bounds int32 [2, B, T] (Batch.bounds, doc_bounds) keeps each token inside its document; None: a row is one document.
+    ValueError on shapes that do not fit. Any head_dim; the Triton kernels serve HEAD_DIMS.
+
+    By hand: T = 2, d = 1, q = (1, 1), k = (0, ln 3), v = (4, 8): token 0 sees itself, o = 4; token 1 weighs
+    e^0 : e^(ln 3) = 1 : 3, so o = (4 + 3 * 8) / 4 = 7.
+    """
+    (B, T, H, d), K = q.shape, k.shape[2]
+    if k.shape != (B, T, K, d) or v.shape != k.shape or H % K:
+        raise ValueError(f"attention: q {tuple(q.shape)} needs k and v [B, T, K, d] with K dividing H, "
+                         f"got {tuple(k.shape)} and {tuple(v.shape)}")
+    if bounds is not None and (bounds.shape != (2, B, T) or bounds.dtype != torch.int32):
+        raise ValueError(f"attention: bounds must be int32 [2, {B}, {T}] (doc_bounds), "
+                         f"got {bounds.dtype} {list(bounds.shape)}")
+    if (q.device.type, q.dtype) in kernels.TRITON and d in HEAD_DIMS:
+        return attention_op(q, k, v, bounds)[0]
+    return attention_reference(q, k, v, bounds)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
+    """The same with torch's scaled_dot_product_attention, in any dtype and head_dim; shapes of attention."""
+    B, T = q.shape[:2]
+    if bounds is None:
+        return _sdpa(q, k, v)
+    at = torch.arange(T, device=q.device)
+    starts = (bounds[0] == at).nonzero()[:, 1]
+    if starts.numel() == B:                             # every row is one document
+        return _sdpa(q, k, v)
+    if starts.numel() * 8 <= B * T:
+        # documents of 8 tokens and more on average: one call each. The work is sum(T_i^2), two to eight times less than
+        # with a mask at 256 to 1,024 tokens a row, and packed equals unpacked bit for bit
+        lengths = (bounds[1] - bounds[0])[bounds[0] == at].tolist()
+        parts = zip(*(t.flatten(0, 1).split(lengths) for t in (q, k, v)), strict=True)
+        return torch.cat([_sdpa(*(t[None] for t in part))[0] for part in parts]).view(q.shape)
+    # key j is visible to query i  <=>  first[i] <= j <= i
+    mask = (at >= bounds[0][:, :, None]) & (at <= at[:, None])                      # [B, T, T]
+    return _sdpa(q, k, v, mask=mask[:, None])
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """torch's attention on [B, T, heads, d]: causal, or under mask bool [B, 1, T, T]."""
+    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))                              # [B, heads, T, d]
+    gqa = q.shape[-3] != k.shape[-3]
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    return o.transpose(-3, -2)
+
+
+# ---- Triton kernels -------------------------------------------------------------------------------------------------
 
 @jit
 def attend(q, k_desc, v_desc, j0, col, rows, first, acc, m, l, SCALE2: tl.constexpr, MASK: tl.constexpr,
            DOCS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     """One block of keys for one block of rows: the update of (acc, m, l) in the header."""
-    k = k_desc.load([j0, col])  # [BN, D]
-    s = tl.dot(q, k.T, out_dtype=ACC, input_precision="ieee")  # [BM, BN]
+    k = k_desc.load([j0, col])                                                      # [BN, D]
+    s = tl.dot(q, k.T, out_dtype=ACC, input_precision="ieee")                       # [BM, BN]
     if MASK:
         keys = j0 + tl.arange(0, BN)
         see = keys[None, :] <= rows[:, None]
         if DOCS:
             see = see & (keys[None, :] >= first[:, None])
-        # finite, so a row that sees nothing of this block yields numbers (wiped out by a = 0 later), not NaN;
-        # its own diagonal is in the last block, so every row sees something in the end. Scaled before the mask:
-        # as one multiply-add, s * SCALE2 - m_new of a masked row is the rounding error of 1e29, and 2^that is inf
+        # finite, so a row that sees nothing of this block yields numbers (wiped out by a = 0 later), not NaN; its own
+        # diagonal is in the last block, so every row sees something in the end. Scaled before the mask: as one
+        # multiply-add, s * SCALE2 - m_new of a masked row is the rounding error of 1e29, and 2^that is inf
         s = tl.where(see, s * SCALE2, -1e30)
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - m_new[:, None])
@@ -69,8 +137,7 @@ def block_ranges(bounds, b, m0, T, DOCS: tl.constexpr, BM: tl.constexpr, BN: tl.
     """
     Key blocks that rows m0 .. m0+BM-1 need: [lo, hi). Those in [full_lo, full_hi) are visible to every row.
 
-    first[i] never falls with i: the first row says where to start, the last row from where no start cuts a
-    block.
+    first[i] never falls with i, so the first row gives lo, and the last row gives full_lo, behind every document start.
     """
     full_hi = m0 // BN
     hi = tl.cdiv(tl.minimum(m0 + BM, T), BN)
@@ -86,15 +153,14 @@ def block_ranges(bounds, b, m0, T, DOCS: tl.constexpr, BM: tl.constexpr, BN: tl.
 
 
 @jit
-def forward_kernel(q, k, v, bounds, o, lse, T, H, sqb, sqt, skb, skt, svb, svt, G: tl.constexpr,
-                   SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-                   BN: tl.constexpr, ACC: tl.constexpr):
+def forward_kernel(q, k, v, bounds, o, lse, T, H, sqb, sqt, skb, skt, svb, svt, G: tl.constexpr, SCALE2: tl.constexpr,
+                   DOCS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     """One program: BM query rows of one head. Strides s?b, s?t: to the next batch row, to the next time."""
     # heads vary fastest, and the last rows, which see most keys, come first: long programs start before short
     bh = tl.program_id(0)
     m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     b, h = bh // H, bh % H
-    b64 = b.to(tl.int64)  # 64 bits before any stride: B * T * H * D passes 2^31 at T = 524,288
+    b64 = b.to(tl.int64)                                # 64 bits before any stride: B T H D passes 2^31 at T = 524,288
     K = H // G
     # a row of time holds all heads side by side, so head h is the columns from h D; rows past T read as zero
     q_desc = tl.make_tensor_descriptor(q + b64 * sqb, [T, H * D], [sqt, 1], [BM, D])
@@ -136,9 +202,9 @@ def delta_kernel(o, do, delta, T, H, sdb, sdt, D: tl.constexpr, BM: tl.constexpr
 
 
 @jit
-def dq_kernel(q, k, v, bounds, do, lse, delta, dq, T, H, sqb, sqt, skb, skt, svb, svt, sdb, sdt,
-              G: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr,
-              BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+def dq_kernel(q, k, v, bounds, do, lse, delta, dq, T, H, sqb, sqt, skb, skt, svb, svt, sdb, sdt, G: tl.constexpr,
+              SCALE: tl.constexpr, SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+              BN: tl.constexpr, ACC: tl.constexpr):
     """One program: dq of BM query rows of one head; the loop is the forward's, all blocks masked."""
     bh = tl.program_id(0)
     m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
@@ -165,7 +231,7 @@ def dq_kernel(q, k, v, bounds, do, lse, delta, dq, T, H, sqb, sqt, skb, skt, svb
     for j in tl.range(lo, hi):
         kt = k_desc.load([j * BN, col])
         vt = v_desc.load([j * BN, col])
-        s = tl.dot(qt, kt.T, out_dtype=ACC, input_precision="ieee")  # [BM, BN]
+        s = tl.dot(qt, kt.T, out_dtype=ACC, input_precision="ieee")                      # [BM, BN]
         keys = j * BN + tl.arange(0, BN)
         see = keys[None, :] <= rows[:, None]
         if DOCS:
@@ -181,8 +247,8 @@ def dq_kernel(q, k, v, bounds, do, lse, delta, dq, T, H, sqb, sqt, skb, skt, svb
 
 @jit
 def dkv_kernel(q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, sqb, sqt, skb, skt, svb, svt, sdb, sdt,
-               G: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, DOCS: tl.constexpr,
-               D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+               G: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr, DOCS: tl.constexpr, D: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
     """One program: dk, dv of BN keys of one KV head, over its G query heads and the rows that see them."""
     K = H // G
     bk = tl.program_id(0)
@@ -217,7 +283,7 @@ def dkv_kernel(q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, sqb, sqt, skb, 
         lse_r = tl.load(lse + stat + rows, mask=rows < T, other=float("inf"))
         delta_r = tl.load(delta + stat + rows, mask=rows < T, other=0.0)
         # scores transposed, so that p and ds enter the two products below as they lie in registers
-        s = tl.dot(kt, qt.T, out_dtype=ACC, input_precision="ieee")  # [BN, BM]
+        s = tl.dot(kt, qt.T, out_dtype=ACC, input_precision="ieee")                      # [BN, BM]
         see = keys[:, None] <= rows[None, :]
         if DOCS:
             see = see & (rows[None, :] < last[:, None])
@@ -230,97 +296,15 @@ def dkv_kernel(q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, sqb, sqt, skb, 
     dv_desc = tl.make_tensor_descriptor(dv + b64 * T * K * D, [T, K * D], [K * D, 1], [BN, D])
     dk_desc.store([n0, kh * D], (acc_k * SCALE).to(dk.dtype.element_ty))
     dv_desc.store([n0, kh * D], acc_v.to(dv.dtype.element_ty))
-def doc_bounds(cu_seqlens, B, T):
-    """
-    Document starts cu_seqlens int32 [n+1] over the flattened B*T tokens -> int32 [2, B, T]: the first and the
-    one-past-last index, within its row, of each token's document. Row ends are boundaries too. Call it once a
-    batch: all layers share the result.
-
-    By hand: B = 1, T = 4, cu_seqlens = (0, 1, 4): first = (0, 1, 1, 1), end = (1, 4, 4, 4).
-    """
-    device = cu_seqlens.device
-    rows = torch.arange(0, B * T + 1, T, device=device, dtype=torch.int64)
-    cuts = torch.cat((cu_seqlens.long(), rows)).unique()  # sorted
-    at = torch.arange(B * T, device=device)
-    j = torch.searchsorted(cuts, at, right=True)  # first cut after each token
-    row = at - at % T
-    return torch.stack((cuts[j - 1] - row, cuts[j] - row)).view(2, B, T).to(torch.int32)
 
 
-def sdpa(q, k, v, mask=None, causal=False, scale=None):
-    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))  # [.., heads, T, d]
-    gqa = q.shape[-3] != k.shape[-3]
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
-    return o.transpose(-3, -2)
+# ---- launching ------------------------------------------------------------------------------------------------------
 
-
-def attention_reference(q, k, v, bounds=None, scale=None):
-    B, T = q.shape[:2]
-    if bounds is None:
-        return sdpa(q, k, v, causal=True, scale=scale)
-    at = torch.arange(T, device=q.device)
-    starts = (bounds[0] == at).nonzero()[:, 1]
-    if starts.numel() == B:  # every row is one document
-        return sdpa(q, k, v, causal=True, scale=scale)
-    if starts.numel() * 8 <= B * T:
-        # documents of 8 tokens and more on average: each alone. The work is sum(T_i^2), two to eight times
-        # less than the mask's at 256 to 1,024 tokens a row, and packed equals unpacked bit for bit
-        lengths = (bounds[1] - bounds[0])[bounds[0] == at].tolist()
-        parts = zip(*(t.flatten(0, 1).split(lengths) for t in (q, k, v)), strict=True)
-        outs = [sdpa(*(t[None] for t in part), causal=True, scale=scale)[0] for part in parts]
-        return torch.cat(outs).view(q.shape)
-    # key j is visible to query i  <=>  first[i] <= j <= i
-    mask = (at >= bounds[0][:, :, None]) & (at <= at[:, None])  # [B, T, T]
-    return sdpa(q, k, v, mask=mask[:, None], scale=scale)
-
-
-# ---- on a CPU, in C -------------------------------------------------------------------------------------
-
-class Arguments(Structure):
-    """The struct Attention of train_cpu.c."""
-    _fields_ = [*((name, c_int64) for name in ("B", "T", "H", "K", "d")), ("scale", c_float),
-                *((name, c_void_p) for name in "bounds q k v o max total dout dq dk dv".split())]
-
-
-class AttentionOnCPU(torch.autograd.Function):
-    """
-    The same function and gradient, document by document (train_cpu.c); each row keeps its largest score and its sum
-    of exponentials for the backward pass.
-    """
-    @staticmethod
-    def forward(ctx, q, k, v, bounds, scale):
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        bounds = bounds if bounds is None else bounds.contiguous()
-        (B, T, H, d), K, o = q.shape, k.shape[2], torch.empty_like(q)
-        top, total = q.new_empty(2, K * (B * T * (H // K) + 16))
-        ctx.arguments = B, T, H, K, d, scale
-        ctx.save_for_backward(q, k, v, bounds, top, total)
-        AttentionOnCPU.call("attention_forward", ctx.arguments, bounds, q, k, v, o, top, total)
-        return o
-
-    @staticmethod
-    @cpu.first_order
-    def backward(ctx, dout):
-        q, k, v, bounds, top, total = ctx.saved_tensors
-        grads, dout = [torch.empty_like(t) for t in (q, k, v)], dout.contiguous()
-        AttentionOnCPU.call("attention_backward", ctx.arguments, bounds, q, k, v, None, top, total, dout, *grads)
-        return *grads, None, None
-
-    @staticmethod
-    def call(name, arguments, *tensors):
-        _, T, _, _, d, _ = arguments
-        room = tensors[1].new_empty(cpu.library().attention_floats(T, d))
-        if getattr(cpu.library(), name)(byref(Arguments(*arguments, *map(cpu.at, tensors))), cpu.at(room)):
-            raise ValueError("attention: bounds with a document that ends before its token or behind its row "
-                             "(doc_bounds makes right ones)")
-
-
-# ---- launching ------------------------------------------------------------------------------------------
-
-# (BM rows, BN keys, warps, stages) by kernel, target and head_dim; none spills under triton 3.6 or 3.9
-# (`python -m kernels.report`; dkv 64x128 would suit sm_90 best, but spills 8 bytes under 3.6).
-# The first is the default, NANOMIMO_AUTOTUNE=1 times the others too. sm_90 at 128 holds only what an H200 has
-# shown to be right (docs/lab_log.md).
+# (BM rows, BN keys, warps, stages) by kernel, target and head_dim (widths 16 and 32 take those of 64); none spills
+# under triton 3.6 or 3.9 (bench/kernel_builds.py; dkv 64x128 would suit sm_90 best, but spills 8 bytes under 3.6). The
+# first is the default; NANOMIMO_AUTOTUNE=1 times the others too. sm_90 at 128, MiMo's width, holds only what an H200
+# has shown to be right (docs/lab_log.md). The others have no measured speed: sm_80, sm_100, and the widths 64 (needed
+# by Qwen2.5-0.5B and SmolLM2) and 256.
 CONFIGS = {
     ("forward", 80, 64): [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
     ("forward", 80, 128): [(128, 32, 8, 3), (64, 32, 4, 2)],
@@ -350,11 +334,12 @@ CONFIGS = {
     ("dkv", 100, 128): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 3)],
     ("dkv", 100, 256): [(32, 64, 8, 2)],
 }
-CPU_TILES = (32, 32, 4, 1)  # interpreter; tests change it
-FP32_TILES = (32, 32, 4, 1)  # fp32 on CUDA: exact, small tiles, not a fast path
+CPU_TILES = (32, 32, 4, 1)                              # interpreter; tests change it
+FP32_TILES = (32, 32, 4, 1)                             # fp32 on CUDA: exact, small tiles, not a fast path
 
 
-def configs(kernel, device, dtype, d):
+def configs(kernel: str, device: torch.device, dtype: torch.dtype, d: int) -> list[tuple]:
+    """The configurations of "forward", "dq" or "dkv" for this device, dtype and head_dim; the default first."""
     if device.type == "cpu":
         return [CPU_TILES]
     if dtype == torch.float32:
@@ -362,8 +347,8 @@ def configs(kernel, device, dtype, d):
     return CONFIGS[kernel, arch(device), max(d, 64)]
 
 
-def rowwise(t):
-    """t [B, T, heads, d] as the descriptors want it: heads side by side in a row, rows 16 bytes aligned."""
+def rowwise(t: Tensor) -> Tensor:
+    """t [B, T, heads, d] as the descriptors need it, a copy if not so: heads side by side, rows aligned to 16 bytes."""
     unit = 16 // t.element_size()
     B, T, n, d = t.shape
     good = (t.stride(3) == 1 and t.stride(2) == d and t.stride(1) >= n * d and t.stride(0) >= n * d
@@ -371,33 +356,22 @@ def rowwise(t):
     return t if good else t.clone(memory_format=torch.contiguous_format)
 
 
-def check(q, k, v, bounds):
-    B, T, H, d = q.shape
-    K = k.shape[2]
-    if k.shape != (B, T, K, d) or v.shape != k.shape or H % K:
-        raise ValueError(f"attention: q {tuple(q.shape)} needs k and v [B, T, K, d] with K dividing H, "
-                         f"got {tuple(k.shape)} and {tuple(v.shape)}")
-    if bounds is not None and (bounds.shape != (2, B, T) or bounds.dtype != torch.int32):
-        raise ValueError(f"attention: bounds must be int32 [2, {B}, {T}] (doc_bounds), "
-                         f"got {bounds.dtype} {list(bounds.shape)}")
-
-
 @torch.library.custom_op("nanomimo::attention", mutates_args=())
-def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None,
-                 scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_op(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Shapes of attention, d in HEAD_DIMS -> o [B, T, H, d] and lse fp32 [B, H, T], base 2, without gradient."""
     scratch()
     q, k, v = rowwise(q), rowwise(k), rowwise(v)
     bounds = bounds if bounds is None else bounds.contiguous()
     B, T, H, d = q.shape
     o = torch.empty((B, T, H, d), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, T), dtype=wide(q), device=q.device)
+    lse = torch.empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
     def launch(config):
         BM, BN, warps, stages = config
         forward_kernel[(B * H, -(-T // BM))](
-            q, k, v, bounds, o, lse, T, H, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
-            v.stride(1), G=H // k.shape[2], SCALE2=scale * LOG2E, DOCS=bounds is not None, D=d, BM=BM, BN=BN,
-            ACC=acc_type(q), num_warps=warps, num_stages=stages)
+            q, k, v, bounds, o, lse, T, H, *(n for t in (q, k, v) for n in t.stride()[:2]), G=H // k.shape[2],
+            SCALE2=d**-0.5 * LOG2E, DOCS=bounds is not None, D=d, BM=BM, BN=BN, ACC=acc_type(q), num_warps=warps,
+            num_stages=stages)
 
     options = configs("forward", q.device, q.dtype, d)
     launch(tune(("forward", q.dtype, d, next_pow2(T), bounds is not None), options, launch))
@@ -405,23 +379,22 @@ def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torc
 
 
 @attention_op.register_fake
-def _(q, k, v, bounds, scale):
+def _(q, k, v, bounds):
     B, T, H, d = q.shape
-    return q.new_empty((B, T, H, d)), q.new_empty((B, H, T), dtype=wide(q))
+    return q.new_empty((B, T, H, d)), q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("nanomimo::attention_backward", mutates_args=())
-def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None,
-                          o: torch.Tensor, lse: torch.Tensor, do: torch.Tensor,
-                          scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attention_backward_op(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, o: Tensor, lse: Tensor,
+                          do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs and outputs of attention_op and do [B, T, H, d] -> the gradients of q, k and v."""
     scratch()
     q, k, v, do = rowwise(q), rowwise(k), rowwise(v), rowwise(do)
     bounds = bounds if bounds is None else bounds.contiguous()
     B, T, H, d = q.shape
     K = k.shape[2]
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    delta = torch.empty_like(lse)
-    acc = acc_type(q)
+    delta, acc, scale = torch.empty_like(lse), acc_type(q), d**-0.5
     delta_kernel[(B * H, -(-T // 64))](o, do, delta, T, H, do.stride(0), do.stride(1), D=d, BM=64, ACC=acc)
     strides = [s for t in (q, k, v, do) for s in t.stride()[:2]]
     shared = dict(G=H // K, SCALE=scale, SCALE2=scale * LOG2E, DOCS=bounds is not None, D=d, ACC=acc)
@@ -433,8 +406,8 @@ def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
 
     def launch_dkv(config):
         BM, BN, warps, stages = config
-        dkv_kernel[(B * K, -(-T // BN))](q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, *strides, BM=BM,
-                                         BN=BN, num_warps=warps, num_stages=stages, **shared)
+        dkv_kernel[(B * K, -(-T // BN))](q, k, v, bounds, do, lse, delta, dk, dv, B, T, H, *strides, BM=BM, BN=BN,
+                                         num_warps=warps, num_stages=stages, **shared)
 
     for name, launch in (("dq", launch_dq), ("dkv", launch_dkv)):
         options = configs(name, q.device, q.dtype, d)
@@ -443,38 +416,17 @@ def attention_backward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
 
 
 @attention_backward_op.register_fake
-def _(q, k, v, bounds, o, lse, do, scale):
+def _(q, k, v, bounds, o, lse, do):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
 def _save(ctx, inputs, output):
-    q, k, v, bounds, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, bounds, *output)
+    ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, do, _):
-    q, k, v, bounds, o, lse = ctx.saved_tensors
-    return *attention_backward_op(q, k, v, bounds, o, lse, do, ctx.scale), None, None
+    return *attention_backward_op(*ctx.saved_tensors, do), None
 
 
 attention_op.register_autograd(_backward, setup_context=_save)
-
-
-def attention(q, k, v, bounds=None, scale=None):
-    """
-    Causal grouped-query attention. q [B, T, H, d], k and v [B, T, K, d], K divides H -> [B, T, H, d].
-
-    bounds int32 [2, B, T] from doc_bounds keeps each token inside its document; scale defaults to d^-0.5.
-    ValueError on shapes that do not fit. Any head_dim; the Triton kernel serves 16, 32, 64, 128 and 256, the C for
-    training on a CPU multiples of 16.
-
-    By hand: T = 2, d = 1, scale 1, q = (1, 1), k = (0, ln 3), v = (4, 8): token 0 sees itself, o = 4; token 1
-    weighs e^0 : e^(ln 3) = 1 : 3, so o = (4 + 3 * 8) / 4 = 7.
-    """
-    check(q, k, v, bounds)
-    if use_triton(q) and q.shape[-1] in HEAD_DIMS:
-        return attention_op(q, k, v, bounds, q.shape[-1] ** -0.5 if scale is None else scale)[0]
-    if cpu.c_kernels_apply(q, k, v):
-        return AttentionOnCPU.apply(q, k, v, bounds, q.shape[-1] ** -0.5 if scale is None else scale)
-    return attention_reference(q, k, v, bounds, scale)

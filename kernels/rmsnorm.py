@@ -4,22 +4,55 @@ RMSNorm, alone and fused with the residual add before it (report section 2.2: pr
     r = 1 / sqrt(mean_D(x^2) + eps)      h = x r      y = h w                   one row of D numbers at a time
     dh = dy w      dx = r (dh - h mean_D(dh h))      dw = sum over rows of dy h
 
-Memory decides the speed: a row is read once and held in registers, and with the residual the sum s = x +
-residual is written and normalised in the same pass. Backward walks many rows per program and keeps its share
-of dw in registers; the shares are added by one torch.sum, in a fixed order, so dw has the same bits every
-time.
+Memory decides the speed: a row is read once and held in registers, and with the residual the sum s = x + residual is
+written and normalised in the same pass. In backward a program walks over many rows and keeps its share of dw in
+registers; one torch.sum adds the shares, in a fixed order, so dw has the same bits every time.
 
-Rounding is Hugging Face's Qwen2RMSNorm: statistics in fp32, h cast to x's dtype, then the gain. The reference
-is bit-equal to it in fp32 (tests/test_kernels_reference.py).
+Rounding is that of Hugging Face's Qwen2RMSNorm: statistics in fp32, h cast to x's dtype, then the gain. The reference
+is bit-equal to it in fp32 (tests/test_kernels_reference.py). The same in C: kernels/cpu/train.py.
 """
 import torch
+from torch import Tensor
 
-from kernels import acc_type, cpu, jit, next_pow2, sm_count, tl, use_triton, wide
+import kernels
+from kernels import acc_type, jit, next_pow2, sm_count, tl
 
+
+def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D], weight [D] or of x's shape -> [..., D], in plain torch and in any dtype."""
+    # y = w cast(x / sqrt(mean(x^2) + eps)): the mean in fp32, the cast BEFORE the gain, as Hugging Face
+    h = x.float() if x.dtype != torch.float64 else x
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """
+    x [..., D], weight [D] -> [..., D]. ValueError (Triton) if weight is not [D].
+
+    By hand: x = (1, 7), eps 0: mean square 25, so x / 5 = (0.2, 1.4); with weight (10, 1): (2, 1.4).
+    """
+    if (x.device.type, x.dtype) in kernels.TRITON:
+        return norm_op(x, None, weight, eps)[0]
+    return rmsnorm_reference(x, weight, eps)
+
+
+def rmsnorm_residual(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    s = x + residual, both [..., D] -> (rmsnorm(s), s): a block's norm and its new residual stream. ValueError (Triton)
+    if the shapes differ or weight is not [D].
+    """
+    if (x.device.type, x.dtype) in kernels.TRITON:
+        return norm_op(x, residual, weight, eps)[:2]
+    s = x + residual
+    return rmsnorm_reference(s, weight, eps), s
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------
 
 @jit
-def norm_kernel(x, res, w, y, s, r_out, D, stride_x, stride_r, EPS: tl.constexpr, RES: tl.constexpr,
-                BD: tl.constexpr, ACC: tl.constexpr):
+def norm_kernel(x, res, w, y, s, r_out, D, stride_x, stride_r, EPS: tl.constexpr, RES: tl.constexpr, BD: tl.constexpr,
+                ACC: tl.constexpr):
     """One program: one row. BD is D rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BD)
@@ -29,17 +62,17 @@ def norm_kernel(x, res, w, y, s, r_out, D, stride_x, stride_r, EPS: tl.constexpr
         xt += tl.load(res + row * stride_r + col, mask=live, other=0.0).to(ACC)
         rounded = xt.to(s.dtype.element_ty)
         tl.store(s + row * D + col, rounded, mask=live)
-        xt = rounded.to(ACC)  # the norm sees the sum as the next layer will read it
+        xt = rounded.to(ACC)                            # the norm sees the sum as the next layer will read it
     r = 1.0 / tl.sqrt(tl.sum(xt * xt, 0) / D + EPS)
-    h = (xt * r).to(x.dtype.element_ty).to(ACC)  # cast before the gain, as the reference
+    h = (xt * r).to(x.dtype.element_ty).to(ACC)         # cast before the gain, as the reference
     wt = tl.load(w + col, mask=live, other=0.0).to(ACC)
     tl.store(y + row * D + col, (h * wt).to(y.dtype.element_ty), mask=live)
     tl.store(r_out + row, r)
 
 
 @jit
-def norm_backward_kernel(s, w, r, dy, ds, dx, dw_part, N, D, stride_s, stride_dy, stride_ds, per,
-                         RES: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
+def norm_backward_kernel(s, w, r, dy, ds, dx, dw_part, N, D, stride_s, stride_dy, stride_ds, per, RES: tl.constexpr,
+                         BD: tl.constexpr, ACC: tl.constexpr):
     """One program: `per` rows one after the other. ds is the gradient that reaches the sum directly."""
     pid = tl.program_id(0)
     col = tl.arange(0, BD)
@@ -62,20 +95,23 @@ def norm_backward_kernel(s, w, r, dy, ds, dx, dw_part, N, D, stride_s, stride_dy
     tl.store(dw_part + pid.to(tl.int64) * D + col, dw, mask=live)
 
 
-def warps_for(D):
+def warps_for(D: int) -> int:
+    """Warps of a program for rows of D numbers."""
     return 4 if D <= 1024 else 8 if D <= 8192 else 16
 
 
-def _flat(t):
+def _flat(t: Tensor) -> Tensor:
     """t [..., D] as [N, D] with unit stride inside a row."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
 
 @torch.library.custom_op("nanomimo::rmsnorm", mutates_args=())
-def norm_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
-            eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> normed, x + residual (empty without a residual), r [N] = 1 / rms of each row."""
+def norm_op(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    x [..., D], residual of x's shape or None, weight [D] -> normed [..., D], x + residual (empty without one), and
+    fp32 r [N], 1 / rms of each row. ValueError on other shapes.
+    """
     D = x.shape[-1]
     if weight.shape != (D,) or (residual is not None and residual.shape != x.shape):
         raise ValueError(f"rmsnorm: x {tuple(x.shape)} needs weight [{D}] and a residual of x's shape")
@@ -84,10 +120,10 @@ def norm_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
     N = xf.shape[0]
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
     s = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
-    r = torch.empty(N, dtype=wide(x), device=x.device)
+    r = torch.empty(N, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     stride_r = rf.stride(0) if rf is not None else 0
-    norm_kernel[(N,)](xf, rf, weight.contiguous(), y, s, r, D, xf.stride(0), stride_r, EPS=eps,
-                      RES=rf is not None, BD=next_pow2(D), ACC=acc_type(x), num_warps=warps_for(D))
+    norm_kernel[(N,)](xf, rf, weight.contiguous(), y, s, r, D, xf.stride(0), stride_r, EPS=eps, RES=rf is not None,
+                      BD=next_pow2(D), ACC=acc_type(x), num_warps=warps_for(D))
     return y, s, r
 
 
@@ -95,12 +131,12 @@ def norm_op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
 def _(x, residual, weight, eps):
     y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
     s = x.new_empty(x.shape if residual is not None else (0,))
-    return y, s, x.new_empty(x.numel() // x.shape[-1], dtype=wide(x))
+    return y, s, x.new_empty(x.numel() // x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op("nanomimo::rmsnorm_backward", mutates_args=())
-def norm_backward_op(s: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, dy: torch.Tensor,
-                     ds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_backward_op(s: Tensor, weight: Tensor, r: Tensor, dy: Tensor, ds: Tensor | None) -> tuple[Tensor, Tensor]:
+    """s, dy and ds (or None) [..., D], weight [D], r [N] -> the gradients of s [..., D] and of weight [D]."""
     D = s.shape[-1]
     sf, gf = _flat(s), _flat(dy)
     df = _flat(ds) if ds is not None else None
@@ -108,11 +144,11 @@ def norm_backward_op(s: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, dy:
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     per = -(-N // (4 * sm_count(s.device)))
     programs = -(-N // per)
-    part = torch.empty((programs, D), dtype=wide(s), device=s.device)
+    part = torch.empty((programs, D), dtype=torch.promote_types(s.dtype, torch.float32), device=s.device)
     stride_ds = df.stride(0) if df is not None else 0
-    norm_backward_kernel[(programs,)](sf, weight.contiguous(), r, gf, df, dx, part, N, D, sf.stride(0),
-                                      gf.stride(0), stride_ds, per, RES=df is not None, BD=next_pow2(D),
-                                      ACC=acc_type(s), num_warps=warps_for(D))
+    norm_backward_kernel[(programs,)](sf, weight.contiguous(), r, gf, df, dx, part, N, D, sf.stride(0), gf.stride(0),
+                                      stride_ds, per, RES=df is not None, BD=next_pow2(D), ACC=acc_type(s),
+                                      num_warps=warps_for(D))
     return dx, part.sum(0).to(weight.dtype)
 
 
@@ -131,65 +167,10 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy, ds, _):
     s, weight, r = ctx.saved_tensors
-    if dy is None:  # only the sum was used
+    if dy is None:                                      # only the sum was used
         return ds, ds if ctx.with_residual else None, None, None
     dx, dw = norm_backward_op(s, weight, r, dy, ds if ctx.with_residual else None)
     return dx, dx if ctx.with_residual else None, dw, None
 
 
 norm_op.register_autograd(_backward, setup_context=_save)
-
-
-def rmsnorm_reference(x, weight, eps):
-    # y = w cast(x / sqrt(mean(x^2) + eps)): the mean in fp32, the cast BEFORE the gain, as Hugging Face
-    h = x.float() if x.dtype != torch.float64 else x
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * h.to(x.dtype)
-
-
-class NormOnCPU(torch.autograd.Function):
-    """The same in C (train_cpu.c): -> (y, s), without a residual y alone."""
-    @staticmethod
-    def forward(ctx, x, residual, weight, eps):
-        x, D, added = x.contiguous(), x.shape[-1], residual is not None
-        y, r, s = torch.empty_like(x), x.new_empty(x.numel() // D), torch.empty_like(x) if added else x
-        residual, weight = residual.contiguous() if added else None, weight.contiguous()
-        cpu.library().norm_forward(len(r), D, eps, *map(cpu.at, (x, residual, weight, s, y, r)))
-        ctx.save_for_backward(s, weight, r)
-        ctx.set_materialize_grads(False)
-        return (y, s) if added else y
-
-    @staticmethod
-    @cpu.first_order
-    def backward(ctx, dy, ds=None):
-        s, weight, r = ctx.saved_tensors
-        added = ctx.needs_input_grad[1]
-        if dy is None:                                              # only the sum was used
-            return ds, ds, None, None
-        dx, dw, dy = torch.empty_like(s), weight.new_empty(2, len(weight)), dy.contiguous()
-        ds = None if ds is None else ds.contiguous()
-        cpu.library().norm_backward(len(r), s.shape[-1], *map(cpu.at, (s, weight, r, dy, ds, dx, dw)))
-        return dx, dx if added else None, dw[0], None
-
-
-def rmsnorm(x, weight, eps=1e-5):
-    """
-    x [..., D], weight [D] -> [..., D]. ValueError (Triton path) if weight is not [D].
-
-    By hand: x = (1, 7), eps 0: mean square 25, so x / 5 = (0.2, 1.4); with weight (10, 1): (2, 1.4).
-    """
-    if use_triton(x):
-        return norm_op(x, None, weight, eps)[0]
-    if cpu.c_kernels_apply(x, weight) and weight.shape == x.shape[-1:]:
-        return NormOnCPU.apply(x, None, weight, eps)
-    return rmsnorm_reference(x, weight, eps)
-
-
-def rmsnorm_residual(x, residual, weight, eps=1e-5):
-    """s = x + residual, both [..., D] -> (rmsnorm(s), s): the block's norm and its new residual stream."""
-    if use_triton(x):
-        return norm_op(x, residual, weight, eps)[:2]
-    if cpu.c_kernels_apply(x, residual, weight) and x.shape == residual.shape and weight.shape == x.shape[-1:]:
-        return NormOnCPU.apply(x, residual, weight, eps)
-    s = x + residual
-    return rmsnorm_reference(s, weight, eps), s

@@ -1,25 +1,66 @@
 """
 Rotary position embedding of q and k (report section 2.2; base 10,000, and 640,000 from stage 3 on).
 
-    theta_i = base^(-2i/d), i < d/2        (x_i, x_{i+d/2}) is rotated by the angle position * theta_i
+    (x_i, x_{i+d/2}) is rotated by the angle position * theta_i        theta_i = base^(-2i/d), i < d/2
 
-The pairs are half a head apart, Hugging Face's layout. Positions are the caller's, so packed documents each
-start at 0. The tables are fp32 and shared by all layers; the rotation runs in fp32 and is rounded once. One
-kernel turns the q and the k heads of a token, which reads each angle once. Its backward pass is itself with
-the angle negated.
-
-rope() returns new tensors, since the gradient needs a pure function; rope_() writes over q and k, for the
-sampler.
+The pairs are half a head apart, Hugging Face's layout. The caller gives cos and sin of the angles (model.rope_at makes
+them, fp32, once for all layers), with positions that start at 0 in each packed document. The rotation runs in fp32 and
+is rounded once. One kernel rotates the q and the k heads of a token, so that it reads each angle once. Its backward
+pass is the same kernel with the angle negated. The same in C: kernels/cpu/train.py.
 """
 import torch
+from torch import Tensor
 
-from kernels import acc_type, cpu, jit, next_pow2, tl, use_triton
+import kernels
+from kernels import acc_type, jit, next_pow2, tl
 
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The reference: x [..., T, heads, d], cos and sin [T, d] or with x's leading axes -> x rotated, in x's dtype."""
+    # (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the two halves of a head
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., None, :half], sin[..., None, :half]                         # [.., T, 1, d/2]
+    x1, x2 = x[..., :half], x[..., half:]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    q [B, T, H, d], k [B, T, K, d], cos and sin fp32 [T, d], [1, T, d] or [B, T, d], both halves of d alike -> rotated q
+    and k, new tensors. ValueError (Triton) on other shapes. Widths d that are no power of two take the reference.
+
+    By hand: d = 2 and the angle pi/2 turn (1, 0) into (0, 1).
+    """
+    if (q.device.type, q.dtype) in kernels.TRITON and not q.shape[-1] & (q.shape[-1] - 1):
+        return rope_op(q, k, cos, sin, 1.0)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rope_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, where: Tensor) -> Tensor:
+    """
+    For decoding: qkv [N, (H + 2K) d], cos and sin fp32 [N, d] -> rotated q [N, H, d]; rotated k and v are written to
+    the caches [n_blocks, block, K, d], contiguous, at the flat slots `where`, int64 [N]. No gradients.
+    """
+    (N, width), (K, d) = qkv.shape, k_cache.shape[2:]
+    H = width // d - 2 * K
+    if (qkv.device.type, qkv.dtype) in kernels.TRITON:
+        q = torch.empty((N, H, d), dtype=qkv.dtype, device=qkv.device)
+        store_kernel[(N,)](qkv, cos, sin, q, k_cache, v_cache, where, cos.stride(0), H=H, K=K, D=d,
+                           HEADS=next_pow2(max(H, K)), ACC=acc_type(qkv), num_warps=4)
+        return q
+    q, k, v = qkv.view(N, -1, d).split((H, K, K), 1)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache.flatten(0, 1).index_copy_(0, where, new)
+    return q
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------
 
 @jit
-def rope_kernel(q, k, cos, sin, q_out, k_out, T, sqb, sqt, sqh, skb, skt, skh, sob, sot, soh, srb, srt, srh,
-                scb, sct, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
-                SIGN: tl.constexpr, ACC: tl.constexpr):
+def rope_kernel(q, k, cos, sin, q_out, k_out, T, sqb, sqt, sqh, skb, skt, skh, sob, sot, soh, srb, srt, srh, scb, sct,
+                H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIGN: tl.constexpr,
+                ACC: tl.constexpr):
     """One program: one token. Strides s?b, s?t, s?h: batch row, time, head, of q, k, outputs, tables."""
     b, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
     i = tl.arange(0, D // 2)
@@ -36,25 +77,12 @@ def rope_kernel(q, k, cos, sin, q_out, k_out, T, sqb, sqt, sqh, skb, skt, skh, s
 
 @jit
 def rotate_heads(source, target, live, c, s, D: tl.constexpr, ACC: tl.constexpr):
+    """The heads at `source` [HEADS, D/2] and D/2 further on, rotated, to `target`."""
     # both halves are read before either is written, so source and target may be the same memory
     x1 = tl.load(source, mask=live, other=0.0).to(ACC)
     x2 = tl.load(source + D // 2, mask=live, other=0.0).to(ACC)
     tl.store(target, (x1 * c - x2 * s).to(target.dtype.element_ty), mask=live)
     tl.store(target + D // 2, (x2 * c + x1 * s).to(target.dtype.element_ty), mask=live)
-
-
-def _launch(q, k, cos, sin, q_out, k_out, sign):
-    B, T, H, d = q.shape
-    K = k.shape[2]
-    if k.shape != (B, T, K, d) or d < 2 or d & (d - 1) or cos.shape[-2:] != (T, d) or sin.shape != cos.shape:
-        raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} need one power-of-two head_dim "
-                         f"and tables [T, d], [1, T, d] or [B, T, d], got {tuple(cos.shape)}")
-    cos, sin = (t.expand(B, T, d) if t.dim() == 3 else t[None].expand(B, T, d) for t in (cos, sin))
-    if cos.stride() != sin.stride() or cos.stride(2) != 1:
-        cos, sin = cos.contiguous(), sin.contiguous()
-    strides = [n for t in (q, k, q_out, k_out) for n in t.stride()[:3]]
-    rope_kernel[(B * T,)](q, k, cos, sin, q_out, k_out, T, *strides, *cos.stride()[:2], H=H, K=K, D=d,
-                          HEADS=next_pow2(max(H, K)), SIGN=sign, ACC=acc_type(q), num_warps=4)
 
 
 @jit
@@ -71,41 +99,29 @@ def store_kernel(qkv, cos, sin, q_out, k_cache, v_cache, where, scb, H: tl.const
     slot = tl.load(where + n) * K * D
     rotate_heads(token + at, q_out + n * H * D + at, h < H, c, s, D, ACC)
     rotate_heads(token + H * D + at, k_cache + slot + at, h < K, c, s, D, ACC)
-    wide = h * D + tl.arange(0, D)[None, :]
-    v = tl.load(token + (H + K) * D + wide, mask=h < K, other=0.0)
-    tl.store(v_cache + slot + wide, v.to(v_cache.dtype.element_ty), mask=h < K)
-
-
-def rope_store(qkv, cos, sin, k_cache, v_cache, where):
-    """
-    For decoding: qkv [N, (H + 2K) d], cos and sin fp32 [N, d] -> rotated q [N, H, d]; rotated k and v are written to
-    the caches [n_blocks, block, K, d], contiguous, at the flat slots where, int64 [N]. No gradients.
-    """
-    (N, width), (K, d) = qkv.shape, k_cache.shape[2:]
-    H = width // d - 2 * K
-    if use_triton(qkv):
-        q = torch.empty((N, H, d), dtype=qkv.dtype, device=qkv.device)
-        store_kernel[(N,)](qkv, cos, sin, q, k_cache, v_cache, where, cos.stride(0), H=H, K=K, D=d,
-                           HEADS=next_pow2(max(H, K)), ACC=acc_type(qkv), num_warps=4)
-        return q
-    q, k, v = qkv.view(N, -1, d).split((H, K, K), 1)
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        cache.flatten(0, 1).index_copy_(0, where, new)
-    return q
-
-
-def _dense(t):
-    return t if t.stride(3) == 1 else t.contiguous()
+    whole = h * D + tl.arange(0, D)[None, :]
+    v = tl.load(token + (H + K) * D + whole, mask=h < K, other=0.0)
+    tl.store(v_cache + slot + whole, v.to(v_cache.dtype.element_ty), mask=h < K)
 
 
 @torch.library.custom_op("nanomimo::rope", mutates_args=())
-def rope_op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-            sign: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """sign 1 rotates forward, -1 back: a rotation's transpose is the rotation by the opposite angle."""
-    q, k = _dense(q), _dense(k)
+def rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    """
+    Shapes of rope, d a power of two, else ValueError. sign 1 rotates forward, -1 back: a rotation's transpose is the
+    rotation by the opposite angle.
+    """
+    q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
     q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
-    _launch(q, k, cos, sin, q_out, k_out, sign)
+    (B, T, H, d), K = q.shape, k.shape[2]
+    if k.shape != (B, T, K, d) or d < 2 or d & (d - 1) or cos.shape[-2:] != (T, d) or sin.shape != cos.shape:
+        raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} need one power-of-two head_dim "
+                         f"and tables [T, d], [1, T, d] or [B, T, d], got {tuple(cos.shape)}")
+    cos, sin = (t.expand(B, T, d) if t.dim() == 3 else t[None].expand(B, T, d) for t in (cos, sin))
+    if cos.stride() != sin.stride() or cos.stride(2) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    strides = [n for t in (q, k, q_out, k_out) for n in t.stride()[:3]]
+    rope_kernel[(B * T,)](q, k, cos, sin, q_out, k_out, T, *strides, *cos.stride()[:2], H=H, K=K, D=d,
+                          HEADS=next_pow2(max(H, K)), SIGN=sign, ACC=acc_type(q), num_warps=4)
     return q_out, k_out
 
 
@@ -124,76 +140,3 @@ def _backward(ctx, dq, dk):
 
 
 rope_op.register_autograd(_backward, setup_context=_save)
-
-
-@torch.library.custom_op("nanomimo::rope_", mutates_args=("q", "k"))
-def rope_op_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    _launch(q, k, cos, sin, q, k, 1.0)
-
-
-def rope_tables(positions, head_dim, base):
-    """
-    positions [..., T] integers -> cos, sin fp32 [..., T, d], both halves of d alike.
-
-    By hand: d = 4, base 100: theta = (1, 0.1), so position 2 gives the angles (2, 0.2, 2, 0.2).
-    """
-    # theta_i = base^(-2i/d), i < d/2 ; the same angle serves elements i and i + d/2
-    even = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float()
-    inv_freq = 1.0 / (base ** (even / head_dim))  # [d/2]
-    angle = positions[..., None].float() * inv_freq  # [..., T, d/2]
-    angle = torch.cat((angle, angle), -1)  # [..., T, d]
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    # (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the two halves of a head
-    half = x.shape[-1] // 2
-    cos, sin = cos[..., None, :half], sin[..., None, :half]  # [.., T, 1, d/2]
-    x1, x2 = x[..., :half], x[..., half:]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
-
-
-class RopeOnCPU(torch.autograd.Function):
-    """The same in C (train_cpu.c), for q and k."""
-    @staticmethod
-    def forward(ctx, q, k, cos, sin):
-        cos, sin = (t.expand(*q.shape[:2], q.shape[-1]).contiguous() for t in (cos, sin))
-        ctx.save_for_backward(cos, sin)
-        return RopeOnCPU.turn(q, cos, sin, 1.0), RopeOnCPU.turn(k, cos, sin, 1.0)
-
-    @staticmethod
-    def turn(x, cos, sin, sign):
-        x, (B, T, heads, d) = x.contiguous(), x.shape
-        y = torch.empty_like(x)
-        cpu.library().rope(B * T, heads, d, cpu.at(x), cpu.at(cos), cpu.at(sin), sign, cpu.at(y))
-        return y
-
-    @staticmethod
-    @cpu.first_order
-    def backward(ctx, dq, dk):
-        cos, sin = ctx.saved_tensors
-        return RopeOnCPU.turn(dq, cos, sin, -1.0), RopeOnCPU.turn(dk, cos, sin, -1.0), None, None
-
-
-def rope(q, k, cos, sin):
-    """
-    q [B, T, H, d], k [B, T, K, d], cos and sin fp32 [T, d], [1, T, d] or [B, T, d] -> rotated q, k, new
-    tensors.
-
-    By hand: d = 2 and the angle pi/2 turn (1, 0) into (0, 1).
-    """
-    if use_triton(q) and not q.shape[-1] & (q.shape[-1] - 1):
-        return rope_op(q, k, cos, sin, 1.0)
-    if (cpu.c_kernels_apply(q, k, cos, sin) and k.shape == (*q.shape[:2], k.shape[2], q.shape[3])
-            and cos.shape == sin.shape and cos.shape[-1] == q.shape[3]):
-        return RopeOnCPU.apply(q, k, cos, sin)
-    return rotate(q, cos, sin), rotate(k, cos, sin)
-
-
-def rope_(q, k, cos, sin):
-    """As rope, but over q and k themselves and without gradients: for the sampler. Returns q, k."""
-    if use_triton(q) and q.stride(3) == 1 and k.stride(3) == 1:
-        rope_op_(q, k, cos, sin)
-        return q, k
-    with torch.no_grad():
-        return q.copy_(rotate(q, cos, sin)), k.copy_(rotate(k, cos, sin))

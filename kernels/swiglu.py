@@ -3,19 +3,42 @@ SwiGLU: y = silu(gate) up, with silu(g) = g sigma(g) (report section 2.2).
 
     dgate = dy up sigma (1 + gate (1 - sigma))        dup = dy gate sigma              sigma = sigma(gate)
 
-Eager autograd keeps silu(gate) for the backward pass, F numbers a token and layer: 12.1 GiB at 7B and 8,192
-tokens. Here only gate and up are kept, which the layer before has made anyway, and silu is computed again:
-two flops more on a pass that memory bounds. gate and up may be the two halves of one wide projection (row
-strides differ from F).
+Eager autograd keeps silu(gate) for the backward pass, F numbers a token and layer: 12.1 GiB at 7B and 8,192 tokens.
+Here only gate and up are kept, which the layer before has made anyway, and silu is computed again: two operations more
+in a pass whose time is that of reading memory. gate and up may be the two halves of one wide projection (row strides
+differ from F). The same in C: kernels/cpu/train.py.
 """
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from kernels import acc_type, cpu, jit, tl, use_triton
+import kernels
+from kernels import acc_type, jit, tl
 
+BLOCK, WARPS = 1024, 4                                  # 8 numbers a thread: one 16-byte load of bf16
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up [..., F] -> silu(gate) up [..., F], in plain torch and in any dtype."""
+    return F.silu(gate) * up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """
+    gate, up [..., F] -> [..., F]. ValueError (Triton) if the shapes differ.
+
+    By hand: gate = ln 3, up = 4: sigma = 3/4, so y = 3 ln 3 = 3.2958.
+    """
+    if (gate.device.type, gate.dtype) in kernels.TRITON:
+        return swiglu_op(gate, up)
+    return swiglu_reference(gate, up)
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------
 
 @jit
 def swiglu_kernel(gate, up, out, F_, stride_g, stride_u, BF: tl.constexpr, ACC: tl.constexpr):
+    """One program: BF columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BF + tl.arange(0, BF)
     live = col < F_
@@ -27,6 +50,7 @@ def swiglu_kernel(gate, up, out, F_, stride_g, stride_u, BF: tl.constexpr, ACC: 
 @jit
 def swiglu_backward_kernel(gate, up, dout, dgate, dup, F_, stride_g, stride_u, stride_d, BF: tl.constexpr,
                            ACC: tl.constexpr):
+    """One program: BF columns of one row of both gradients."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BF + tl.arange(0, BF)
     live = col < F_
@@ -40,27 +64,26 @@ def swiglu_backward_kernel(gate, up, dout, dgate, dup, F_, stride_g, stride_u, s
     tl.store(dup + row * F_ + col, (d * g * sig).to(dup.dtype.element_ty), mask=live)
 
 
-BLOCK, WARPS = 1024, 4  # 8 numbers a thread: one 16-byte load of bf16
-
-
-def _flat(t):
+def _flat(t: Tensor) -> Tensor:
+    """t [..., F] as [N, F] with unit stride inside a row."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _shape(gate):
+def _launch(gate: Tensor) -> tuple[tuple[int, int], dict]:
+    """The grid and the options of a launch for gate [N, F]."""
     N, F_ = gate.shape
-    return (N, -(-F_ // BLOCK)), dict(BF=BLOCK, num_warps=WARPS,
-                                      ACC=acc_type(gate))
+    return (N, -(-F_ // BLOCK)), dict(BF=BLOCK, num_warps=WARPS, ACC=acc_type(gate))
 
 
 @torch.library.custom_op("nanomimo::swiglu", mutates_args=())
-def swiglu_op(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up [..., F], rows of any stride -> [..., F]. ValueError if the shapes differ."""
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = _flat(gate), _flat(up)
-    grid, options = _shape(g)
+    grid, options = _launch(g)
     swiglu_kernel[grid](g, u, out, g.shape[1], g.stride(0), u.stride(0), **options)
     return out
 
@@ -71,13 +94,12 @@ def _(gate, up):
 
 
 @torch.library.custom_op("nanomimo::swiglu_backward", mutates_args=())
-def swiglu_backward_op(gate: torch.Tensor, up: torch.Tensor,
-                       dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_backward_op(gate: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+    """gate, up, dout [..., F] -> the gradients of gate and up, [..., F] each."""
     dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
     g, u, d = _flat(gate), _flat(up), _flat(dout)
-    grid, options = _shape(g)
-    swiglu_backward_kernel[grid](g, u, d, dgate, dup, g.shape[1], g.stride(0), u.stride(0), d.stride(0),
-                                 **options)
+    grid, options = _launch(g)
+    swiglu_backward_kernel[grid](g, u, d, dgate, dup, g.shape[1], g.stride(0), u.stride(0), d.stride(0), **options)
     return dgate, dup
 
 
@@ -88,35 +110,3 @@ def _(gate, up, dout):
 
 swiglu_op.register_autograd(lambda ctx, dout: swiglu_backward_op(*ctx.saved_tensors, dout),
                             setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-
-class SwiGLUOnCPU(torch.autograd.Function):
-    """The same function and gradient in C (train_cpu.c): two passes over memory where eager autograd makes seven."""
-    @staticmethod
-    def forward(ctx, gate, up):
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        y = torch.empty_like(gate)
-        cpu.library().swiglu_forward(y.numel(), cpu.at(gate), cpu.at(up), cpu.at(y))
-        return y
-
-    @staticmethod
-    @cpu.first_order
-    def backward(ctx, dy):
-        (gate, up), dy = ctx.saved_tensors, dy.contiguous()
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        cpu.library().swiglu_backward(dy.numel(), *map(cpu.at, (gate, up, dy, dgate, dup)))
-        return dgate, dup
-
-
-def swiglu(gate, up):
-    """
-    gate, up [..., F] -> [..., F]. ValueError (Triton path) if the shapes differ.
-
-    By hand: gate = ln 3, up = 4: sigma = 3/4, so y = 3 ln 3 = 3.2958.
-    """
-    if use_triton(gate):
-        return swiglu_op(gate, up)
-    if cpu.c_kernels_apply(gate, up) and gate.shape == up.shape:
-        return SwiGLUOnCPU.apply(gate, up)
-    return F.silu(gate) * up
