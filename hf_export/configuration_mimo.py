@@ -3,7 +3,6 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 
 
 class MiMoConfig(Qwen2Config):
+    """config.json spells out every key: Qwen2Config's own defaults (eps 1e-6, vocabulary 151,936) are not MiMo's."""
     model_type = "mimo"
-    # config.json spells out every other key: Qwen2Config's defaults (eps 1e-6, vocabulary 151,936) are not
-    # MiMo's
     num_nextn_predict_layers: int = 0

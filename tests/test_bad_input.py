@@ -287,7 +287,7 @@ def test_a_chat_file_names_the_line(world, name):
     assert "\n" not in str(e.value) and all(word in str(e.value) for word in ("sft.jsonl", *words)), e.value
     if name in ("empty", "role"):
         ends(script(sft, *sft_words(world, "--heldout=")), "sft.jsonl", *words)
-        ends(lambda: sft_data.main([f"{world}/sft.jsonl", f"{world}/kept.jsonl"]), "sft.jsonl", *words)
+        ends(script(sft_data, f"{world}/sft.jsonl", f"{world}/kept.jsonl"), "sft.jsonl", *words)
         assert not (world / "kept.jsonl").exists() and not list(world.glob("run/step_*"))
 
 
@@ -384,7 +384,7 @@ def test_a_checkpoint_that_cannot_be_used(world, name, capsys):
     for module in (sft, rl, evaluation):
         ends(script(module, *WORDS[module](world)), world / "base", *words)
     ends(script(sample, f"--ckpt={world}/base", "--prompt=a"), world / "base", *words)
-    ends(lambda: hf.main(["export", f"{world}/base", f"{world}/hf", "--flavour=mimo"]), world / "base", *words)
+    ends(script(hf, "export", f"{world}/base", f"{world}/hf", "--flavour=mimo"), world / "base", *words)
     assert not (world / "run").exists() and not (world / "hf").exists() and not (world / "e").exists()
     if name in ("half a file", "a flipped bit", "a file gone"):
         assert "is not whole" in capsys.readouterr().err       # and which file it is, on stderr
@@ -605,34 +605,34 @@ def test_small_commands(world, capsys):
     ends(command(tag, "nowhere.jsonl"), "nowhere.jsonl", "No such file")
     (world / "labels.jsonl").write_bytes(lines({"text": "a", "domain": "poems", "quality": 1, "depth": 1, "ad": 0}))
     ends(command(tag, world / "labels.jsonl"), "labels.jsonl:1:", "poems", "maths")
-    ends(lambda: sft_data.main([f"{world}/sft.jsonl", f"{world}/x", "--workers=0"]), "workers = 0")
+    ends(script(sft_data, f"{world}/sft.jsonl", f"{world}/x", "--workers=0"), "workers = 0")
 
 
 def test_hf(world):
     folder = world / "hub"
-    ends(lambda: hf.main(["import", str(folder), f"{world}/run"]), "config.json is missing")
-    hf.main(["export", f"{world}/base", str(folder), "--flavour=mimo", "--fold=no"])
+    ends(script(hf, "import", folder, f"{world}/run"), "config.json is missing")
+    script(hf, "export", f"{world}/base", folder, "--flavour=mimo", "--fold=no")()
     config = json.loads((folder / "config.json").read_text())
     for text, *words in (("{", "config.json", "JSON"), ("[]", "config.json"),
                          (json.dumps(config | {"vocab_size": "x"}), "vocab_size"),
                          (json.dumps(config | {"vocab_size": 2048}), "shape"),
                          (json.dumps(without(config, "rope_theta")), "rope_theta")):
         (folder / "config.json").write_text(text)
-        ends(lambda: hf.main(["import", str(folder), f"{world}/run"]), *words)
+        ends(script(hf, "import", folder, f"{world}/run"), *words)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors.index.json").write_text('{"weights": 1}')
-    ends(lambda: hf.main(["import", str(folder), f"{world}/run"]), "model.safetensors.index.json")
+    ends(script(hf, "import", folder, f"{world}/run"), "model.safetensors.index.json")
     (folder / "model.safetensors.index.json").unlink()
     keep = (folder / "tokenizer.json").read_text()
     for text in ("{}", "[]", '{"model": {"type": "BPE"}}'):
         (folder / "tokenizer.json").write_text(text)
-        ends(lambda: hf.main(["import", str(folder), f"{world}/run"]), "tokenizer")
+        ends(script(hf, "import", folder, f"{world}/run"), "tokenizer")
     (folder / "tokenizer.json").write_text(keep)
     cut(folder / "model.safetensors")
-    ends(lambda: hf.main(["import", str(folder), f"{world}/run"]), "model.safetensors")
+    ends(script(hf, "import", folder, f"{world}/run"), "model.safetensors")
     (world / "mine").mkdir()
     (world / "mine/letter.txt").write_text("dear")
-    ends(lambda: hf.main(["export", f"{world}/base", f"{world}/mine", "--flavour=qwen2"]), "mine", "not empty")
+    ends(script(hf, "export", f"{world}/base", f"{world}/mine", "--flavour=qwen2"), "mine", "not empty")
     assert not (world / "run").exists() or not list((world / "run").iterdir())
     assert (world / "mine/letter.txt").read_text() == "dear"
 

@@ -1,6 +1,4 @@
-"""
-hf.py without transformers: the 7B's names, round trips to the bit, streaming, folding, and what ends the run.
-"""
+"""hf.py without transformers: the 7B's names, round trips to the bit, streaming, folding, and what ends the run."""
 import json
 import math
 import shutil
@@ -12,6 +10,7 @@ from checkpoints import load_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import configurator
 import hf
 import mtp
 from checkpoint import find, latest, read_meta, save
@@ -35,10 +34,7 @@ def rough_model(cfg, seed=0):
 
 
 def official(folder, cfg=SMALL, shards=3, dtype=torch.bfloat16, **changes):
-    """
-    A folder as Xiaomi publishes them: sharded bf16 weights with an index, config.json in the old keys,
-    tokenizer.
-    """
+    """A folder as Xiaomi publishes them: sharded bf16 weights with an index, config.json in the old keys, tokenizer."""
     folder.mkdir(parents=True)
     state = {hf.hub_name(n): t.to(dtype) for n, t in rough_model(cfg).state_dict().items()}
     names = sorted(state)
@@ -81,12 +77,13 @@ def same_bits(a, b):
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
-# ---- names -------------------------------------------------------------------------------------------------
+# ---- names ----------------------------------------------------------------------------------------------------------
 
 def test_the_names_and_shapes_of_mimo_7b():
-    """Against a list written out by hand from the published checkpoint: 435 trunk + 16 MTP tensors. By hand,
-    one layer: 4096*4096*2 + 2*1024*4096 + 4096+1024+1024 (attention) + 3*4096*11008 (MLP) + 2*4096 (norms) =
-    177,223,680."""
+    """
+    Against a list written out by hand from the published checkpoint: 435 trunk + 16 MTP tensors. By hand, one layer:
+    4096*4096*2 + 2*1024*4096 + 4096+1024+1024 (attention) + 3*4096*11008 (MLP) + 2*4096 (norms) = 177,223,680.
+    """
     D, F, V, KV = 4096, 11_008, 151_680, 1024
     block = {"input_layernorm.weight": [D], "post_attention_layernorm.weight": [D],
              "self_attn.q_proj.weight": [D, D], "self_attn.q_proj.bias": [D],
@@ -109,10 +106,7 @@ def test_the_names_and_shapes_of_mimo_7b():
 
 
 def test_451_tensors_there_and_back_and_there(tmp_path):
-    """
-    All 36 layers at width 16: import -> export -> import keeps every bit, the config and the tokenizer's
-    files.
-    """
+    """All 36 layers at width 16: import -> export -> import keeps every bit, the config and the tokenizer's files."""
     state = official(tmp_path / "hub", ModelConfig(n_layer=36, n_mtp=1, **TINY), shards=4)
     cfg, n, n_bytes = hf.import_folder(tmp_path / "hub", tmp_path / "run", shard_bytes=60_000)
     assert n == len(state) == 451 and n_bytes == sum(t.nbytes for t in state.values())
@@ -132,10 +126,7 @@ def test_451_tensors_there_and_back_and_there(tmp_path):
 
 
 def test_an_import_is_a_checkpoint(tmp_path):
-    """
-    The training scripts read it as one of their own: newest of the run, whole, right weights, tokenizer
-    inside.
-    """
+    """The training scripts read it like their own: newest of the run, whole, right weights, tokenizer inside."""
     from checkpoint import read_weights
     state = official(tmp_path / "hub")
     hf.import_folder(tmp_path / "hub", tmp_path / "run")
@@ -157,13 +148,10 @@ def test_base_and_chat_models_are_told_apart_by_their_end_token(tmp_path, eos, c
     assert read_meta(find(tmp_path / "run"))["chat"] is chat
 
 
-# ---- streaming ---------------------------------------------------------------------------------------------
+# ---- streaming ------------------------------------------------------------------------------------------------------
 
 def test_memory_holds_one_shard(tmp_path, monkeypatch):
-    """
-    What is handed to save_file at once never exceeds the limit, or is one single larger tensor (embedding,
-    head).
-    """
+    """What save_file gets at once never exceeds the limit, or is one single larger tensor (embedding, lm_head)."""
     official(tmp_path / "hub")
     seen, real = [], hf.save_file
 
@@ -181,7 +169,7 @@ def test_memory_holds_one_shard(tmp_path, monkeypatch):
     assert all(sum(sizes) <= 20_000 or len(sizes) == 1 for sizes in seen)    # sizes after the cast
 
 
-# ---- every tensor exactly once -----------------------------------------------------------------------------
+# ---- every tensor exactly once --------------------------------------------------------------------------------------
 
 def rewrite(folder, change):
     """Let `change` edit the tensors of the first shard."""
@@ -287,7 +275,7 @@ def test_transformers_5_moves_the_rope_base(tmp_path):
     assert config["rope_theta"] == 640000 and "rope_parameters" not in config
 
 
-# ---- layers 2 and 3 ----------------------------------------------------------------------------------------
+# ---- layers 2 and 3 -------------------------------------------------------------------------------------------------
 
 def test_mimo_7b_mtps(tmp_path):
     """The extra repository holds mtp_layers.1 and .2 only; import joins, export splits again, bit for bit."""
@@ -317,13 +305,13 @@ def test_mimo_7b_mtps(tmp_path):
         hf.import_folder(tmp_path / "hub", tmp_path / "run4", mtps=tmp_path / "mtps")
 
 
-# ---- export of our own models ------------------------------------------------------------------------------
+# ---- export of our own models ---------------------------------------------------------------------------------------
 
 @pytest.fixture
 def run(tmp_path):
     model = rough_model(SMALL)
     save(tmp_path / "run", 7, model, meta={"stage": "rl", "chat": True}, config={}, state={},
-                    tokenizer=Tokenizer.load("tiny"))
+         tokenizer=Tokenizer.load("tiny"))
     return tmp_path / "run", model
 
 
@@ -346,8 +334,8 @@ def load_into(folder, cfg=SMALL):
 
 def test_folding_by_hand():
     """
-    D = 2, gamma = (2, 4). Head row (1, 1) becomes (2, 4); norm becomes (1, 1); the MTP's final gain (6, 6)
-    becomes (3, 1.5), so head x gain is (1*6, 1*6) before and (2*3, 4*1.5) after.
+    D = 2, gamma = (2, 4). A row (1, 1) of lm_head becomes (2, 4); the norm becomes (1, 1); the MTP layer's final gain
+    (6, 6) becomes (3, 1.5), so lm_head x gain is (1*6, 1*6) before and (2*3, 4*1.5) after.
     """
     import tempfile
     with tempfile.TemporaryDirectory() as d:
@@ -385,15 +373,13 @@ def test_when_the_norm_is_folded(run, tmp_path):
     with torch.no_grad():
         model.norm.weight[3] = 0
     save(folder, 8, model, meta={"stage": "rl", "chat": True}, config={}, state={},
-                    tokenizer=Tokenizer.load("tiny"))
+         tokenizer=Tokenizer.load("tiny"))
     with pytest.raises(UserError, match="norm.weight has a gain of 0, .*--fold=no"):
         hf.export_folder(folder, tmp_path / "d", "mimo")
 
 
 def test_what_an_export_holds(run, tmp_path):
-    """
-    Every key that transformers, vLLM or SGLang reads is spelled out: Qwen2Config's defaults are not ours.
-    """
+    """Every key that transformers, vLLM or SGLang reads is spelled out: Qwen2Config's defaults are not ours."""
     hf.export_folder(run[0], tmp_path / "m", "mimo")
     hf.export_folder(run[0], tmp_path / "q", "qwen2")
     m, q = (json.loads((tmp_path / f / "config.json").read_text()) for f in "mq")
@@ -419,7 +405,7 @@ def test_what_an_export_holds(run, tmp_path):
 
 def test_a_base_model_stops_at_the_end_of_text(tmp_path):
     save(tmp_path / "run", 1, rough_model(SMALL), meta={"stage": "pretrain", "chat": False},
-                    config={}, state={}, tokenizer=Tokenizer.load("tiny"))
+         config={}, state={}, tokenizer=Tokenizer.load("tiny"))
     hf.export_folder(tmp_path / "run", tmp_path / "out", "mimo")
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / file).read_text())["eos_token_id"] == 1021
@@ -463,15 +449,20 @@ def test_a_failed_export_leaves_the_old_one(run, tmp_path, monkeypatch):
 
 
 def test_command_line(run, tmp_path, capsys):
-    hf.main(["export", str(run[0]), str(tmp_path / "hf"), "--flavour=mimo", "--dtype=bfloat16"])
+    command = lambda *words: hf.main(configurator.load(hf.Config, [str(word) for word in words]))
+    command("export", run[0], tmp_path / "hf", "--flavour=mimo", "--dtype=bfloat16")
     assert "43 tensors" in (out := capsys.readouterr().out) and "final norm folded into the head" in out
-    hf.main(["import", str(tmp_path / "hf"), str(tmp_path / "run2")])
+    command("import", tmp_path / "hf", tmp_path / "run2")
     assert f"{SMALL.n_params():,} parameters" in capsys.readouterr().out
     assert {t.dtype for t in load_model(tmp_path / "run2")[1].values()} == {torch.bfloat16}
-    for bad in (["export", str(run[0]), "x"], ["export", str(run[0]), "x", "--flavour=llama"], []):
-        with pytest.raises(UserError):
-            hf.main(bad)
+    for words, message in ((["export", run[0], "x"], "flavour is missing: .*--flavour=mimo"),
+                           (["export", run[0], "x", "--flavour=llama"], "'llama' should be one of 'mimo', 'qwen2'"),
+                           (["exprot", run[0], "x"], "'exprot' should be one of 'import', 'export'"),
+                           (["import", run[0]], "out is missing; usage: .*hf.py ACTION SOURCE OUT"),
+                           ([], "action is missing; usage: ")):
+        with pytest.raises(UserError, match=message):
+            command(*words)
     with pytest.raises(UserError, match="no checkpoint at"):
-        hf.main(["export", str(tmp_path / "nowhere"), str(tmp_path / "x"), "--flavour=mimo"])
+        command("export", tmp_path / "nowhere", tmp_path / "x", "--flavour=mimo")
     with pytest.raises(UserError, match="there is no second one to write"):
-        hf.main(["export", str(run[0]), str(tmp_path / "y"), "--flavour=mimo", f"--mtps={tmp_path / 'z'}"])
+        command("export", run[0], tmp_path / "y", "--flavour=mimo", f"--mtps={tmp_path / 'z'}")

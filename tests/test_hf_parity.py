@@ -28,10 +28,7 @@ CFG = ModelConfig(vocab_size=1024, n_layer=3, d_model=64, n_head=4, n_kv_head=2,
 
 
 def rough_model(cfg=CFG, seed=0, gain=0.3):
-    """
-    Large random weights and uneven gains: every part of the model matters, and greedy text does not repeat
-    itself.
-    """
+    """Large random weights and uneven gains: every part of the model matters, greedy text does not repeat itself."""
     model, g = mtp.build(cfg), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -48,7 +45,7 @@ def ids(n=40, rows=2, seed=1):
 def run(tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("run"), rough_model()
     save(folder, 3, model, meta={"stage": "sft", "chat": True}, config={}, state={},
-                    tokenizer=Tokenizer.load("tiny"))
+         tokenizer=Tokenizer.load("tiny"))
     return folder, model
 
 
@@ -70,9 +67,10 @@ def max_diff(a, b):
 
 @torch.no_grad()
 def test_trunk_logits_equal_qwen2(run, exports):
-    """fp32 on CPU, the same weights (flavour qwen2 is not folded): all 81,920 logits are equal to the last
-    bit when transformers uses the same attention (sdpa); its eager attention sums in another order, measured
-    2.3e-6."""
+    """
+    fp32 on CPU, the same weights (flavour qwen2 is not folded): all 81,920 logits are equal to the last bit when
+    transformers uses the same attention (sdpa). Its eager attention sums in another order; measured 2.3e-6.
+    """
     model, (folder, hf) = run[1], exports["qwen2"]
     assert type(hf).__name__ == "Qwen2ForCausalLM"
     x = ids()
@@ -104,10 +102,7 @@ def our_mtp_logits(model, x):
 
 @torch.no_grad()
 def test_mtp_layer_in_transformers(run, exports):
-    """
-    The exported MTP layer, called through our modelling file, drafts what ours drafts; with controls that
-    must not.
-    """
+    """The exported MTP layer, called through our modelling file, drafts what ours drafts; swapped halves do not."""
     model, hf = run[1], exports["mimo"][1]
     x = ids()
     ours, theirs = our_mtp_logits(model, x), hf.mtp_logits(x)
@@ -116,31 +111,28 @@ def test_mtp_layer_in_transformers(run, exports):
     layer.input_proj.weight.copy_(layer.input_proj.weight.roll(64, 1))   # swapped: [embedding ; hidden]
     assert max_diff(ours, hf.mtp_logits(x)) > 0.1
     layer.input_proj.weight.copy_(layer.input_proj.weight.roll(64, 1))
-    # acceptance by hand, on text the model wrote itself (elsewhere there is no draft to look at)
+    # acceptance by hand, on text that the model wrote itself (elsewhere an engine would not draft)
     own = hf.generate(x[:1, :4], max_new_tokens=30, min_new_tokens=30, do_sample=False)
     trunk, draft = hf(own).logits[0].argmax(-1).tolist(), hf.mtp_logits(own)[0].argmax(-1).tolist()
-    looked = [i for i in range(len(draft)) if trunk[i] == own[0, i + 1]]
-    assert len(looked) >= 29
-    share = sum(draft[i] == trunk[i + 1] for i in looked) / len(looked)
+    verified = [i for i in range(len(draft)) if trunk[i] == own[0, i + 1]]
+    assert len(verified) >= 29
+    share = sum(draft[i] == trunk[i + 1] for i in verified) / len(verified)
     assert hf.mtp_acceptance(own) == pytest.approx(share)
 
 
 @torch.no_grad()
 def test_folding_makes_pre_and_post_norm_agree(run, exports):
     """
-    The reason for folding: an engine that feeds the state AFTER the final norm (SGLang) drafts the same from
-    a folded export, and something else from the original weights.
+    The reason for folding: an engine that feeds the state AFTER the final norm (SGLang) drafts the same from a folded
+    export, and something else from the original weights.
     """
     model, hf = run[1], exports["mimo"][1]
     x = ids()
     right = our_mtp_logits(model, x)
 
-    def post_norm(m, norm, embed, layers, head, rope):
-        h = norm(m)[:, :-1]
-        return head(layers[0].final_layernorm(rope(layers[0], h, embed(x[:, 1:]))))
-    cos, sin = model.rope_at(x[:, :-1], None)
-    unfolded = post_norm(model(x), model.norm, model.embed_tokens, model.mtp_layers, model.lm_head,
-                         lambda layer, h, e: layer(h, e, cos, sin))
+    layer, (cos, sin) = model.mtp_layers[0], model.rope_at(x[:, :-1], None)
+    after_norm = model.norm(model(x))[:, :-1]
+    unfolded = model.lm_head(layer.final_layernorm(layer(after_norm, model.embed_tokens(x[:, 1:]), cos, sin)))
     before = hf.trunk_state
     hf.trunk_state = lambda input_ids: hf.model.norm(before(input_ids))
     try:
@@ -154,13 +146,13 @@ def test_folding_makes_pre_and_post_norm_agree(run, exports):
 @pytest.mark.parametrize("flavour", ["mimo", "qwen2"])
 def test_greedy_text_is_the_same(run, exports, flavour):
     """
-    60 tokens after each of three chat prompts: transformers.generate, and our engine as sample.py runs it,
-    without and with the MTP layer drafting.
+    60 tokens after each of three chat prompts: transformers.generate, and our engine as sample.py runs it, without and
+    with drafts of the MTP layer.
     """
     model, hf, tok = run[1], exports[flavour][1], Tokenizer.load("tiny")
     ends = (tok.im_end_id, tok.eos_id)
-    asked = ("What is 17 + 25?", "Given a list xs: drop zeros; return the sum.", "x")
-    prompts = [tok.chat([{"role": "user", "content": q}], add_generation_prompt=True)[0] for q in asked]
+    questions = ("What is 17 + 25?", "Given a list xs: drop zeros; return the sum.", "x")
+    prompts = [tok.chat([{"role": "user", "content": q}], add_generation_prompt=True)[0] for q in questions]
     requests = [Request(k, p, max_new_tokens=60, temperature=0.0, stop=ends) for k, p in enumerate(prompts)]
     plain = generate(Engine(model, slots=3, max_len=128), requests)
     drafted = generate(Engine(model, slots=3, max_len=128, n_draft=1), requests)
@@ -203,9 +195,7 @@ def test_a_folder_saved_by_transformers_comes_back(exports, run, tmp_path):
 
 @torch.no_grad()
 def test_bf16(run, tmp_path):
-    """
-    --dtype=bfloat16: both read the same bf16 weights, and ours is no further from fp32 than transformers is.
-    """
+    """--dtype=bfloat16: both read the same bf16 weights, and ours is no further from fp32 than transformers is."""
     export_folder(run[0], tmp_path / "hf", "qwen2", dtype=torch.bfloat16)
     load = lambda dtype: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf",
                                                                            torch_dtype=dtype).eval()
