@@ -1,11 +1,12 @@
-"""Top-p without a full sort: draw.top_p_filter against the definition, ties included."""
+"""Top-p without a full sort: sampling.top_p_filter against the definition, ties included."""
 import torch
+from torch import Tensor
 
 from sampling import top_p_filter
 
 
-def by_definition(p, top_p, top_k):
-    """Every row on its own, most likely first, lower id first among equals, until top_p is reached."""
+def by_definition(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """Every row by itself, the most likely first, the lower id first among equals, until top_p is reached."""
     kept = torch.zeros_like(p)
     for row, q, most, k in zip(kept, p, top_p, top_k, strict=True):
         before = torch.zeros(())
@@ -27,7 +28,7 @@ def test_top_p_filter_is_its_definition():
         torch.testing.assert_close(top_p_filter(p, top_p, top_k), by_definition(p, top_p, top_k))
 
 
-def test_a_row_does_not_depend_on_its_company():
+def test_a_row_does_not_depend_on_the_other_rows():
     p = (torch.randn(30, 64, generator=torch.Generator().manual_seed(1)) * 2).round().softmax(-1)
     top_p, top_k = torch.linspace(0.5, 1.0, 30), torch.zeros(30, dtype=torch.int64)
     together = top_p_filter(p, top_p, top_k)
