@@ -1,16 +1,13 @@
-"""The corpus pipeline from fetched pages to weighted plain-text documents, with a count after every step
-(report 2.1).
-
-    pages -> URL dedup -> extract -> MinHash dedup -> tag -> rebalance by tags -> decontaminate -> documents
-    per source
-The tiny world's crawl and a real one (data/hub.py) go through the same `clean`. Sources are what the stages
-of pre-training mix: web, maths, code, books. Left out against the report: PDF parsing, language models as
-taggers.
-
-    python -m data.corpus --pages=6000          # prints the funnel; 6 to 10 s on one slow core
 """
+The corpus pipeline, from fetched pages to weighted plain-text documents, with a count after every step (report 2.1).
 
-import argparse
+    pages -> URL dedup -> extract -> MinHash dedup -> tag -> rebalance by tags -> decontaminate -> documents by source
+
+The tiny world's crawl and a real one (data/hub.py) go through the same `clean`. The sources are what the stages of
+pre-training mix: web, maths, code, books. Not done, against the report: PDF parsing, language models as taggers.
+
+    python -m data.corpus --pages=6000          # prints the table of steps; 6 to 10 s on one slow core
+"""
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,70 +15,78 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
+import configurator
 from configurator import UserError
 from data import tag as tagging
 from data.decontaminate import build_index, contaminated, cut
 from data.dedup import canonical_url, near_duplicates
 from data.extract import extract
+from data.problems import Problem
 from data.tiny import code, maths, probes, web
-from data.tiny import pages as content
+from data.tiny.pages import problem_text
 from data.tiny.world import make_world
 
 SOURCES = ("web", "maths", "code", "books")
-SOURCE_OF = {"maths": "maths", "code": "code", "books": "books"}  # every other domain is web
+SOURCE_OF = {"maths": "maths", "code": "code", "books": "books"}     # domain -> source; every other domain is web
+Pairs = dict[str, list[tuple[str, str]]]                             # {"maths": [(question, solution)], "code": [...]}
+
+
+@dataclass(frozen=True)
+class Config:
+    pages: int = 6000                     # original pages of the crawl
+    maths: int = 3000                     # training problems in maths on these pages
+    code: int = 2000                      # training problems in code
+    seed: int = 0                         # of the world, the pages and the problems
+
+    def __post_init__(self):
+        configurator.at_least(self, 20, "pages")
+        configurator.at_least(self, 1, "maths", "code")
 
 
 @dataclass
 class Record:
-    """One document on its way. Either html or text is given; ref: the caller's number, kept through the
-    pipeline."""
-
+    """One document on its way through the pipeline. The caller gives html or text."""
     url: str
     html: str = ""
     text: str = ""
-    ref: int = -1
-    tags: tagging.Tags | None = None
+    ref: int = -1                        # the caller's own number for it
+    tags: tagging.Tags | None = None     # None until it is tagged
 
 
 @dataclass
 class Corpus:
-    """documents: source -> texts. funnel: (step, records in, records out, seconds). tagger: held-out
-    accuracy, {} without."""
-
-    documents: dict[str, list[str]]
-    funnel: list[tuple[str, int, int, float]]
-    tagger: dict[str, float] = field(default_factory=dict)
-    notes: dict[str, float] = field(default_factory=dict)
+    """What the pipeline made, and what it counted on the way."""
+    documents: dict[str, list[str]]                         # source -> texts
+    funnel: list[tuple[str, int, int, float]]               # (step, records in, records out, seconds)
+    accuracy: dict[str, float] = field(default_factory=dict)   # of the tagger on held-out labels, {} without one
+    notes: dict[str, float] = field(default_factory=dict)   # what `measure` found
 
     def table(self) -> str:
+        """All of it as text for the screen."""
         lines = [f"{'step':<34}{'in':>9}{'out':>9}{'seconds':>9}"]
         lines += [f"{step:<34}{n:>9,}{m:>9,}{s:>9.2f}" for step, n, m, s in self.funnel]
-        size = {s: sum(map(len, d)) for s, d in self.documents.items()}
-        lines += [
-            f"  {s:<12}{len(d):>8,} documents {size[s] / 1e6:>8.2f} MB" for s, d in self.documents.items()
-        ]
-        if self.tagger:
-            lines.append(
-                "tagger, held-out: "
-                + ", ".join(f"{k} {v:.3f}" if k != "n" else f"n {v:.0f}" for k, v in self.tagger.items())
-            )
+        lines += [f"  {source:<12}{len(texts):>8,} documents {sum(map(len, texts)) / 1e6:>8.2f} MB"
+                  for source, texts in self.documents.items()]
+        if self.accuracy:
+            values = (f"{k} {v:.3f}" if k != "n" else f"n {v:.0f}" for k, v in self.accuracy.items())
+            lines.append("tagger, held-out: " + ", ".join(values))
         return "\n".join(lines + [f"{k}: {v:,.4g}" for k, v in self.notes.items()])
 
 
-def clean(
-    records: Iterable[Record],
-    heldout: list[str],
-    tagger: tagging.Tagger | None,
-    quiet: bool = True,
-    teacher: Callable | None = None,
-    cut_out: bool = False,
-) -> tuple[list[Record], list, dict]:
-    """Records -> (records kept, with repeats by weight; funnel; tagger accuracy).
+# ---- the pipeline ---------------------------------------------------------------------------------------------------
 
-    heldout: evaluation texts no document may hold. cut_out: take out the paragraph with the overlap and keep
-    the rest of the document, instead of dropping it. tagger: a trained one; None with a `teacher` (list of
-    records -> list of Tags) trains one here on at most 2,000 records; None without a teacher keeps every
-    record once, untagged."""
+def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger | None, quiet: bool = True,
+          teacher: Callable[[list[Record]], list[tagging.Tags]] | None = None,
+          cut_out: bool = False) -> tuple[list[Record], list, dict[str, float]]:
+    """
+    Records -> (the records kept, repeated by weight; the steps as in Corpus.funnel; accuracy of the tagger).
+
+    heldout   texts of evaluation sets, which no document may hold
+    tagger    a trained one. None with a teacher: one is trained here on at most 2,000 records. None without a teacher:
+              every record is kept once, untagged
+    quiet     no progress bar
+    cut_out   take out the paragraph with the overlap and keep the rest of the document, instead of dropping it
+    """
     funnel, records = [], list(records)
     clock = time.perf_counter()
 
@@ -93,104 +98,103 @@ def clean(
         return kept
 
     first = {}
-    for rec in records:
-        first.setdefault(canonical_url(rec.url), rec)  # global: the first fetch of an address wins
+    for record in records:
+        first.setdefault(canonical_url(record.url), record)      # over the whole crawl: the first fetch is the one kept
     records = step("URL dedup", list(first.values()))
-    for rec in tqdm(records, desc="extract", unit="page", leave=False, disable=True if quiet else None):
-        rec.text = rec.text or extract(rec.html)
-        rec.html = ""
+    for record in tqdm(records, desc="extract", unit="page", leave=False, disable=True if quiet else None):
+        record.text = record.text or extract(record.html)
+        record.html = ""
     records = step("extract (empty pages out)", [r for r in records if r.text])
     root = near_duplicates([r.text for r in records])
     kept = [r for i, r in enumerate(records) if root[i] == i]
     records = step("MinHash dedup, exact Jaccard >= .7", kept)
-    report = put_tags(records, tagger, teacher)
+    accuracy = put_tags(records, tagger, teacher)
     step("tag", records)
     for domain in tagging.DOMAINS:
         group = [r for r in records if r.tags and r.tags.domain == domain]
         if group:
-            funnel.append((f"  rebalance {domain}", len(group), sum(map(wanted, group)), 0.0))
-    records = step("rebalance by tags (with repeats)", [r for r in records for _ in range(wanted(r))])
+            funnel.append((f"  rebalance {domain}", len(group), sum(map(copies, group)), 0.0))
+    records = step("rebalance by tags (with repeats)", [r for r in records for _ in range(copies(r))])
     index = build_index(heldout)
     bad = contaminated([r.text for r in records], index)
     if cut_out:
-        for rec in {id(r): r for r, hit in zip(records, bad, strict=True) if hit}.values():
-            rec.text = cut(rec.text, index)
+        for record in {id(r): r for r, hit in zip(records, bad, strict=True) if hit}.values():
+            record.text = cut(record.text, index)
         step("decontaminate (16-gram, paragraphs)", kept := [r for r in records if r.text])
     else:
         kept = step("decontaminate (16-gram)", [r for r, hit in zip(records, bad, strict=True) if not hit])
-    return kept, funnel, report
+    return kept, funnel, accuracy
 
 
-def put_tags(
-    records: list[Record], tagger: tagging.Tagger | None, teacher: Callable | None
-) -> dict[str, float]:
-    """Tags in place; with a teacher and no tagger, trains one on the records with the lowest id hashes. One
-    thread, so that sums are added in one order and the corpus is the same on every machine. -> held-out
-    accuracy, {} if none."""
-    report, threads = {}, torch.get_num_threads()
+def put_tags(records: list[Record], tagger: tagging.Tagger | None,
+             teacher: Callable[[list[Record]], list[tagging.Tags]] | None) -> dict[str, float]:
+    """
+    Sets record.tags of every record. With a teacher and no tagger, one is trained on the records with the lowest hashes
+    of their addresses. On one thread, so that sums are added in one order and the corpus is the same on every machine.
+    -> accuracy on held-out labels, {} when nothing was trained.
+    """
+    accuracy, threads = {}, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         if tagger is None and teacher is not None and len(records) >= 10:
             chosen = sorted(records, key=lambda r: tagging.unit(r.url, "teacher"))[:2000]
-            tagger, report = tagging.train([r.text for r in chosen], teacher(chosen))
+            tagger, accuracy = tagging.train([r.text for r in chosen], teacher(chosen))
         if tagger is not None:
-            for rec, tags in zip(records, tagging.tag(tagger, [r.text for r in records]), strict=True):
-                rec.tags = tags
+            for record, tags in zip(records, tagging.tag(tagger, [r.text for r in records]), strict=True):
+                record.tags = tags
     finally:
         torch.set_num_threads(threads)
-    return report
+    return accuracy
 
 
-def wanted(rec: Record) -> int:
-    return tagging.copies(rec.url, tagging.weight(rec.tags)) if rec.tags else 1
+def copies(record: Record) -> int:
+    """How often the record is written into the corpus; once when it has no tags."""
+    return tagging.copies(record.url, tagging.weight(record.tags)) if record.tags else 1
 
 
-def build(
-    problems: dict[str, list[tuple[str, str]]],
-    heldout: dict[str, list[tuple[str, str]]] | None = None,
-    seed: int = 0,
-    pages: int = 6000,
-    books: int = 120,
-    book_words: int = 600,
-    quiet: bool = False,
-    per_page: int = 4,
-) -> Corpus:
-    """The tiny world's corpus. A pure function of its arguments, the same in every process.
+# ---- the tiny world's corpus ----------------------------------------------------------------------------------------
 
-    problems: {"maths": [(question, solution)], "code": [...]}: training problems; each is put on some page.
-    heldout: the same of validation and test; planted on 1% of the maths and code pages, and no document may
-    hold one. pages: original pages of the crawl. 1.16 times as many are fetched, and more again when the
-    problems do not fit with per_page (0 = any number) on a maths or code page. books: long documents of
-    book_words words. ValueError for a source that is neither maths nor code."""
+def build(problems: Pairs, heldout: Pairs | None = None, seed: int = 0, pages: int = 6000, books: int = 120,
+          book_words: int = 600, quiet: bool = False, per_page: int = 4) -> Corpus:
+    """
+    The tiny world's corpus. A pure function of its arguments, the same in every process.
+
+    problems     training problems; each is put on some page
+    heldout      the same of validation and test; some are planted on 1% of the maths and code pages, and no document of
+                 the corpus may hold one
+    pages        original pages of the crawl. 1.16 times as many are fetched, and more again when the problems do not
+                 fit with per_page (0 = any number) on a maths or code page
+    books        long documents of book_words words
+
+    UserError for a source that is neither maths nor code, and when the crawl is too small for the problems.
+    """
     heldout = heldout or {}
-    for name, given in {"problems": problems, "heldout": heldout}.items():
-        if unknown := set(given) - {"maths", "code"}:
+    for name, pairs in {"problems": problems, "heldout": heldout}.items():
+        if unknown := set(pairs) - {"maths", "code"}:
             raise UserError(f"{name}: unknown source {sorted(unknown)[0]!r}, must be maths or code")
-    t = time.perf_counter()
+    start = time.perf_counter()
     crawled = web.crawl(seed, pages, problems, heldout, per_page)
-    funnel = [("crawl", sum(p.copy_of < 0 for p in crawled), len(crawled), time.perf_counter() - t)]
+    funnel = [("crawl", sum(p.copy_of < 0 for p in crawled), len(crawled), time.perf_counter() - start)]
     records = [Record(p.url, html=p.html, ref=i) for i, p in enumerate(crawled)]
     truth = [tagging.Tags(p.domain, p.quality, p.depth, p.ad) for p in crawled]
-    questions = [q for pairs in heldout.values() for q, _ in pairs]
+    questions = [question for pairs in heldout.values() for question, _ in pairs]
     teacher = lambda sample: [truth[r.ref] for r in sample]
-    kept, steps, report = clean(records, questions, None, quiet, teacher, cut_out=True)
+    kept, steps, accuracy = clean(records, questions, None, quiet, teacher, cut_out=True)
 
-    t = time.perf_counter()
+    start = time.perf_counter()
     documents: dict[str, list[str]] = {source: [] for source in SOURCES}
-    for rec in kept:
-        documents[SOURCE_OF.get(rec.tags.domain, "web") if rec.tags else "web"].append(rec.text)
+    for record in kept:
+        documents[SOURCE_OF.get(record.tags.domain, "web") if record.tags else "web"].append(record.text)
     documents["books"] += probes.books(make_world(seed), seed, books, book_words)
-    funnel += [*steps, ("books", books, len(documents["books"]), time.perf_counter() - t)]
-    corpus = Corpus(documents, funnel, report)
-    corpus.notes = measure(crawled, kept, problems, questions)
-    return corpus
+    funnel += [*steps, ("books", books, len(documents["books"]), time.perf_counter() - start)]
+    return Corpus(documents, funnel, accuracy, measure(crawled, kept, problems, questions))
 
 
-def measure(
-    crawled: list[web.Page], kept: list[Record], problems: dict, heldout: list[str]
-) -> dict[str, float]:
-    """What the known truth says about the pipeline: copies and leaks that got through, problems that survived
-    verbatim. By plain string search, so that it does not share a mistake with the hashes."""
+def measure(crawled: list[web.Page], kept: list[Record], problems: Pairs, heldout: list[str]) -> dict[str, float]:
+    """
+    What the known truth says about the pipeline: copies and planted problems that got through, training problems that
+    are still there word for word. By plain string search, so that it does not share a mistake with the hashes.
+    """
     family: dict[int, int] = {}
     for i in {r.ref for r in kept}:
         original = crawled[i].copy_of if crawled[i].copy_of >= 0 else i
@@ -199,48 +203,31 @@ def measure(
     truth = [set(crawled[r.ref].text.split("\n\n")) for r in kept]
     exact = sum(set(r.text.split("\n\n")) <= t for r, t in zip(kept, truth, strict=True))
     leaks = [r for r in kept if crawled[r.ref].leak]
-    notes = {
-        "copies left over": sum(n - 1 for n in family.values()),
-        "leaks left over": sum(any(f"Problem: {q}\n" in r.text for q in heldout) for r in leaks),
-        "documents whose paragraphs are all as on the page, share": exact / max(1, len(kept)),
-    }
+    notes = {"copies left over": sum(n - 1 for n in family.values()),
+             "leaks left over": sum(any(f"Problem: {q}\n" in r.text for q in heldout) for r in leaks),
+             "documents whose paragraphs are all as on the page, share": exact / max(1, len(kept))}
     for kind, pairs in problems.items():
-        asked = pairs[:: max(1, len(pairs) // 500)]
-        found = sum(content.block_text(*pair) in text for pair in asked)
-        notes[f"{kind} problems found verbatim, share of {len(asked)} asked"] = found / max(1, len(asked))
+        sample = pairs[::max(1, len(pairs) // 500)]
+        found = sum(problem_text(*pair) in text for pair in sample)
+        notes[f"{kind} problems found verbatim, share of {len(sample)} tried"] = found / max(1, len(sample))
     return notes
 
 
-def documents(cfg) -> dict[str, list[str]]:
-    """For a script's config: any object with problems, heldout, seed, pages, books, book_words. -> source
-    -> texts."""
-    return build(cfg.problems, cfg.heldout, cfg.seed, cfg.pages, cfg.books, cfg.book_words).documents
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="build the tiny world's corpus and print the funnel")
-    parser.add_argument("--pages", type=int, default=6000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--maths", type=int, default=3000, help="training problems in maths")
-    parser.add_argument("--code", type=int, default=2000, help="training problems in code")
-    args = parser.parse_args()
-    if args.pages < 20 or args.maths < 1 or args.code < 1:
-        raise SystemExit(f"corpus error: pages = {args.pages} should be at least 20, maths = {args.maths} and code = "
-                         f"{args.code} at least 1")
+def main(cfg: Config) -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
-    pairs = lambda ps: [(p.question, f"{p.reasoning}\n{p.solution}".strip()) for p in ps]
-    train = {
-        "maths": pairs(maths.problems(args.maths, "train", args.seed)),
-        "code": pairs(code.problems(args.code, "train", args.seed, tests=0)),
-    }
-    heldout = {
-        "maths": pairs(maths.problems(200, "test", args.seed)),
-        "code": pairs(code.problems(200, "test", args.seed, tests=0)),
-    }
-    print(build(train, heldout, args.seed, args.pages).table())
+    training = {"maths": pairs_of(maths.problems(cfg.maths, "train", cfg.seed)),
+                "code": pairs_of(code.problems(cfg.code, "train", cfg.seed, tests=0))}
+    heldout = {"maths": pairs_of(maths.problems(200, "test", cfg.seed)),
+               "code": pairs_of(code.problems(200, "test", cfg.seed, tests=0))}
+    print(build(training, heldout, cfg.seed, cfg.pages).table())
     print(f"total: {time.perf_counter() - start:.1f} s")
 
 
+def pairs_of(problems: list[Problem]) -> list[tuple[str, str]]:
+    """Problems -> (question, worked solution)."""
+    return [(p.question, f"{p.reasoning}\n{p.solution}".strip()) for p in problems]
+
+
 if __name__ == "__main__":
-    main()
+    configurator.run(main, Config)

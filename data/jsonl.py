@@ -16,7 +16,6 @@ from typing import IO, Any, BinaryIO
 
 from configurator import UserError
 
-
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 @contextmanager

@@ -1,23 +1,27 @@
 """
 Maths problems with levels, worked steps and a rule-checkable answer: the tiny world's stand-in for the report's 100K
-maths problems (section 3.2). Integers and fractions, no proofs, no multiple choice, answers kept as they come.
+maths problems (section 3.2). Integers and fractions, no proofs, no multiple choice, answers not forced to integers.
 
-A problem is a pure function of the random generator it gets; its identity is the arithmetic, not the wording, so that
-"12 + 7" and "Ada has 12 apples and buys 7" fall on the same side of the train/test border.
+A problem is a pure function of the random generator it gets. Its identity is the arithmetic, not the wording: "12 + 7"
+and "Ada has 12 apples and gets 7 more" fall on the same side of the border between training and test.
 
-    python -m data.tiny.maths        # prints one of each kind
+    python -m data.tiny.maths        # prints one problem of each kind and level
 """
 import math
 import random
 
+from configurator import UserError
 from data.problems import Problem, identity, split_of
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn"]
-TOP = 10                                 # largest number in sums: facts that a million parameters can learn in minutes
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
+TOP = 10                                 # largest number in sums: facts that a million parameters can learn in minutes
+Parts = tuple[str, str, list[str], str]  # of a problem: (canonical form, question, steps, answer)
 
 
-def chain(rng: random.Random, level: int):
+# ---- the kinds, each a function of a generator and a level 1..3 -----------------------------------------------------
+
+def chain(rng: random.Random, level: int) -> Parts:
     """level + 1 operations + and -, every number between 1 and TOP."""
     value = rng.randint(1, TOP - 2)
     terms, steps = [value], []
@@ -30,14 +34,14 @@ def chain(rng: random.Random, level: int):
     text = str(terms[0]) + "".join(f"{t:+d}" for t in terms[1:])
     if rng.random() < 0.25:
         name, thing = rng.choice(NAMES), rng.choice(THINGS)
-        acts = [f"gets {t} more" if t > 0 else f"loses {-t}" for t in terms[1:]]
-        question = f"{name} has {terms[0]} {thing}, {', '.join(acts)}. How many {thing} are there?"
+        events = [f"gets {t} more" if t > 0 else f"loses {-t}" for t in terms[1:]]
+        question = f"{name} has {terms[0]} {thing}, {', '.join(events)}. How many {thing} are there?"
     else:
         question = rng.choice(["What is {}?", "Compute {}."]).format(text)
     return f"chain {text}", question, steps, str(value)
 
 
-def products(rng: random.Random, level: int):
+def products(rng: random.Random, level: int) -> Parts:
     """a * b, then a sum or difference per further level."""
     a = rng.randint(2, 4)
     b = rng.randint(2, TOP // a)
@@ -51,8 +55,8 @@ def products(rng: random.Random, level: int):
     return f"product {text}", rng.choice(["What is {}?", "Compute {}."]).format(text), steps, str(value)
 
 
-def equation(rng: random.Random, level: int):
-    """a x + b = c; a x + b - d = c from level 2 on; a x + b = e x + c at level 3."""
+def equation(rng: random.Random, level: int) -> Parts:
+    """a x + b = c at level 1; a x + b - d = c at level 2; a x + b = e x + c at level 3."""
     a = rng.randint(2, 4)
     x, b = rng.randint(1, TOP // a), rng.randint(1, TOP)
     ax = a * x
@@ -73,7 +77,7 @@ def equation(rng: random.Random, level: int):
     return f"equation {text}", f"Solve for x: {text}.", steps, str(x)
 
 
-def remainder(rng: random.Random, level: int):
+def remainder(rng: random.Random, level: int) -> Parts:
     """(a + b) mod m, then one more sum per level."""
     m, a = rng.randint(3, 6), rng.randint(1, TOP)
     text, steps = str(a), []
@@ -89,7 +93,7 @@ def remainder(rng: random.Random, level: int):
     return f"remainder {text} by {m}", f"What is the remainder of {text} divided by {m}?", steps, str(a % m)
 
 
-def fraction(rng: random.Random, level: int):
+def fraction(rng: random.Random, level: int) -> Parts:
     """Simplify p/q; from level 2 on a/m + b/m first."""
     while True:
         g, p, q = rng.randint(2, 6), rng.randint(1, 9), rng.randint(2, 9)
@@ -108,8 +112,10 @@ def fraction(rng: random.Random, level: int):
 KINDS = [chain, products, equation, remainder, fraction]
 
 
+# ---- problems -------------------------------------------------------------------------------------------------------
+
 def problem(rng: random.Random, level: int | None = None) -> Problem:
-    """One problem; level 1..3 (operations beyond the first), drawn when not given."""
+    """One problem of a random kind; level 1..3 (operations beyond the first), at random when None."""
     level = level or rng.randint(1, 3)
     canonical, question, steps, answer = rng.choices(KINDS, weights=[4, 2, 2, 1, 1])[0](rng, level)
     return Problem(identity(canonical), "maths", question, level, answer=answer, reasoning="\n".join(steps),
@@ -117,7 +123,7 @@ def problem(rng: random.Random, level: int | None = None) -> Problem:
 
 
 def table(rng: random.Random) -> str:
-    """A page of number facts, as school books print them: sums, differences or products with one number."""
+    """A page of number facts like those of a school book: sums, differences or products with one number."""
     n, kind = rng.randint(1, 2 * TOP), rng.choice("+-*")
     if kind == "*":
         n = rng.randint(2, 6)
@@ -131,7 +137,7 @@ def table(rng: random.Random) -> str:
 
 
 def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (1, 2, 3)) -> list[Problem]:
-    """n different problems of one split. Raises ValueError when the space is too small for n."""
+    """n different problems of one split. UserError when there are not n different ones."""
     rng, found, tries = random.Random(f"maths {split} {seed}"), {}, 0
     while len(found) < n:
         p = problem(rng, rng.choice(levels))
@@ -139,7 +145,7 @@ def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (1, 2, 3))
         if split_of(p.id) == split:
             found.setdefault(p.id, p)
         if tries > 1000 + 200 * n:
-            raise ValueError(f"only {len(found)} different maths problems of levels {levels} in {split}, {n} wanted")
+            raise UserError(f"only {len(found)} different maths problems of levels {levels} in {split}, {n} wanted")
     return list(found.values())
 
 
