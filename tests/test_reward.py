@@ -1,6 +1,7 @@
 """Rewards: difficulty levels and schemes, answers inside responses, maths checking and its workers."""
 
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import reward
+from judge import Verdict, maths
 from reward import (
     difficulty_levels,
     difficulty_reward,
@@ -21,18 +22,21 @@ from reward import (
     plain_number,
 )
 
+ROOT = Path(maths.ROOT)
+
 TOWER = r"\dfrac{5^{\left(5^{\left(5^{\left(5^5\right)}\right)} - 4\right)} - 5}{16}"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_worker_is_left():
     yield
-    running = list(reward._running)
-    reward.close_math_workers()
-    assert not reward._running and all(worker.poll() is not None for worker in running)
+    running = list(maths._workers)
+    maths.close()
+    assert not maths._workers and all(worker.poll() is not None for worker in running)
 
 
-# ---------------------------------------------------------------- difficulty reward
+# ---- difficulty reward ----------------------------------------------------------------------------------------------
+
 def test_known_answers():
     """Levels 0 0 1 1 2, tests passed 1 1 1 0 1. Equal scores 1/3: vanilla 0; strict 1/3 (level 1 is
     incomplete, so level 2 does not count); soft 1/3 + 1/2 * 1/3 + 1/3 = 5/6. Scores 1 2 5 (sum 8): strict
@@ -64,10 +68,7 @@ def test_reward_properties():
         assert all((value == 1) == all(passed) for value in r.values())
         order = rng.sample(range(len(passed)), len(passed))
         for scheme, value in r.items():
-            assert (
-                difficulty_reward([passed[i] for i in order], [levels[i] for i in order], scheme, scores)
-                == value
-            )
+            assert difficulty_reward([passed[i] for i in order], [levels[i] for i in order], scheme, scores) == value
         for i in (i for i, p in enumerate(passed) if not p):
             more = passed[:i] + [True] + passed[i + 1 :]
             for scheme, value in r.items():
@@ -97,7 +98,8 @@ def test_bad_rewards_say_what_is_wrong(arguments, message):
         difficulty_reward(*arguments)
 
 
-# ---------------------------------------------------------------- difficulty levels
+# ---- difficulty levels ----------------------------------------------------------------------------------------------
+
 def spread(groups):
     return sum(sum((x - sum(g) / len(g)) ** 2 for x in g) for g in groups if g)
 
@@ -112,9 +114,7 @@ def test_levels_against_brute_force():
         values = sorted(set(rates), reverse=True)
         parts = min(k, len(values))
         cuts = [(0, *c, len(values)) for c in itertools.combinations(range(1, len(values)), parts - 1)]
-        best = min(
-            spread([[x for x in rates if x in values[a:b]] for a, b in itertools.pairwise(c)]) for c in cuts
-        )
+        best = min(spread([[x for x in rates if x in values[a:b]] for a, b in itertools.pairwise(c)]) for c in cuts)
         groups = [[x for x, at in zip(rates, levels, strict=True) if at == c] for c in range(parts)]
         assert sorted(set(levels)) == list(range(parts))
         assert spread(groups) == pytest.approx(best, abs=1e-12)
@@ -139,20 +139,14 @@ def test_pass_rates():
     """Three solutions, two tests: 2/3 and 1/3. A judge error counts neither way: 1/2 and 0/1."""
     assert estimate_pass_rates([[True, False], [True, True], [False, False]]) == pytest.approx([2 / 3, 1 / 3])
     assert estimate_pass_rates([["AC", "WA"], ["TLE", "JE"]]) == [0.5, 0.0]
-    from judge import Verdict
-
     assert estimate_pass_rates([[Verdict("AC", 0.1)], [Verdict("RE", 0.1)]]) == [0.5]
-    for bad, message in (
-        ([], "a row"),
-        ([[True], []], "equal length"),
-        ([["NR"]], "not run"),
-        ([["JE"]], "no verdict"),
-    ):
+    for bad, message in (([], "a row"), ([[True], []], "equal length"), ([["JE"]], "no verdict")):
         with pytest.raises(ValueError, match=message):
             estimate_pass_rates(bad)
 
 
-# ---------------------------------------------------------------- what stands in a response
+# ---- what stands in a response --------------------------------------------------------------------------------------
+
 PROGRAM = "def f(xs):\n    return xs\n"
 
 
@@ -207,7 +201,8 @@ def test_hostile_text_takes_linear_time(hostile):
         assert extract_program(hostile) is None and last_boxed(hostile) is None
 
 
-# ---------------------------------------------------------------- maths: the exact path
+# ---- maths: the exact path ------------------------------------------------------------------------------------------
+
 RIGHT = [
     ("391", "391"), ("391", " 391 "), ("391", "391."), ("391", "$391$"), ("1234", "1,234"),
     ("1234", "1{,}234"), ("1234", r"1\,234"), ("0.5", r"\frac{1}{2}"), (r"\frac{1}{2}", ".5"),
@@ -227,16 +222,16 @@ WRONG = [
 
 @pytest.mark.parametrize(("answer", "box"), RIGHT)
 def test_numbers_that_are_paid(answer, box):
-    before = reward.math_counts["worker"]
+    before = maths.counts["worker"]
     assert math_reward(f"<think>so</think> \\boxed{{{box}}}", answer) == 1.0
-    assert reward.math_counts["worker"] == before  # the exact path decides
+    assert maths.counts["worker"] == before  # the exact path decides
 
 
 @pytest.mark.parametrize(("answer", "box"), WRONG)
 def test_numbers_that_are_not_paid(answer, box):
-    before = reward.math_counts["worker"]
+    before = maths.counts["worker"]
     assert math_reward(f"<think>so</think> \\boxed{{{box}}}", answer) == 0.0
-    assert reward.math_counts["worker"] == before
+    assert maths.counts["worker"] == before
 
 
 def test_no_box_no_reward():
@@ -275,18 +270,14 @@ def test_plain_numbers_are_exact():
 
 def test_math_verify_is_imported_by_nobody_here():
     """It costs 0.7 s and belongs to the workers alone; numbers do not even start one."""
-    code = (
-        "import sys, reward; assert reward.math_reward('\\\\boxed{2}', '2') == 1.0; "
-        "print([m for m in ('math_verify', 'sympy') if m in sys.modules], reward.math_counts['starts'])"
-    )
-    folder = Path(reward.__file__).parent
-    said = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
-    )
-    assert said.stdout.strip() == "[] 0"
+    code = ("import sys, reward; from judge import maths; assert reward.math_reward('\\\\boxed{2}', '2') == 1.0; "
+            "print([m for m in ('math_verify', 'sympy') if m in sys.modules], maths.counts['starts'])")
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[] 0"
 
 
-# ---------------------------------------------------------------- maths: the workers
+# ---- maths: the workers ---------------------------------------------------------------------------------------------
+
 SYMBOLIC = [
     (r"\sqrt{2}", "2^{1/2}", 1), ("x^2-1", "(x-1)(x+1)", 1), (r"\frac{\pi}{2}", r"\pi/2", 1),
     ("(1,2)", "(1, 2)", 1), (r"2\sqrt{3}", r"\sqrt{12}", 1), ("x^2-1", "x^2+1", 0), ("(1,2)", "(2,1)", 0),
@@ -299,7 +290,19 @@ def test_expressions_go_to_math_verify():
     pytest.importorskip("math_verify")
     for answer, box, paid in SYMBOLIC:
         assert math_reward(f"\\boxed{{{box}}}", answer) == paid, (answer, box)
-    assert reward.math_counts["worker"] > 0 and reward.math_counts["errors"] == 0
+    assert maths.counts["worker"] > 0 and maths.counts["errors"] == 0
+
+
+def test_no_file_beside_ours_is_imported_in_place_of_a_library(monkeypatch, tmp_path):
+    """A worker starts in the project's root, where anybody may have a sympy.py: it must not find that one."""
+    pytest.importorskip("math_verify")
+    for name in ("judge", "data", "configurator.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "sympy.py").write_text("raise ImportError('the wrong sympy')")
+    maths.close()
+    monkeypatch.setattr(maths, "ROOT", os.fspath(tmp_path))
+    assert maths.equal(r"\sqrt{2}", "2^{1/2}")
+    maths.close()
 
 
 def test_a_hanging_answer_is_wrong_and_holds_up_nobody():
@@ -315,26 +318,22 @@ def test_a_hanging_answer_is_wrong_and_holds_up_nobody():
         for k in range(2, 6):
             done.append((k, math_reward(f"\\boxed{{{k}^{{1/2}}}}", f"\\sqrt{{{k}}} + 0")))
 
-    while len(reward._running) < 2:  # both workers are up, so that the race below is about the answers
-        warm = [
-            threading.Thread(target=math_reward, args=(r"\boxed{2^{1/2}}", r"\sqrt{2}")) for _ in range(2)
-        ]
+    while len(maths._workers) < 2:  # both workers are up, so that the race below is about the answers
+        warm = [threading.Thread(target=math_reward, args=(r"\boxed{2^{1/2}}", r"\sqrt{2}")) for _ in range(2)]
         for thread in warm:
             thread.start()
         for thread in warm:
             thread.join()
-    before = dict(reward.math_counts)
+    before = dict(maths.counts)
     threads = [threading.Thread(target=target) for target in (hang, work)]
     begin = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert done[-1] == ("tower", 0.0) and [d for d in done if d[0] != "tower"] == [
-        (k, 1.0) for k in range(2, 6)
-    ]
+    assert done[-1] == ("tower", 0.0) and [d for d in done if d[0] != "tower"] == [(k, 1.0) for k in range(2, 6)]
     assert time.monotonic() - begin < 60
-    assert reward.math_counts["timeouts"] - before["timeouts"] == 1
+    assert maths.counts["timeouts"] - before["timeouts"] == 1
     assert math_reward(r"\boxed{2^{1/2}}", r"\sqrt{2}") == 1.0
 
 
@@ -358,12 +357,12 @@ def test_eight_threads_get_the_answers_of_one():
 def test_a_dead_worker_is_replaced():
     pytest.importorskip("math_verify")
     math_reward(r"\boxed{2^{1/2}}", r"\sqrt{2}")
-    for worker in list(reward._running):
+    for worker in list(maths._workers):
         worker.kill()
         worker.wait()
-    timeouts = reward.math_counts["timeouts"]
+    timeouts = maths.counts["timeouts"]
     assert math_reward(r"\boxed{2^{1/2}}", r"\sqrt{2}") == 1.0
-    assert reward.math_counts["timeouts"] == timeouts
+    assert maths.counts["timeouts"] == timeouts
 
 
 def fake_worker(monkeypatch, code):
@@ -371,26 +370,26 @@ def fake_worker(monkeypatch, code):
         argv = [sys.executable, "-c", code]
         return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
-    monkeypatch.setattr(reward, "_start_worker", start)
+    monkeypatch.setattr(maths, "_start_worker", start)
 
 
 def test_a_failing_checker_is_loud(monkeypatch):
     """A swallowed exception once made every reward 0: here, in a tenth of 50 answers, it ends the run."""
-    monkeypatch.setattr(reward, "math_counts", dict.fromkeys(reward.math_counts, 0))
+    monkeypatch.setattr(maths, "counts", dict.fromkeys(maths.counts, 0))
     fake_worker(
         monkeypatch,
         "import sys\nprint('{\"ready\": true}', flush=True)\n"
         'for line in sys.stdin: print(\'{"errors": "boom"}\', flush=True)',
     )
-    reward.close_math_workers()
+    maths.close()
     with pytest.raises(RuntimeError, match="failed too often.*boom"):
         for _ in range(60):
             math_reward(r"\boxed{2^{1/2}}", r"\sqrt{2}")
-    reward.close_math_workers()
+    maths.close()
 
 
 def test_a_missing_checker_is_loud(monkeypatch):
     fake_worker(monkeypatch, 'print(\'{"errors": "No module named math_verify"}\', flush=True)')
-    reward.close_math_workers()
+    maths.close()
     with pytest.raises(RuntimeError, match="does not start: No module named math_verify"):
         math_reward(r"\boxed{2^{1/2}}", r"\sqrt{2}")
