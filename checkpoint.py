@@ -9,13 +9,12 @@ Checkpoints: one folder each, written whole or not at all, checked when read.
                           manifest.json         step, commit, meta, and size + sha256 of every other file
     RUN/latest            names the newest whole one
 
-Under FSDP the weights are several files with an index (each rank writes the tensors it owns) and the
-optimizer goes to optimizer/ by torch.distributed.checkpoint (DCP): saved on N ranks, it loads on M. Reading
-is the same for both.
+Under FSDP the weights are several files with an index (each rank writes the tensors it owns) and the optimizer goes to
+optimizer/ by torch.distributed.checkpoint (DCP): saved on N ranks, it loads on M. Reading is the same for both.
 
-Atomic: everything goes to a temporary folder, each file is fsynced, the folder is renamed, then `latest` is
-replaced. A kill at any moment leaves the previous checkpoint and `latest` whole (tests/test_checkpoint.py
-kills 20 times). Not in the report.
+Atomic: everything goes to a temporary folder, each file is fsynced, the folder is renamed, then `latest` is replaced. A
+kill at any moment leaves the previous checkpoint and `latest` whole (tests/test_checkpoint.py kills at random moments).
+Not in the report.
 
     python -c "import checkpoint as c; print(c.read_manifest(c.find('out/tiny/base')))"
 """
@@ -34,6 +33,7 @@ import uuid
 import warnings
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,21 +42,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configurator import UserError
-from distributed import (
-    Runtime,
-    all_gather_object,
-    assign,
-    fill,
-    full,
-    is_sharded,
-    local,
-    ranks,
-    reshard,
-)
+from distributed import Runtime, all_gather_object, assign, fill, full, is_sharded, local, ranks, reshard
+from tokenizer import Tokenizer
 
-# ---- finding and checking ----------------------------------------------------------------------------------
+# ---- finding and checking -------------------------------------------------------------------------------------------
 
 def folder_of(run: Path, step: int) -> Path:
+    """RUN/step_00000500."""
     return run / f"step_{step:08d}"
 
 
@@ -66,6 +58,7 @@ def steps_in(run: Path) -> list[Path]:
 
 
 def digest(path: Path) -> str:
+    """sha256 of a file, 64 hexadecimal digits."""
     h = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):
@@ -75,9 +68,8 @@ def digest(path: Path) -> str:
 
 def problem_with(ckpt: Path, part: int = 0, parts: int = 1) -> str | None:
     """
-    What is wrong with a checkpoint folder, in words; None when every file has the size and checksum it was
-    written with. Only files part, part + parts, part + 2 parts ... are looked at, so that ranks can share the
-    reading.
+    What is wrong with a checkpoint folder, in words; None when every file has the size and checksum it was written
+    with. Only files part, part + parts, part + 2 parts ... are checked, so that ranks can share the reading.
     """
     try:
         files = sorted(read_manifest(ckpt)["files"].items())
@@ -96,10 +88,10 @@ def problem_with(ckpt: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def latest(run) -> Path | None:
+def latest(run: str | Path) -> Path | None:
     """
-    The newest checkpoint of a run that passes its check, None if there is none. A broken newer one is named
-    on stderr. Under several ranks each reads a share of the files, and all agree.
+    The newest checkpoint of a run that passes its check, None if there is none. A broken newer one is named on stderr.
+    Under several ranks each checks a share of the files, and all agree.
     """
     rank, world = ranks()
     for ckpt in all_gather_object(steps_in(Path(run)))[0]:
@@ -111,10 +103,10 @@ def latest(run) -> Path | None:
     return None
 
 
-def find(path) -> Path:
+def find(path: str | Path) -> Path:
     """
-    A checkpoint folder, or the newest one of a run folder; also a folder of imported weights, which has no
-    manifest to be checked against. Ends the run with one line if there is none or it is broken.
+    A checkpoint folder, or the newest one of a run folder; also a folder of imported weights, which has no manifest to
+    be checked against. UserError if there is none or it is broken.
     """
     path = Path(path)
     if not path.exists():
@@ -132,15 +124,16 @@ def find(path) -> Path:
     return path
 
 
-def newest(root="out") -> Path | None:
+def newest(root: str | Path = "out") -> Path | None:
     """The checkpoint that was written last anywhere under root, None if there is none."""
     runs = sorted(Path(root).glob("**/latest"), key=lambda p: p.stat().st_mtime, reverse=True)
     return next((c for c in (latest(p.parent) for p in runs) if c), None)
 
 
-# ---- reading -----------------------------------------------------------------------------------------------
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 def read_json(path: Path):
+    """The value in a JSON file of a checkpoint folder. UserError if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -149,28 +142,26 @@ def read_json(path: Path):
         raise UserError(f"{path} is not JSON: {e}") from None
 
 
-def read_manifest(ckpt) -> dict:
+def read_manifest(ckpt: str | Path) -> dict:
+    """{"step", "commit", "meta", "world", "files": {name: [bytes, sha256]}}; OSError or ValueError if unreadable."""
     return json.loads((Path(ckpt) / "manifest.json").read_text(encoding="utf-8"))
 
 
-def read_meta(ckpt) -> dict:
-    """
-    {"stage": ..., "chat": ..., ...} as given to checkpoint.save; {} for a folder without a manifest (imported
-    weights).
-    """
+def read_meta(ckpt: str | Path) -> dict:
+    """{"stage": ..., "chat": ..., ...} as given to save(); {} for a folder without a manifest."""
     return read_manifest(ckpt)["meta"] if (Path(ckpt) / "manifest.json").is_file() else {}
 
 
-def read_shape(ckpt) -> dict:
-    """ModelConfig fields."""
+def read_shape(ckpt: str | Path) -> dict:
+    """ModelConfig fields. UserError if model.json is missing or has others."""
     shape = read_json(Path(ckpt) / "model.json")
     if not isinstance(shape, dict) or not {"vocab_size", "n_layer", "max_seq_len", "n_mtp"} <= set(shape):
         raise UserError(f"{ckpt}/model.json should be an object with the fields of ModelConfig (model.py)")
     return shape
 
 
-def same_shape(have: dict, want: dict, ckpt, ignore: tuple[str, ...] = ()) -> None:
-    """Ends the run naming the fields in which a checkpoint differs from the configuration."""
+def same_shape(have: dict, want: dict, ckpt: str | Path, ignore: tuple[str, ...] = ()) -> None:
+    """UserError naming the fields in which a checkpoint's shape, `have`, differs from the configuration's, `want`."""
     wrong = [f"{k} = {have.get(k)!r} there, {v!r} here" for k, v in want.items()
              if k not in ignore and have.get(k) != v]
     if wrong:
@@ -178,10 +169,10 @@ def same_shape(have: dict, want: dict, ckpt, ignore: tuple[str, ...] = ()) -> No
                         "--out for a new run")
 
 
-def same_start(ckpt, init) -> None:
+def same_start(ckpt: str | Path, init: str | Path) -> None:
     """
-    When a run is resumed from ckpt: ends it if the checkpoint it is said to start from, `init`, is there and
-    has another shape. The output folder then holds somebody else's run.
+    Refuse to resume from ckpt when the checkpoint that the configuration starts from, init, has another model shape:
+    the output folder belongs to another run. UserError names the fields.
     """
     init = Path(init)
     newest = [init] if (init / "model.json").is_file() else steps_in(init)
@@ -191,8 +182,8 @@ def same_start(ckpt, init) -> None:
             same_shape(have, want, f"{ckpt}, to be resumed as it lies in the output folder,")
 
 
-def weight_files(ckpt) -> dict[str, Path]:
-    """Tensor name -> the file it lies in."""
+def weight_files(ckpt: str | Path) -> dict[str, Path]:
+    """Tensor name -> the file it lies in. UserError if there are no weights."""
     ckpt = Path(ckpt)
     index = ckpt / "model.safetensors.index.json"
     if index.is_file():
@@ -204,7 +195,8 @@ def weight_files(ckpt) -> dict[str, Path]:
         return dict.fromkeys(f.keys(), path)
 
 
-def opened(path: Path):
+def opened(path: Path) -> safe_open:
+    """The safetensors file, open for reading. UserError if it is damaged."""
     try:
         return safe_open(str(path), framework="pt")
     except Exception as e:              # safetensors raises its own type, OSError or ValueError by version
@@ -212,10 +204,10 @@ def opened(path: Path):
 
 
 @torch.no_grad()
-def read_weights(ckpt, model: nn.Module) -> None:
+def read_weights(ckpt: str | Path, model: nn.Module) -> None:
     """
-    Fill a model in place; a sharded one reads its own rows only. Every tensor must be there and have the
-    right shape.
+    Fill a model in place; a sharded one reads its own rows only. UserError unless every tensor is there, with the right
+    shape, and none is left over.
     """
     reshard(model)
     files, params = weight_files(ckpt), dict(model.named_parameters())
@@ -234,7 +226,7 @@ def read_weights(ckpt, model: nn.Module) -> None:
                 assign(p, piece)
 
 
-def materialise(model: nn.Module, rt: Runtime, *, seed: int = 0, ckpt=None) -> nn.Module:
+def materialise(model: nn.Module, rt: Runtime, *, seed: int = 0, ckpt: str | Path | None = None) -> nn.Module:
     """
     Memory for a model on the meta device, then its weights: from the checkpoint folder ckpt, else drawn from seed.
 
@@ -253,20 +245,19 @@ def materialise(model: nn.Module, rt: Runtime, *, seed: int = 0, ckpt=None) -> n
     return model
 
 
-def read_state(ckpt, *needs: str) -> dict:
-    """
-    What checkpoint.save was given as state. needs: keys it must have, else the run ends: the folder holds a
-    run of another script.
-    """
+def read_state(ckpt: str | Path, *needs: str) -> dict:
+    """The state that save() was given. UserError if it lacks one of the keys `needs`: another script's run."""
     state = torch_load(ckpt).get("state", {})
     lacking = [k for k in needs if k not in state]
     if lacking:
-        raise UserError(f"{ckpt} is of another kind of run (stage {read_meta(ckpt).get('stage')!r}, no {lacking[0]!r} in "
-                        "its state) and cannot be resumed here: give another --out")
+        stage = read_meta(ckpt).get("stage")
+        raise UserError(f"{ckpt} is of another kind of run (stage {stage!r}, no {lacking[0]!r} in its state) and cannot "
+                        "be resumed here: give another --out")
     return state
 
 
-def torch_load(ckpt) -> dict:
+def torch_load(ckpt: str | Path) -> dict:
+    """{"state", "optimizer", "rng"} of train_state.pt, memory-mapped; UserError if it cannot be read."""
     path = Path(ckpt) / "train_state.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -276,21 +267,18 @@ def torch_load(ckpt) -> dict:
         raise UserError(f"{path} cannot be read: {e}") from None
 
 
-# ---- the optimizer, by parameter name ----------------------------------------------------------------------
+# ---- the optimizer, by parameter name -------------------------------------------------------------------------------
 
-def optimizer_state(model: nn.Module, optimizer) -> dict[str, dict[str, Tensor]]:
-    """
-    {parameter name: {"step", "exp_avg", "exp_avg_sq"}}; sharded like the parameters. {} before the first
-    step.
-    """
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """{parameter name: {"step", "exp_avg", "exp_avg_sq"}}, sharded like the parameters; {} before the first step."""
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if optimizer.state.get(p)}
 
 
 @torch.no_grad()
-def load_optimizer(ckpt, model: nn.Module, optimizer) -> None:
+def load_optimizer(ckpt: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """
-    AdamW's moments and the RNG states, from a checkpoint that may have been written on another number of
-    ranks. Every parameter the optimizer trains must be there, else the run ends naming it.
+    AdamW's moments and the RNG states, from a checkpoint that may have been written on another number of ranks.
+    UserError naming a parameter that the optimizer trains and the checkpoint lacks.
     """
     reshard(model)
     saved = torch_load(ckpt)
@@ -320,16 +308,19 @@ def load_optimizer(ckpt, model: nn.Module, optimizer) -> None:
 
 
 def rng_states() -> dict:
+    """The states of torch's, numpy's, Python's and CUDA's random generators."""
     return {"torch": torch.get_rng_state(), "numpy": numpy_state(), "python": random.getstate(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
 
 
 def numpy_state() -> tuple:
+    """np.random.get_state() with its array as a tensor, which torch.load(weights_only=True) can read."""
     name, keys, *rest = np.random.get_state()
     return (name, torch.from_numpy(keys), *rest)
 
 
 def restore_rng(saved: dict) -> None:
+    """The inverse of rng_states()."""
     torch.set_rng_state(saved["torch"])
     name, keys, *rest = saved["numpy"]
     np.random.set_state((name, keys.numpy(), *rest))
@@ -338,20 +329,21 @@ def restore_rng(saved: dict) -> None:
         torch.cuda.set_rng_state(saved["cuda"])
 
 
-# ---- writing -----------------------------------------------------------------------------------------------
+# ---- writing --------------------------------------------------------------------------------------------------------
 
-def save(run, step: int, model: nn.Module, *, meta: dict, config: dict, state: dict,
-                    tokenizer=None, optimizer=None, keep: int = 2, shape: dict | None = None, rt=None,
-                    background: bool = False) -> None:
+def save(run: str | Path, step: int, model: nn.Module, *, meta: dict, config: dict, state: dict,
+         tokenizer: Tokenizer | None = None, optimizer: torch.optim.Optimizer | None = None, keep: int = 2,
+         shape: dict | None = None, rt: Runtime | None = None, background: bool = False) -> None:
     """
-    Write RUN/step_XXXXXXXX and point RUN/latest at it; the newest `keep` folders stay. Every rank must call
-    it.
+    Write RUN/step_XXXXXXXX and point RUN/latest at it; the newest `keep` folders stay. Every rank must call it.
+
       meta    {"stage": "sft", "chat": True, ...}, read back by read_meta
       state   plain values and tensors (schedule position, loader cursors, scheduler), read back by read_state
       shape   ModelConfig fields, default vars(model.cfg)
-    background=True copies everything to CPU memory and returns; a thread writes. At most one such save is
-    under way, the next one and finish() wait for it. Ends the run with one line when the disk is full
-    or fails; the previous checkpoint and `latest` stay as they were.
+
+    background=True copies everything to CPU memory and returns; a thread writes. At most one such save is under way:
+    the next one and finish() wait for it. UserError when the disk is full or fails; the previous checkpoint and
+    `latest` stay as they were.
     """
     finish()
     run = Path(run)
@@ -359,7 +351,7 @@ def save(run, step: int, model: nn.Module, *, meta: dict, config: dict, state: d
     optim = optimizer_state(model, optimizer) if optimizer is not None else {}
     check_space(run, model, optim)
     weights = owned_weights(model)
-    plain(state, "state")
+    check_plain(state, "state")
     dcp = is_sharded(model) and ranks()[1] > 1
     if not dcp:                                        # one GPU: shards of one, saved as what they are
         optim = {name: {key: local(t) for key, t in parts.items()} for name, parts in optim.items()}
@@ -406,18 +398,17 @@ def finish() -> None:
         raise error
 
 
-def plain(value, where: str) -> None:
+def check_plain(value: object, where: str) -> None:
     """
-    TypeError naming the place of anything but dicts, lists, tuples, numbers, strings and tensors:
-    train_state.pt is read with weights_only=True, so that opening somebody's checkpoint runs none of their
-    code.
+    TypeError naming the place of anything but dicts, lists, tuples, numbers, strings and tensors: train_state.pt is
+    read with weights_only=True, so that opening somebody's checkpoint runs none of their code.
     """
     if isinstance(value, dict):
         for k, v in value.items():
-            plain(v, f"{where}[{k!r}]")
+            check_plain(v, f"{where}[{k!r}]")
     elif type(value) in (list, tuple):
         for i, v in enumerate(value):
-            plain(v, f"{where}[{i}]")
+            check_plain(v, f"{where}[{i}]")
     elif not isinstance(value, Tensor) and type(value) not in (type(None), bool, int, float, str, bytes):
         raise TypeError(f"checkpoint {where} = {value!r} is a {type(value).__name__}; "
                         "only plain values and tensors can be saved")
@@ -425,8 +416,8 @@ def plain(value, where: str) -> None:
 
 def owned_weights(model: nn.Module) -> dict[str, Tensor]:
     """
-    The whole tensors this rank writes: all of them at world size 1, else parameter i belongs to rank i mod
-    world. Gathered one at a time, so no rank ever holds more than its share.
+    The whole tensors that this rank writes: all of them at world size 1, else parameter i belongs to rank i mod world.
+    Gathered one at a time, so no rank ever holds more than its share.
     """
     rank, world = ranks()
     mine = {}
@@ -437,10 +428,10 @@ def owned_weights(model: nn.Module) -> dict[str, Tensor]:
     return mine
 
 
-def snapshot(tree, key):
+def snapshot(tree: object, key: object):
     """
-    A copy in CPU memory that training cannot change under the writer. The buffers are kept and used again by
-    the next save: fresh memory costs a page fault per 4 KB, which is slower than the copy itself.
+    A copy in CPU memory that training cannot change while it is written. key names the buffer, which the next save uses
+    again: fresh memory costs a page fault per 4 KB, which is slower than the copy itself.
     """
     if isinstance(tree, dict):
         return {k: snapshot(v, (key, k)) for k, v in tree.items()}
@@ -457,7 +448,7 @@ def snapshot(tree, key):
 
 
 def check_space(run: Path, model: nn.Module, optim: dict) -> None:
-    """Ends the run, on all ranks, before a byte is written when the checkpoint cannot fit. A collective."""
+    """UserError, on all ranks, before a byte is written, when the checkpoint cannot fit. A collective."""
     rank, _ = ranks()
     wrong = all_gather_object(no_space(run, model, optim) if rank == 0 else None)[0]
     if wrong:
@@ -465,6 +456,7 @@ def check_space(run: Path, model: nn.Module, optim: dict) -> None:
 
 
 def no_space(run: Path, model: nn.Module, optim: dict) -> str | None:
+    """Why a checkpoint does not fit on the disk, in words; None if it does."""
     need = sum(p.numel() * 4 for p in model.parameters()) + 10_000_000
     need += sum(t.numel() * t.element_size() for parts in optim.values() for t in parts.values())
     try:
@@ -478,11 +470,9 @@ def no_space(run: Path, model: nn.Module, optim: dict) -> str | None:
     return None
 
 
-def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, shape, distributed: bool, order,
-          group) -> None:
-    """
-    The writing itself, in the caller's thread or in the background. Collectives, if any, run on `group`.
-    """
+def write(run: Path, step: int, weights: dict[str, Tensor], parts: dict, meta: dict, config: dict,
+          tokenizer: Tokenizer | None, keep: int, shape: dict, distributed: bool, order: list[str], group: Any) -> None:
+    """The writing itself, in the caller's thread or in the background. Collectives, if any, run on `group`."""
     rank, world = ranks()
     temporary = run / f".writing_{step:08d}"
     files: dict = {}
@@ -521,12 +511,13 @@ def write(run: Path, step: int, weights, parts, meta, config, tokenizer, keep, s
         agree(error, run, step, temporary, group)
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Indented JSON with a line end."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def agree(error: Exception | None, run: Path, step: int, temporary: Path, group) -> None:
-    """If any rank failed, all end here, with the reason; the half-written folder is removed."""
+def agree(error: Exception | None, run: Path, step: int, temporary: Path, group: Any) -> None:
+    """If any rank failed, all raise UserError with the reason here; the half-written folder is removed."""
     rank, world = ranks()
     errors = [error] if world == 1 else all_gather_object(repr(error) if error else None, group)
     if not any(errors):
@@ -558,9 +549,7 @@ def fingerprints(folder: Path, part: int, parts: int) -> dict[str, list]:
 
 
 def commit(run: Path, step: int, temporary: Path, meta: dict, keep: int, world: int, files: dict) -> None:
-    """
-    Manifest, rename, `latest`, then the oldest go. At every moment a whole newest checkpoint is on the disk.
-    """
+    """Manifest, rename, `latest`, then the oldest go. At every moment a whole newest checkpoint is on the disk."""
     manifest = {"step": step, "commit": git_commit(), "meta": meta, "world": world, "files": files}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(temporary / "manifest.json")

@@ -25,7 +25,7 @@ import runpy
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -59,13 +59,13 @@ def one_line():
 
 
 def os_words(e: OSError) -> str:
-    """"out/x: No space left on device" for what Python shows as "[Errno 28] No space left on device: 'out/x'"."""
+    """What the system says, as `out/x: No space left on device`, not `[Errno 28] No space left on device: 'out/x'`."""
     if e.filename is None or not e.strerror:
         return e.strerror or str(e) or type(e).__name__
     return f"{e.filename2 or e.filename}: {e.strerror}"
 
 
-def writable(path) -> Path:
+def writable(path: str | Path) -> Path:
     """
     Where a result will be written: create its folder and check, before the work starts, that the file can be written.
     -> path. UserError when it cannot.
@@ -79,7 +79,7 @@ def writable(path) -> Path:
     return path
 
 
-def at_least(cfg, low: float, *names: str) -> None:
+def at_least(cfg: Any, low: float, *names: str) -> None:
     """For __post_init__: ValueError naming the first field that is under `low`, infinite or NaN."""
     for name in names:
         value = getattr(cfg, name)
@@ -133,7 +133,7 @@ def read_file(path: str) -> dict[str, Any]:
             if not k.startswith("_") and not isinstance(v, (types.ModuleType, type, types.FunctionType))}
 
 
-def update(cfg, values: dict[str, Any], where: str):
+def update(cfg: Any, values: dict[str, Any], where: str):
     """All values of one file at once, so that rules between fields see the file as a whole."""
     fields, hints, place = {f.name for f in dataclasses.fields(cfg)}, typing.get_type_hints(type(cfg)), f" in {where}"
     for key in values:
@@ -143,7 +143,7 @@ def update(cfg, values: dict[str, Any], where: str):
     return raw(type(cfg), {name: getattr(cfg, name) for name in fields} | new)
 
 
-def set_path(node, path: list[str], value, full: str):
+def set_path(node: Any, path: list[str], value: Any, full: str):
     """A copy of node (dataclass, list, tuple or dict) with the value at path replaced and checked."""
     head, rest = path[0], path[1:]
     if isinstance(node, (list, tuple)):
@@ -169,13 +169,15 @@ def set_path(node, path: list[str], value, full: str):
     return raw(type(node), {f: getattr(node, f) for f in fields} | {head: new})
 
 
-def unknown(full: str, head: str, names, place: str = "") -> UserError:
+def unknown(full: str, head: str, names: Iterable[str], place: str = "") -> UserError:
+    """The error for a key that nobody declared, with the nearest of names."""
     near = difflib.get_close_matches(head, list(names), n=1, cutoff=0.0)
     prefix = full[:full.rfind(head)]
     return UserError(f"unknown key {full}{place}" + (f" -- did you mean {prefix}{near[0]}?" if near else ""))
 
 
 def defaults(cls: type) -> dict[str, Any]:
+    """Field name -> default value."""
     return {f.name: getattr(make(cls, {}), f.name) for f in dataclasses.fields(cls)}
 
 
@@ -187,7 +189,7 @@ def raw(cls: type, values: dict[str, Any]):
     return node
 
 
-def built(node):
+def built(node: Any):
     """The same values through the real constructors, innermost first."""
     if isinstance(node, (list, tuple)):
         return type(node)(built(v) for v in node)
@@ -204,7 +206,7 @@ def make(cls: type, values: dict[str, Any]):
         raise UserError(str(e)) from None
 
 
-def check(value, hint, key: str, place: str = ""):
+def check(value: Any, hint: Any, key: str, place: str = ""):
     """
     value if it has the type `hint`, else UserError. An int is taken for a float and an integral float (1e6) for an
     int; a nested dataclass takes an instance or a dict; nothing else is converted.
@@ -253,7 +255,7 @@ def check(value, hint, key: str, place: str = ""):
     raise wrong(name_of(hint))
 
 
-def name_of(hint) -> str:
+def name_of(hint: Any) -> str:
     """int, str | None, list[Stage]: as one would write it, without modules."""
     return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint)) if not get_args(hint) \
         else re.sub(r"\b[\w.]+\.(\w+)", r"\1", str(hint))
@@ -269,7 +271,7 @@ def parse(text: str):
 
 # ---- showing and storing --------------------------------------------------------------------------------------------
 
-def to_dict(cfg) -> dict:
+def to_dict(cfg: Any) -> dict:
     """Plain dicts, lists and scalars, for JSON."""
     return dataclasses.asdict(cfg)
 
@@ -279,7 +281,8 @@ def from_dict(Config: type, values: dict, where: str = "saved config"):
     return built(update(raw(Config, defaults(Config)), values, where))
 
 
-def leaves(node, path: str = "") -> list[tuple[str, Any]]:
+def leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
+    """(dotted name, value) of every field, nested dataclasses and lists of them opened."""
     if dataclasses.is_dataclass(node):
         return [x for f in dataclasses.fields(node) for x in leaves(getattr(node, f.name), f"{path}{f.name}.")]
     if isinstance(node, (list, tuple)) and node and dataclasses.is_dataclass(node[0]):
@@ -287,7 +290,7 @@ def leaves(node, path: str = "") -> list[tuple[str, Any]]:
     return [(path[:-1], node)]
 
 
-def show(cfg) -> str:
+def show(cfg: Any) -> str:
     """One line a value, * before those that differ from the dataclass's defaults."""
     default = dict(leaves(type(cfg)()))
     rows = [(" " if k in default and default[k] == v else "*", k, v) for k, v in leaves(cfg)]
@@ -317,10 +320,10 @@ def help_text(Config: type) -> str:
                       *help_rows(Config, make(Config, {}), "--", {})])
 
 
-def help_rows(cls: type, node, prefix: str, told: dict[type, str]) -> list[str]:
+def help_rows(cls: type, node: Any, prefix: str, shown_at: dict[type, str]) -> list[str]:
     """
-    One line a field of the dataclass cls; node: an instance with the defaults, None where there is none; told: nested
-    dataclasses that were shown before, and where.
+    One line a field of the dataclass cls. node: an instance with the defaults, None where there is none; shown_at:
+    nested dataclasses that were shown before, and where.
     """
     comments, hints, lines = field_comments(inspect.getsource(cls)), typing.get_type_hints(cls), []
     for f in dataclasses.fields(cls):
@@ -328,13 +331,13 @@ def help_rows(cls: type, node, prefix: str, told: dict[type, str]) -> list[str]:
         inner = next((t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)), None)
         shown = "" if inner and value is not None else "=" + (repr(value) if len(repr(value)) < 40 else "...")
         kind = "|".join(map(str, get_args(hint))) if get_origin(hint) is Literal else name_of(hint)
-        again = f"; fields as {told[inner]}*" if inner in told else ""
+        again = f"; fields as {shown_at[inner]}*" if inner in shown_at else ""
         lines.append(f"  {name + shown:<34}  {kind:<12}  {comments.get(f.name, '')}{again}".rstrip())
         if inner and not again:
             many = get_origin(hint) in (list, tuple)
             item = value[0] if many and value else value if dataclasses.is_dataclass(value) else None
-            told[inner] = f"{name}.0." if many else f"{name}."
-            lines += help_rows(inner, item, told[inner], told)
+            shown_at[inner] = f"{name}.0." if many else f"{name}."
+            lines += help_rows(inner, item, shown_at[inner], shown_at)
     return lines
 
 

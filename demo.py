@@ -136,6 +136,7 @@ class Memory:
 
 
 def tree(pid: int) -> list[int]:
+    """Process pid and all its children, theirs too."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [pid] + [p for child in children for p in tree(int(child))]
@@ -144,6 +145,7 @@ def tree(pid: int) -> list[int]:
 
 
 def resident_mb(pid: int) -> float:
+    """Resident memory of one process, MB; 0 where it cannot be read."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
     except (OSError, IndexError):
@@ -151,6 +153,7 @@ def resident_mb(pid: int) -> float:
 
 
 def cores() -> int:
+    """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -278,6 +281,7 @@ def progress(run: Path, words: list[str]) -> tuple[float, str]:
 
 
 def last_rows(path: Path, n: int) -> list[dict]:
+    """The last n whole rows of a metrics file."""
     if not path.is_file():
         return []
     rows = []
@@ -368,9 +372,9 @@ def screen(s: dict, out: Path) -> str:
               f"{s['heldout_overlap']} held-out problems seen in training", "",
               f"figures      {out}/figures/*.png", f"checkpoints  {out}/{{base,sft,rl,rl_zero}}",
               f"logs         {out}/logs, {out}/*/metrics.jsonl", f"numbers      {out}/summary.json", "",
-              "next         .venv/bin/python sample.py --mtp                                         ask the RL model",
-              "             .venv/bin/python sample.py --compare --n=16 --prompt=\"What is 7+2-6?\"    with and without MTP",
-              "             .venv/bin/python plan.py config/mimo_7b.py --gpus=8                      what the 7B run takes"]
+              "next   .venv/bin/python sample.py --mtp                                       ask the RL model",
+              "       .venv/bin/python sample.py --compare --n=16 --prompt='What is 7+2-6?'  with and without MTP",
+              "       .venv/bin/python plan.py config/mimo_7b.py --gpus=8                    what the 7B run takes"]
     return "\n".join(lines)
 
 

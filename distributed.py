@@ -157,7 +157,7 @@ def all_reduce_max(t: Tensor, rt: Runtime) -> Tensor:
     return t
 
 
-def all_gather_object(value, group=None) -> list:
+def all_gather_object(value: Any, group: Any = None) -> list:
     """value (any picklable object) of every rank, in rank order. group: a process group with all ranks."""
     values = [value] * ranks()[1]
     if len(values) > 1:
@@ -194,7 +194,7 @@ class Exchange:
 
 # ---- micro-batches and gradients ------------------------------------------------------------------------------------
 
-def micro_batches(batch, per_micro: int, rt: Runtime):
+def micro_batches(batch: Any, per_micro: int, rt: Runtime) -> Iterator[tuple[Any, bool]]:
     """
     Yields (micro-batch, is it the last) of a data.loader.Batch, in pieces of per_micro rows. Every rank gets the same
     number of pieces, because each forward is a collective under FSDP: where this rank has no rows left it gets its row
@@ -377,7 +377,7 @@ def full(p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def assign(p: Tensor, value) -> None:
+def assign(p: Tensor, value: Any) -> None:
     """p = value; value is a full tensor, or anything that returns rows when sliced (a safetensors slice)."""
     lo, hi = local_rows(p)
     if hi > lo:
@@ -426,7 +426,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, on_meta)
 
 
-def replica(model: nn.Module, device, dtype: torch.dtype) -> nn.Module:
+def replica(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """
     A plain model of the same shape, with memory but without weights: fill(replica, replica_state(model)) sets them.
     """

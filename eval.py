@@ -189,10 +189,7 @@ def solve(engine: Engine, tokenizer: Tokenizer, judge: Judge, problems: list[Pro
 
 def measure_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], chat: bool, cfg: Config,
                      ) -> tuple[dict[str, dict], list[dict]]:
-    """
-    -> (kind of problem -> summary, one row a problem with every answer and its verdicts, for reading and for
-    data/rl_problems.py).
-    """
+    """-> (kind of problem -> summary; a row per problem with all graded answers, for data/rl_problems.py)."""
     results, rows = {}, []
     with Judge(workers=cfg.judge_workers, cache_size=10_000) as judge:
         for kind in sorted({p.kind for p in problems}):

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Metrics:
     last line: the file of a resumed run equals that of an uninterrupted one. enabled=False (ranks other than 0) writes
     nothing. Raises UserError when the file cannot be written.
     """
-    def __init__(self, run, resume_at: int = 0, enabled: bool = True):
+    def __init__(self, run: str | Path, resume_at: int = 0, enabled: bool = True):
         self.path, self.enabled = Path(run) / "metrics.jsonl", enabled
         if not enabled:
             return
@@ -64,7 +65,7 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
     return [(line, row) for line, row in rows if line.endswith("\n") and isinstance(row, dict)]
 
 
-def finite(value):
+def finite(value: Any):
     """value with every NaN and infinity replaced by None, inside lists and dicts too."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}

@@ -1,7 +1,7 @@
 """
-What a run would take before anyone pays for it: parameters, schedule, FLOPs, memory per GPU, days. Nothing is allocated.
+What a run would take, before anyone pays for it: parameters, schedule, FLOPs, memory per GPU, days.
 
-    python plan.py config/mimo_7b.py --gpus=8            # pre-training; seconds on any laptop
+    python plan.py config/mimo_7b.py --gpus=8            # pre-training; seconds on any laptop; nothing is allocated
     python plan.py config/mimo_7b_sft.py --gpus=8        # SFT
     python plan.py config/mimo_7b_rl.py --gpus=8         # RL: trainer and rollout engine
     python plan.py config/mimo_7b_rl.py --set.micro_tokens=16384     # any field of the configuration, changed
@@ -30,7 +30,7 @@ import pretrain
 import rl
 import sft
 from configurator import UserError
-from model import flops_per_token
+from model import ModelConfig, flops_per_token
 from schedule import Stage, batch_size_at, breakpoints, lr_at, mtp_weight_at, stage_at
 
 GB = 1e9
@@ -99,16 +99,18 @@ def model_config(path: str) -> str:
     raise UserError(f"{path}: which model? --model=config/FILE.py names the pre-training configuration")
 
 
-# ---- activations -------------------------------------------------------------------------------------------
+# ---- activations ----------------------------------------------------------------------------------------------------
 
-def block_floats(shape, checkpointing: str, gpu: bool) -> tuple[float, float]:
+def block_floats(shape: ModelConfig, checkpointing: str, gpu: bool) -> tuple[float, float]:
     """
     (numbers in the compute dtype, fp32 numbers) that the backward pass of one block keeps per token.
 
-    none: x, its norm, x + attention and its norm (4 D); q and o (2 H d), k and v (2 K d); gate, up and their
-    product (3 F); two rms, and per head log-sum-exp (the kernels of a CPU: largest score and sum). full: x.
-    selective: x, q, k, v, o and o_proj's output; on a CPU o is made again. torch's own operations (no compiler, or
-    several threads) keep F more.
+    none        x, its norm, x + attention and its norm (4 D); q and o (2 H d), k and v (2 K d); gate, up and their
+                product (3 F); two rms, and per head log-sum-exp (on a CPU the largest score and the sum)
+    full        x
+    selective   x, q, k, v, o and o_proj's output; on a CPU o is computed again
+
+    torch's own operations (no compiler, or several threads) keep F more.
     """
     D, F, Hd, Kd = shape.d_model, shape.d_ff, shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
     if checkpointing == "full":
@@ -118,7 +120,7 @@ def block_floats(shape, checkpointing: str, gpu: bool) -> tuple[float, float]:
     return 4 * D + 2 * Hd + 2 * Kd + 3 * F, shape.n_head * (1 if gpu else 2) + 2
 
 
-def activation_bytes(shape, tokens: int, n_mtp: int, checkpointing: str, gpu: bool, frozen: bool) -> float:
+def activation_bytes(shape: ModelConfig, tokens: int, n_mtp: int, checkpointing: str, gpu: bool, frozen: bool) -> float:
     """Kept for the backward pass by `tokens` tokens of a micro-batch. frozen: the trunk only runs forward."""
     e, D = (2 if gpu else 4), shape.d_model
     blocks = (n_mtp + (0 if frozen else shape.n_layer)) * block_bytes(shape, checkpointing, gpu)
@@ -127,25 +129,22 @@ def activation_bytes(shape, tokens: int, n_mtp: int, checkpointing: str, gpu: bo
     return tokens * (blocks + n_mtp * (norms + 2 * D * e) + 2 * D * e * (1 + n_mtp))
 
 
-def block_bytes(shape, checkpointing: str, gpu: bool) -> float:
-    """
-    What one block keeps per token. 119,432 bytes at 7B with the GPU kernels, 8,192 under full checkpointing.
-    """
+def block_bytes(shape: ModelConfig, checkpointing: str, gpu: bool) -> float:
+    """Bytes one block keeps per token: 119,432 at 7B with the GPU kernels, 8,192 under full checkpointing."""
     compute, fp32 = block_floats(shape, checkpointing, gpu)
     return compute * (2 if gpu else 4) + fp32 * 4
 
 
-def logits_bytes(shape, tokens: int, n_mtp: int, gpu: bool) -> float:
+def logits_bytes(shape: ModelConfig, tokens: int, n_mtp: int, gpu: bool) -> float:
     """Gradients of head and input that the loss makes in the forward and keeps, once per head."""
     e, V, D = (2 if gpu else 4), shape.vocab_size, shape.d_model
     return (1 + n_mtp) * (V * D * e + tokens * (D * e + 4))
 
 
-def passing_bytes(shape, tokens: int, checkpointing: str, gpu: bool) -> tuple[float, float]:
+def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool) -> tuple[float, float]:
     """
-    What comes and goes, of which only the larger counts: a chunk of fp32 logits or the head's gradient on its
-    way, at the end of the forward; one whole block made again, at the start of the backward. -> (logits,
-    activations).
+    Bytes that live for a moment, of which only the larger counts: a chunk of fp32 logits, or lm_head's gradient, at the
+    end of the forward; one whole block computed again at the start of the backward. -> (logits, activations).
     """
     V, rows = shape.vocab_size, min(tokens, 2048 if gpu else 512)
     head = max(rows * V * 4, V * shape.d_model * (2 if gpu else 4))
@@ -153,17 +152,16 @@ def passing_bytes(shape, tokens: int, checkpointing: str, gpu: bool) -> tuple[fl
     return (head, 0) if head > again else (0, again)
 
 
-# ---- memory by kind ----------------------------------------------------------------------------------------------
+# ---- memory by kind -------------------------------------------------------------------------------------------------
 
-def plan(shape, stages, world: int, *, micro_batch: int = 1, checkpointing: str = "none",
+def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: int = 1, checkpointing: str = "none",
          shard_ranks: int = 0, mtp_stage: Stage | None = None, n_mtp_final: int = 3, reduce_each: bool = False,
          device: str = "cuda", mfu: float = 0.4, tflops: float = 989.0, kv_tokens: int = 0) -> list[dict]:
     """
-    One dict per stage: tokens, steps, rows of a micro-batch, parameters, FLOPs per token, days, and bytes per
-    rank by kind. stages: the pre-training table, mtp_stage: the fine-tuning of new MTP layers after it or
-    None. micro_batch counts rows of the shortest context, as in pretrain.py; kv_tokens: tokens in an engine's
-    cache.
-    ValueError if shard_ranks does not divide world.
+    One dict per stage: tokens, steps, rows of a micro-batch, parameters, FLOPs per token, days, and bytes per rank by
+    kind. stages: the pre-training table; mtp_stage: the fine-tuning of new MTP layers after it, or None. micro_batch
+    counts rows of the shortest context, as in pretrain.py; kv_tokens: tokens in an engine's cache. ValueError if
+    shard_ranks does not divide world.
     """
     if shard_ranks and world % shard_ranks:
         raise ValueError(f"shard_ranks = {shard_ranks} should divide the number of GPUs, {world}")
@@ -200,14 +198,14 @@ def plan(shape, stages, world: int, *, micro_batch: int = 1, checkpointing: str 
     return rows
 
 
-def kv_bytes_per_token(shape, element: int = 2) -> int:
+def kv_bytes_per_token(shape: ModelConfig, element: int = 2) -> int:
     """K and V of every trunk layer: 147,456 bytes at 7B in bf16."""
     return 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * element
 
 
-def rl_memory(shape, n_mtp: int, world: int, *, micro_tokens: int, kv_tokens: int, checkpointing: str = "none",
-              shard_ranks: int = 0, reduce_each: bool = False, n_draft: int = 0, copies: int = 0,
-              device: str = "cuda") -> dict[str, float]:
+def rl_memory(shape: ModelConfig, n_mtp: int, world: int, *, micro_tokens: int, kv_tokens: int,
+              checkpointing: str = "none", shard_ranks: int = 0, reduce_each: bool = False, n_draft: int = 0,
+              copies: int = 0, device: str = "cuda") -> dict[str, float]:
     """
     Bytes per rank by kind in RL: the trunk trains on micro_tokens a forward, n_mtp MTP layers lie frozen, and a plain
     replica with a cache of kv_tokens decodes. The replica takes new weights parameter by parameter; copies = 1: they
@@ -223,7 +221,7 @@ def rl_memory(shape, n_mtp: int, world: int, *, micro_tokens: int, kv_tokens: in
                             "KV": (1 + copies) * P * e + cache}
 
 
-def rl_report(shape, n_mtp: int, world: int, **how) -> str:
+def rl_report(shape: ModelConfig, n_mtp: int, world: int, **how) -> str:
     """What is printed for an RL configuration; how: as in rl_memory."""
     kinds = rl_memory(shape, n_mtp, world, **how)
     return "\n".join([f"parameters with {n_mtp} MTP layers: {replace(shape, n_mtp=n_mtp).n_params():,}",
@@ -234,7 +232,7 @@ def rl_report(shape, n_mtp: int, world: int, **how) -> str:
                       + f"{sum(kinds.values()) / GB:>10.2f}"])
 
 
-def steps_of(stage) -> float:
+def steps_of(stage: Stage) -> float:
     """
     Optimizer steps of a stage: the integral of dt / (T b(t)), with a batch b that grows linearly in tokens.
     By hand: T = 1, 100 tokens at a constant batch of 10 are 10 steps; growing from 5 to 10 over them
@@ -246,10 +244,11 @@ def steps_of(stage) -> float:
     return (grown + (stage.tokens - W) / b1) / stage.seq_len
 
 
-# ---- printing ----------------------------------------------------------------------------------------------
+# ---- printing -------------------------------------------------------------------------------------------------------
 
-def report(shape, stages, world: int, *, mtp_stage=None, n_mtp_final: int = 3, checkpointing: str = "none",
-           micro_batch: int = 1, mfu: float = 0.4, tflops: float = 989.0, **more) -> str:
+def report(shape: ModelConfig, stages: list[Stage], world: int, *, mtp_stage: Stage | None = None,
+           n_mtp_final: int = 3, checkpointing: str = "none", micro_batch: int = 1, mfu: float = 0.4,
+           tflops: float = 989.0, **more) -> str:
     """What is printed for pre-training and SFT. more: as in plan()."""
     rows = plan(shape, stages, world, mtp_stage=mtp_stage, n_mtp_final=n_mtp_final, mfu=mfu, tflops=tflops,
                 checkpointing=checkpointing, micro_batch=micro_batch, **more)

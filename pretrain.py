@@ -35,6 +35,7 @@ import mtp
 from configurator import UserError
 from data.loader import Batch, MixtureLoader
 from data.shards import Shards, sources
+from distributed import Runtime
 from engine import Engine, Request, generate
 from metrics import Metrics, SpikeGuard, check_finite, mfu
 from model import MiMo, ModelConfig
@@ -219,7 +220,8 @@ def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoade
     return tokenizer, loader
 
 
-def start(cfg: Config, stages: list[Stage], loader: MixtureLoader, rt, ckpt: Path | None,
+def start(cfg: Config, stages: list[Stage], loader: MixtureLoader, rt: Runtime,
+          ckpt: Path | None,
           ) -> tuple[MiMo, torch.optim.AdamW, dict | None]:
     """A new model, or that of ckpt with optimizer and loader where they were. -> (model, optimizer, saved state)."""
     saved = checkpoint.read_state(ckpt, "seen", "loader", "spikes") if ckpt else None
@@ -238,7 +240,7 @@ def start(cfg: Config, stages: list[Stage], loader: MixtureLoader, rt, ckpt: Pat
     return model, optimizer, saved
 
 
-def begin_stage(model: MiMo, optimizer: torch.optim.AdamW, stages: list[Stage], at: int, cfg: Config, rt,
+def begin_stage(model: MiMo, optimizer: torch.optim.AdamW, stages: list[Stage], at: int, cfg: Config, rt: Runtime,
                 ) -> tuple[MiMo, torch.optim.AdamW]:
     """Context and RoPE base of stage `at`; MTP fine-tuning starts from copies of the layer, with a new optimizer."""
     fresh = stages[at] is cfg.mtp_stage
@@ -248,7 +250,8 @@ def begin_stage(model: MiMo, optimizer: torch.optim.AdamW, stages: list[Stage], 
     return prepare(model, stages, at, cfg, rt) if fresh else (model, optimizer)
 
 
-def prepare(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt, ckpt=None) -> tuple[MiMo, torch.optim.AdamW]:
+def prepare(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime, ckpt: Path | None = None,
+            ) -> tuple[MiMo, torch.optim.AdamW]:
     """
     Freeze what stage `at` does not train, shard, fill a model that is still on the meta device (each rank its own rows,
     from the checkpoint or the seed), and make the optimizer. at = -1 before the first stage.
@@ -282,7 +285,7 @@ def forward(model: MiMo, batch: Batch, n_mtp: int) -> Tensor:
 
 
 @torch.no_grad()
-def validate(model: MiMo, cfg: Config, stage: Stage, rt) -> dict[str, dict[str, float | list[float]]]:
+def validate(model: MiMo, cfg: Config, stage: Stage, rt: Runtime) -> dict[str, dict[str, float | list[float]]]:
     """Loss and MTP losses per source on held-out documents, nats per token, at the stage's context."""
     folder = Path(cfg.data) / "valid"
     n_mtp, found = len(model.mtp_layers), {}

@@ -14,6 +14,7 @@ The model's shape comes from the checkpoint. The report is silent on the number 
 we keep the 0.1 of the end of pre-training, averaged over the layers.
 """
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -167,8 +168,8 @@ def main(cfg: Config) -> None:
     distributed.teardown(rt)
 
 
-def turns(samples) -> str:
-    """"multi" if one of the first 1,000 samples (ids, mask) has more than one answer, else "single"; sample.py asks."""
+def turns(samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    """`multi` if one of the first 1,000 samples (ids, mask) has more than one answer, else `single`; for sample.py."""
     several = lambda mask: np.count_nonzero(np.diff(np.asarray(mask, np.int8), prepend=0) == 1) > 1
     return "multi" if any(several(samples[i][1]) for i in range(min(1000, len(samples)))) else "single"
 

@@ -17,6 +17,7 @@ Rows carry n_mtp + 1 tokens of look-ahead for the targets: the first tokens of t
 """
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,8 +50,8 @@ class Batch:
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors), self.sources)
 
 
-def make_batch(ids: np.ndarray, docs: np.ndarray, T: int, mask: np.ndarray | None = None, sources=(),
-               mask_documents: bool = True) -> Batch:
+def make_batch(ids: np.ndarray, docs: np.ndarray, T: int, mask: np.ndarray | None = None,
+               sources: Iterable[str] = (), mask_documents: bool = True) -> Batch:
     """
     ids, docs, mask [B,T+A] -> Batch. mask_documents=False lets attention and positions run through document ends.
 
@@ -99,7 +100,7 @@ class Stream:
         return self.cached[epoch, shard]
 
     def take(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens start .. start + n - 1 of the stream -> (ids [n], docs [n]); docs: a running number over all epochs."""
+        """Tokens start .. start + n - 1 of the stream -> (ids [n], docs [n]), docs counted over all epochs."""
         ids, docs, filled = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), 0
         while filled < n:
             epoch, at = divmod(start + filled, self.n_tokens)

@@ -1,10 +1,11 @@
 """
-The dry run: exact parameters, the report's schedule, and memory that agrees with what a real step allocates.
+plan.py: exact parameters, the report's schedule, and memory that agrees with what a real step allocates.
 """
 import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ import distributed
 import kernels
 import mtp
 import plan
+import pretrain
+import rl
+import sft
 from configurator import UserError
 from engine import Engine
-from model import Block, ModelConfig
+from model import Block, ModelConfig, flops_per_token
 from schedule import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,14 +39,12 @@ def test_parameters_are_the_published_ones_and_those_of_the_modules():
     Face).
     """
     shape = ModelConfig.mimo_7b(n_mtp=1)
-    assert plan.parameters(shape)["trunk"] == 7_622_619_136
-    assert plan.parameters(shape)["all"] == 7_833_409_536
-    assert plan.parameters(shape, 3)["all"] == 8_254_990_336
+    assert [replace(shape, n_mtp=n).n_params() for n in (0, 1, 3)] == [7_622_619_136, 7_833_409_536, 8_254_990_336]
     for n in (0, 1, 3):
         model = mtp.build(ModelConfig.mimo_7b(n_mtp=n), "meta")
-        assert sum(p.numel() for p in model.parameters()) == plan.parameters(shape, n)["all"]
+        assert sum(p.numel() for p in model.parameters()) == replace(shape, n_mtp=n).n_params()
     small = mtp.build(ModelConfig(), "meta")
-    assert sum(p.numel() for p in small.parameters()) == plan.parameters(ModelConfig())["all"]
+    assert sum(p.numel() for p in small.parameters()) == ModelConfig().n_params()
 
 
 def test_steps_by_hand():
@@ -174,9 +176,7 @@ def test_gpu_activations_are_the_kernels_own_save_lists(monkeypatch):
     """
     One block of the 7B in bf16 at T = 8,192 on the meta device, through the Triton operators' fake versions.
     """
-    monkeypatch.setenv("NANOMIMO_TRITON", "1")
-    monkeypatch.setattr(kernels, "INTERPRET", True)
-    monkeypatch.setattr(kernels, "triton", object())            # nothing is launched on the meta device
+    monkeypatch.setattr(kernels, "TRITON", {("meta", torch.bfloat16)})      # nothing is launched on the meta device
     shape, T, kept = ModelConfig.mimo_7b(), 8192, {}
     with torch.device("meta"):
         block = Block(shape).to(torch.bfloat16)
@@ -198,49 +198,38 @@ def test_gpu_activations_are_the_kernels_own_save_lists(monkeypatch):
 
 # ---- the command, and every configuration file -------------------------------------------------------------
 
-def test_dry_run_of_the_7b_prints_the_report():
-    done = subprocess.run(
-        [sys.executable, "pretrain.py", "config/mimo_7b.py", "--dry_run=True"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-    )
+def test_plan_of_the_7b_prints_the_report():
+    done = subprocess.run([sys.executable, "plan.py", "config/mimo_7b.py", "--gpus=8"], cwd=ROOT, text=True,
+                          capture_output=True)
     assert done.returncode == 0, done.stderr
-    for fact in (
-        "7,622,619,136",
-        "7,833,409,536",
-        "8,254,990,336",
-        "84B",
-        "168B",
-        "10.284T",
-        "17.784T",
-        "21.784T",
-        "23.284T",
-        "1,360",
-        "2,560",
-        "0.000107",
-        "32,768",
-        "640,000",
-    ):
+    for fact in ("7,622,619,136", "7,833,409,536", "8,254,990,336", "84B", "168B", "10.284T", "17.784T", "21.784T",
+                 "23.284T", "1,360", "2,560", "0.000107", "32,768", "640,000"):
         assert fact in done.stdout, fact
     assert not (ROOT / "out/mimo_7b").exists()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_and_plans(path, capsys):
-    """Each file runs as a dry run of its script; SFT and RL files go from one folder to another."""
-    import pretrain
-    import rl
-    import sft
-    kind = rl if "_rl" in path.stem else sft if "_sft" in path.stem else pretrain
-    cfg = configurator.load(kind.Config, [str(path), "--dry_run=True"])
-    kind.main(cfg)
-    told = capsys.readouterr().out
-    assert "memory per GPU" in told and "KV" in told
-    assert ("8,254,990,336" in told) == path.stem.startswith("mimo_7b")
-    assert kind is pretrain or cfg.init != cfg.out and cfg.out.startswith("out/")
-    with pytest.raises(UserError, match="shard_ranks = 3 should divide dry_run_world = 8"):
-        configurator.load(kind.Config, [str(path), "--dry_run=True", "--shard_ranks=3"])
+    """plan.py finds out whose configuration it is, and the model; SFT and RL files go from one folder to another."""
+    script = plan.script_of(str(path))
+    assert script is (rl if "_rl" in path.stem else sft if "_sft" in path.stem else pretrain)
+    cfg = configurator.load(script.Config, [str(path)])
+    plan.main(configurator.load(plan.Config, [str(path), "--gpus=8"]))
+    printed = capsys.readouterr().out
+    assert "memory per GPU" in printed and "KV" in printed
+    assert ("8,254,990,336" in printed) == path.stem.startswith("mimo_7b")
+    assert script is pretrain or cfg.init != cfg.out and cfg.out.startswith("out/")
+    with pytest.raises(UserError, match="shard_ranks = 3 should divide gpus = 8"):
+        plan.main(configurator.load(plan.Config, [str(path), "--set.shard_ranks=3"]))
+
+
+def test_plan_says_what_it_cannot_take(tmp_path):
+    (tmp_path / "odd.py").write_text("nonsense = 1\n")
+    with pytest.raises(UserError, match="odd.py: its fields are those of none"):
+        plan.main(plan.Config(str(tmp_path / "odd.py")))
+    (tmp_path / "mine_rl.py").write_text("group_size = 4\n")
+    with pytest.raises(UserError, match="which model"):
+        plan.main(plan.Config(str(tmp_path / "mine_rl.py")))
 
 
 def test_rl_memory_counts_what_the_engine_allocates():
