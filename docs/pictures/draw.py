@@ -409,7 +409,8 @@ def tokenizer() -> Figure:
     text = "The total of 17 and 25 is 42."
     write(ax, 0.2, 4.7, f'encode("{text}")', 13, weight="bold")
     row(tok.encode(text), None, 4.07)
-    write(ax, 0.2, 3.57, "frequent words are one piece, a space joins the word behind it, each digit stands alone", 11.5, GREY)
+    write(ax, 0.2, 3.57, "frequent words are one piece, a space joins the word behind it, each digit stands alone",
+          11.5, GREY)
     write(ax, 0.2, 3.06, 'chat([{"role": "user", ...}, {"role": "assistant", ...}])  gives ids and a mask', 13,
           weight="bold")
     ids, mask = tok.chat([{"role": "user", "content": "What is 7+2?"}, {"role": "assistant", "content": "7+2=9"}])
@@ -499,7 +500,8 @@ def fsdp() -> Figure:
         write(ax, x + 0.42, 0.54, what, 11.5)
     write(ax, 6.5, 0.54, "grad", 10.5, RED, weight="bold")
     write(ax, 7.0, 0.54, "summed, each keeps a quarter", 11.5)
-    write(ax, 0.15, 0.17, "root: embed_tokens, norm, lm_head; gathered to the end. MTP layers: until their backward.", 11, GREY)
+    write(ax, 0.15, 0.17, "root: embed_tokens, norm, lm_head; gathered to the end. MTP layers: until their backward.",
+          11, GREY)
     return fig
 
 
