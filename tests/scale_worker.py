@@ -251,7 +251,7 @@ def train_rl_updates(out, steps=20, mini_batch=8, group_size=4, shard_ranks=0):
                                 [{}] * group_size, 0, rank=home))
         stats = rl.update(model, optimizer, SimpleNamespace(groups=groups), cfg, rt, step)
         seen.append([stats[k] for k in ("objective", "entropy", "ratio", "clip_low", "clip_high", "grad_norm",
-                                        "ratio_max", "engine_gap", "trained_tokens")])
+                                        "ratio_max", "logprob_diff", "trained_tokens")])
     assert rl.NOTHING[0].old is None
     weights = {name: float(w.double().norm()) for name, w in distributed.replica_state(model)}
     if rt.is_main:
@@ -337,7 +337,7 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank=""):
     try:
         rl.main(configurator.load(rl.Config, [
             f"--init={folder}/base", f"--out={out}", f"--problems={folder}/problems.jsonl", "--valid=", "--steps=4",
-            "--batch_size=4", "--mini_batch=2", "--group_size=4", "--max_groups=8", "--budget=[(0,24)]", "--slots=8",
+            "--batch_size=4", "--mini_batch=2", "--group_size=4", "--max_groups=8", "--max_new_tokens=[(0,24)]", "--slots=8",
             "--lr=1e-3", "--save_every=1", "--judge_workers=1", "--reward_lag=2", "--micro_tokens=256", "--device=cpu",
             *flags]))
     finally:

@@ -75,7 +75,7 @@ configurator.run(rl.main, rl.Config)
 def rl_flags(world, out, base):
     return ["-c", RL, f"--init={base}", f"--out={out}", f"--problems={world}/problems/rl_all.jsonl", "--valid=",
             "--steps=6", "--batch_size=2", "--mini_batch=1", "--group_size=4", "--max_groups=4",
-            "--budget=[(0,12),(3,16)]", "--slots=16", "--lr=1e-3", "--save_every=1", "--judge_workers=1",
+            "--max_new_tokens=[(0,12),(3,16)]", "--slots=16", "--lr=1e-3", "--save_every=1", "--judge_workers=1",
             "--reward_lag=4", "--device=cpu"]
 
 
