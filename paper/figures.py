@@ -119,7 +119,7 @@ def rollout(run: Path, folder: Path) -> None:
     series = [("reward_launched", "reward, all answers"), ("all0", "groups all wrong"), ("all1", "groups all right"),
               ("entropy", "entropy, nats per token"), ("length_mean", "answer length, tokens"),
               ("pool_size", "easy pool, problems"), ("waste", "valid samples wasted"),
-              ("slot_idle", "engine slots idle"), ("engine_gap_max", "engine - trainer log-prob, max")]
+              ("slot_idle", "engine slots idle"), ("logprob_diff_max", "engine - trainer log-prob, max")]
     fig, axes = plt.subplots(3, 3, figsize=(7.4, 5.2), sharex=True)
     points = []
     for name, colour in (("rl", INK), ("rl_zero", "#c8553d")):
