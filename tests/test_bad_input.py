@@ -120,7 +120,8 @@ def sft_words(world, *more):
 
 def rl_words(world, *more):
     return [f"--init={world}/base", f"--out={world}/run", f"--problems={world}/problems.jsonl", "--valid=",
-            "--batch_size=1", "--mini_batch=1", "--max_groups=1", "--group_size=2", "--steps=1", "--max_new_tokens=[(0,4)]",
+            "--batch_size=1", "--mini_batch=1", "--max_groups=1", "--group_size=2", "--steps=1",
+            "--max_new_tokens=[(0,4)]",
             "--device=cpu", *more]
 
 
@@ -169,7 +170,8 @@ SIZES = [
     (sft, "save_every=0"), (sft, "lr=-1"), (sft, "lr=1e999"), (sft, "beta2=1.5"), (sft, "max_per_query=0"),
     (rl, "steps=0"), (rl, "group_size=1"), (rl, "batch_size=0"), (rl, "mini_batch=0"), (rl, "mini_batch=3"),
     (rl, "max_groups=2"), (rl, "slots=0"), (rl, "judge_workers=0"), (rl, "eps_low=0.5"), (rl, "easy_alpha=2"),
-    (rl, "max_new_tokens=[]"), (rl, "max_new_tokens=[(0,0)]"), (rl, "max_new_tokens=[(5,9)]"), (rl, "temperature=0.5"), (rl, "lr=-1"),
+    (rl, "max_new_tokens=[]"), (rl, "max_new_tokens=[(0,0)]"), (rl, "max_new_tokens=[(5,9)]"),
+    (rl, "temperature=0.5"), (rl, "lr=-1"),
     (rl, "max_staleness=2"), (rl, "keep=-1"), (rl, "is_cap=0"), (rl, "reward_lag=-1"), (rl, "scheme=hard"),
     (evaluation, "samples=0"), (evaluation, "max_new_tokens=-1"), (evaluation, "slots=0"), (evaluation, "top_p=0"),
     (evaluation, "top_p=1.5"), (evaluation, "temperature=-1"), (evaluation, "limit=-1"), (evaluation, "tasks=[]"),
