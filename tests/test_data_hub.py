@@ -1,20 +1,25 @@
-"""Each adapter on a few hand-made rows with the columns of its dataset card; readers of every file kind;
-hostile pickles."""
-
+"""
+Each adapter on a few hand-made rows with the columns of its dataset card; readers of every kind of file; hostile
+pickles.
+"""
 import base64
 import gzip
 import json
 import pickle
 import zlib
+from itertools import islice
 
 import pytest
 
+import configurator
 from configurator import UserError
 from data import hub
+from data.jsonl import whole_file
 from data.problems import Problem, read_problems, write_problems
 
 
 def write(path, rows):
+    """Rows as JSONL, compressed where the name ends in .gz. -> path"""
     data = "\n".join(json.dumps(r) for r in rows).encode()
     path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
     return path
@@ -25,29 +30,40 @@ def made(adapter, rows, tmp_path=None):
     if tmp_path is not None:
         write(tmp_path / "rows.jsonl", rows)
         rows = hub.rows(str(tmp_path))
-    return list(hub.convert(adapter, rows))
+    return list(hub.convert(adapter, rows, {}))
 
 
-# ---- documents
+def records(folder, limit=None):
+    """Documents of a folder."""
+    return list(islice(hub.convert("text", hub.rows(str(folder)), {}), limit))
 
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    """Until the with-block ends there is the old file; after an exception too, and no temporary one beside it."""
+    path = tmp_path / "deep" / "a.txt"
+    with whole_file(path) as f:
+        f.write("old é")
+        assert not path.exists()
+    assert path.read_bytes() == "old é".encode()
+    with pytest.raises(KeyboardInterrupt):
+        with whole_file(path, "wb") as f:
+            f.write(b"new")
+            assert path.read_bytes() == "old é".encode()
+            raise KeyboardInterrupt
+    assert path.read_bytes() == "old é".encode() and list(path.parent.iterdir()) == [path]
+
+
+# ---- documents ------------------------------------------------------------------------------------------------------
 
 def test_documents(tmp_path):
-    fineweb = {
-        "text": "Hello",
-        "id": "<urn:1>",
-        "url": "http://a.org",
-        "dump": "CC",
-        "score": 3.2,
-        "int_score": 3,
-    }
+    fineweb = {"text": "Hello", "id": "<urn:1>", "url": "http://a.org", "dump": "CC", "score": 3.2, "int_score": 3}
     stack = {"content": "print(1)", "lang": "Python", "size": 8, "path": "a.py"}
     page = {"html": "<p>hi</p>", "url": "http://b.org"}
     got = made("text", [fineweb, stack, page, {"text": ""}], tmp_path)
-    assert [(r.url, r.text, r.html) for r in got] == [
-        ("http://a.org", "Hello", ""),
-        ("a.py", "print(1)", ""),
-        ("http://b.org", "", "<p>hi</p>"),
-    ]
+    assert [(r.url, r.text, r.html) for r in got] == [("http://a.org", "Hello", ""), ("a.py", "print(1)", ""),
+                                                      ("http://b.org", "", "<p>hi</p>")]
     with pytest.raises(ValueError, match="row 1: row needs text, html or content; columns: body"):
         made("fineweb_edu", [{"body": "x"}])
 
@@ -59,26 +75,29 @@ def test_every_file_kind_in_path_order(tmp_path):
     (tmp_path / "sub" / "c.txt").write_bytes(b"caf\xc3\xa9 \xff")
     (tmp_path / "sub" / "d.html").write_text("<p>4</p>")
     (tmp_path / "README.md").write_text("not read")
-    got = hub.documents(str(tmp_path))
+    got = records(tmp_path)
     assert [r.text or r.html for r in got] == ["1", "2", "café \ufffd", "<p>4</p>"]
-    assert len(hub.documents(str(tmp_path), limit=2)) == 2
+    assert len(records(tmp_path, limit=2)) == 2
 
 
 def test_zst_and_parquet(tmp_path):
     zstandard, pa = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
-
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "1"}\n{"text": "2"}'))
-    pq.write_table(
-        pa.Table.from_pylist([{"text": "3", "url": "u"}, {"text": "4", "url": "v"}]), tmp_path / "b.parquet"
-    )
-    assert [r.text for r in hub.documents(str(tmp_path))] == ["1", "2", "3", "4"]
+    pq.write_table(pa.Table.from_pylist([{"text": "3", "url": "u"}, {"text": "4", "url": "v"}]), tmp_path / "b.parquet")
+    assert [r.text for r in records(tmp_path)] == ["1", "2", "3", "4"]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"not zst")
+    with pytest.raises(UserError, match="a.jsonl.zst: cut off or damaged"):
+        records(tmp_path)
+    with pytest.raises(UserError, match="b.parquet: damaged"):
+        (tmp_path / "b.parquet").write_bytes(b"not parquet")
+        list(hub.rows(str(tmp_path / "b.parquet")))
 
 
 def test_missing_and_broken_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file that ends in"):
+    with pytest.raises(UserError, match="no file that ends in"):
         list(hub.rows(str(tmp_path)))
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         list(hub.rows("/no/such/folder"))
     (tmp_path / "a.jsonl").write_text('{"text": "1"}\n{oops')
     with pytest.raises(ValueError, match="a.jsonl:2: not JSON"):
@@ -90,122 +109,73 @@ def test_missing_and_broken_sources(tmp_path):
         made("nonsense", [])
 
 
-# ---- conversations
-
+# ---- conversations --------------------------------------------------------------------------------------------------
 
 def test_openthoughts_marks_become_think(tmp_path):
     answer = "<|begin_of_thought|>\n\n1+1=2\n\n<|end_of_thought|>\n\n"
     answer += "<|begin_of_solution|>\n\nTwo.\n\n<|end_of_solution|>"
-    row = {
-        "system": "Use the marks.",
-        "conversations": [{"from": "user", "value": "1+1?"}, {"from": "assistant", "value": answer}],
-    }
+    row = {"system": "Use the marks.",
+           "conversations": [{"from": "user", "value": "1+1?"}, {"from": "assistant", "value": answer}]}
     (got,) = made("openthoughts", [row], tmp_path)
-    assert got["messages"] == [
-        {"role": "user", "content": "1+1?"},
-        {"role": "assistant", "content": "<think>\n1+1=2\n</think>\n\nTwo."},
-    ]
+    assert got["messages"] == [{"role": "user", "content": "1+1?"},
+                               {"role": "assistant", "content": "<think>\n1+1=2\n</think>\n\nTwo."}]
     assert got["source"] == "openthoughts" and len(got["id"]) == 16
 
 
 def test_openr1_keeps_right_and_whole_generations_eight_at_most(tmp_path):
-    row = {
-        "problem": "q",
-        "answer": "5",
-        "uuid": "u",
-        "generations": [f"<think>t{i}</think>a" for i in range(12)],
-        "correctness_math_verify": [False] + [True] * 11,
-        "is_reasoning_complete": [True, False] + [True] * 10,
-    }
+    row = {"problem": "q", "answer": "5", "uuid": "u", "generations": [f"<think>t{i}</think>a" for i in range(12)],
+           "correctness_math_verify": [False] + [True] * 11, "is_reasoning_complete": [True, False] + [True] * 10}
     none = row | {"correctness_math_verify": None, "correctness_llama": None}
     got = made("openr1_sft", [row, none], tmp_path)
-    assert [g["messages"][1]["content"] for g in got] == [
-        f"<think>\nt{i}\n</think>\n\na" for i in range(2, 10)
-    ]
+    assert [g["messages"][1]["content"] for g in got] == [f"<think>\nt{i}\n</think>\n\na" for i in range(2, 10)]
     assert len({g["id"] for g in got}) == 8
 
 
 def test_deepmath_both_ways(tmp_path):
-    row = {
-        "question": "Evaluate x.",
-        "final_answer": "\\frac{1}{2}",
-        "difficulty": 5.4,
-        "topic": "t",
-        "r1_solution_1": "s1",
-        "r1_solution_2": "<think>a</think>b",
-        "r1_solution_3": None,
-    }
+    row = {"question": "Evaluate x.", "final_answer": "\\frac{1}{2}", "difficulty": 5.4, "topic": "t",
+           "r1_solution_1": "s1", "r1_solution_2": "<think>a</think>b", "r1_solution_3": None}
     assert [g["messages"][1]["content"] for g in made("deepmath_sft", [row], tmp_path)] == [
-        "s1",
-        "<think>\na\n</think>\n\nb",
-    ]
+        "s1", "<think>\na\n</think>\n\nb"]
     (p,) = made("deepmath", [row])
     assert (p.answer, p.level, p.kind) == ("\\frac{1}{2}", 5, "maths")
 
 
-# ---- maths problems
-
+# ---- maths problems -------------------------------------------------------------------------------------------------
 
 def test_proofs_and_choices_go_answers_stay_as_they_are():
-    """Section 3.2: no proofs, no multiple choice, answers not forced to integers, rows without an answer
-    dropped."""
+    """Section 3.2: no proofs, no multiple choice, answers not forced to integers, rows without an answer dropped."""
     base = {"question_type": "math-word-problem", "generations": []}
-    rows = [
-        base | {"problem": "Find x.", "answer": "\\sqrt{2}"},
-        base | {"problem": "Prove that x > 0.", "answer": "proof"},
-        base | {"problem": "Pick: (A) 1 (B) 2 (C) 3", "answer": "2"},
-        base | {"problem": "Which one?", "answer": "B"},
-        base | {"problem": "What is it?", "answer": "x", "question_type": "MCQ"},
-        base | {"problem": "No answer?", "answer": None},
-        base | {"problem": "  find  X. ", "answer": "\\sqrt{2}"},
-    ]
+    rows = [base | {"problem": "Find x.", "answer": "\\sqrt{2}"},
+            base | {"problem": "Prove that x > 0.", "answer": "proof"},
+            base | {"problem": "Pick: (A) 1 (B) 2 (C) 3", "answer": "2"},
+            base | {"problem": "Which one?", "answer": "B"},
+            base | {"problem": "What is it?", "answer": "x", "question_type": "MCQ"},
+            base | {"problem": "No answer?", "answer": None}, base | {"problem": "  find  X. ", "answer": "\\sqrt{2}"}]
     dropped = {}
     (p,) = hub.convert("openr1", rows, dropped)
     assert p.answer == "\\sqrt{2}" and dropped == {"filtered": 5, "repeat": 1}
 
 
 def test_dapo_template_and_hundredfold_repeats(tmp_path):
-    text = (
-        "Solve the following math problem step by step. The last line of your response should be of "
-        "the form Answer: "
-        "$Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is 6 * "
-        "7?\n\nRemember to put your "
-        'answer on its own line after "Answer:".'
-    )
-    row = {
-        "prompt": [{"role": "user", "content": text}],
-        "reward_model": {"ground_truth": "42", "style": "rule"},
-    }
+    text = ("Solve the following math problem step by step. The last line of your response should be of the form "
+            "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is 6 * 7?\n\n"
+            'Remember to put your answer on its own line after "Answer:".')
+    row = {"prompt": [{"role": "user", "content": text}], "reward_model": {"ground_truth": "42", "style": "rule"}}
     (p,) = made("dapo", [row] * 100, tmp_path)
     assert (p.question, p.answer) == ("What is 6 * 7?", "42")
 
 
-# ---- code problems
-
+# ---- code problems --------------------------------------------------------------------------------------------------
 
 def test_apps_stdio_call_and_no_tests(tmp_path):
-    stdio = {
-        "question": "Add.",
-        "solutions": json.dumps(["print(sum(map(int, input().split())))"]),
-        "difficulty": "interview",
-        "input_output": json.dumps({"inputs": ["1 2\n"], "outputs": ["3\n"]}),
-        "starter_code": "",
-    }
-    call = {
-        "question": "Double.",
-        "solutions": "",
-        "starter_code": "def f(x):",
-        "difficulty": "VERY_HARD",
-        "input_output": json.dumps({"fn_name": "f", "inputs": [[1], [2]], "outputs": [[2], [4]]}),
-    }
-    lists = call | {
-        "question": "Pair.",
-        "input_output": json.dumps({"fn_name": "f", "inputs": [[1]], "outputs": [[1, 2]]}),
-    }
-    huge = stdio | {
-        "question": "Huge.",
-        "input_output": '{"inputs": ["1"], "outputs": [1' + "0" * 5000 + "]}",
-    }
+    stdio = {"question": "Add.", "solutions": json.dumps(["print(sum(map(int, input().split())))"]),
+             "difficulty": "interview", "input_output": json.dumps({"inputs": ["1 2\n"], "outputs": ["3\n"]}),
+             "starter_code": ""}
+    call = {"question": "Double.", "solutions": "", "starter_code": "def f(x):", "difficulty": "VERY_HARD",
+            "input_output": json.dumps({"fn_name": "f", "inputs": [[1], [2]], "outputs": [[2], [4]]})}
+    lists = call | {"question": "Pair.",
+                    "input_output": json.dumps({"fn_name": "f", "inputs": [[1]], "outputs": [[1, 2]]})}
+    huge = stdio | {"question": "Huge.", "input_output": '{"inputs": ["1"], "outputs": [1' + "0" * 5000 + "]}"}
     empty = [stdio | {"question": "None.", "input_output": x} for x in ("", "{}", None)]
     a, b, c, d = made("taco", [stdio, call, lists, huge, *empty], tmp_path)
     assert (a.tests[0].kind, a.tests[0].input, a.tests[0].expected, a.level) == ("stdio", "1 2\n", "3\n", 2)
@@ -218,18 +188,11 @@ def test_apps_stdio_call_and_no_tests(tmp_path):
 
 def test_codecontests_languages_are_numbers(tmp_path):
     tests = {"input": ["1\n"], "output": ["2\n"]}
-    row = {
-        "description": "Add one.",
-        "public_tests": tests,
-        "private_tests": tests,
-        "generated_tests": {"input": [], "output": []},
-        "solutions": {"language": [2, 3, 1], "solution": ["cpp", "py3", "py2"]},
-        "cf_rating": 1900,
-        "incorrect_solutions": {"language": [3, 4], "solution": ["wrong", "java"]},
-    }
+    row = {"description": "Add one.", "public_tests": tests, "private_tests": tests,
+           "generated_tests": {"input": [], "output": []},
+           "solutions": {"language": [2, 3, 1], "solution": ["cpp", "py3", "py2"]}, "cf_rating": 1900}
     (p,) = made("codecontests", [row], tmp_path)
     assert len(p.tests) == 2 and p.solution == "```python\npy3\n```" and p.level == 3
-    assert hub.python3(row["incorrect_solutions"]) == ["wrong"]
 
 
 def pack(value) -> str:
@@ -239,21 +202,10 @@ def pack(value) -> str:
 def test_livecodebench_reads_packed_tests(tmp_path):
     stdio = [{"input": "1\n", "output": "2\n", "testtype": "stdin"}]
     call = [{"input": '[1, 2]\n"a"', "output": "3", "testtype": "functional"}]
-    row = {
-        "question_title": "t",
-        "question_content": "Q",
-        "difficulty": "hard",
-        "starter_code": "",
-        "metadata": "{}",
-        "public_test_cases": json.dumps(stdio),
-        "private_test_cases": pack(json.dumps(stdio * 2)),
-    }
-    functional = row | {
-        "question_content": "R",
-        "metadata": '{"func_name": "solve"}',
-        "public_test_cases": json.dumps(call),
-        "private_test_cases": json.dumps(call),
-    }
+    row = {"question_title": "t", "question_content": "Q", "difficulty": "hard", "starter_code": "", "metadata": "{}",
+           "public_test_cases": json.dumps(stdio), "private_test_cases": pack(json.dumps(stdio * 2))}
+    functional = row | {"question_content": "R", "metadata": '{"func_name": "solve"}',
+                        "public_test_cases": json.dumps(call), "private_test_cases": json.dumps(call)}
     a, b = made("livecodebench", [row, functional], tmp_path)
     assert len(a.tests) == 3 and a.tests[2].expected == "2\n" and a.level == 4 and a.entry == "main"
     assert b.entry == "solve" and (b.tests[0].input, b.tests[0].expected) == ('[[1, 2], "a"]', "3")
@@ -265,8 +217,7 @@ class Bomb:
 
 
 def test_hostile_pickle_is_refused(capsys):
-    """A pickle that names any class or function is refused before it runs; so is one that unpacks to too
-    much."""
+    """A pickle that names any class or function is refused before it runs; so is one that unpacks to too much."""
     with pytest.raises(ValueError, match="refused"):
         hub.unpack_tests(pack(Bomb()))
     assert capsys.readouterr().out == ""
@@ -278,56 +229,39 @@ def test_hostile_pickle_is_refused(capsys):
         hub.MAX_BYTES = old
 
 
-# ---- the command
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def call(*words):
+    """python -m data.hub WORDS"""
+    hub.main(configurator.load(hub.Config, list(map(str, words))))
 
 
-def run(monkeypatch, *argv):
-    monkeypatch.setattr("sys.argv", ["hub", *map(str, argv)])
-    hub.main()
-
-
-def test_command_writes_what_the_recipe_reads(tmp_path, monkeypatch, capsys):
+def test_command_writes_what_the_recipe_reads(tmp_path, capsys):
     row = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}
     (tmp_path / "in").mkdir()
     write(tmp_path / "in" / "a.jsonl", [row, row])
-    run(monkeypatch, "dapo", tmp_path / "in", tmp_path / "out.jsonl")
+    call("dapo", tmp_path / "in", tmp_path / "out.jsonl")
     assert [p.answer for p in read_problems(tmp_path / "out.jsonl")] == ["2"]
     assert "1 written, 1 repeat" in capsys.readouterr().out
     write(tmp_path / "in" / "a.jsonl", [{"prompt": "text"}])
-    with pytest.raises(UserError, match=r"hub error: adapter dapo, row 1: row needs 'prompt'"):
-        run(monkeypatch, "dapo", tmp_path / "in", tmp_path / "other.jsonl")
+    with pytest.raises(UserError, match=r"adapter dapo, row 1: row needs 'prompt'"):
+        call("dapo", tmp_path / "in", tmp_path / "other.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.jsonl"]
 
 
-def test_command_writes_shards(tmp_path, monkeypatch, capsys):
-    """Four documents: one repeated under another spelling of its address, one that holds a held-out
-    question."""
+def test_command_writes_shards(tmp_path, capsys):
+    """Four documents: one repeated under another spelling of its address, one that holds a held-out question."""
     texts = [f"The town of {n} has a market and a mill. " * 4 for n in ("Bram", "Holt")]
-    rows = [
-        {"text": texts[0], "url": "http://a.org/1"},
-        {"text": "x", "url": "http://www.a.org/1/"},
-        {"text": texts[1], "url": "http://a.org/2"},
-        {"text": "So: What is 17 + 25? It is 42.", "url": "c"},
-    ]
+    rows = [{"text": texts[0], "url": "http://a.org/1"}, {"text": "x", "url": "http://www.a.org/1/"},
+            {"text": texts[1], "url": "http://a.org/2"}, {"text": "So: What is 17 + 25? It is 42.", "url": "c"}]
     (tmp_path / "in").mkdir()
     write(tmp_path / "in" / "a.jsonl", rows)
     write_problems(tmp_path / "test.jsonl", [Problem("0" * 16, "maths", "What is 17 + 25?", answer="42")])
-    run(
-        monkeypatch,
-        "text",
-        tmp_path / "in",
-        tmp_path / "shards",
-        "--tokenizer=tiny",
-        "--name=maths",
-        f"--heldout={tmp_path / 'test.jsonl'}",
-    )
+    call("text", tmp_path / "in", tmp_path / "shards", "--tokenizer=tiny", "--name=maths",
+         f"--heldout={tmp_path / 'test.jsonl'}")
     info = json.loads((tmp_path / "shards" / "maths.json").read_text())
     assert info["documents"] == 2
+    with pytest.raises(UserError, match="limit = 0 should be at least 1"):
+        call("text", tmp_path / "in", tmp_path / "o.jsonl", "--limit=0")
     with pytest.raises(UserError, match="no documents to write"):
-        run(
-            monkeypatch,
-            "text",
-            write(tmp_path / "none.jsonl", [{"text": ""}]),
-            tmp_path / "s2",
-            "--tokenizer=tiny",
-        )
+        call("text", write(tmp_path / "none.jsonl", [{"text": ""}]), tmp_path / "s2", "--tokenizer=tiny")

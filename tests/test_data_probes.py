@@ -1,5 +1,4 @@
 """Probes hold what they ask for; books refer far back."""
-
 import re
 
 import pytest
@@ -29,8 +28,7 @@ def test_world_is_consistent_and_a_function_of_its_seed():
 
 @pytest.mark.parametrize("kind", probes.KINDS)
 def test_probe(kind):
-    """The answer can be found by reading the prompt as a machine would, the length is about right, seeds
-    differ."""
+    """The answer can be found by reading the prompt as a machine would, the length is about right, seeds differ."""
     for seed in range(20):
         p = probes.probe(kind, seed, 200)
         assert p == probes.probe(kind, seed, 200) and p.prompt != probes.probe(kind, seed + 1, 200).prompt
@@ -50,12 +48,10 @@ def test_probe(kind):
                 known[a] = known.get(b, b)
             assert sorted(k for k, v in known.items() if v == value) == sorted(p.answers)
         else:
-            asked = re.findall(r"the (\w+ \w+)(?= and|\?)", question)
-            found = [n for t in asked for n in re.findall(rf"The number of the {t} is (\d+)\.", text)]
+            targets = re.findall(r"the (\w+ \w+)(?= and|\?)", question)
+            found = [n for t in targets for n in re.findall(rf"The number of the {t} is (\d+)\.", text)]
             assert found == list(p.answers)
-            assert len(re.findall(r"The number of the", text)) >= {"multikey": 4, "multiquery": 5}.get(
-                kind, 1
-            )
+            assert len(re.findall(r"The number of the", text)) >= {"multikey": 4, "multiquery": 5}.get(kind, 1)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
@@ -69,12 +65,7 @@ def test_needle_lies_at_its_depth(depth):
 def test_score_by_hand():
     """answers (4821, 7093): both in order 1, one right .5, swapped 0; `common` does not look at the order."""
     p = probes.Probe("multiquery", "", ("4821", "7093"), 0.0)
-    assert [probes.score(p, t) for t in (" 4821, 7093.", " 4821, 9.", " 7093, 4821.", "\n4821, 7093")] == [
-        1,
-        0.5,
-        0,
-        0,
-    ]
+    assert [probes.score(p, t) for t in (" 4821, 7093.", " 4821, 9.", " 7093, 4821.", "\n4821, 7093")] == [1, 0.5, 0, 0]
     q = probes.Probe("common", "", ("box", "cup"), 0.0, ordered=False)
     assert probes.score(q, " cup, box.") == 1.0
 
