@@ -1,35 +1,36 @@
 """
 Problems with a checkable answer: what SFT explains, RL practises and eval.py measures (report sections 3.1, 3.2).
 
-One record serves maths (a rule-checkable final answer) and code (tests that the judge runs). Files are JSONL, one
-problem a line. A model meets a problem in two forms: PLAIN, the text form that the pre-training pages use (base models,
-RL-Zero), and `messages`, the chat form (SFT, RL).
+One record serves maths (a final answer that rules can check) and code (tests that the judge runs). Files are JSONL, one
+problem per line; data/prepare.py and data/hub.py write them. A model meets a problem in two forms: PLAIN, as in the
+pages of pre-training (base models, RL-Zero), and messages(), as in a chat (SFT, RL).
+
+    python -c "from data.problems import read_problems; print(read_problems('out/tiny/problems/rl_all.jsonl')[0])"
 """
 import dataclasses
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from configurator import UserError
 from data.jsonl import line_of, read_jsonl, strict_json, write_jsonl
+
+if TYPE_CHECKING:
+    from tokenizer import Tokenizer  # for annotations only: it imports numpy, which the workers of judge/maths.py spare
 
 PLAIN = "Problem: {question}\nSolution:"     # what a base model continues, up to the end of the document
 
 
 @dataclass(frozen=True)
 class Test:
-    """One unit test. `call`: input is a JSON list of arguments, expected is JSON; `stdio`: both are text.
-
-    difficulty: 0 = easiest (reward.difficulty_levels). ValueError if the JSON of a call test is not
-    readable.
-    """
-    __test__ = False    # not a class for pytest
-    kind: Literal["stdio", "call"]
-    input: str
-    expected: str
-    difficulty: int = 0
+    """One unit test of a code problem. UserError if a field has another type, or holds no JSON where it should."""
+    __test__ = False                        # not a class for pytest
+    kind: Literal["stdio", "call"]          # a whole program with its input and output, or one function call
+    input: str                              # call: a JSON list of arguments; stdio: text
+    expected: str                           # call: JSON; stdio: text
+    difficulty: int = 0                     # level from 0 = easiest (reward.difficulty_levels)
 
     def __post_init__(self):
         if self.kind not in ("stdio", "call"):
@@ -49,12 +50,13 @@ class Test:
 
 @dataclass(frozen=True)
 class Problem:
+    """One problem, maths or code. UserError if it cannot be graded (no answer, no tests)."""
     id: str                                 # hash of the problem's identity, the same for every wording of it
     kind: Literal["maths", "code"]
     question: str                           # what is asked, plain text
-    level: int = 1                          # difficulty: operations (maths) or clauses (code)
+    level: int = 1                          # size of the problem: operations (maths) or clauses (code)
     answer: str = ""                        # maths: the reference answer
-    tests: tuple[Test, ...] = ()            # code: each with its difficulty level
+    tests: tuple[Test, ...] = ()            # code
     entry: str = "f"                        # code: the function that call tests call
     reasoning: str = ""                     # worked steps, for SFT and pages; "" when there are none
     solution: str = ""                      # the answer as a model should write it: \boxed{..} or a fenced program
@@ -67,71 +69,73 @@ class Problem:
 
 
 def identity(canonical: str) -> str:
-    """16 hex digits of a canonical form; the same in every process and Python version."""
+    """16 hex digits from a canonical form of a problem; the same in every process and Python version."""
     return hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()
 
 
 def split_of(problem_id: str) -> Literal["train", "valid", "test"]:
-    """By identity, never by draw: 80% train, 5% valid, 15% test. Two wordings of one problem fall on the same side."""
+    """By identity, never by chance: 80% train, 5% valid, 15% test. Two wordings of one problem get the same split."""
     bucket = int(problem_id, 16) % 100
     return "test" if bucket < 15 else "valid" if bucket < 20 else "train"
 
 
 def response(p: Problem, think: bool) -> str:
-    """The reference response. think: the steps inside <think>, as SFT data and RL answers have them."""
+    """The reference response; with think, its steps stand in <think> before it, as in SFT data and RL answers."""
     if think:
         return f"<think>\n{p.reasoning}\n</think>\n\n{p.solution}"
     return p.solution
 
 
 def messages(p: Problem, answer: str | None = None) -> list[dict[str, str]]:
-    """The chat form; with `answer` the assistant's turn is there too."""
+    """The chat form: the user's turn, and the assistant's with `answer` if that is given."""
     chat = [{"role": "user", "content": p.question}]
     return chat if answer is None else chat + [{"role": "assistant", "content": answer}]
 
 
-def prompt_ids(tokenizer, problem: Problem, chat: bool) -> list[int]:
-    """The chat template for models that had SFT, the plain text form of the pre-training pages for base models."""
+def prompt_ids(tokenizer: "Tokenizer", problem: Problem, chat: bool) -> list[int]:
+    """Token ids of the prompt: the chat template for models that had SFT, PLAIN for base models."""
     if chat:
         return tokenizer.chat(messages(problem), add_generation_prompt=True)[0]
     return tokenizer.encode(PLAIN.format(question=problem.question))
 
 
-def stop_ids(tokenizer, chat: bool) -> tuple[int, ...]:
+def stop_ids(tokenizer: "Tokenizer", chat: bool) -> tuple[int, ...]:
     """
-    Both end tokens count everywhere: a base model ends its document, a chat model its turn. A base model may also go
-    on with the page's next problem: the first token of "Problem:" ends its answer, as stop words do in few-shot
-    evaluation.
+    Token ids that end an answer: both end tokens, since a base model ends its document and a chat model its turn. A
+    base model may also continue with the next problem of the page: the first token of "Problem:" ends its answer, as
+    stop words do in few-shot evaluation.
     """
     ends = tokenizer.eos_id, tokenizer.im_end_id
     return ends if chat else (*ends, tokenizer.encode(PLAIN)[0])
 
 
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
-    """JSONL, atomically: a reader never sees half a file."""
+    """Write a problems file, atomically: a reader never sees half a file."""
     write_jsonl(path, map(dataclasses.asdict, problems))
 
 
 def read_problems(path: str | Path) -> list[Problem]:
     """
-    ValueError names file and line of what is no problem (a field of another type or unknown, no tests, an id that came
-    before), and a file without any; OSError if it cannot be read.
+    All problems of a file. UserError names file and line of a problem that is not one (an unknown field, a field of
+    another type, no tests, an id that came before), and a file without problems. OSError if it cannot be opened.
     """
     found: dict[str, tuple[int, Problem]] = {}
     for n, row in read_jsonl(path):
         with line_of(path, n):
-            problem = parsed(row)
+            problem = from_row(row)
             if problem.id in found:
-                raise UserError(f"problem {problem.id} stands in line {found[problem.id][0]} already; ids should "
-                                "be unique")
+                raise UserError(f"problem {problem.id} is in line {found[problem.id][0]} too; ids should be unique")
         found[problem.id] = n, problem
     if not found:
         raise UserError(f"{path}: no problems in it; `python -m data.prepare` and data/hub.py write such files")
     return [problem for _, problem in found.values()]
 
 
-def parsed(row: dict) -> Problem:
-    """A line of a problems file -> Problem. ValueError or TypeError in words."""
+def from_row(row: dict) -> Problem:
+    """
+    The object of one line of a problems file -> Problem. UserError that names what is wrong; TypeError for an unknown
+    field of a test.
+    """
     fields = {f.name: f for f in dataclasses.fields(Problem)}
     if extra := sorted(set(row) - set(fields)):
         raise UserError(f"unknown field {extra[0]!r}, known are {', '.join(fields)}")

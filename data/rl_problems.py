@@ -2,15 +2,19 @@
 The RL problem set: pass-rate filters and test difficulty, from answers of several models (report sections 3.2, 3.3.1).
 
     python eval.py --ckpt=out/tiny/base --problems=out/tiny/problems/rl_all.jsonl --samples=4 --temperature=1 \\
-        --top_p=1 --out=out/tiny/difficulty/base.json          # writes base_answers.jsonl beside it
-    ...the same with --ckpt=out/tiny/sft, into sft.json, then
-    python rl_data.py
+        --top_p=1 --out=out/tiny/difficulty/base.json          # also writes base_answers.jsonl beside it
+    python eval.py --ckpt=out/tiny/sft --problems=out/tiny/problems/rl_all.jsonl --samples=4 --temperature=1 \\
+        --top_p=1 --out=out/tiny/difficulty/sft.json
+    python -m data.rl_problems
 
-Filters, by the LAST answers file (the SFT model's): maths that it solves in more than 90% of its answers goes, code
-that it solves every time goes, code without tests never came in. Then per unit test the pass rate over all answers of
-all models, and the tests of a problem clustered into easy, medium and hard (Fig. 5) by exact one-dimensional k-means:
-levels 0, 1, 2. The report is silent on the clustering; its Fig. 5 fits edges near 0.3 and 0.7. An answer without a
-program passes no test. The report draws 16 answers a problem, and also drops what strong models never solve.
+Filters, by the last of the answers files (the SFT model's): a maths problem that it solves in more than 90% of its
+answers is dropped, and a code problem that it solves every time. Then the pass rate of every unit test over all answers
+of all models, and exact one-dimensional k-means over the rates of a problem's tests: easy, medium and hard (Fig. 5) are
+difficulty 0, 1 and 2. The report is silent on the clustering; its Fig. 5 fits edges near 0.3 and 0.7. An answer without
+a program passes no test. Unlike us, the report draws 16 answers per problem, and also drops what strong models never
+solve.
+
+Expect about seven eighths of the tiny world's 1,200 RL problems to be kept, within five seconds.
 """
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -27,11 +31,11 @@ ANSWERS = ["out/tiny/difficulty/base_answers.jsonl", "out/tiny/difficulty/sft_an
 @dataclass(frozen=True)
 class Config:
     problems: str = "out/tiny/problems/rl_all.jsonl"      # every RL problem
-    out: str = "out/tiny/problems/rl.jsonl"               # what is left, tests with estimated levels
+    out: str = "out/tiny/problems/rl.jsonl"               # those that are kept, their tests with estimated difficulty
     answers: list[str] = field(default_factory=ANSWERS.copy)   # eval.py's answers files, the SFT model's last
-    max_maths_rate: float = 0.9                           # maths: solved more often goes [paper 3.2]
-    max_code_rate: float = 1.0                            # code: solved this often goes [paper 3.2]
-    levels: int = 3                                       # difficulty groups [paper Fig. 5]
+    max_maths_rate: float = 0.9                           # maths solved more often than this is dropped [paper 3.2]
+    max_code_rate: float = 1.0                            # code solved this often or more is dropped [paper 3.2]
+    levels: int = 3                                       # difficulty levels of the tests of a problem [paper Fig. 5]
 
     def __post_init__(self):
         configurator.at_least(self, 1, "levels")
@@ -43,7 +47,7 @@ class Config:
 
 
 def read_answers(path: str) -> dict[str, list[dict]]:
-    """problem id -> its graded answers. ValueError with file and line for what eval.py did not write."""
+    """An answers file of eval.py. -> problem id -> its graded answers. UserError with file and line for other rows."""
     found: dict[str, list[dict]] = {}
     right = "eval.py writes such files"
     for n, row in read_jsonl(path, right):
@@ -57,8 +61,8 @@ def read_answers(path: str) -> dict[str, list[dict]]:
     return found
 
 
-def with_levels(problem: Problem, answers: list[dict], k: int) -> Problem:
-    """The same problem, each test's level from its pass rate over the answers; 0 is the easiest."""
+def with_difficulty(problem: Problem, answers: list[dict], k: int) -> Problem:
+    """The same problem with the difficulty of its tests, 0 (easiest) to k - 1, from their pass rates in the answers."""
     n = len(problem.tests)
     table = [a["verdicts"] if len(a["verdicts"]) == n else ["RE"] * n for a in answers]
     levels = difficulty_levels(estimate_pass_rates(table), k)
@@ -67,6 +71,7 @@ def with_levels(problem: Problem, answers: list[dict], k: int) -> Problem:
 
 
 def main(cfg: Config) -> None:
+    """Read problems and answers, filter, estimate difficulty, write the RL problem set."""
     problems = read_problems(cfg.problems)
     models = [read_answers(path) for path in cfg.answers]
     kept, dropped, spread = [], Counter(), Counter()
@@ -80,7 +85,7 @@ def main(cfg: Config) -> None:
             dropped[p.kind] += 1
             continue
         if p.kind == "code":
-            p = with_levels(p, [a for found in models for a in found[p.id]], cfg.levels)
+            p = with_difficulty(p, [a for found in models for a in found[p.id]], cfg.levels)
             spread[len({t.difficulty for t in p.tests})] += 1
         kept.append(p)
     if not kept:
