@@ -4,7 +4,7 @@ The judge's side of the sandbox: start a box, put one program into it, read byte
 Report, section 3.2 (an online judge; it says nothing about isolation). Three kinds of isolation, strongest first. Each
 is tried at start-up, then attacked by a program of ours (PROBE), and counts only if every attack fails:
 
-    A   bubblewrap + seccomp + rlimits   own pid, network, ipc, mount and host name spaces; only the interpreter and its
+    A   bubblewrap + seccomp + rlimits   own pid, network, ipc, mount and host namespaces; only the interpreter and its
                                          libraries can be read; an unused user. Needs bwrap, and a kernel that lets it
     B   Landlock + seccomp + rlimits     only the interpreter and its libraries can be read. For ordinary users and for
                                          containers with default settings
