@@ -121,8 +121,7 @@ def sft_words(world, *more):
 def rl_words(world, *more):
     return [f"--init={world}/base", f"--out={world}/run", f"--problems={world}/problems.jsonl", "--valid=",
             "--batch_size=1", "--mini_batch=1", "--max_groups=1", "--group_size=2", "--steps=1",
-            "--max_new_tokens=[(0,4)]",
-            "--device=cpu", *more]
+            "--max_new_tokens=[(0,4)]", "--device=cpu", *more]
 
 
 def eval_words(world, *more):
@@ -513,11 +512,10 @@ def test_a_disk_that_fills_up_leaves_the_old_file(world, monkeypatch):
 
 def test_no_sandbox_on_this_machine(world, monkeypatch):
     import judge
-    from judge.box import JudgeError
 
     def refuse(*_):
-        raise JudgeError("no sandbox on this machine. A: no bwrap")
-    monkeypatch.setattr(judge, "choose_level", refuse)
+        raise configurator.UserError("no sandbox on this machine. A: no bwrap")
+    monkeypatch.setattr(judge, "choose_isolation", refuse)
     for module in (rl, evaluation):
         ends(script(module, *WORDS[module](world)), "no sandbox", "bwrap")
 
@@ -554,15 +552,6 @@ def test_rl_that_does_not_fit(world):
 
 # ---- the other commands --------------------------------------------------------------------------------------------
 
-def command(module, *argv):
-    """A module's main with words on its command line."""
-    def call():
-        sys.argv = [module.__name__, *map(str, argv)]
-        with configurator.one_line():
-            module.main()
-    return call
-
-
 @pytest.mark.parametrize("text, words", [
     (b"", ["nothing left"]), (b"{", ["a.jsonl:1:", "not JSON"]), (b'{"body": 1}', ["row 1", "columns: body"]),
     (b'{"text": "\xff"}', ["a.jsonl:1:", "UTF-8"]), (None, ["no such folder"]),
@@ -575,7 +564,7 @@ def test_hub(tmp_path, text, words):
         source.write_bytes(text)
     for more in ((), ("--tokenizer=tiny",)):
         words = ["no documents"] if more and text == b"" else words
-        ends(command(hub, "text", source, tmp_path / "out.jsonl", *more), *words)
+        ends(script(hub, "text", source, tmp_path / "out.jsonl", *more), *words)
         assert [p for p in tmp_path.iterdir() if p != source] == []
 
 
@@ -583,30 +572,30 @@ def test_hub_more(tmp_path):
     import gzip
     source = tmp_path / "a.jsonl.gz"
     source.write_bytes(gzip.compress(lines({"text": "a" * 1000 + str(os.urandom(500))}))[:-30])
-    ends(command(hub, "text", source, tmp_path / "out.jsonl"), "a.jsonl.gz", "cut off")
+    ends(script(hub, "text", source, tmp_path / "out.jsonl"), "a.jsonl.gz", "cut off")
     (tmp_path / "b.jsonl").write_bytes(lines({"text": "a"}))
-    ends(command(hub, "text", tmp_path / "b.jsonl", tmp_path), tmp_path, "folder")
-    ends(command(hub, "text", tmp_path / "b.jsonl", tmp_path / "o", "--limit=0"), "limit = 0")
-    ends(command(hub, "text", tmp_path / "b.jsonl", tmp_path / "o", "--tokenizer=nowhere"), "nowhere")
-    ends(command(hub, "text", tmp_path / "b.jsonl", tmp_path / "o", "--tokenizer=tiny", "--labels=none"), "none")
+    ends(script(hub, "text", tmp_path / "b.jsonl", tmp_path), tmp_path, "folder")
+    ends(script(hub, "text", tmp_path / "b.jsonl", tmp_path / "o", "--limit=0"), "limit = 0")
+    ends(script(hub, "text", tmp_path / "b.jsonl", tmp_path / "o", "--tokenizer=nowhere"), "nowhere")
+    ends(script(hub, "text", tmp_path / "b.jsonl", tmp_path / "o", "--tokenizer=tiny", "--labels=none"), "none")
     for adapter, row in (("apps", {"question": "q", "input_output": "[1]"}), ("livecodebench", {
             "question_content": "q", "public_test_cases": "[3]"}), ("openthoughts", {"conversations": []}),
             ("dapo", {"prompt": []})):
         (tmp_path / "c.jsonl").write_bytes(lines(row))
-        ends(command(hub, adapter, tmp_path / "c.jsonl", tmp_path / "o"), adapter, "row 1")
+        ends(script(hub, adapter, tmp_path / "c.jsonl", tmp_path / "o"), adapter, "row 1")
     assert not (tmp_path / "o").exists()
 
 
 def test_small_commands(world, capsys):
-    ends(lambda: shards.main(world / "base"), "no finished source")
+    ends(script(shards, world / "base"), "no finished source")
     cut(world / "data/web_00000.bin")
-    ends(lambda: shards.main(world / "data"), "web_00000.bin", "truncated")
-    ends(lambda: loader.main(world / "data", "web=x"), "loader error")
-    ends(lambda: loader.main(world / "data", "poems=1"), "poems")
-    ends(command(corpus, "--pages=3"), "pages = 3")
-    ends(command(tag, "nowhere.jsonl"), "nowhere.jsonl", "No such file")
+    ends(script(shards, world / "data"), "web_00000.bin", "truncated")
+    ends(script(loader, world / "data", "--mix.web=x"), "mix.web = 'x'", "float")
+    ends(script(loader, world / "data", "--mix={'poems': 1}"), "poems")
+    ends(script(corpus, "--pages=3"), "pages = 3")
+    ends(script(tag, "nowhere.jsonl"), "nowhere.jsonl", "No such file")
     (world / "labels.jsonl").write_bytes(lines({"text": "a", "domain": "poems", "quality": 1, "depth": 1, "ad": 0}))
-    ends(command(tag, world / "labels.jsonl"), "labels.jsonl:1:", "poems", "maths")
+    ends(script(tag, world / "labels.jsonl"), "labels.jsonl:1:", "poems", "maths")
     ends(script(sft_data, f"{world}/sft.jsonl", f"{world}/x", "--workers=0"), "workers = 0")
 
 
