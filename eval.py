@@ -31,7 +31,7 @@ import distributed
 import kernels
 import mtp
 from configurator import UserError
-from data.jsonl import write_jsonl
+from data.jsonl import whole_file, write_jsonl
 from data.loader import make_batch
 from data.problems import Problem, prompt_ids, read_problems, stop_ids
 from data.tiny import probes
@@ -108,9 +108,8 @@ def main(cfg: Config) -> dict:
 
     # ---- 3. keep ---------------------------------------------------------------------------------------------------
     results["seconds"] = time.perf_counter() - t0
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    temporary.replace(path)                                  # whole or not at all: demo.py takes it as done
+    with whole_file(path) as f:                              # demo.py takes a file that is there as finished
+        json.dump(results, f, indent=1)
     print(f"{path} ({results['seconds']:.0f} s)")
     return results
 
