@@ -103,8 +103,8 @@ class ModelConfig:
 
 def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool = True, train: str = "all") -> float:
     """
-    Training FLOPs per token in rows of T = seq_len tokens: 6 per weight of every matrix product (2 forward, 4 backward),
-    and 12 H d T per layer for attention, half of it under a causal mask. Every MTP layer runs the head once more.
+    Training FLOPs per token in rows of T = seq_len: 6 per weight of every matrix product (2 forward, 4 backward), and
+    12 H d T per layer for attention, half of it under a causal mask. Every MTP layer runs the head once more.
     Recomputation is not counted. causal=False counts the masked half too, the convention of PaLM and torchtitan.
     train="mtp" is MTP fine-tuning, whose trunk only runs forward.
     """

@@ -1,4 +1,5 @@
-"""kernels/ on a CPU: hand-worked answers, packing, batching. tests/test_train_cpu.py has what is compiled."""
+"""kernels/ on a CPU: hand-worked answers, packing, batching, --plain. tests/test_cpu_train.py has what is in C."""
+import importlib
 import math
 import os
 import subprocess
@@ -8,12 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import engine
+import kernels
+import mtp
 from kernels.attention import attention, doc_bounds
+from kernels.cpu import train as cpu_train
 from kernels.decode import decode_attention
 from kernels.linear_cross_entropy import linear_cross_entropy, logprob_entropy
 from kernels.rmsnorm import rmsnorm, rmsnorm_residual
-from kernels.rope import rope, rope_, rope_tables
+from kernels.rope import rope
 from kernels.swiglu import swiglu
+from model import MiMo, ModelConfig
 
 
 def randn(*shape, seed=0, grad=False):
@@ -25,10 +31,10 @@ def test_attention_by_hand():
     q = torch.ones(1, 2, 1, 1)
     k = torch.tensor([0.0, math.log(3)]).view(1, 2, 1, 1)
     v = torch.tensor([4.0, 8.0]).view(1, 2, 1, 1)
-    assert attention(q, k, v, scale=1.0).flatten().tolist() == pytest.approx([4, 7])
+    assert attention(q, k, v).flatten().tolist() == pytest.approx([4, 7])
     # as two documents of one token, each sees itself
     bounds = doc_bounds(torch.tensor([0, 1, 2], dtype=torch.int32), 1, 2)
-    assert attention(q, k, v, bounds, scale=1.0).flatten().tolist() == [4, 8]
+    assert attention(q, k, v, bounds).flatten().tolist() == [4, 8]
 
 
 def test_doc_bounds_by_hand():
@@ -101,24 +107,22 @@ def test_decode_of_an_empty_sequence_is_zero():
 
 
 def test_linear_cross_entropy_by_hand():
-    """Logits (0, ln 3), target 1: p = 3/4, loss ln 4/3; weight 2 doubles it; target -100 adds nothing."""
-    x, weight = torch.ones(2, 1), torch.tensor([[0.0], [math.log(3)]])
-    targets = torch.tensor([1, -100])
-    assert linear_cross_entropy(x, weight, targets).item() == pytest.approx(math.log(4 / 3))
-    twice = linear_cross_entropy(x, weight, targets, torch.tensor([2.0, 5.0]))
+    """Logits (0, ln 3), target 1: p = 3/4, loss ln 4/3; the sum over two rows doubles it; target -100 adds nothing."""
+    x, weight = torch.ones(3, 1), torch.tensor([[0.0], [math.log(3)]])
+    assert linear_cross_entropy(x[:2], weight, torch.tensor([1, -100])).item() == pytest.approx(math.log(4 / 3))
+    twice = linear_cross_entropy(x, weight, torch.tensor([1, -100, 1]))
     assert twice.item() == pytest.approx(2 * math.log(4 / 3)) and twice.dtype == torch.float32
 
 
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_linear_cross_entropy_equals_torch(chunk):
-    x, weight, w = randn(50, 16, grad=True), randn(40, 16, seed=1, grad=True), torch.rand(50).requires_grad_()
-    targets = torch.arange(50) % 40
+    x, weight, targets = randn(50, 16, grad=True), randn(40, 16, seed=1, grad=True), torch.arange(50) % 40
     targets[[3, 49]] = -100
-    ours = linear_cross_entropy(x, weight, targets, w, chunk=chunk)
-    torchs = (F.cross_entropy(x @ weight.T, targets, reduction="none") * w).sum()
+    ours = linear_cross_entropy(x, weight, targets, chunk=chunk)
+    torchs = F.cross_entropy(x @ weight.T, targets, reduction="sum")
     torch.testing.assert_close(ours, torchs)
-    for got, want in zip(torch.autograd.grad(ours * 0.5, (x, weight, w)),
-                         torch.autograd.grad(torchs * 0.5, (x, weight, w)), strict=True):
+    for got, want in zip(torch.autograd.grad(ours * 0.5, (x, weight)),
+                         torch.autograd.grad(torchs * 0.5, (x, weight)), strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -133,20 +137,18 @@ def test_linear_cross_entropy_of_a_frozen_head_and_without_grad():
 
 
 def test_logprob_entropy_by_hand():
-    """p = (1/4, 3/4): log p(0) = ln 1/4, H = 1/4 ln 4 + 3/4 ln 4/3. Temperature 2: odds sqrt 3 : 1."""
+    """p = (1/4, 3/4): log p(0) = ln 1/4, H = 1/4 ln 4 + 3/4 ln 4/3."""
     x, weight = torch.ones(1, 1), torch.tensor([[0.0], [math.log(3)]])
     logp, entropy = logprob_entropy(x, weight, torch.tensor([0]))
     assert logp.item() == pytest.approx(math.log(1 / 4))
     assert entropy.item() == pytest.approx(math.log(4) / 4 + 3 / 4 * math.log(4 / 3))
-    logp, _ = logprob_entropy(x, weight, torch.tensor([1]), temperature=2.0)
-    assert logp.item() == pytest.approx(math.log(math.sqrt(3) / (1 + math.sqrt(3))))
 
 
 def test_logprob_entropy_equals_categorical():
     x, weight = randn(30, 16, grad=True), randn(40, 16, seed=1, grad=True)
     targets = torch.arange(30)
-    logp, entropy = logprob_entropy(x, weight, targets, temperature=0.7, chunk=8)
-    want = torch.distributions.Categorical(logits=x @ weight.T / 0.7)
+    logp, entropy = logprob_entropy(x, weight, targets, chunk=8)
+    want = torch.distributions.Categorical(logits=x @ weight.T)
     torch.testing.assert_close(logp, want.log_prob(targets))
     torch.testing.assert_close(entropy, want.entropy(), atol=1e-6, rtol=1e-5)
     assert not entropy.requires_grad
@@ -165,7 +167,7 @@ def test_rmsnorm_by_hand_and_as_hugging_face_rounds():
         h = x.to(torch.float32)  # transformers Qwen2RMSNorm.forward, line by line
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
         assert torch.equal(rmsnorm(x, w, 1e-5), w * h.to(dtype))
-    normed, total = rmsnorm_residual(x, 2 * x, w, 1e-5)
+    normed, total = rmsnorm_residual(x, w, 1e-5, 2 * x)
     assert torch.equal(total, x + 2 * x) and torch.equal(normed, rmsnorm(x + 2 * x, w, 1e-5))
 
 
@@ -174,9 +176,14 @@ def test_swiglu_by_hand():
     assert swiglu(torch.tensor(math.log(3)), torch.tensor(4.0)).item() == pytest.approx(3 * math.log(3))
 
 
+def tables(positions, d, base):
+    """cos and sin of the positions, [.., d]."""
+    return MiMo(ModelConfig(n_layer=1, head_dim=d, rope_base=base)).rope_at(None, positions)
+
+
 def test_rope_by_hand():
     """d = 4, base 100: theta = (1, 0.1). A quarter turn of (1, 0) is (0, 1)."""
-    cos, sin = rope_tables(torch.tensor([2]), 4, 100.0)
+    cos, sin = tables(torch.tensor([2]), 4, 100.0)
     assert torch.atan2(sin, cos)[0].tolist() == pytest.approx([2, 0.2, 2, 0.2])
     quarter = torch.full((1, 2), math.pi / 2)
     one = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
@@ -188,17 +195,9 @@ def test_rope_scores_depend_on_the_distance_only():
     q, k = randn(1, 1, 1, 16), randn(1, 1, 1, 16, seed=1)
     dots = []
     for i, j in ((0, 0), (5, 2), (1003, 1000)):
-        tables = [rope_tables(torch.tensor([p]), 16, 1e4) for p in (i, j)]
-        dots.append((rope(q, q, *tables[0])[0] * rope(k, k, *tables[1])[0]).sum().item())
+        at_i, at_j = (tables(torch.tensor([p]), 16, 1e4) for p in (i, j))
+        dots.append((rope(q, q, *at_i)[0] * rope(k, k, *at_j)[0]).sum().item())
     assert dots[1] == pytest.approx(dots[2], abs=1e-4) and abs(dots[0] - dots[1]) > 1e-2
-
-
-def test_rope_in_place_writes_the_same_numbers():
-    q, k = randn(2, 5, 4, 16), randn(2, 5, 2, 16, seed=1)
-    tables = rope_tables(torch.arange(5).expand(2, 5), 16, 1e4)
-    want = rope(q, k, *tables)
-    got = rope_(q, k, *tables)
-    assert got[0] is q and torch.equal(q, want[0]) and torch.equal(k, want[1])
 
 
 def test_shapes_that_do_not_fit_are_named():
@@ -211,6 +210,73 @@ def test_shapes_that_do_not_fit_are_named():
         decode_attention(randn(1, 1, 3, 16), cache, cache, torch.zeros(1, 1), torch.ones(1))
     with pytest.raises(ValueError, match="targets"):
         linear_cross_entropy(randn(4, 8), randn(5, 8), torch.zeros(3, dtype=torch.int64))
+
+
+# ---- --plain --------------------------------------------------------------------------------------------------------
+
+REFERENCES = ["rmsnorm.rmsnorm_reference", "rope.rotate", "swiglu.swiglu_reference", "attention.attention_reference",
+              "decode.decode_reference"]
+OPERATORS = ["rmsnorm.norm_op", "rope.rope_op", "swiglu.swiglu_op", "attention.attention_op", "decode.decode_op",
+             "linear_cross_entropy.loss_op", "linear_cross_entropy.logprob_op"]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """
+    A set that collects the references that are called. The Triton operators, which CPU tensors would take here as CUDA
+    tensors do, and all C functions are errors.
+    """
+    called = set()
+
+    def watch(name, function):
+        def call(*args, **named):
+            called.add(name)
+            return function(*args, **named)
+        return call
+
+    def never(*args, **named):
+        raise AssertionError("a kernel was called")
+
+    for name in REFERENCES:
+        file, function = name.split(".")
+        module = importlib.import_module(f"kernels.{file}")
+        monkeypatch.setattr(module, function, watch(name, getattr(module, function)))
+    for name in OPERATORS:
+        monkeypatch.setattr(f"kernels.{name}", never)
+    monkeypatch.setattr(cpu_train, "library", never)
+    monkeypatch.setattr(engine, "library", never)
+    monkeypatch.setattr(kernels, "AVAILABLE", frozenset({("cpu", torch.float32)}))
+    yield called
+    monkeypatch.undo()
+    kernels.set_plain(False)
+
+
+def test_plain_calls_the_references_and_no_kernel(watched):
+    """With --plain a breakpoint in each reference is hit, in training and in decoding; without it the kernels are."""
+    model = mtp.build(ModelConfig(vocab_size=64, n_layer=1, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=48))
+    model.init_weights(0)
+    ids = torch.arange(36).view(2, 18) % 64
+    requests = [engine.Request(0, [1, 2, 3], 4), engine.Request(1, [4, 5], 4)]
+
+    def train():
+        trunk, extra = mtp.losses(model, ids, torch.zeros_like(ids), torch.arange(16)[None].expand(2, 16), None)
+        (trunk + sum(extra)).backward()
+        logprob_entropy(model(ids).flatten(0, 1), model.lm_head.weight, ids.flatten())[0].sum().backward()
+
+    kernels.set_plain(True)
+    assert kernels.is_plain()
+    train()
+    assert watched == set(REFERENCES[:4])
+    for layout in ("rows", "blocks"):
+        watched.clear()
+        assert all(len(s.tokens) == 4 for s in engine.generate(engine.Engine(model, 2, 16, 1, layout=layout), requests))
+        assert watched >= {"rmsnorm.rmsnorm_reference", "rope.rotate", "swiglu.swiglu_reference"}
+    assert "decode.decode_reference" in watched
+    kernels.set_plain(False)
+    assert not kernels.is_plain()
+    for kernel in (train, lambda: engine.generate(engine.Engine(model, 2, 16, layout="blocks"), requests)):
+        with pytest.raises(AssertionError, match="a kernel was called"):
+            kernel()
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch uses triton")
