@@ -163,7 +163,7 @@ class Engine:
         self.in_flight: set = set()                 # ids of all requests here
         self.modes = [0, 0, 0]                      # how many decoding requests have each sampling mode
         self.rope_base, self.graphs = None, {}
-        self.steps = self.rows = 0                  # decode steps so far, and sequences in them, summed over the steps
+        self.steps = self.sequence_steps = 0        # decode steps so far; sequences decoded, summed over the steps
 
     def new_state(self, cfg: ModelConfig) -> dict[str, Tensor]:
         """
@@ -233,7 +233,7 @@ class Engine:
             R = power_of_two(R)                                     # CUDA graphs: few different batch sizes
         if R > A:
             self.state["n"][A:R] = 1                                # rows that only fill up the batch
-        self.steps, self.rows = self.steps + 1, self.rows + A
+        self.steps, self.sequence_steps = self.steps + 1, self.sequence_steps + A
         if cuda and not self.plain:
             return self.retire(self.replay(R)[:A])
         ended, E = self.decode(R)

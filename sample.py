@@ -1,24 +1,34 @@
 """
 Generate and chat in the terminal (report 2.2: speculative decoding; 3.5: temperature 0.6, top-p 0.95).
 
-    python sample.py --mtp                                     # chat with the newest checkpoint under out/
-    python sample.py --ckpt=out/tiny/base --prompt="Problem: 3 + 4 =" --mtp
-    # plain beside speculative, and the ratio
-    python sample.py --ckpt=out/tiny/rl --prompt="..." --mtp --compare
-    python sample.py --file=prompts.jsonl --out=answers.jsonl  # {"prompt": ...} or {"messages": [...]} a line
+    python sample.py --mtp                                     # chat with the best model under out/
+    python sample.py --prompt="What is 7+2-6?" --mtp --mark    # one answer; accepted drafts are marked
+    python sample.py --prompt="What is 7+2-6?" --compare       # plain beside speculative, and the ratio
+    python sample.py --ckpt=out/tiny/base --prompt="Every street in" --raw      # a base model continues text
+    python sample.py --file=prompts.jsonl --out=answers.jsonl  # {"prompt": ...} or {"messages": [...]} per line
+    python sample.py --plain --prompt="What is 7+2-6?"         # torch code only: set a breakpoint in engine.py
 
-Text appears as it is made. With --mtp each token that was a draft is coloured by the MTP layer that guessed
-it (NO_COLOR and pipes get plain text), and a line behind each answer tells tokens per second, memory traffic
-in GB/s, tokens per forward and acceptance per layer. Speculation never changes the text (engine.py).
+Which model. Without --ckpt: the newest chat model under out/, after RL before after SFT; the choice is printed.
 
-A base model continues the prompt; a chat model (meta "chat" of its checkpoint) answers it through the
-template. Expect on the demo's checkpoint, one CPU core: docs/engine.md.
+How it is asked. A chat model gets the chat template. One that was trained on single questions (the checkpoint says so)
+gets each line as a new question; others see the conversation. A base model of this project gets the form of its
+training pages, "Problem: <your line>", then "Solution:". Imported base weights, and every model under --raw, continue
+your text as it stands.
+
+What is shown. Text appears as it is generated. With --mtp each accepted draft has the colour of the MTP layer that
+wrote it: green, cyan, magenta. NO_COLOR and pipes get plain text; --mark writes ‹draft›¹ instead, with the number of
+the layer. A line behind each answer gives tokens per second, memory traffic in GB/s, tokens per forward and acceptance
+per layer; in a chat the last two count the whole session. Speculation never changes the text (engine.py).
+
+Numbers to expect from the demo's checkpoint on one CPU core: docs/engine.md.
 """
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -26,26 +36,33 @@ import torch
 import checkpoint
 import configurator
 import distributed
+import kernels
 import mtp
-from checkpoint import find, newest, read_meta, read_shape
+from checkpoint import find, latest, read_meta, read_shape
+from configurator import UserError
 from data.jsonl import line_of, read_jsonl, write_jsonl
+from data.problems import PLAIN, stop_ids
 from data.sft_data import check_turns
 from engine import Engine, Request, Sample
 from model import MiMo, ModelConfig
 from tokenizer import Tokenizer
 
 COLOURS = ("32", "36", "35", "33")      # ANSI: layer 1 green, 2 cyan, 3 magenta, 4 yellow
+MARKS = "¹²³⁴⁵⁶⁷⁸"                      # of layers 1 to 8, for --mark
+Form = Literal["chat", "problem", "text"]       # how a prompt is asked: chat template, data.problems.PLAIN, as it is
 
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str = ""                        # a checkpoint or a run folder; "" = the newest under out/
-    prompt: str = ""                      # one prompt; "" and no file = chat (chat models) or lines (base models)
+    """The command line of sample.py."""
+    ckpt: str = ""                        # a checkpoint or a run folder; "" = the best chat model under out/
+    prompt: str = ""                      # one prompt; "" and no file = chat, line by line
     file: str = ""                        # JSONL in: {"prompt": text} or {"messages": [...]}, any other keys are kept
     out: str = ""                         # JSONL out for --file; "" = stdout
     system: str = ""                      # system prompt of a chat model, "" = none
+    raw: bool = False                     # continue the prompt as it stands: no chat template, no "Problem:" form
     n: int = 1                            # answers per prompt
-    max_new_tokens: int = 256                 # most tokens of an answer
+    max_new_tokens: int = 256             # most tokens of an answer
     max_len: int = 0                      # longest prompt + answer, tokens; 0 = the model's context
     temperature: float = 0.6              # 0 = greedy [paper 3.5]
     top_p: float = 0.95                   # [paper 3.5]
@@ -53,49 +70,56 @@ class Config:
     seed: int = 0                         # answer j of prompt i uses seed + i * n + j
     mtp: bool = False                     # speculative decoding with the model's MTP layers
     n_draft: int = 0                      # how many of them, 0 = all
+    mark: bool = False                    # with --mtp: mark accepted drafts in plain text, ‹token›¹, instead of colours
     compare: bool = False                 # run the prompts plain and speculative, print both and the ratio
+    plain: bool = False                   # torch code only: no C, no Triton; for reading and debugging
     slots: int = 64                       # answers decoded at a time
     threads: int = 1                      # torch threads on CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.prompt and self.file:
             raise ValueError("prompt and file: one of the two")
         if self.compare and not (self.prompt or self.file):
             raise ValueError("compare needs --prompt or --file")
         if self.out and not self.file:
             raise ValueError("out goes with file: it takes the answers to the prompts of --file")
+        if self.mark and not self.mtp:
+            raise ValueError("mark goes with mtp: it marks the accepted drafts of speculative decoding")
         configurator.at_least(self, 1, "n", "max_new_tokens", "slots", "threads")
         configurator.at_least(self, 0, "temperature", "top_k", "n_draft", "max_len")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} should be in (0, 1]")
 
 
+@torch.no_grad()
 def main(cfg: Config) -> None:
+    """Answer --prompt or --file, or talk."""
+    kernels.set_plain(cfg.plain)
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
-    ckpt = find(cfg.ckpt) if cfg.ckpt else newest("out")
-    if ckpt is None:
-        raise SystemExit("error: no checkpoint under out/: `make demo` trains one in about a quarter of an hour")
-    tokenizer, chat = Tokenizer.load(ckpt), bool(read_meta(ckpt).get("chat", False))
+    ckpt = find(cfg.ckpt) if cfg.ckpt else best_checkpoint("out")
+    meta, tokenizer = read_meta(ckpt), Tokenizer.load(ckpt)
     model = mtp.build(configurator.from_dict(ModelConfig, read_shape(ckpt), f"{ckpt}/model.json"), "meta").to(rt.dtype)
     if cfg.max_len > model.cfg.max_seq_len:
-        raise SystemExit(f"error: max_len = {cfg.max_len} is longer than the context of {ckpt}, max_seq_len = "
-                         f"{model.cfg.max_seq_len}")
+        raise UserError(f"max_len = {cfg.max_len} is longer than the context of {ckpt}, max_seq_len = "
+                        f"{model.cfg.max_seq_len}")
     model = checkpoint.materialise(model, rt, ckpt=ckpt).to(rt.device)
     layers = len(model.mtp_layers)
     if (cfg.mtp or cfg.compare) and layers == 0:
-        raise SystemExit(f"error: {ckpt} has no MTP layers to draft with; run without --mtp")
+        raise UserError(f"{ckpt} has no MTP layers to draft with; run without --mtp")
     n_draft = min(cfg.n_draft or layers, layers)
     size = sum(p.numel() for p in model.parameters())
-    note(f"{ckpt}  {'chat' if chat else 'base'} model, {size:,} parameters, {layers} MTP layers, {rt.device}")
-    if cfg.prompt or cfg.file:
-        rows = read_file(cfg.file) if cfg.file else [{"prompt": cfg.prompt}]
-        requests = make_requests(rows, tokenizer, chat, cfg, model.cfg.max_seq_len)
-        if cfg.compare:
-            return compare(model, requests, tokenizer, n_draft, cfg)
-        answer(model, requests, rows, tokenizer, n_draft if cfg.mtp else 0, cfg)
-    else:
-        talk(model, tokenizer, chat, n_draft if cfg.mtp else 0, cfg)
+    kind, form = "chat" if meta.get("chat") else "base", form_of(meta, cfg.raw)
+    note(f"{ckpt}  {kind} model, {size:,} parameters, {layers} MTP layers, {rt.device}")
+    if not (cfg.prompt or cfg.file):
+        return talk(model, tokenizer, form, meta, n_draft if cfg.mtp else 0, cfg)
+    rows = read_file(cfg.file) if cfg.file else [{"prompt": cfg.prompt}]
+    requests = make_requests(rows, tokenizer, form, cfg, model.cfg.max_seq_len)
+    if form == "problem" and cfg.prompt and not cfg.prompt.startswith("Problem:"):
+        note('asked in the form of its training pages, "Problem: ... Solution:"; --raw continues your text instead')
+    if cfg.compare:
+        return compare(model, requests, tokenizer, n_draft, cfg)
+    answer(model, requests, rows, tokenizer, n_draft if cfg.mtp else 0, cfg)
 
 
 def note(text: str) -> None:
@@ -103,10 +127,46 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-# ---- prompts -----------------------------------------------------------------------------------------------
+# ---- which model ----------------------------------------------------------------------------------------------------
+
+def best_checkpoint(root: str) -> Path:
+    """
+    The checkpoint for somebody who named none: the newest chat model under root, after RL before after SFT before
+    others; without chat models the newest base model. Prints the choice. UserError when there is none.
+    """
+    def rank(meta: dict) -> int:
+        return {"rl": 0, "sft": 1}.get(meta.get("stage"), 2) if meta.get("chat") else 3
+
+    runs = sorted((p.parent for p in Path(root).glob("**/latest")), key=lambda run: -(run / "latest").stat().st_mtime)
+    for run, meta in sorted(((run, newest_meta(run)) for run in runs), key=lambda pair: rank(pair[1])):
+        if ckpt := latest(run):
+            what = ("RL chat model", "SFT chat model", "chat model", "base model (there is no chat model)")[rank(meta)]
+            note(f"{run}: the newest {what}; --ckpt=DIR takes another")
+            return ckpt
+    raise UserError(f"no checkpoint under {root}/: `make demo` trains one in about a quarter of an hour")
+
+
+def newest_meta(run: Path) -> dict:
+    """The meta of the checkpoint that `latest` names, {} where it cannot be read; no file is checked."""
+    try:
+        return read_meta(run / (run / "latest").read_text(encoding="utf-8").strip())
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+def form_of(meta: dict, raw: bool) -> Form:
+    """How a model is asked, from the meta of its checkpoint; imported base weights know no form of their own."""
+    if raw:
+        return "text"
+    if meta.get("chat"):
+        return "chat"
+    return "problem" if meta.get("stage") in ("base", "rl") else "text"
+
 
 def read_file(path: str) -> list[dict]:
-    """One JSON object a line with "prompt" or "messages". Ends the run naming file and line."""
+    """One JSON object per line with "prompt" or "messages". UserError names file and line."""
     rows, right = [], 'should have "prompt": text or "messages": [{"role", "content"}, ...]'
     for n, row in read_jsonl(path, right):
         with line_of(path, n, right):
@@ -116,14 +176,16 @@ def read_file(path: str) -> list[dict]:
                 raise ValueError(f"prompt = {row['prompt']!r} is no text")
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: no prompts in it; a line {right}")
+        raise UserError(f"{path}: no prompts in it; a line {right}")
     return rows
 
 
-def prompt_tokens(row: dict, tokenizer: Tokenizer, chat: bool, system: str) -> list[int]:
-    """The chat template for chat models, the bare text for base models."""
-    if not chat:
+def prompt_tokens(row: dict, tokenizer: Tokenizer, form: Form, system: str) -> list[int]:
+    """The token ids of {"prompt"} or {"messages"} in the form that the model was trained on."""
+    if form != "chat":
         text = row.get("prompt") or "\n".join(m["content"] for m in row["messages"])
+        if form == "problem" and not text.startswith("Problem:"):
+            text = PLAIN.format(question=text)
         return tokenizer.encode(text)
     turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     if system and turns[0]["role"] != "system":
@@ -131,104 +193,114 @@ def prompt_tokens(row: dict, tokenizer: Tokenizer, chat: bool, system: str) -> l
     return tokenizer.chat(turns, add_generation_prompt=True)[0]
 
 
-def make_requests(rows: list[dict], tokenizer: Tokenizer, chat: bool, cfg: Config, context: int,
-                  ) -> list[Request]:
-    requests, limit = [], cfg.max_len or context
+def make_requests(rows: list[dict], tokenizer: Tokenizer, form: Form, cfg: Config, context: int) -> list[Request]:
+    """cfg.n requests per row, with ids (row, answer). context: the model's, tokens. UserError names the prompt."""
+    requests, limit, stop = [], cfg.max_len or context, stop_ids(tokenizer, chat=form != "problem")
     for i, row in enumerate(rows):
         try:
-            ids = prompt_tokens(row, tokenizer, chat, cfg.system)
+            ids = prompt_tokens(row, tokenizer, form, cfg.system)
         except (ValueError, KeyError, TypeError) as e:
-            raise SystemExit(f"error: prompt {i + 1}: {e}") from None
+            raise UserError(f"prompt {i + 1}: {e}") from None
         if not 1 <= len(ids) < limit:
-            raise SystemExit(f"error: prompt {i + 1} has {len(ids)} tokens, should have 1 to {limit - 1}")
-        stop = tokenizer.eos_id, tokenizer.im_end_id
+            raise UserError(f"prompt {i + 1} has {len(ids)} tokens, should have 1 to {limit - 1}")
         requests += [Request((i, j), ids, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, stop,
                              cfg.seed + i * cfg.n + j) for j in range(cfg.n)]
     return requests
 
 
 def engine_for(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft: int, cfg: Config) -> Engine:
+    """An engine just large enough for these requests."""
     limit = cfg.max_len or model.cfg.max_seq_len
     longest = min(limit, max(len(r.prompt) + r.max_new_tokens for r in requests))
     return Engine(model, min(cfg.slots, len(requests)), longest, n_draft, n_ids=tokenizer.n_ids)
 
 
-# ---- running -----------------------------------------------------------------------------------------------
+# ---- answers --------------------------------------------------------------------------------------------------------
 
-def run(engine: Engine, requests: list[Request], watch=None) -> tuple[dict[tuple, Sample], float]:
-    """-> (samples by id, seconds). watch(engine) is called after every step."""
+def run_requests(engine: Engine, requests: list[Request], watch: Callable[[dict], None] | None = None,
+                 ) -> tuple[dict[tuple, Sample], float]:
+    """-> (samples by id, seconds). watch(samples so far) is called after every step. Resets the engine's counters."""
     done, start = {}, time.perf_counter()
-    engine.steps = engine.rows = 0
+    engine.steps = engine.sequence_steps = 0
     for request in requests:
         engine.add(request)
     while len(done) < len(requests):
         done |= {s.id: s for s in engine.step()}
         if watch:
-            watch(engine, done)
+            watch(done)
     return done, time.perf_counter() - start
+
+
+def answer_text(sample: Sample, tokenizer: Tokenizer) -> str:
+    """The answer without the token that stopped it."""
+    return tokenizer.decode(sample.tokens[:-1] if sample.finish == "stop" else sample.tokens, skip_control=True)
 
 
 def answer(model: MiMo, requests: list[Request], rows: list[dict], tokenizer: Tokenizer, n_draft: int,
            cfg: Config) -> None:
-    """All prompts; one alone is streamed, a file becomes JSON lines."""
+    """Answers to all prompts: --prompt is streamed, --file becomes JSON lines."""
     engine = engine_for(model, requests, tokenizer, n_draft, cfg)
     if cfg.out:
         configurator.writable(cfg.out)
     if not cfg.file:
         for request in requests:
-            sample, seconds = stream(engine, request, tokenizer)
-            note(figures([sample], seconds, engine))
+            sample, seconds = stream(engine, request, tokenizer, cfg.mark)
+            note(f"[{speed([sample], seconds, engine)}{speculation([sample], engine)}]")
         return
-    done, seconds = run(engine, requests)
+    done, seconds = run_requests(engine, requests)
     lines = []
     for i, row in enumerate(rows):
-        mine = [done[i, j] for j in range(cfg.n)]
-        lines.append(row | {"answers": [tokenizer.decode(s.tokens, skip_control=True) for s in mine],
-                            "finish": [s.finish for s in mine]})
+        samples = [done[i, j] for j in range(cfg.n)]
+        lines.append(row | {"answers": [answer_text(s, tokenizer) for s in samples],
+                            "finish": [s.finish for s in samples]})
     if cfg.out:
         write_jsonl(cfg.out, lines)
         note(f"{cfg.out}: {len(lines)} lines")
     else:
         print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
-    note(figures(list(done.values()), seconds, engine))
+    note(f"[{speed(list(done.values()), seconds, engine)}{speculation(list(done.values()), engine)}]")
 
 
-def stream(engine: Engine, request: Request, tokenizer: Tokenizer) -> tuple[Sample, float]:
-    """One answer, written as it grows: a token that was an accepted draft in the colour of its layer."""
+def stream(engine: Engine, request: Request, tokenizer: Tokenizer, mark: bool = False) -> tuple[Sample, float]:
+    """One answer, written as it grows; accepted drafts are coloured, or marked. -> (sample, seconds)."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    pieces = Pieces(tokenizer)
-    seen, right = 0, [0] * engine.n_draft
+    decoder = StreamingDecoder(tokenizer)
+    n_shown, accepted_before = 0, [0] * engine.n_draft
 
-    def show(tokens: list[int], accepted: list[int]) -> None:
-        """The tokens of one round: as many accepted drafts as layers counted up, then the trunk's own."""
-        nonlocal seen, right
-        layers = [k for k in range(engine.n_draft) if accepted[k] > right[k]]
-        for i, token in enumerate(tokens[seen:]):
-            text = pieces.add(token)
-            code = COLOURS[layers[i] % len(COLOURS)] if colour and i < len(layers) else None
-            sys.stdout.write(f"\x1b[{code}m{text}\x1b[0m" if code and text else text)
-        seen, right = len(tokens), list(accepted)
+    def show(sample: Sample) -> None:
+        """
+        The tokens of one round: first its accepted drafts, one for each layer whose count went up, then the token that
+        the trunk added.
+        """
+        nonlocal n_shown, accepted_before
+        layers = [k for k in range(engine.n_draft) if sample.accepted[k] > accepted_before[k]]
+        for i, token in enumerate(sample.tokens[n_shown:]):
+            text = decoder.add(token) if token not in request.stop else ""
+            if text and i < len(layers) and mark:                   # a line break is drawn inside its mark, and follows
+                text = "‹{}›{}{}".format(text.replace("\n", "↵"), MARKS[layers[i]], "\n" * text.count("\n"))
+            elif text and i < len(layers) and colour:
+                text = f"\x1b[{COLOURS[layers[i] % len(COLOURS)]}m{text}\x1b[0m"
+            sys.stdout.write(text)
+        n_shown, accepted_before = len(sample.tokens), list(sample.accepted)
         sys.stdout.flush()
 
-    def watch(engine: Engine, done: dict) -> None:
+    def watch(done: dict) -> None:
         if done:
-            sample = done[request.id]
-            show(sample.tokens, list(sample.accepted))
+            show(done[request.id])
         elif engine.decoding:
-            partial = engine.result(0, "")
-            show(partial.tokens, list(partial.accepted))
-    done, seconds = run(engine, [request], watch)
-    print(pieces.rest())
+            show(engine.result(0, "running"))
+    done, seconds = run_requests(engine, [request], watch)
+    print(decoder.rest())
     return done[request.id], seconds
 
 
-class Pieces:
-    """Tokens to text, bit by bit: a character is held back until all of its bytes are there. Controls stay
-silent."""
+class StreamingDecoder:
+    """Tokens to text, one by one: a character is held back until all its bytes are there. Control tokens are silent."""
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.held = tokenizer, []
 
     def add(self, token: int) -> str:
+        """The text that this token completes, often "" for a part of a character."""
         self.held.append(token)
         text = self.tokenizer.decode(self.held, skip_control=True)
         if text.endswith("\ufffd") and len(self.held) < 8:
@@ -237,27 +309,63 @@ silent."""
         return text
 
     def rest(self) -> str:
+        """What is still held back at the end."""
         return self.tokenizer.decode(self.held, skip_control=True) if self.held else ""
 
 
-def figures(samples: list[Sample], seconds: float, engine: Engine) -> str:
+def compare(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft: int, cfg: Config) -> None:
+    """The same prompts plain and speculative, by turns, three times; the best of each. The ratio comes last."""
+    engines = {name: engine_for(model, requests, tokenizer, n, cfg)
+               for name, n in {"plain": 0, "speculative": n_draft}.items()}
+    best: dict[str, tuple] = {}
+    for _ in range(3):
+        for name, engine in engines.items():
+            done, seconds = run_requests(engine, requests)
+            if name not in best or seconds < best[name][1]:
+                samples = list(done.values())
+                best[name] = done, seconds, f"[{speed(samples, seconds, engine)}{speculation(samples, engine)}]"
+    plain, speculative = best["plain"], best["speculative"]
+    if not cfg.file:
+        print(answer_text(speculative[0][requests[0].id], tokenizer))
+    for name, (_, _, text) in best.items():
+        note(f"{name:<12} {text}")
+    same = sum(plain[0][r.id].tokens == speculative[0][r.id].tokens for r in requests)
+    note(f"same text: {same} of {len(requests)}")
+    print(f"speculative / plain = {plain[1] / speculative[1]:.2f}x")
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+def speed(samples: list[Sample], seconds: float, engine: Engine) -> str:
     """
-    Tokens per second, GB/s, tokens per forward, acceptance. GB/s counts what a step has to read: the weights
-    of the trunk once a step, those of the MTP layers and the head again for each draft, and the sequences'
-    keys and values.
+    Tokens, tokens per second, GB/s. GB/s counts what a step has to read: the trunk's weights once, those of each MTP
+    layer and lm_head again for each draft, and the keys and values of the sequences.
     """
     tokens = sum(len(s.tokens) for s in samples)
     rate = bytes_read(samples, engine) / seconds / 1e9
-    text = f"[{tokens} tokens, {tokens / seconds:,.0f} tokens/s, {rate:.2f} GB/s"
-    if engine.n_draft:
-        text += f", {tokens / max(1, engine.rows):.2f} tokens per forward, drafts accepted:"
-    for k in range(engine.n_draft):
-        share = sum(s.accepted[k] for s in samples) / max(1, sum(s.verified[k] for s in samples))
-        text += f" layer {k + 1} {share:.0%}"
-    return text + "]"
+    return f"{tokens} tokens, {tokens / seconds:,.0f} tokens/s, {rate:.2f} GB/s"
+
+
+def speculation(samples: list[Sample], engine: Engine) -> str:
+    """Tokens per forward and acceptance per layer, "" without drafts."""
+    if not engine.n_draft:
+        return ""
+    tokens = sum(len(s.tokens) for s in samples)
+    text = f", {tokens / max(1, engine.sequence_steps):.2f} tokens per forward, drafts accepted:"
+    for k, share in enumerate(acceptance(samples)):
+        text += f" layer {k + 1} {share}"
+    return text
+
+
+def acceptance(samples: list[Sample]) -> list[str]:
+    """Per MTP layer: accepted / verified drafts, in per cent; "-" where none was verified."""
+    pairs = [(sum(s.accepted[k] for s in samples), sum(s.verified[k] for s in samples))
+             for k in range(len(samples[0].verified))]
+    return [f"{accepted / verified:.0%}" if verified else "-" for accepted, verified in pairs]
 
 
 def bytes_read(samples: list[Sample], engine: Engine) -> float:
+    """Bytes of weights, keys and values that the engine's steps since its counters' reset have read, about."""
     m, n = engine.model, engine.n_draft
     size = m.lm_head.weight.element_size()
 
@@ -265,41 +373,29 @@ def bytes_read(samples: list[Sample], engine: Engine) -> float:
         return sum(p.numel() for p in module.parameters())
     head = count(m.lm_head)
     step = sum(map(count, m.layers)) + head + sum(count(layer) + head for layer in m.mtp_layers[:n])
-    # a sequence's keys and values are read once a forward, at half its answer's length on average
+    # a sequence's keys and values are read once per forward, at half its answer's length on average
     kv = 2 * m.cfg.n_kv_head * m.cfg.head_dim * (m.cfg.n_layer + n)
-    forwards = engine.rows / max(1, sum(len(s.tokens) for s in samples))
+    forwards = engine.sequence_steps / max(1, sum(len(s.tokens) for s in samples))
     cached = sum(len(s.tokens) * forwards * (len(s.prompt) + len(s.tokens) / 2) for s in samples)
     return size * (engine.steps * step + cached * kv)
 
 
-def compare(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft: int, cfg: Config) -> None:
-    """The same prompts plain and speculative, by turns, three times; best of each. The ratio comes last."""
-    kinds = {"plain": 0, "speculative": n_draft}
-    engines = {name: engine_for(model, requests, tokenizer, n, cfg) for name, n in kinds.items()}
-    best: dict[str, tuple] = {}
-    for _ in range(3):
-        for name, engine in engines.items():
-            done, seconds = run(engine, requests)
-            if name not in best or seconds < best[name][1]:
-                best[name] = done, seconds, figures(list(done.values()), seconds, engine)
-    plain, fast = best["plain"], best["speculative"]
-    if not cfg.file:
-        print(tokenizer.decode(fast[0][requests[0].id].tokens, skip_control=True))
-    for name, (_, _, text) in best.items():
-        note(f"{name:<12} {text}")
-    same = sum(plain[0][r.id].tokens == fast[0][r.id].tokens for r in requests)
-    note(f"same text: {same} of {len(requests)}")
-    print(f"speculative / plain = {plain[1] / fast[1]:.2f}x")
+# ---- talking --------------------------------------------------------------------------------------------------------
 
-
-# ---- talking -----------------------------------------------------------------------------------------------
-
-def talk(model: MiMo, tokenizer: Tokenizer, chat: bool, n_draft: int, cfg: Config) -> None:
-    """Line in, answer out, until an empty line. A chat model remembers; the oldest turns go first."""
+def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, n_draft: int, cfg: Config) -> None:
+    """
+    Line in, answer out, until an empty line. A chat model that was trained on conversations sees the earlier turns, of
+    which the oldest are dropped when the context is full; for every other model a line stands alone.
+    """
     limit = cfg.max_len or model.cfg.max_seq_len
     engine = Engine(model, 1, limit, n_draft, n_ids=tokenizer.n_ids)
+    # checkpoints written before the key "turns" came: this project's own training data are single questions
+    turns_of_training = meta.get("turns") or ("single" if meta.get("stage") in ("sft", "rl") else "multi")
+    remembers = form == "chat" and turns_of_training == "multi"
+    greet(form, remembers, meta.get("examples", []))
     turns: list[dict] = []
-    note("An empty line ends it." if chat else "A base model continues your line. An empty line ends it.")
+    samples: list[Sample] = []                                      # of the session
+    forwards = 0
     for i in range(sys.maxsize):
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -307,31 +403,49 @@ def talk(model: MiMo, tokenizer: Tokenizer, chat: bool, n_draft: int, cfg: Confi
             line = ""
         if not line:
             return
-        turns = [*turns, {"role": "user", "content": line}] if chat else []
-        row = {"messages": turns} if chat else {"prompt": line}
-        while chat and len(turns) > 1:
-            if len(prompt_tokens(row, tokenizer, chat, cfg.system)) + cfg.max_new_tokens <= limit:
+        turns = [*turns, {"role": "user", "content": line}] if remembers else [{"role": "user", "content": line}]
+        while len(turns) > 1:
+            if len(prompt_tokens({"messages": turns}, tokenizer, form, cfg.system)) + cfg.max_new_tokens <= limit:
                 break
             turns = turns[2:]                                       # a question and its answer
-            row = {"messages": turns}
         try:
             one = replace(cfg, n=1, seed=cfg.seed + i)
-            request = replace(make_requests([row], tokenizer, chat, one, limit)[0], id=i)
-            sample, seconds = stream(engine, request, tokenizer)
+            request = replace(make_requests([{"messages": turns}], tokenizer, form, one, limit)[0], id=i)
+            sample, seconds = stream(engine, request, tokenizer, cfg.mark)
         except KeyboardInterrupt:
-            engine.abort(i)                                    # Ctrl-C stops the answer, not the conversation
+            engine.abort(i)                                         # Ctrl-C stops the answer, not the conversation
             print()
             continue
-        except SystemExit as e:
-            note(str(e))
+        except UserError as e:
+            note(f"error: {e}")
             turns = turns[:-1]
             continue
-        note(figures([sample], seconds, engine))
-        if chat:
-            said = tokenizer.decode(sample.tokens, skip_control=True)
-            turns = [*turns, {"role": "assistant", "content": said}]
+        samples, forwards, line = [*samples, sample], forwards + engine.sequence_steps, speed([sample], seconds, engine)
+        note(f"[{line}{session(samples, forwards) if n_draft else ''}]")
+        turns = [*turns, {"role": "assistant", "content": answer_text(sample, tokenizer)}]
+
+
+def greet(form: Form, remembers: bool, examples: list[str]) -> None:
+    """What to type, and what becomes of it. examples: questions from the held-out problems of the model's training."""
+    if form == "chat":
+        rule = "The model sees the whole conversation; the oldest turns go when its context is full" if remembers else \
+            "This model was trained on single questions: each line is a new question, earlier lines are forgotten"
+    elif form == "problem":
+        rule = 'A base model: each line is asked in the form of its training pages, "Problem: <line> Solution:"; ' \
+            "--raw continues your line as it stands"
+    else:
+        rule = "The model continues your line as it stands"
+    note(f"{rule}. An empty line ends it.")
+    if examples:
+        note("Questions from its held-out problems:\n" + "\n".join(f"    {question}" for question in examples[:3]))
+
+
+def session(samples: list[Sample], forwards: int) -> str:
+    """Speculation over a whole chat: "; so far: 3 answers, 214 tokens, 2.90 tokens per forward, drafts ..."."""
+    n, tokens = len(samples), sum(len(s.tokens) for s in samples)
+    return (f"; so far: {n} answer{'s' * (n > 1)}, {tokens} tokens, {tokens / max(1, forwards):.2f} tokens per "
+            f"forward, drafts accepted {' '.join(acceptance(samples))}")
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        configurator.run(main, Config)
+    configurator.run(main, Config)

@@ -1,13 +1,13 @@
 """
 engine.py, cache.py, kernels/cpu/decode.py: exactness, acceptance, log-probs, scheduling, memory.
 
-The checkpoint is trained here in a few seconds on a language of words: with it drafts are right often enough
-for a bug that only lowers acceptance to be seen. d = 48, 2 trunk layers, 3 MTP layers, 32 tokens.
+The checkpoint is trained here in a few seconds on a language of words: with it drafts are accepted often enough for a
+bug that only lowers acceptance to be seen. D = 48, 2 trunk layers, 3 MTP layers, 32 tokens.
 """
-
 import itertools
 import math
 import random
+import re
 import resource
 from dataclasses import replace
 
@@ -15,19 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cache import KEYS, PIECE, ROWS, attend
+from cache import KEY_STEP, MIN_ROWS, SUM_PIECE, attend
 from engine import Engine, Request, generate
 from kernels.attention import doc_bounds
 from kernels.cpu.decode import library
 from kernels.linear_cross_entropy import logprob_entropy
 from model import ModelConfig
-from mtp import agreement, build
+from mtp import build, teacher_forced_acceptance
 from sampling import sample_tokens, top_p_filter, uniform
 
 V = 32
-CFG = ModelConfig(
-    vocab_size=V, n_layer=2, d_model=48, n_head=4, n_kv_head=2, head_dim=12, d_ff=96, n_mtp=3, max_seq_len=128
-)
+CFG = ModelConfig(vocab_size=V, n_layer=2, d_model=48, n_head=4, n_kv_head=2, head_dim=12, d_ff=96, n_mtp=3,
+                  max_seq_len=128)
 
 
 def text(n: int, seed: int) -> list[int]:
@@ -45,8 +44,8 @@ def text(n: int, seed: int) -> list[int]:
 @pytest.fixture(scope="session")
 def model():
     """
-    Trunk and MTP layers trained together. The final norm starts with uneven gains, so that the state before
-    it and the state after it are different functions of the trunk; MTP reads the one before.
+    Trunk and MTP layers trained together. The final norm starts with uneven gains, so that the state before it and the
+    state after it are different functions of the trunk; MTP reads the one before.
     """
     torch.manual_seed(0)
     m = build(CFG)
@@ -60,12 +59,10 @@ def model():
             g["lr"] = 4e-3 * min(1, (step + 1) / 10) * (1 - step / 150)
         h = m(ids[:, :T])
         cos, sin = m.rope_at(ids[:, :T], None)
-        loss = F.cross_entropy(m.logits(h).flatten(0, 1), ids[:, 1 : T + 1].flatten())
+        loss = F.cross_entropy(m.logits(h).flatten(0, 1), ids[:, 1:T + 1].flatten())
         for k, layer in enumerate(m.mtp_layers):
-            z = layer.final_layernorm(layer(h, m.embed_tokens(ids[:, k + 1 : T + k + 1]), cos, sin))
-            loss = loss + F.cross_entropy(
-                (z @ m.lm_head.weight.T).flatten(0, 1), ids[:, k + 2 : T + k + 2].flatten()
-            )
+            z = layer.final_layernorm(layer(h, m.embed_tokens(ids[:, k + 1:T + k + 1]), cos, sin))
+            loss = loss + F.cross_entropy((z @ m.lm_head.weight.T).flatten(0, 1), ids[:, k + 2:T + k + 2].flatten())
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -75,9 +72,7 @@ def model():
 @pytest.fixture(scope="session")
 def small():
     """Random weights of a tiny shape, for what needs no acceptance."""
-    m = build(
-        ModelConfig(vocab_size=V, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=32, n_mtp=1)
-    )
+    m = build(ModelConfig(vocab_size=V, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=32, n_mtp=1))
     m.init_weights(0)
     with torch.no_grad():
         for p in m.parameters():
@@ -88,42 +83,31 @@ def small():
 
 def requests(n: int, most: int = 12, seed: int = 3, **settings) -> list[Request]:
     rng = random.Random(seed)
-    return [
-        Request(i, text(rng.randint(1, 40), 50_000 + i), rng.randint(1, most), seed=i, **settings)
-        for i in range(n)
-    ]
+    return [Request(i, text(rng.randint(1, 40), 50_000 + i), rng.randint(1, most), seed=i, **settings)
+            for i in range(n)]
 
 
 def rows_are_independent() -> bool:
-    """The rule of cache.py on this machine: from ROWS rows on, a row's bits do not depend on how many there
-    are."""
+    """The rule of cache.py on this machine: from MIN_ROWS rows on, a row's bits do not depend on how many there are."""
     g = torch.Generator().manual_seed(0)
     for D, N in ((48, 96), (128, 256), (384, 128)):
         x, w = torch.randn(300, D, generator=g), torch.randn(N, D, generator=g)
         whole = F.linear(x, w)
-        if not all(torch.equal(F.linear(x[:n], w), whole[:n]) for n in range(ROWS, 300)):
+        if not all(torch.equal(F.linear(x[:n], w), whole[:n]) for n in range(MIN_ROWS, 300)):
             return False
     return True
 
 
 INDEPENDENT = rows_are_independent()
-bits = pytest.mark.skipif(
-    not INDEPENDENT, reason="this machine's matrix products depend on the number of rows"
-)
+bits = pytest.mark.skipif(not INDEPENDENT, reason="this machine's matrix products depend on the number of rows")
 
 
-# ---- the same request, the same tokens ---------------------------------------------------------------------
-
+# ---- the same request, the same tokens ------------------------------------------------------------------------------
 
 def mixed(n: int) -> list[Request]:
     """Greedy, plain sampling, temperature, top-p, top-k, with and without stop ids, all in one batch."""
-    kinds = [
-        dict(temperature=0.0),
-        {},
-        dict(temperature=0.7, top_p=0.9),
-        dict(temperature=1.3, top_k=5),
-        dict(stop=(0, 5)),
-    ]
+    kinds = [dict(temperature=0.0), {}, dict(temperature=0.7, top_p=0.9), dict(temperature=1.3, top_k=5),
+             dict(stop=(0, 5))]
     return [replace(r, **kinds[i % 5]) for i, r in enumerate(requests(n))]
 
 
@@ -141,8 +125,7 @@ def same(a, b) -> None:
 @pytest.mark.parametrize("slots", [1, 7, 64])
 @pytest.mark.parametrize("n_draft", [1, 2, 3])
 def test_speculation_changes_nothing(model, plain, slots, n_draft):
-    """200 prompts of mixed lengths and settings; text, finish reason and (bit for bit) log-probs as without
-    MTP."""
+    """200 prompts of mixed lengths and settings: text, finish reason and (bit for bit) log-probs as without MTP."""
     got = generate(Engine(model, slots, 64, n_draft), mixed(200))
     same(got, plain)
     assert sum(s.accepted[0] for s in got) > 0.5 * sum(s.verified[0] for s in got) > 0  # and it did speculate
@@ -153,21 +136,11 @@ def test_company_changes_nothing(model, plain, slots):
     same(generate(Engine(model, slots, 64), mixed(200)), plain)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(chunk=4),
-        dict(chunk=8, prefill_tokens=16),
-        dict(max_len=100),
-        dict(layout="blocks", block=8),
-        dict(plain=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [dict(chunk=4), dict(chunk=8, prefill_tokens=16), dict(max_len=100),
+                                     dict(layout="blocks", block=8), dict(plain=True)], ids=str)
 @pytest.mark.parametrize("n_draft", [0, 3])
 def test_layout_and_chunks_change_no_token(model, plain, options, n_draft):
-    """Chunked prompts, another capacity, the block table with static shapes (the GPU's path), model.py's own
-    forward."""
+    """Chunked prefill, another capacity, the block table with static shapes (the GPU's path), the plain path."""
     got = generate(Engine(model, 20, **(dict(max_len=64, n_draft=n_draft) | options)), mixed(60))
     assert [(s.tokens, s.finish) for s in got] == [(s.tokens, s.finish) for s in plain[:60]]
     for a, b in zip(got, plain, strict=False):
@@ -180,37 +153,29 @@ def test_products_do_not_see_other_rows_or_masked_keys():
     g = torch.Generator().manual_seed(0)
     B, K, n, d, C = 3, 2, 16, 12, 448
     k, v = torch.randn(B * K, C, d, generator=g), torch.randn(B * K, C, d, generator=g)
-    for last in (0, 5, 15, 16, 100, PIECE - 1, PIECE, 200, 300):
+    for last in (0, 5, 15, 16, 100, SUM_PIECE - 1, SUM_PIECE, 200, 300):
         q = torch.randn(B * K, n, d, generator=g)
 
         def run(b, n, L, q=q, last=last):
             bias = torch.zeros(b * K, 1, L).masked_fill(torch.arange(L) > last, -math.inf)
-            both = [
-                attend(q[: b * K, :n], k[: b * K, :L].mT, v[: b * K, :L], x)
-                for x in (bias, bias[::K, None].expand(-1, -1, n, -1))
-            ]
+            both = [attend(q[:b * K, :n], k[:b * K, :L].mT, v[:b * K, :L], x)
+                    for x in (bias, bias[::K, None].expand(-1, -1, n, -1))]
             assert torch.equal(*both)
             return both[0]
 
         whole = run(B, n, C)
-        for L in range(-(-(last + 1) // KEYS) * KEYS, C, KEYS):
+        for L in range(-(-(last + 1) // KEY_STEP) * KEY_STEP, C, KEY_STEP):
             assert torch.equal(run(B, n, L), whole)
-        for b, m in itertools.product((1, 2), range(ROWS, n)):
-            assert torch.equal(run(b, m, C), whole[: b * K, :m])
+        for b, m in itertools.product((1, 2), range(MIN_ROWS, n)):
+            assert torch.equal(run(b, m, C), whole[:b * K, :m])
 
 
-# ---- the distribution --------------------------------------------------------------------------------------
-
+# ---- the distribution -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n_draft", [0, 1])
 def test_chi_square_against_enumeration(n_draft):
-    """
-    Vocabulary 8, three tokens: all 512 texts are enumerated; 6,000 samples must fit, and not fit temperature
-    1.
-    """
-    m = build(
-        ModelConfig(vocab_size=8, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=32, n_mtp=1)
-    )
+    """Vocabulary 8, three tokens: all 512 texts are enumerated; 6,000 samples must fit, and not fit temperature 1."""
+    m = build(ModelConfig(vocab_size=8, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=32, n_mtp=1))
     m.init_weights(1)
     with torch.no_grad():
         for p in m.parameters():
@@ -254,21 +219,15 @@ def test_uniform_is_a_pure_function_and_uniform():
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.04
 
 
-def test_draw_by_hand():
+def test_sampling_by_hand():
     """
-    p = (.5, .3, .2): u = .49 draws 0, u = .5 draws 1, u = .8 draws 2 (0.8 is the border and belongs to the
-    next). With top_p .6 the distribution is (.625, .375, 0): u = .8 draws 1, log-prob ln .375. top_k 1 and
-    temperature 0 draw 0.
+    p = (.5, .3, .2): u = .49 samples 0, u = .51 samples 1, u = .81 samples 2. With top_p .6 the distribution is
+    (.625, .375, 0): u = .8 samples 1, log-prob ln .375. top_k 1 and temperature 0 sample 0.
     """
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(6, 3)
     u = torch.tensor([0.49, 0.51, 0.81, 0.8, 0.99, 0.99])
-    ids, logp = sample_tokens(
-        logits,
-        u,
-        torch.tensor([1.0, 1, 1, 1, 1, 0]),
-        torch.tensor([1.0, 1, 1, 0.6, 1, 1]),
-        torch.tensor([0, 0, 0, 0, 1, 0]),
-    )
+    ids, logp = sample_tokens(logits, u, torch.tensor([1.0, 1, 1, 1, 1, 0]), torch.tensor([1.0, 1, 1, 0.6, 1, 1]),
+                              torch.tensor([0, 0, 0, 0, 1, 0]))
     assert ids.tolist() == [0, 1, 2, 1, 0, 0]
     torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.3, 0.2, 0.375, 1, 0.5]))
     plain = sample_tokens(logits, u)
@@ -283,23 +242,19 @@ def test_group_samples_differ_from_the_first_token_on(model):
     assert len(firsts) > 4
 
 
-# ---- cache and log-probs against the full forward ----------------------------------------------------------
+# ---- cache and log-probs against the full forward -------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    "options", [{}, dict(plain=True), dict(layout="blocks", block=16), dict(chunk=8)], ids=str
-)
+@pytest.mark.parametrize("options", [{}, dict(plain=True), dict(layout="blocks", block=16), dict(chunk=8)], ids=str)
 def test_cached_logits_equal_the_full_forward(model, options, monkeypatch):
     """Prompts of 1..64 tokens: the logits of the first two decode steps, fp32, within 1e-4."""
     seen = []
     engine = Engine(model, 64, 128, **options)
-    head = engine.head
-    if engine.fast:
-        step = engine.forward.decode
-        look = lambda R: (step(R), seen.append(engine.forward.logits[:, :V].clone()))[0]  # noqa: E731
-        monkeypatch.setattr(engine.forward, "decode", look)
+    logits = engine.logits
+    if engine.c:
+        decode = engine.c.decode
+        monkeypatch.setattr(engine.c, "decode", lambda R: (decode(R), seen.append(engine.c.logits[:, :V].clone()))[0])
     else:
-        monkeypatch.setattr(engine, "head", lambda *a: seen.append(head(*a)) or seen[-1])
+        monkeypatch.setattr(engine, "logits", lambda *a: seen.append(logits(*a)) or seen[-1])
     prompts = [text(n, 900 + n) for n in range(1, 65)]
     for i, p in enumerate(prompts):
         engine.add(Request(i, p, 50, temperature=0.0))  # long enough that none ends while we look
@@ -309,7 +264,7 @@ def test_cached_logits_equal_the_full_forward(model, options, monkeypatch):
         for row, r in enumerate(engine.decoding):
             n = int(engine.state["n"][row])
             if n - len(r.prompt) <= 2:
-                ids = engine.state["tokens"][row : row + 1, : n - 1]
+                ids = engine.state["tokens"][row:row + 1, :n - 1]
                 full = model.lm_head(model.norm(model(ids)))[0, -1]
                 worst = max(worst, (seen[-1][row] - full).abs().max().item())
                 checked.add((r.id, n - len(r.prompt)))
@@ -322,65 +277,59 @@ def test_logprobs_equal_the_trainers(model, n_draft):
         ids = torch.tensor([s.prompt + s.tokens])
         x = model.norm(model(ids[:, :-1]))[0]
         logp, _ = logprob_entropy(x, model.lm_head.weight, ids[0, 1:])
-        torch.testing.assert_close(torch.tensor(s.logprobs), logp[len(s.prompt) - 1 :], atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(s.logprobs), logp[len(s.prompt) - 1:], atol=1e-4, rtol=0)
 
 
-# ---- acceptance --------------------------------------------------------------------------------------------
-
+# ---- acceptance -----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def teacher_forced(model, sample, n_draft):
+def counts_by_teacher_forcing(model, sample, n_draft) -> list[list[int]]:
     """
-    What the engine must count, from one full forward over the finished text: drafts of every layer at every
-    place, then a walk in rounds. -> (rounds' verified, accepted) and (all places' verified, accepted), each
-    [n_draft].
+    What the engine must count, from one full forward over the finished text: the drafts of every layer at every
+    position, then a walk in rounds. -> [verified per layer, accepted per layer].
     """
     ids = torch.tensor([sample.prompt + sample.tokens + [0] * n_draft])
     n, end = len(sample.prompt), len(sample.prompt) + len(sample.tokens)
     h = model(ids)
     cos, sin = model.rope_at(ids, None)
-    drafts = []  # drafts[k][p]: layer k's choice for x_{p+k+2}
+    drafts = []                                                     # drafts[k][p]: layer k's choice for x_{p+k+2}
     for k, layer in enumerate(model.mtp_layers[:n_draft]):
-        ahead = F.pad(ids[:, k + 1 :], (0, k + 1))
+        ahead = F.pad(ids[:, k + 1:], (0, k + 1))
         z = layer.final_layernorm(layer(h, model.embed_tokens(ahead), cos, sin))
         drafts.append((z @ model.lm_head.weight.T).argmax(-1)[0].tolist())
     x = ids[0].tolist()
 
     def round_at(c):
-        """c certain tokens: the drafts looked at and accepted for x_c, x_{c+1}, ..."""
-        looked = [0] * n_draft
-        right = [0] * n_draft
+        """With c committed tokens: the drafts for x_c, x_{c+1}, ... that are verified, and accepted."""
+        verified, accepted = [0] * n_draft, [0] * n_draft
         for k in range(min(n_draft, end - c)):
-            looked[k] = 1
+            verified[k] = 1
             if drafts[k][c - 2] != x[c + k]:
                 break
-            right[k] = 1
-        return looked, right
+            accepted[k] = 1
+        return verified, accepted
 
     rounds, c = [([0] * n_draft, [0] * n_draft)], n
     while c < end:
-        looked, right = round_at(c) if c >= 2 else rounds[0]  # after a 1-token prompt there is no draft yet
-        rounds.append((looked, right))
-        c += sum(right) + 1
+        rounds.append(round_at(c) if c >= 2 else rounds[0])         # after a prompt of one token there is no draft yet
+        c += sum(rounds[-1][1]) + 1
     return [[sum(r[i][k] for r in rounds) for k in range(n_draft)] for i in (0, 1)]
 
 
 def counts(samples) -> list[list[int]]:
-    return [
-        [sum(x) for x in zip(*(getattr(s, name) for s in samples), strict=True)]
-        for name in ("verified", "accepted")
-    ]
+    return [[sum(x) for x in zip(*(getattr(s, name) for s in samples), strict=True)]
+            for name in ("verified", "accepted")]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_acceptance_is_what_teacher_forcing_says(model, temperature):
     """
-    Per layer: exactly the count of a walk over teacher-forced drafts (two near-ties allowed), and within 3
-    points of the estimate that eval.py prints, mtp.agreement. No stop ids here, so every round is full.
+    Per layer: exactly the count of a walk over teacher-forced drafts (two near-ties allowed), and within 3 points of
+    the estimate that eval.py prints, mtp.teacher_forced_acceptance. No stop ids here, so every round is full.
     """
     runs = requests(60, most=40, temperature=temperature)
     got = generate(Engine(model, 16, 96, 3), runs)
-    walk = torch.tensor([teacher_forced(model, s, 3) for s in got]).sum(0).tolist()
+    walk = torch.tensor([counts_by_teacher_forcing(model, s, 3) for s in got]).sum(0).tolist()
     online = counts(got)
     for k in range(3):
         assert abs(online[0][k] - walk[0][k]) <= 2 and abs(online[1][k] - walk[1][k]) <= 2
@@ -392,7 +341,7 @@ def test_acceptance_is_what_teacher_forcing_says(model, temperature):
         docs = torch.tensor([[0] * len(ids) + [1] * 3])
         mask = torch.tensor([[0] * len(s.prompt) + [1] * (len(s.tokens) + 3)])
         bounds = doc_bounds(torch.tensor([0, T], dtype=torch.int32), 1, T)
-        estimate += torch.tensor(agreement(model, row, docs, torch.arange(T)[None], bounds, mask))
+        estimate += torch.tensor(teacher_forced_acceptance(model, row, docs, torch.arange(T)[None], bounds, mask))
     for k in range(3):
         assert abs(online[1][k] / online[0][k] - estimate[k, 0] / estimate[k, 1]) < 0.03
     assert online[1][0] / online[0][0] > 0.5  # and the drafts are good enough to show a bug
@@ -400,12 +349,10 @@ def test_acceptance_is_what_teacher_forcing_says(model, temperature):
 
 @pytest.mark.parametrize("n_draft", [0, 2])
 def test_rows_that_fill_up_a_batch_leave_prompts_alone(model, n_draft):
-    """Blocks: 9 to 11 sequences decode as 16 rows while long prompts are read, in chunks, in the last rows."""
+    """Blocks: 9 to 11 sequences decode as 16 rows while long prompts are prefilled, in chunks, in the last rows."""
     runs = [Request(i, text(2 + 17 * i % 78, i), 10 + i % 40, temperature=0.0) for i in range(40)]
-    many, alone = (
-        generate(Engine(model, slots, 128, n_draft, layout="blocks", block=16, chunk=8, prefill_tokens=16), runs)
-        for slots in (12, 1)
-    )
+    options = dict(layout="blocks", block=16, chunk=8, prefill_tokens=16)
+    many, alone = (generate(Engine(model, slots, 128, n_draft, **options), runs) for slots in (12, 1))
     assert [s.tokens for s in many] == [s.tokens for s in alone]
 
 
@@ -440,64 +387,65 @@ def test_more_than_three_drafts(n_draft):
 
 
 @pytest.mark.parametrize("n_draft", [1, 2, 3])
-@pytest.mark.parametrize("fast", [True, False])
-def test_drafts_depend_on_the_text_alone(model, n_draft, fast):
-    """After rounds that kept 1 to 4 tokens the next drafts are those of an engine that has just read the whole text."""
-    if fast and library() is None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_drafts_depend_on_the_text_alone(model, n_draft, plain):
+    """After rounds that committed 1 to 4 tokens the new drafts are those of an engine that just prefilled the text."""
+    if not plain and library() is None:
         pytest.skip("no C compiler")
-    engine, found = Engine(model, 4, 96, n_draft, plain=not fast), {}
+    engine, found = Engine(model, 4, 96, n_draft, plain=plain), {}
     for r in requests(40, most=30, temperature=1.0):
         engine.add(r)
-    kept = set()
+    committed = set()
     while engine.active or engine.waiting:
         before = {r.id: int(engine.state["n"][i]) for i, r in enumerate(engine.decoding)}
         engine.step()
         for i, r in enumerate(engine.decoding):
             n = int(engine.state["n"][i])
             if r.id in before:
-                kept.add(n - before[r.id])
-            ids = engine.state["tokens"][i, : n + n_draft].tolist()
+                committed.add(n - before[r.id])
+            ids = engine.state["tokens"][i, :n + n_draft].tolist()
             found[tuple(ids[:n])] = ids[n:]
-    assert kept == set(range(1, n_draft + 2)) and len(found) > 100
-    fresh = Engine(model, 1, 96, n_draft, plain=not fast)
+    assert committed == set(range(1, n_draft + 2)) and len(found) > 100
+    fresh = Engine(model, 1, 96, n_draft, plain=plain)
     for prompt, drafts in found.items():
         fresh.add(Request(0, list(prompt), 1, 0.0))
-        fresh.tables()
+        fresh.refresh()
         fresh.admit()
         with torch.no_grad():
-            fresh.read_prompts()
-        assert fresh.state["tokens"][0, len(prompt) : len(prompt) + n_draft].tolist() == drafts
+            fresh.prefill()
+        assert fresh.state["tokens"][0, len(prompt):len(prompt) + n_draft].tolist() == drafts
         fresh.abort(0)
 
 
 class PostNorm(Engine):
-    def mtp(self, k, h, ahead, plan):
-        return super().mtp(k, self.model.norm(h), ahead, plan)
+    """MTP reads the state after the final norm."""
+    def mtp(self, k, h, ahead, ctx):
+        return super().mtp(k, self.model.norm(h), ahead, ctx)
 
 
 class Shifted(Engine):
-    def mtp(self, k, h, ahead, plan):
-        return super().mtp(k, h, ahead.roll(1, 1), plan)
+    """MTP reads another position's token."""
+    def mtp(self, k, h, ahead, ctx):
+        return super().mtp(k, h, ahead.roll(1, 1), ctx)
 
 
 class Stale(Engine):
-    """Layers run on the newest slot alone: what a rejected draft wrote, and what a round skipped, stays."""
-
+    """draft() fills the newest position alone: what a rejected draft wrote, and what a round skipped, stays."""
     def draft(self, first, B, E):
-        real = super().plan
+        real = super().context
 
-        def last_only(first, positions, write=None):
-            write = positions.clone() if write is None else write.clone()
-            write[:, :-1] = self.columns - 1
-            return real(first, positions, write)
+        def last_only(first, positions, columns):
+            columns = columns.clone()
+            columns[:, :-1] = self.columns - 1
+            return real(first, positions, columns)
 
-        self.plan = last_only
+        self.context = last_only
         super().draft(first, B, E)
-        del self.plan
+        del self.context
 
 
 def swapped_halves(model):
-    """input_proj with [embedding ; hidden] columns, Megatron's order, read as ours."""
+    """input_proj with [embedding ; hidden] columns, Megatron's order, used as if it had ours."""
     m = build(CFG)
     m.load_state_dict(model.state_dict())
     for layer in m.mtp_layers:
@@ -516,7 +464,7 @@ def test_bugs_that_only_lower_acceptance_are_seen(model):
 
     best = tokens_per_round(good)
     found = {}
-    for cls in (PostNorm, Shifted, Stale):       # in torch: nothing can be put into the C code
+    for cls in (PostNorm, Shifted, Stale):                          # plain: nothing can be put into the C code
         bad = generate(cls(model, 16, 96, 3, plain=True), runs)
         assert [s.tokens for s in bad] == [s.tokens for s in good]
         found[cls.__name__] = tokens_per_round(bad)
@@ -524,17 +472,14 @@ def test_bugs_that_only_lower_acceptance_are_seen(model):
     assert all(x < best - 0.04 for x in found.values()), (best, found)      # the stale cache costs least, 0.07 to 0.09
 
 
-# ---- ends, limits, errors ----------------------------------------------------------------------------------
-
+# ---- ends, limits, errors -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n_draft", [0, 3])
 def test_stop_inside_a_draft(model, n_draft):
-    """The text up to and with the first stop id, nothing behind it, whatever a round had accepted beyond."""
+    """The text up to and with the first stop id, nothing behind it, whatever a round accepted beyond it."""
     free = generate(Engine(model, 4, 64, n_draft), requests(30, temperature=0.0, most=20))
     for stop in (0, 7):
-        got = generate(
-            Engine(model, 4, 64, n_draft), requests(30, temperature=0.0, most=20, stop=(stop, V - 1))
-        )
+        got = generate(Engine(model, 4, 64, n_draft), requests(30, temperature=0.0, most=20, stop=(stop, V - 1)))
         for a, b in zip(free, got, strict=True):
             cut = next((i + 1 for i, t in enumerate(a.tokens) if t in (stop, V - 1)), None)
             assert b.tokens == a.tokens[:cut] and b.finish == ("length" if cut is None else "stop")
@@ -549,7 +494,7 @@ def test_context_limit(model, n_draft, layout):
     tight = Engine(model, 4, 30, n_draft, layout=layout, block=4)
     got = generate(tight, [Request(n, text(n, n), 40, 0.0) for n in range(1, 30)])
     for a, b in zip(wide, got, strict=True):
-        assert b.tokens == a.tokens[: 30 - len(b.prompt)] and b.finish == "length"
+        assert b.tokens == a.tokens[:30 - len(b.prompt)] and b.finish == "length"
 
 
 def test_refusals_are_clear(small):
@@ -565,19 +510,13 @@ def test_refusals_are_clear(small):
         (Request("b", [1], 1, top_p=0.0), "(0, 1]"),
         (Request("b", [1], 1, stop=(1,) * 9), "at most 8"),
     ):
-        with pytest.raises(ValueError, match=".*".join(map(_escape, [words]))):
+        with pytest.raises(ValueError, match=re.escape(words)):
             e.add(request)
     with pytest.raises(ValueError, match="should fit the cache of 8"):
         Engine(small, 2, 16, layout="blocks", kv_tokens=8, block=4).add(Request("b", [1] * 9, 4))
     Engine(small, 1, 16, 1).add(Request("b", [1] * 9, 40))  # exactly the capacity of one slot: taken
     with pytest.raises(ValueError, match="n_draft = 2"):
         Engine(small, 2, 16, 2)
-
-
-def _escape(words: str) -> str:
-    import re
-
-    return re.escape(words)
 
 
 def test_memory_bound_makes_requests_wait(small):
@@ -595,8 +534,7 @@ def test_memory_bound_makes_requests_wait(small):
 
 
 def test_long_prompt_does_not_stall_the_others(model):
-    """A prompt of 100 tokens in chunks of 8: the short one beside it finishes while the long one is still
-    read."""
+    """A prompt of 100 tokens in chunks of 8: the short one beside it ends while the long one still prefills."""
     e = Engine(model, 2, 128, 3, chunk=8)
     e.add(Request("long", text(100, 1), 4))
     e.add(Request("short", text(3, 2), 4))
@@ -607,7 +545,7 @@ def test_long_prompt_does_not_stall_the_others(model):
 
 
 def test_load_takes_effect_and_shared_weights_are_seen(model):
-    """load() and an optimizer's in-place step both reach the merged weights of kernels/cpu/decode.py."""
+    """load() and an optimizer's in-place step both reach the packed weights of kernels/cpu/decode.py."""
     m = build(CFG)
     m.load_state_dict(model.state_dict())
     e, runs = Engine(m, 4, 64, 3), requests(8, temperature=0.0)
@@ -632,54 +570,41 @@ def test_abort_returns_what_there_was(model):
     e.step()
     e.step()
     s = e.abort(e.decoding[0].id)
-    assert s.finish == "abort" and 1 <= len(s.tokens) and s.tokens == whole[s.id].tokens[: len(s.tokens)]
+    assert s.finish == "abort" and 1 <= len(s.tokens) and s.tokens == whole[s.id].tokens[:len(s.tokens)]
     rest = {}
     while e.active or e.waiting:
         rest |= {s.id: s.tokens for s in e.step()}
     assert all(tokens == whole[i].tokens for i, tokens in rest.items()) and len(rest) >= 3
 
 
-# ---- fuzz --------------------------------------------------------------------------------------------------
-
+# ---- fuzz -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("layout, events", [("rows", 5000), ("blocks", 5000)])
 def test_random_events(small, layout, events):
     """
-    10,000 random adds, steps, aborts and reloads: every request ends exactly once and with the text it has
-    alone, no block stays taken, memory is flat.
+    Random adds, steps, aborts and reloads, 5,000 per layout: every request ends exactly once and with the text that it
+    has alone, every block is freed, memory stays flat.
     """
     rng = random.Random(layout)
     e = Engine(small, 6, 24, 1, chunk=6, layout=layout, block=4, kv_tokens=100)
     prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 20))] for _ in range(30)]
-    settings = [
-        dict(max_new_tokens=m, temperature=t, stop=s)
-        for m in (1, 3, 9, 50)
-        for t in (0.0, 1.0)
-        for s in ((), (3, 4))
-    ]
+    settings = [dict(max_new_tokens=m, temperature=t, stop=s)
+                for m in (1, 3, 9, 50) for t in (0.0, 1.0) for s in ((), (3, 4))]
     kinds = [(p, s) for p in range(30) for s in range(len(settings))]
-    alone = {
-        kind: s
-        for kind, s in zip(
-            kinds,
-            generate(
-                Engine(small, 200, 24),
-                [Request(i, prompts[p], seed=p, **settings[s]) for i, (p, s) in enumerate(kinds)],
-            ),
-            strict=True,
-        )
-    }
+    samples = generate(Engine(small, 200, 24),
+                       [Request(i, prompts[p], seed=p, **settings[s]) for i, (p, s) in enumerate(kinds)])
+    alone = dict(zip(kinds, samples, strict=True))
     flying, new, peak, weights = {}, 0, None, {k: v.clone() for k, v in small.state_dict().items()}
     address = e.cache.kv.data_ptr()
 
     def ended(sample):
-        kind = flying.pop(sample.id)  # KeyError: lost, or twice
-        want = alone[kind]
+        kind = flying.pop(sample.id)                                # KeyError: lost, or twice
+        right = alone[kind]
         assert sample.prompt == prompts[kind[0]]
         if sample.finish == "abort":
-            assert sample.tokens == want.tokens[: len(sample.tokens)]
+            assert sample.tokens == right.tokens[:len(sample.tokens)]
         else:
-            assert (sample.tokens, sample.finish) == (want.tokens, want.finish)
+            assert (sample.tokens, sample.finish) == (right.tokens, right.finish)
 
     for event in range(events):
         dice = rng.random()
@@ -702,35 +627,36 @@ def test_random_events(small, layout, events):
     while flying:
         for sample in e.step():
             ended(sample)
-    assert (e.active, e.waiting, e.kinds, e.ids) == (0, 0, [0, 0, 0], set()) and new > 500
+    assert (e.active, e.waiting, e.modes, e.in_flight) == (0, 0, [0, 0, 0], set()) and new > 500
     if layout == "blocks":
-        assert sorted(e.cache.free) == list(range(1, 26)) and e.cache.owned == {} and not e.cache.table.any()
+        assert sorted(e.cache.free_blocks) == list(range(1, 26)) and e.cache.owned == {}
+        assert not e.cache.block_table.any()
     assert e.cache.kv.data_ptr() == address
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 16 * 1024  # KiB
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("n_draft", [0, 3])
-def test_padding_rows_of_the_head_are_never_drawn(model, fast, n_draft):
+def test_padding_rows_of_the_head_are_never_sampled(model, plain, n_draft):
     """
-    The last 7 rows made the likeliest by far: never drawn, greedy or not, and the log-probs are those of a softmax over
-    the others; without ids= they are drawn.
+    The last 7 rows of lm_head made the likeliest by far: never sampled, greedy or not, and the log-probs are those of a
+    softmax over the other rows. Without n_ids= they are sampled.
     """
-    if fast and library() is None:
+    if not plain and library() is None:
         pytest.skip("no C compiler")
     padded = build(CFG)
     padded.load_state_dict(model.state_dict())
     with torch.no_grad():
         padded.lm_head.weight[V - 7:] = 3 * padded.lm_head.weight[:7]
-    asked = [Request(i, text(5 + i, i), 20, temperature=float(i % 2), seed=i) for i in range(8)]
-    for s in generate(Engine(padded, 4, 64, n_draft, plain=not fast, n_ids=V - 7), asked):
+    runs = [Request(i, text(5 + i, i), 20, temperature=float(i % 2), seed=i) for i in range(8)]
+    for s in generate(Engine(padded, 4, 64, n_draft, plain=plain, n_ids=V - 7), runs):
         assert max(s.tokens) < V - 7
         with torch.no_grad():
             ids = torch.tensor([s.prompt + s.tokens])
             logp = padded.logits(padded(ids))[0, len(s.prompt) - 1:-1, :V - 7].log_softmax(-1)
         right = logp.gather(1, torch.tensor(s.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(s.logprobs), right, atol=1e-4, rtol=0)
-    drawn = {t for s in generate(Engine(padded, 4, 64, n_draft, plain=not fast), asked) for t in s.tokens}
-    assert max(drawn) >= V - 7
-    with pytest.raises(ValueError, match="ids = 33 should be 1 to 32"):
-        Engine(padded, 4, 64, ids=V + 1)
+    sampled = {t for s in generate(Engine(padded, 4, 64, n_draft, plain=plain), runs) for t in s.tokens}
+    assert max(sampled) >= V - 7
+    with pytest.raises(ValueError, match="n_ids = 33 should be 1 to 32"):
+        Engine(padded, 4, 64, n_ids=V + 1)
