@@ -251,7 +251,7 @@ def read_state(ckpt: str | Path, *needs: str) -> dict:
     lacking = [k for k in needs if k not in state]
     if lacking:
         stage = read_meta(ckpt).get("stage")
-        raise UserError(f"{ckpt} is of another kind of run (stage {stage!r}, no {lacking[0]!r} in its state) and cannot "
+        raise UserError(f"{ckpt} is of another kind of run (stage {stage!r}, no {lacking[0]!r} in its state), not to "
                         "be resumed here: give another --out")
     return state
 

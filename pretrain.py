@@ -101,7 +101,7 @@ def main(cfg: Config) -> None:
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     kernels.set_plain(cfg.plain)
     stages, run = cfg.all_stages(), Path(cfg.out)
-    end = total_tokens(stages)
+    end, shortest = total_tokens(stages), min(s.seq_len for s in stages)
     tokenizer, loader = open_data(cfg, stages)
 
     # ---- 2. start or resume -------------------------------------------------------------------------------------
@@ -126,11 +126,11 @@ def main(cfg: Config) -> None:
         if i != at:                                          # a stage begins: context, RoPE base, perhaps new layers
             at = i
             model, optimizer = begin_stage(model, optimizer, stages, at, cfg, rt)
-            micro, stage_end, n_mtp = micro_rows(cfg, stages[i]), total_tokens(stages[:i + 1]), len(model.mtp_layers)
 
         # 3a. what the table says of this step
         s, rows, w = stages[i], batch_size_at(stages, seen), mtp_weight_at(stages, seen)
-        tokens = rows * s.seq_len
+        tokens, stage_end, n_mtp = rows * s.seq_len, total_tokens(stages[:i + 1]), len(model.mtp_layers)
+        micro = max(1, cfg.micro_batch * shortest // s.seq_len)      # rows per forward: about as many tokens everywhere
         lr = lr_at(stages, min(seen + tokens / 2, stage_end - 1))     # at the step's middle: never 0 at step 0
 
         # 3b. a batch. Targets are counted over all ranks and micro-batches before the first forward: the loss is then
@@ -174,7 +174,7 @@ def main(cfg: Config) -> None:
         if cfg.sample_every and step % cfg.sample_every == 0 and not rt.sharded:
             bar.write(f"  sample at {seen:,} tokens: {continue_text(model, tokenizer, SAMPLE_PROMPT)!r}")
         if stage_ended := seen >= stage_end:
-            losses = validate(model, cfg, s, rt)
+            losses = validate(model, cfg, s, micro, rt)
             metrics.log(step=step, tokens=seen, stage=s.name, valid=losses)
             if rt.is_main:
                 bar.write(f"  {s.name} ends at {seen:,} tokens; validation loss, nats per token: "
@@ -268,14 +268,6 @@ def prepare(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime,
 
 # ---- forward passes -------------------------------------------------------------------------------------------------
 
-def micro_rows(cfg: Config, stage: Stage) -> int:
-    """
-    Rows per forward. cfg.micro_batch counts rows of the shortest context in the table, so that a stage with a longer
-    one runs as many tokens per forward.
-    """
-    return max(1, cfg.micro_batch * min(s.seq_len for s in cfg.all_stages()) // stage.seq_len)
-
-
 def forward(model: MiMo, batch: Batch, n_mtp: int) -> Tensor:
     """Summed losses [1 + n_mtp] of one micro-batch, nats."""
     width = batch.positions.shape[1] + 1 + n_mtp             # the loader's look-ahead is that of the last stage
@@ -285,7 +277,7 @@ def forward(model: MiMo, batch: Batch, n_mtp: int) -> Tensor:
 
 
 @torch.no_grad()
-def validate(model: MiMo, cfg: Config, stage: Stage, rt: Runtime) -> dict[str, dict[str, float | list[float]]]:
+def validate(model: MiMo, cfg: Config, stage: Stage, micro: int, rt: Runtime) -> dict[str, dict]:
     """Loss and MTP losses per source on held-out documents, nats per token, at the stage's context."""
     folder = Path(cfg.data) / "valid"
     n_mtp, found = len(model.mtp_layers), {}
@@ -293,7 +285,7 @@ def validate(model: MiMo, cfg: Config, stage: Stage, rt: Runtime) -> dict[str, d
         loader = MixtureLoader(str(folder), [name], cfg.model.vocab_size, n_mtp=n_mtp, seed=0)
         rows = max(rt.world, int(cfg.valid_tokens) // stage.seq_len)
         batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, rows, rt.rank, rt.world).to(rt.device)
-        parts = distributed.micro_batches(batch, micro_rows(cfg, stage), rt)
+        parts = distributed.micro_batches(batch, micro, rt)
         sums = sum(forward(model, part, n_mtp) for part, _ in parts)
         counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp)
         mean = distributed.all_reduce_sum(sums, rt) / distributed.all_reduce_sum(counts, rt).clamp_min(1)

@@ -89,7 +89,7 @@ def test_the_closing_screen_shows_one_problem_and_what_to_type_next(tmp_path):
                                 "speedup": 1.1, "equal_text": True},
                         "seconds": {"rl": 3.0, "total": 60.0}, "peak_mb": 1, "heldout_overlap": 0}, tmp_path)
     assert "What is 1+1?" in text and "right rl says 1" in text and "wrong base says 1" in text
-    assert text.count(".venv/bin/python") == 3 and max(map(len, text.split("\n"))) < 140
+    assert text.count(".venv/bin/python") == 3
 
 
 def test_readme_shows_the_recipe_that_the_demo_runs():

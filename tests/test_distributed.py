@@ -2,6 +2,7 @@
 What a training script leans on: reductions, clipping, guards, metrics and endings. Several ranks:
 test_scale.py.
 """
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import load_model
@@ -20,6 +22,7 @@ import checkpoint
 import distributed
 import metrics
 from configurator import UserError
+from data.loader import make_batch
 from metrics import Metrics, SpikeGuard, check_finite, mfu, read_rows
 from model import ModelConfig, flops_per_token
 
@@ -43,18 +46,17 @@ def test_setup_on_one_process(rt):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is absent")
 def test_absent_cuda_is_one_line():
-    with pytest.raises(UserError, match="error: device = 'cuda' but torch sees no CUDA device"):
+    with pytest.raises(UserError, match="device = 'cuda' but torch sees no CUDA device"):
         distributed.setup(device="cuda")
 
 
-def test_die_is_one_line_and_status_1():
-    done = subprocess.run(
-        [sys.executable, "-c", "import checkpoint; raise UserError('disk on fire: /dev/sda')"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (1, "error: disk on fire: /dev/sda\n")
+@pytest.mark.parametrize("error, line", [("UserError('disk on fire: /dev/sda')", "error: disk on fire: /dev/sda\n"),
+                                         ("OSError(28, 'No space left', 'out/x')", "error: out/x: No space left\n")])
+def test_an_error_ends_in_one_line_and_status_1(error, line):
+    program = ("import configurator\nfrom configurator import UserError\nfrom dataclasses import dataclass\n"
+               f"@dataclass\nclass Config: pass\ndef main(cfg): raise {error}\nconfigurator.run(main, Config)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, line)
 
 
 def test_sigterm_asks_for_a_stop(rt):
@@ -141,13 +143,24 @@ def test_spikes_are_skipped_only_when_asked_and_do_not_move_the_mean():
 
 # ---- micro-batches -----------------------------------------------------------------------------------------
 
-def test_micro_ranges_by_hand(rt, monkeypatch):
-    assert distributed.micro_ranges(5, 2, rt) == [(0, 2, False), (2, 4, False), (4, 5, True)]
-    assert distributed.micro_ranges(4, 8, rt) == [(0, 4, True)]
+def pieces(rows, per_micro, rt):
+    """[(ids of the rows, is anything learned, last)] of micro_batches over a batch of so many rows."""
+    batch = make_batch(np.arange(3 * rows).reshape(rows, 3), np.zeros((rows, 3), int), 2)
+    return [(part.ids[:, 0].tolist(), part.mask is None, last)
+            for part, last in distributed.micro_batches(batch, per_micro, rt)]
+
+
+def test_micro_batches_by_hand(rt, monkeypatch):
+    assert pieces(5, 2, rt) == [([0, 3], True, False), ([6, 9], True, False), ([12], True, True)]
+    assert pieces(4, 8, rt) == [([0, 3, 6, 9], True, True)]
     with pytest.raises(UserError, match="a rank has no row"):
-        distributed.micro_ranges(0, 2, rt)
+        pieces(0, 2, rt)
+    two = dataclasses.replace(rt, world=2)
     monkeypatch.setattr(distributed, "all_reduce_max", lambda t, rt: torch.tensor([7, -5]))  # another rank has 7
-    assert distributed.micro_ranges(5, 2, rt) == [(0, 2, False), (2, 4, False), (4, 5, False), (5, 5, True)]
+    assert pieces(5, 2, two)[3:] == [([0], False, True)], "a fourth piece, for which nothing is learned"
+    monkeypatch.setattr(distributed, "all_reduce_max", lambda t, rt: torch.tensor([7, 0]))   # another rank has none
+    with pytest.raises(UserError, match="a rank has no row"):
+        pieces(7, 2, two)
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
