@@ -251,7 +251,7 @@ class Grader:
 
     def submit(self, key: tuple, task, sample) -> None:
         """
-        Grade sample.tokens (token ids) as an answer to problems[task.prompt]; poll() will return the reward under `key`.
+        Grade sample.tokens (token ids) as an answer to problems[task.prompt]; poll() will give the reward under `key`.
         task: a rollout.Task; sample: an engine.Sample.
         """
         problem = self.problems[task.prompt]
