@@ -31,7 +31,7 @@ from judge.box import LABEL, Box, JudgeError, Run, choose_isolation
 
 # accepted, wrong answer; time, memory, output limit exceeded; run-time error; judge error
 STATUSES = ("AC", "WA", "TLE", "MLE", "OLE", "RE", "JE")
-MAX_TIMEOUTS = 4                 # after this many TLE the other tests of a program are TLE too, without being run [ours]
+MAX_TIMEOUTS = 4                 # after this many TLE the other tests of a program are TLE without being run [ours]
 MAX_OUTPUT = 1024 << 10          # bytes that are read of each stream of a program [ours]
 MAX_FAILED = 0.05                # share of programs with a JE, of at least 20, above which the judge raises [ours]
 
