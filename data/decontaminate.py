@@ -32,8 +32,8 @@ def build_index(heldout: list[str], n: int = N) -> dict[int, np.ndarray]:
 
 def contaminated(texts: list[str], index: dict[int, np.ndarray]) -> np.ndarray:
     """
-    bool [len(texts)]: True where a text holds 16 words in a row of a held-out text, or all of a shorter one. index: of
-    build_index.
+    bool [len(texts)]: True where a text holds 16 words in a row of a held-out text, or all of a shorter one. index:
+    what build_index made of the held-out texts.
     """
     hashes = [word_hashes(t) for t in texts]
     hit = np.zeros(len(texts), bool)

@@ -77,8 +77,8 @@ def write_source(folder: str | Path, name: str, documents: Iterable[Sequence[int
                  shard_tokens: int = 1 << 28) -> dict:
     """
     All documents of one source, in shards of about shard_tokens tokens. -> the manifest, as in NAME.json. Mix the
-    documents before: each epoch shuffles the shards and the documents inside a shard, not across shards. UserError as
-    write_shard.
+    documents before: each epoch shuffles the shards and the documents inside a shard, not across shards. UserError for
+    an id outside the vocabulary.
     """
     folder, shards, documents = Path(folder), [], iter(documents)
     manifest = folder / f"{name}.json"

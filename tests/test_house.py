@@ -21,7 +21,7 @@ FLOORS = [
     ["configurator", "kernels", "kernels.*", "kernels.cpu.*", "data", "data.tiny"],
     ["schedule", "sampling", "data.jsonl", "tokenizer", "model"],
     ["mtp", "distributed", "data.problems", "data.shards", "data.dedup", "data.extract", "data.decontaminate",
-     "data.tiny.world", "data.tiny.web"],
+     "data.tiny.world", "data.tiny.pages", "data.tiny.web"],
     ["metrics", "checkpoint", "judge", "judge.*", "data.*", "data.tiny.*"],
     ["reward", "cache"],
     ["engine", "rollout"],

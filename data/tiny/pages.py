@@ -88,6 +88,7 @@ def way_between(w: World, r: random.Random, river: str, i: int, j: int) -> str:
 
 
 def news(w: World, r: random.Random) -> Content:
+    """Short sentences about a town; little of it is a fact of the world."""
     town, other = r.sample(w.towns, 2)
     person, product, crop = r.choice(w.people), r.choice([t[0] for t in TRADES.values()]), r.choice(CROPS)
     day = f"day {r.randrange(1, 29)} of {r.choice(MONTHS)}"
@@ -108,6 +109,7 @@ def news(w: World, r: random.Random) -> Content:
 
 
 def ads(w: World, r: random.Random) -> Content:
+    """An advertisement for a product."""
     product, town = r.choice([t[0] for t in TRADES.values()]), r.choice(w.towns)
     lines = [
         f"Buy the best {product} in {town}!",
@@ -123,6 +125,7 @@ def ads(w: World, r: random.Random) -> Content:
 
 
 def jobs(w: World, r: random.Random) -> Content:
+    """A job post."""
     trade, town = r.choice(list(TRADES)), r.choice(w.towns)
     lines = [
         f"The pay is {r.randrange(5, 60)} coins a day.",
@@ -137,6 +140,7 @@ def jobs(w: World, r: random.Random) -> Content:
 
 
 def shallow(w: World, r: random.Random) -> Content:
+    """A page of words without a sentence."""
     words = r.sample("best page top list new free click here more good news links win".split(), 9)
     blocks = [("h1", "Welcome"), ("p", " ".join(words * 2)), ("p", f"Page {r.randrange(999)} of {r.randrange(999)}.")]
     return blocks, (0, 0, r.randrange(3))
