@@ -1,21 +1,22 @@
 """
-Our engine beside transformers' generate, on one checkpoint, one CPU thread, in one run (report section 2.2,
-3.4).
+Our engine beside transformers' generate, on one checkpoint, one CPU thread, in one run (report 2.2, 3.4).
 
     python bench/generate.py                          # the newest checkpoint under out/; about three minutes
     python bench/generate.py --ckpt=out/tiny/sft --rounds=7
 
 The checkpoint is exported by hf.py and loaded by transformers as Qwen2ForCausalLM. Three questions:
-  1  one request at a time:  transformers.generate  |  ours  |  ours with every MTP layer drafting
-  2  64 requests of skewed lengths: transformers' left-padded batch, which runs until its longest answer is
-  done  |
-     ours, where a request leaves when it is done (and its row is no longer paid for)
-  3  MTP against batch size: measured speed-up, and what a cost model says that was fitted at three of the sizes
-Held-out problems, greedy; in 1 and 3 answers run to their end token, in 2 stop ids are off and the lengths imposed.
-All sides make the same number of tokens; the texts must be the same. Times are CPU seconds of the process, so that
-another program on the machine disturbs less; sides alternate, the least of the rounds counts.
 
-Writes out/bench/generate.json and out/bench/generate.png. Last line: the ratios. Expected numbers:
+    1  one request at a time:  transformers.generate  |  ours  |  ours with every MTP layer drafting
+    2  64 requests with answers of skewed lengths:
+         transformers   one left-padded batch, which runs until its longest answer is done
+         ours           a request leaves when it is done, and its row costs nothing from then on
+    3  MTP against batch size: measured speed-up, and the prediction of a cost model fitted at three of the sizes
+
+Held-out problems, greedy. In 1 and 3 answers run to their end token; in 2 stop ids are off and the lengths are imposed.
+All sides generate the same number of tokens, and the texts must be the same. Times are CPU seconds of the process, so
+that another program on the machine disturbs less; the sides alternate, and the least of the rounds counts.
+
+Writes out/bench/generate.json and out/bench/generate.png. The last line has the ratios. Numbers to expect:
 docs/engine.md.
 """
 import json
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,19 +35,20 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from grade import prompt_ids, stop_ids  # noqa: E402
 
 import configurator  # noqa: E402
 import mtp  # noqa: E402
 from checkpoint import find, newest, read_meta, read_shape, read_weights  # noqa: E402
-from data.problems import read_problems  # noqa: E402
+from configurator import UserError  # noqa: E402
+from data.problems import prompt_ids, read_problems, stop_ids  # noqa: E402
 from engine import Engine, Request, generate  # noqa: E402
-from model import ModelConfig  # noqa: E402
+from model import MiMo, ModelConfig  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Config:
+    """The command line of bench/generate.py."""
     ckpt: str = ""                        # a checkpoint or a run folder; "" = the newest under out/
     problems: str = "out/tiny/problems/test.jsonl"   # prompts
     singles: int = 12                     # requests of question 1
@@ -58,14 +61,15 @@ class Config:
     out: str = "out/bench/generate.json"  # results; the plot lies beside it
 
 
-def seconds(f) -> tuple[float, object]:
+def seconds(f: Callable) -> tuple[float, object]:
+    """CPU seconds that f() takes, and its result."""
     start = time.process_time()
     result = f()
     return time.process_time() - start, result
 
 
-def alternate(sides: dict, rounds: int) -> dict[str, list[float]]:
-    """Each side once per round, in turn; the first round is thrown away."""
+def alternate(sides: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side, once per round and by turns; one round before these is not counted."""
     times = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, f in sides.items():
@@ -74,14 +78,14 @@ def alternate(sides: dict, rounds: int) -> dict[str, list[float]]:
 
 
 def ratio(times: dict[str, list[float]], ours: str, theirs: str) -> float:
-    """theirs / ours, the least time of each: above 1 ours is faster. Disturbance only ever adds to a time."""
+    """theirs / ours, the least time of each: above 1 ours is faster. Other programs only ever add to a time."""
     return min(times[theirs]) / min(times[ours])
 
 
-# ---- transformers ------------------------------------------------------------------------------------------
+# ---- transformers ---------------------------------------------------------------------------------------------------
 
 def load_transformers(ckpt: Path):
-    """The same weights in transformers, through our exporter; greedy, no early end."""
+    """The same weights in transformers, through hf.py; greedy, without stop ids."""
     from transformers import AutoModelForCausalLM
 
     import hf
@@ -94,7 +98,7 @@ def load_transformers(ckpt: Path):
 
 @torch.no_grad()
 def theirs(model, prompts: list[list[int]], tokens: int, stop: tuple = ()) -> list[list[int]]:
-    """transformers.generate on a left-padded batch -> new tokens per prompt; without stop ids all `tokens` of them."""
+    """transformers.generate on a left-padded batch. -> new tokens per prompt; without stop ids exactly `tokens`."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -103,10 +107,10 @@ def theirs(model, prompts: list[list[int]], tokens: int, stop: tuple = ()) -> li
     return out[:, width:].tolist()
 
 
-# ---- the cost model ----------------------------------------------------------------------------------------
+# ---- the cost model -------------------------------------------------------------------------------------------------
 
 class Timed(Engine):
-    """Adds up the CPU seconds of the trunk's pass (decode) and of drafting."""
+    """Adds up the CPU seconds of decode() and of draft()."""
     seconds_decode = seconds_draft = 0.0
 
     def decode(self, R):
@@ -118,11 +122,12 @@ class Timed(Engine):
         self.seconds_draft += seconds(lambda: super(Timed, self).draft(first, B, E))[0]
 
 
-def serve(model, prompts, batch: int, n_draft: int, tokens: int, stop: tuple) -> tuple[dict[str, float], list]:
+def serve(model: MiMo, prompts: list[list[int]], batch: int, n_draft: int, tokens: int,
+          stop: tuple) -> tuple[dict[str, float], list]:
     """
-    A full batch for as long as two batches of answers take: the first batch of answers is left out of the
-    timing and the queue never runs dry. -> (CPU seconds per token, and per step those of decode, draft and
-    the rest, which is mostly reading prompts), samples.
+    A full batch for as long as two batches of answers take: the first batch of answers is not timed, and the queue is
+    never empty. -> (CPU seconds: "token" per token; per step "decode", "draft" and "rest", which is mostly prefill;
+    samples).
     """
     engine, done = Timed(model, batch, 512, n_draft), []
     for i in range(4 * batch + 4):
@@ -132,30 +137,30 @@ def serve(model, prompts, batch: int, n_draft: int, tokens: int, stop: tuple) ->
         while len(done) < n:
             done.extend(engine.step())
 
-    def made() -> int:
+    def n_generated() -> int:
         unfinished = sum(int(engine.state["n"][i]) - len(r.prompt) for i, r in enumerate(engine.decoding))
         return sum(len(s.tokens) for s in done) + unfinished
     until(batch)
-    engine.steps, engine.seconds_decode, engine.seconds_draft, before = 0, 0.0, 0.0, made()
+    engine.steps, engine.seconds_decode, engine.seconds_draft, before = 0, 0.0, 0.0, n_generated()
     whole, _ = seconds(lambda: until(3 * batch + 2))
     cost = {"decode": engine.seconds_decode, "draft": engine.seconds_draft}
     cost["rest"] = whole - cost["decode"] - cost["draft"]
-    return {name: t / engine.steps for name, t in cost.items()} | {"token": whole / (made() - before)}, done
+    return {name: t / engine.steps for name, t in cost.items()} | {"token": whole / (n_generated() - before)}, done
 
 
-def line(at: dict[int, float]):
-    """cost(x), straight between the points: few sequences are bound by reading weights, many by their rows."""
+def interpolated(at: dict[int, float]) -> Callable[[float], float]:
+    """cost(batch size), linear between the points: few sequences are bound by weights, many by their rows."""
     return lambda x: float(np.interp(x, list(at), list(at.values())))
 
 
-def tokens_per_round(samples) -> tuple[float, list[float]]:
+def tokens_per_round(samples: list) -> tuple[float, list[float]]:
     """
-    r = 1 + a1 + a1 a2 + a1 a2 a3, a_k = share of layer k's drafts kept once those before were; the end of an answer of
-    T tokens cuts its last round, which wastes (r - 1) / 2 tokens on average. -> (r T / (T + waste), [a_k]).
+    r = 1 + a1 + a1 a2 + a1 a2 a3, a_k = acceptance of layer k: accepted / verified drafts. The end of an answer of T
+    tokens cuts its last round, which wastes (r - 1) / 2 tokens on average. -> (r T / (T + waste), [a_k]).
     """
     verified, accepted = ([sum(getattr(s, name)[k] for s in samples) for k in range(len(samples[0].verified))]
-                         for name in ("verified", "accepted"))
-    share = [a / max(1, d) for a, d in zip(accepted, verified, strict=True)]
+                          for name in ("verified", "accepted"))
+    share = [a / max(1, v) for a, v in zip(accepted, verified, strict=True)]
     r = product = 1.0
     for a in share:
         product *= a
@@ -164,22 +169,22 @@ def tokens_per_round(samples) -> tuple[float, list[float]]:
     return r * tokens / (tokens + (r - 1) / 2), share
 
 
-def question3(model, prompts, cfg: Config, n_draft: int, stop: tuple) -> list[dict]:
+def question3(model: MiMo, prompts: list[list[int]], cfg: Config, n_draft: int, stop: tuple) -> list[dict]:
     """
     Speed-up of n_draft MTP layers at each batch size, measured and predicted:
 
         speed-up(B) = tokens per round * plain(B) / (verify(B) + draft(B) + rest(B))
 
-    each cost straight between its values at the two smallest and the largest batch: the others are predicted.
+    Each cost is linear between its values at the two smallest and the largest batch; the others are predicted.
     """
-    best: dict[tuple, tuple] = {}                                   # (B, n) -> what serve() gave, the fastest
+    best: dict[tuple, tuple] = {}                                   # (B, n) -> the fastest result of serve()
     for _ in range(cfg.rounds):
         for key in [(B, n) for B in cfg.batches for n in (0, n_draft)]:
             new = serve(model, prompts, *key, cfg.tokens, stop)
             best[key] = min(new, best.get(key, new), key=lambda found: found[0]["token"])
     ends = sorted({*cfg.batches[:2], cfg.batches[-1]})
-    plain = line({B: best[B, 0][0]["decode"] + best[B, 0][0]["rest"] for B in ends})
-    verify, draft, rest = (line({B: best[B, n_draft][0][name] for B in ends})
+    plain = interpolated({B: best[B, 0][0]["decode"] + best[B, 0][0]["rest"] for B in ends})
+    verify, draft, rest = (interpolated({B: best[B, n_draft][0][name] for B in ends})
                            for name in ("decode", "draft", "rest"))
     rows = []
     for B in cfg.batches:
@@ -199,6 +204,7 @@ def question3(model, prompts, cfg: Config, n_draft: int, stop: tuple) -> list[di
 
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
+    """The answer to question 3 as a figure."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -216,14 +222,16 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
 
 def main(cfg: Config) -> None:
+    """Export, load, three questions, one JSON file."""
     torch.set_num_threads(cfg.threads)
+    out = configurator.writable(cfg.out)
     ckpt = find(cfg.ckpt) if cfg.ckpt else newest(ROOT / "out")
     if ckpt is None:
-        raise SystemExit("error: no checkpoint under out/: run `make demo`")
+        raise UserError("no checkpoint under out/: run `make demo`")
     try:
         import transformers
     except ImportError:
-        raise SystemExit("error: no transformers: pip install -r requirements-dev.txt") from None
+        raise UserError("no transformers: pip install -r requirements-dev.txt") from None
     tokenizer, shape = Tokenizer.load(ckpt), ModelConfig(**read_shape(ckpt))
     model = mtp.build(shape)
     read_weights(ckpt, model)
@@ -248,7 +256,7 @@ def main(cfg: Config) -> None:
               "cpu": platform.processor() or platform.machine(), "threads": cfg.threads}
 
     # 1: one at a time. The engines are made, and their weights packed, before the clock starts, as transformers' model
-    # is loaded before
+    # was loaded before
     runs = [Request(i, p, cfg.tokens, 0.0, stop=stop) for i, p in enumerate(prompts[:cfg.singles])]
     plain, speculative = Engine(model, 1, 512), Engine(model, 1, 512, n_draft)
     sides = {"transformers": lambda: [theirs(peer, [r.prompt], r.max_new_tokens, stop)[0] for r in runs],
@@ -258,12 +266,12 @@ def main(cfg: Config) -> None:
     same = sum(a == b for a, b in zip(texts["ours"], texts["transformers"], strict=True))
     assert texts["ours"] == texts["ours + MTP"], "speculation changed a text"
     times = alternate(sides, cfg.rounds)
-    made = sum(map(len, texts["ours"]))
-    rate = {name: made / min(t) for name, t in times.items()}
+    n_tokens = sum(map(len, texts["ours"]))
+    rate = {name: n_tokens / min(t) for name, t in times.items()}
     result["median_seconds"] = {name: statistics.median(t) for name, t in times.items()}
     single, spec = ratio(times, "ours", "transformers"), ratio(times, "ours + MTP", "ours")
     result["one_request"] = {"tokens_per_second": rate, "ratio": single, "mtp_ratio": spec,
-                             "tokens": made / len(runs), "same_text": f"{same}/{len(runs)}"}
+                             "tokens": n_tokens / len(runs), "same_text": f"{same}/{len(runs)}"}
     print("1  one request at a time: " + ", ".join(f"{name} {r:,.0f} tokens/s" for name, r in rate.items())
           + f"; ours / transformers = {single:.2f}x, with MTP {single * spec:.2f}x (MTP / plain {spec:.2f}); "
           f"same text {same} of {len(runs)}")
@@ -292,16 +300,14 @@ def main(cfg: Config) -> None:
     result["mtp"] = rows = question3(model, prompts, cfg, n_draft, stop) if n_draft else []
     result |= {"ratio": single, "ratios": {"one_request": single, "one_request_mtp": single * spec,
                                            "skewed_batch": many, "mtp_over_plain": spec}}
-    out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     if rows:
         title = f"{n_draft} MTP layers on a trunk of {shape.n_layer}, one CPU thread"
         plot(rows, out.with_suffix(".png"), title)
-    print(f"{out}")
+    print(out)
     print(f"ours / transformers: {single:.2f}x at batch 1, {single * spec:.2f}x with MTP "
           f"(MTP / plain {spec:.2f}x), {many:.2f}x at {cfg.requests} skewed requests")
 
 
 if __name__ == "__main__":
-    main(configurator.load(Config))
+    configurator.run(main, Config)
