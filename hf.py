@@ -82,7 +82,7 @@ def main(cfg: Config) -> None:
     else:
         ckpt, n, size, folded = export_folder(cfg.source, cfg.out, cfg.flavour, mtps, dtype, cfg.fold, shard_bytes)
         print(f"{ckpt} -> {cfg.out}: {n} tensors, {size / 1e9:.2f} GB, flavour {cfg.flavour}, "
-              f"final norm {'folded into the head' if folded else 'as it was'}")
+              f"final norm {'folded into lm_head' if folded else 'as it was'}")
 
 
 # ---- names and shapes -----------------------------------------------------------------------------------------------

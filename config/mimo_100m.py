@@ -1,5 +1,5 @@
 """
-99M parameters in blocks (and 233M in embedding and head of Qwen2's vocabulary): one 24 GB card, about an hour.
+99M parameters in blocks (and 233M in embedding and lm_head of Qwen2's vocabulary): one 24 GB card, about an hour.
 
     python pretrain.py config/mimo_100m.py
     python plan.py config/mimo_100m.py --gpus=1 --tflops=165    # RTX 4090

@@ -451,7 +451,7 @@ def test_a_failed_export_leaves_the_old_one(run, tmp_path, monkeypatch):
 def test_command_line(run, tmp_path, capsys):
     command = lambda *words: hf.main(configurator.load(hf.Config, [str(word) for word in words]))
     command("export", run[0], tmp_path / "hf", "--flavour=mimo", "--dtype=bfloat16")
-    assert "43 tensors" in (out := capsys.readouterr().out) and "final norm folded into the head" in out
+    assert "43 tensors" in (out := capsys.readouterr().out) and "final norm folded into lm_head" in out
     command("import", tmp_path / "hf", tmp_path / "run2")
     assert f"{SMALL.n_params():,} parameters" in capsys.readouterr().out
     assert {t.dtype for t in load_model(tmp_path / "run2")[1].values()} == {torch.bfloat16}
