@@ -2,22 +2,26 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint bench figures clean
+.PHONY: demo test test-slow lint bench figures clean
 
 demo: .venv/run                  # the whole recipe on the CPU, about a quarter of an hour on two idle cores
 	$(PY) demo.py
 
-test: .venv/dev                  # every test that needs no GPU
-	$(PY) -m pytest
+test: .venv/dev                  # the tests that need no GPU, in two processes; some five minutes on two idle cores
+	$(PY) -m pytest -n 2 -m "not gpu and not slow"
+
+test-slow: .venv/dev             # repeated kills, many ranks, whole grids; some ten minutes more
+	$(PY) -m pytest -n 2 -m "slow and not gpu"
 
 lint: .venv/dev
 	$(PY) -m ruff check .
 
 figures: .venv/run               # the report's tables and figures, remade from the runs under out/
-	$(PY) paper/figures.py
+	$(PY) paper/figures.py --run=out/tiny
 
-bench: .venv/bench               # speed and memory as ratios against named alternatives; hours; each script says what to expect
-	for f in bench/generate.py bench/judge.py bench/extract.py; do if [ -f $$f ]; then $(PY) $$f || exit 1; fi; done
+bench: .venv/bench               # every benchmark with its command; each compares with a named alternative
+	@for f in bench/*.py; do $(PY) -c "import ast, sys; print(sys.argv[1] + '\n   ', (ast.get_docstring(ast.parse(open(sys.argv[1]).read())) or '').split('\n')[0])" $$f; done
+	@echo "Run one: $(PY) bench/NAME.py --help says what it needs and what to expect. Results go to out/bench/NAME.json."
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -1,5 +1,5 @@
 """
-What the tutorial's pages print, written from a demo run, so that no page shows a number that the code does not give.
+What the README and the tutorial's pages print, written from a demo run, so that no page shows a number that the code does not give.
 
     python paper/printed.py                       # three minutes; needs out/tiny of `make demo`
     python paper/printed.py --only=sft,rl         # some blocks only
@@ -36,7 +36,7 @@ from configurator import UserError  # noqa: E402
 FILES = ROOT / "results/demo/printed"
 SCRATCH = "out/printed"                                 # stands for the pages' out/try while this script runs
 MARK = re.compile(r"<!-- printed: (\w+) -->\n(.*?)<!-- end -->", re.S)
-FENCE = re.compile(r"^```\n(.*?)^```$", re.M | re.S)
+FENCE = re.compile(r"^```(?:text)?\n(.*?)^```$", re.M | re.S)
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Config:
 
 
 def pages() -> list[Path]:
-    """The tutorial's pages, in order."""
-    return sorted((ROOT / "docs/tutorial").glob("*.md"))
+    """README.md and the tutorial's pages, in order."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs/tutorial").glob("*.md"))]
 
 
 def blocks(page: str) -> dict[str, tuple[str, str]]:
@@ -88,7 +88,8 @@ def tidy(text: str) -> str:
              if not re.match(r"[* ] [\w.]+ += ", line) and "it/s]" not in line and "step/s]" not in line]
     text = "\n".join(lines)
     text = re.sub(r"[\d,.]+(?= (?:tokens/s|GB/s|checks/s|programs/s|tests/s)\b)", "(varies)", text)
-    text = re.sub(r"\b[\d.]+ s\b", "(varies) s", text)
+    text = re.sub(r"\b\d+\.\d+ s\b", "(varies) s", text)
+    text = re.sub(r"\(\d+ s\)", "(time varies)", text)
     text = re.sub(r"(= |, |: )[\d.]+x\b", r"\1(varies)", text)
     wrap = lambda line: textwrap.wrap(line, 118, subsequent_indent="    ", break_long_words=False,
                                       break_on_hyphens=False) if len(line) > 118 else [line]
@@ -105,7 +106,14 @@ def metrics(name: str) -> list[dict]:
     return [json.loads(line) for line in open(ROOT / SCRATCH / name / "metrics.jsonl", encoding="utf-8")]
 
 
+def pretrain(text: str) -> str:
+    """One line about the run, two for each stage."""
+    lines = [line for line in text.split("\n") if "parameters," in line or "ends at" in line]
+    return tidy("\n".join(line.replace(" nats per token: ", " nats per token:\n    ") for line in lines))
+
+
 def sft(text: str) -> str:
+    """The line about the samples, and the first line of the log."""
     row = metrics("sft")[0]
     layers = ", ".join(f"{x:.2f}" for x in row["mtp_loss"])
     return f"{lines_with('samples:')(text)}\n\nstep 1: loss {row['loss']:.2f} nats per token, MTP layers {layers}; " \
@@ -113,10 +121,11 @@ def sft(text: str) -> str:
 
 
 def rl(text: str) -> str:
+    """How the run begins, and of the forty numbers of a log line those to read first."""
     rows = metrics("rl")
-    row = lambda name, show: f"  {name:32}" + "".join(f"{show(r):>11}" for r in rows)
+    row = lambda name, show: f"  {name:30}" + "".join(f"{show(r):>13}" for r in rows)
     number = lambda key, form: lambda r: format(r[key], form)
-    table = [f"from out/try/rl/metrics.jsonl{'':5}" + "".join(f"{'step ' + str(r['step']):>11}" for r in rows),
+    table = [f"{'from out/try/rl/metrics.jsonl':32}" + "".join(f"{'step ' + str(r['step']):>13}" for r in rows),
              row("groups_launched / groups_used", lambda r: f"{r['groups_launched']} / {r['groups_used']}"),
              *(row(key, number(key, ".3f")) for key in ("reward_launched", "reward_trained", "pass_rate")),
              row("all0, all1", lambda r: f"{r['all0']:.2f}, {r['all1']:.2f}"),
@@ -126,6 +135,7 @@ def rl(text: str) -> str:
 
 
 def ranks(_: str) -> str:
+    """Losses of the two runs side by side."""
     one, two = metrics("one"), metrics("two")
     table = ["step   one process   two processes   difference"]
     table += [f"{a['step']:4}   {a['loss']:11.6f}   {b['loss']:13.6f}   {abs(a['loss'] - b['loss']):10.0e}"
@@ -134,18 +144,21 @@ def ranks(_: str) -> str:
 
 
 def mtp(_: str) -> str:
-    m = json.loads((ROOT / "out/tiny/summary.json").read_text(encoding="utf-8"))["mtp"]
+    """A Markdown table of what eval.py wrote."""
+    m = json.loads((ROOT / SCRATCH / "mtp.json").read_text(encoding="utf-8"))["mtp"]
     layers = lambda shares: " | ".join(f"{100 * x:.1f}%" for x in shares)
+    a, b, c = m["online"]
     return "\n".join([
         "| | layer 1 | layer 2 | layer 3 |", "|---|---|---|---|",
-        f"| drafts accepted while decoding | {layers(m['acceptance'])} |",
+        f"| drafts accepted while decoding | {layers(m['online'])} |",
         f"| the same, from one forward over the finished text | {layers(m['teacher_forced'])} |",
         "| MiMo-7B on AIME24 (report) | about 90% | | above 75% |", "",
-        f"Tokens per forward of the trunk: **{m['tokens_per_forward']:.2f}**; text equal to plain decoding: "
-        f"{'yes' if m['equal_text'] else 'NO'}."])
+        f"{m['answers']} answers, the text {'equal' if m['equal_text'] else 'NOT EQUAL'} to that of plain decoding. "
+        f"Tokens per forward of the trunk: 1 + a1 + a1 a2 + a1 a2 a3 = **{1 + a + a * b + a * b * c:.2f}**."])
 
 
 def grpo(text: str) -> str:
+    """The first and the last lines."""
     lines = tidy(text).split("\n")
     return "\n".join(lines if len(lines) <= 14 else [*lines[:6], "...", *lines[-6:]])
 
@@ -163,8 +176,7 @@ def plan(text: str) -> str:
 
 
 SHOW = {
-    "plan": plan, "mtp": mtp, "sft": sft, "rl": rl, "ranks": ranks, "grpo": grpo,
-    "pretrain": lines_with("parameters,", "ends at"),
+    "plan": plan, "pretrain": pretrain, "mtp": mtp, "sft": sft, "rl": rl, "ranks": ranks, "grpo": grpo,
     "resume": lines_with("warning:", "samples:"),
 }                                                       # every other block shows all of its output, tidied
 TABLES = ("mtp",)                                       # Markdown; all others stand in a fence
@@ -172,8 +184,8 @@ MAY_FAIL = ("typo",)                                    # commands that show how
 
 
 def main(cfg: Config) -> None:
-    if not (ROOT / "out/tiny/summary.json").is_file():
-        raise UserError("no out/tiny/summary.json: `make demo` makes the run that the pages show")
+    if not (ROOT / "out/tiny/rl/latest").is_file():
+        raise UserError("no out/tiny/rl: `make demo` makes the run that the pages show")
     wanted = {name: commands for path in pages() for name, (commands, _) in blocks(path.read_text("utf-8")).items()}
     chosen = cfg.only.split(",") if cfg.only else list(wanted)
     if unknown := set(chosen) - set(wanted):
@@ -193,7 +205,7 @@ def main(cfg: Config) -> None:
     for path in pages():
         page = path.read_text(encoding="utf-8")
         path.write_text(filled(page, texts), encoding="utf-8", newline="\n")
-    print(f"{len(chosen)} blocks in {FILES.relative_to(ROOT)} and in docs/tutorial")
+    print(f"{len(chosen)} blocks in {FILES.relative_to(ROOT)} and in the pages")
 
 
 if __name__ == "__main__":
