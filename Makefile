@@ -19,9 +19,9 @@ lint: .venv/dev
 figures: .venv/run               # the report's tables and figures, remade from the runs under out/
 	$(PY) paper/figures.py --run=out/tiny
 
-bench: .venv/bench               # every benchmark with its command; each compares with a named alternative
+bench: .venv/run                 # every benchmark with its command; each compares with a named alternative
 	@for f in bench/*.py; do $(PY) -c "import ast, sys; print(sys.argv[1] + '\n   ', (ast.get_docstring(ast.parse(open(sys.argv[1]).read())) or '').split('\n')[0])" $$f; done
-	@echo "Run one: $(PY) bench/NAME.py --help says what it needs and what to expect. Results go to out/bench/NAME.json."
+	@echo "Run one: $(PY) bench/NAME.py; --help says what to expect. Peers first: make .venv/bench. Results: out/bench/NAME.json"
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
