@@ -15,6 +15,7 @@ Each side runs in its own process, the sides in alternating turns; the first tur
 
 Expect 1.1 to 1.2 without MTP and 0.8 with it: both sides spend most of their time in the same matrix products.
 """
+import importlib
 import json
 import os
 import platform
@@ -72,14 +73,13 @@ def main(cfg: Config) -> None:
 
 def nanogpt_step(cfg: Config) -> tuple[Callable[[], float], int, int]:
     """-> (a training step that returns the loss, parameters in all, parameters in matrices) of nanoGPT."""
-    sys.path.insert(0, str(Path(cfg.nanogpt).resolve()))       # before ROOT: `model` is nanoGPT's here
     import torch
-
-    from model import GPT, GPTConfig
+    sys.path.insert(0, str(Path(cfg.nanogpt).resolve()))
+    nanogpt = importlib.import_module("model")                  # its model.py, not ours: its folder comes first
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=cfg.seq_len, vocab_size=cfg.vocab, n_layer=cfg.layers, n_head=cfg.width // 32,
-                          n_embd=cfg.width, dropout=0.0, bias=False))
+    model = nanogpt.GPT(nanogpt.GPTConfig(block_size=cfg.seq_len, vocab_size=cfg.vocab, n_layer=cfg.layers,
+                                          n_head=cfg.width // 32, n_embd=cfg.width, dropout=0.0, bias=False))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
 
     def step() -> float:
