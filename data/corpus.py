@@ -75,7 +75,7 @@ class Corpus:
 
 # ---- the pipeline ---------------------------------------------------------------------------------------------------
 
-def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger | None, quiet: bool = True,
+def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger | None,
           teacher: Callable[[list[Record]], list[tagging.Tags]] | None = None,
           cut_out: bool = False) -> tuple[list[Record], list, dict[str, float]]:
     """
@@ -84,7 +84,6 @@ def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger 
     heldout   texts of evaluation sets, which no document may hold
     tagger    a trained one. None with a teacher: one is trained here on at most 2,000 records. None without a teacher:
               every record is kept once, untagged
-    quiet     no progress bar
     cut_out   take out the paragraph with the overlap and keep the rest of the document, instead of dropping it
     """
     funnel, records = [], list(records)
@@ -101,7 +100,7 @@ def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger 
     for record in records:
         first.setdefault(canonical_url(record.url), record)      # over the whole crawl: the first fetch is the one kept
     records = step("URL dedup", list(first.values()))
-    for record in tqdm(records, desc="extract", unit="page", leave=False, disable=True if quiet else None):
+    for record in tqdm(records, desc="extract", unit="page", leave=False, disable=None):
         record.text = record.text or extract(record.html)
         record.html = ""
     records = step("extract (empty pages out)", [r for r in records if r.text])
@@ -155,15 +154,15 @@ def copies(record: Record) -> int:
 # ---- the tiny world's corpus ----------------------------------------------------------------------------------------
 
 def build(problems: Pairs, heldout: Pairs | None = None, seed: int = 0, pages: int = 6000, books: int = 120,
-          book_words: int = 600, quiet: bool = False, per_page: int = 4) -> Corpus:
+          book_words: int = 600) -> Corpus:
     """
     The tiny world's corpus. A pure function of its arguments, the same in every process.
 
     problems     training problems; each is put on some page
     heldout      the same of validation and test; some are planted on 1% of the maths and code pages, and no document of
                  the corpus may hold one
-    pages        original pages of the crawl. 1.16 times as many are fetched, and more again when the problems do not
-                 fit with per_page (0 = any number) on a maths or code page
+    pages        original pages of the crawl. 1.16 times as many are fetched, and more when there are so many problems
+                 that maths and code pages are added (data/tiny/web.py)
     books        long documents of book_words words
 
     UserError for a source that is neither maths nor code, and when the crawl is too small for the problems.
@@ -173,13 +172,13 @@ def build(problems: Pairs, heldout: Pairs | None = None, seed: int = 0, pages: i
         if unknown := set(pairs) - {"maths", "code"}:
             raise UserError(f"{name}: unknown source {sorted(unknown)[0]!r}, must be maths or code")
     start = time.perf_counter()
-    crawled = web.crawl(seed, pages, problems, heldout, per_page)
+    crawled = web.crawl(seed, pages, problems, heldout)
     funnel = [("crawl", sum(p.copy_of < 0 for p in crawled), len(crawled), time.perf_counter() - start)]
     records = [Record(p.url, html=p.html, ref=i) for i, p in enumerate(crawled)]
     truth = [tagging.Tags(p.domain, p.quality, p.depth, p.ad) for p in crawled]
     questions = [question for pairs in heldout.values() for question, _ in pairs]
     teacher = lambda sample: [truth[r.ref] for r in sample]
-    kept, steps, accuracy = clean(records, questions, None, quiet, teacher, cut_out=True)
+    kept, steps, accuracy = clean(records, questions, None, teacher, cut_out=True)
 
     start = time.perf_counter()
     documents: dict[str, list[str]] = {source: [] for source in SOURCES}

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import numpy as np
 import rensa
 
-BANDS, ROWS, SHINGLE = 14, 8, 5
+BANDS, ROWS, SHINGLE, THRESHOLD = 14, 8, 5, 0.7
 TRACKING = re.compile(r"^(?:utm_\w+|fbclid|gclid|msclkid|ref|sessionid|sid|phpsessid)$", re.I)
 WORD = re.compile(r"\w+|[^\w\s]")
 _hash_of: dict[str, int] = {}                # word -> 64-bit hash, shared by all documents
@@ -94,14 +94,14 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return both / max(1, len(a) + len(b) - both)
 
 
-def signatures(sets: list[np.ndarray], seed: int = 1, chunk: int = 10_000) -> np.ndarray:
+def signatures(sets: list[np.ndarray]) -> np.ndarray:
     """MinHash signatures, uint32 [n, BANDS * ROWS]: the minimum of each of 112 permutations over each set."""
     parts = []
-    for start in range(0, len(sets), chunk):
-        part = sets[start:start + chunk]
+    for start in range(0, len(sets), 10_000):
+        part = sets[start:start + 10_000]
         offsets = np.cumsum([0] + [len(s) for s in part]).astype(np.uint64)
         flat = np.concatenate(part) if offsets[-1] else np.empty(0, np.uint64)
-        matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, BANDS * ROWS, seed)
+        matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, BANDS * ROWS, 1)
         parts.append(np.array(matrix.to_rows(), dtype=np.uint32))
     return np.concatenate(parts) if parts else np.empty((0, BANDS * ROWS), np.uint32)
 
@@ -114,11 +114,11 @@ def band_keys(signature: np.ndarray) -> np.ndarray:
     return keys
 
 
-def near_duplicates(texts: list[str], threshold: float = 0.7) -> np.ndarray:
+def near_duplicates(texts: list[str]) -> np.ndarray:
     """
     For each text the index of the first text of its cluster, int64 [n]; i itself means: keep text i.
 
-    A text is joined to the FIRST text that shares a band key and has exact Jaccard >= threshold; clusters are the
+    A text is joined to the FIRST text that shares a band key and has exact Jaccard >= THRESHOLD; clusters are the
     connected components. Deterministic. The choice is blind to quality, as in the report; the re-weighting by tags
     after it is not.
     """
@@ -137,6 +137,6 @@ def near_duplicates(texts: list[str], threshold: float = 0.7) -> np.ndarray:
         for a, b in zip(order[:-1], order[1:], strict=True):
             if keys[a, band] == keys[b, band]:
                 i, j = sorted((root(a), root(b)))
-                if i != j and (jaccard(sets[a], sets[b]) >= threshold or jaccard(sets[i], sets[b]) >= threshold):
+                if i != j and (jaccard(sets[a], sets[b]) >= THRESHOLD or jaccard(sets[i], sets[b]) >= THRESHOLD):
                     parent[j] = i
     return np.array([root(i) for i in range(len(texts))], dtype=np.int64)

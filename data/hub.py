@@ -396,7 +396,7 @@ def write_shards(records: list[Record], cfg: Config) -> None:
     tokenizer = Tokenizer.load(cfg.tokenizer)
     heldout = [p.question for p in read_problems(cfg.heldout)] if cfg.heldout else []
     tagger, accuracy = tagging.train(*tagging.read_labels(cfg.labels)) if cfg.labels else (None, {})
-    kept, funnel, _ = clean(records, heldout, tagger, quiet=False)
+    kept, funnel, _ = clean(records, heldout, tagger)
     by_source: dict[str, list[str]] = {}
     for record in kept:
         source = SOURCE_OF.get(record.tags.domain, "web") if record.tags else cfg.name

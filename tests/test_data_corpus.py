@@ -22,7 +22,7 @@ def made():
     pairs = corpus.pairs_of
     train = {"maths": pairs(maths.problems(300, "train", 0)), "code": pairs(code.problems(150, "train", 0, tests=0))}
     test = {"maths": pairs(maths.problems(60, "test", 0)), "code": pairs(code.problems(60, "test", 0, tests=0))}
-    return train, test, corpus.build(train, test, seed=0, pages=900, books=6, book_words=300, quiet=True)
+    return train, test, corpus.build(train, test, seed=0, pages=900, books=6, book_words=300)
 
 
 def test_funnel(made):
@@ -81,7 +81,7 @@ def test_same_bytes_in_another_process(made):
     program = ("import sys, json, hashlib; from data import corpus\n"
                "train, test = json.load(sys.stdin)\n"
                "t = lambda d: {k: [tuple(x) for x in v] for k, v in d.items()}\n"
-               "c = corpus.build(t(train), t(test), seed=0, pages=900, books=6, book_words=300, quiet=True)\n"
+               "c = corpus.build(t(train), t(test), seed=0, pages=900, books=6, book_words=300)\n"
                "print(hashlib.sha256(json.dumps(c.documents).encode()).hexdigest())")
     train, test, c = made
     env = dict(os.environ, PYTHONHASHSEED="4242", OMP_NUM_THREADS="1")

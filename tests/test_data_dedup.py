@@ -55,7 +55,7 @@ def test_minhash_finds_what_exact_jaccard_finds():
     removed, and unrelated texts are never removed.
     """
     texts, pairs = corpus(800, 0)
-    root = near_duplicates(texts, threshold=0.7)
+    root = near_duplicates(texts)
     exact = {pair: jaccard(shingles(texts[pair[0]]), shingles(texts[pair[1]])) for pair in pairs}
     high = [p for p, j in exact.items() if j >= 0.8]
     low = [p for p, j in exact.items() if j < 0.7]

@@ -29,6 +29,7 @@ SHARES = {"encyclopedia": 0.22, "maths": 0.27, "code": 0.21, "forum": 0.10, "new
           "shallow": 0.02}
 # of the original pages: fetched again under another address, mirrored, and holding a held-out problem [ours]
 URL_VARIANTS, MIRRORS, LEAKS = 0.08, 0.08, 0.01
+PER_PAGE = 4                 # problems on a maths or code page, on average at most [ours]
 # an answer mark: \boxed{...} with one level of braces inside
 BOXED = r"\\boxed\{(?:[^{}$\n]|\{[^{}$\n]*\})*\}"
 HOSTS = {"encyclopedia": ["wiki.ard", "atlas.brn"], "maths": ["sums.edu", "numberclub.ard"],
@@ -193,14 +194,13 @@ def render(blocks: list, r: random.Random) -> str:
 # ---- the crawl ------------------------------------------------------------------------------------------------------
 
 def crawl(seed: int, pages: int, problems: dict[str, list[tuple[str, str]]],
-          leaks: dict[str, list[tuple[str, str]]] | None = None, per_page: int = 4) -> list[Page]:
+          leaks: dict[str, list[tuple[str, str]]] | None = None) -> list[Page]:
     """
     `pages` original pages plus copies, in the order of the crawl (shuffled).
 
-    problems   {"maths": [(question, solution)], "code": [...]}; each is on some maths, code or forum page
+    problems   {"maths": [(question, solution)], "code": [...]}; each is on some maths, code or forum page. Maths and
+               code pages are added when there would be more than PER_PAGE problems on each
     leaks      the same for held-out problems; planted on 1% of the pages, for decontamination to find
-    per_page   average number of problems on a maths or code page at most; many problems make more such pages than
-               `pages` plans. 0 = no limit
 
     UserError when the crawl has no page of a kind that has problems.
     """
@@ -215,7 +215,7 @@ def crawl(seed: int, pages: int, problems: dict[str, list[tuple[str, str]]],
             raise UserError(f"crawl of {pages} pages has no {domain} page to hold the problems: take 20 or more")
         n = threads if len(pairs) > threads else 0
         on_threads[domain], rest = [[p] for p in pairs[:n]], pairs[n:]
-        plan += [domain] * (math.ceil(len(rest) / per_page) - plan.count(domain) if per_page else 0)
+        plan += [domain] * (math.ceil(len(rest) / PER_PAGE) - plan.count(domain))
         on_pages[domain] = spread(r, rest, max(1, plan.count(domain)))
     originals = []
     for i, kind in enumerate(plan):
