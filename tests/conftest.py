@@ -1,13 +1,14 @@
 """
-Test settings that must come first: one thread, and Triton's CPU interpreter where there is no GPU.
+Test settings that must come first: one thread, Triton's CPU interpreter where there is no GPU, SIGTERM for pytest.
 
-TRITON_INTERPRET must be set before triton is first imported in a process: tl.sum and friends are @jit objects
-made at that import. The second half teaches the interpreter bfloat16, which it otherwise gets silently wrong.
+TRITON_INTERPRET must be set before triton is first imported in a process: tl.sum and friends are @jit objects made at
+that import. The second half teaches the interpreter bfloat16, which it otherwise gets silently wrong.
 """
 import os
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest  # noqa: E402
 import torch  # noqa: E402  (does not import triton)
 
 torch.set_num_threads(1)
@@ -15,11 +16,19 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def teach_bfloat16():
+@pytest.fixture(autouse=True)
+def sigterm_ends_pytest(request, monkeypatch):
+    """A script called in this process does not take SIGTERM away from pytest, unless the test is about that."""
+    import distributed
+    if "catches_sigterm" not in request.keywords:
+        monkeypatch.setattr(distributed, "catch_sigterm", lambda: None)
+
+
+def teach_bfloat16() -> None:
     """
-    The interpreter stores bf16 as uint16 and then computes on the bit patterns: a dot multiplies integers, a
-    cast truncates. Widen the operands of tl.dot to fp32, round casts to nearest even, and refuse bf16
-    arithmetic outright, so that kernels cast to fp32 right after the load.
+    The interpreter stores bf16 as uint16 and then computes on the bit patterns: a dot multiplies integers, a cast
+    truncates. Widen the operands of tl.dot to fp32, round casts to nearest even, and refuse bf16 arithmetic outright,
+    so that kernels cast to fp32 right after the load.
     """
     import numpy as np
     import triton.language as tl

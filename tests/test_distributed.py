@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def test_an_error_ends_in_one_line_and_status_1(error, line):
     assert (done.returncode, done.stderr) == (1, line)
 
 
+@pytest.mark.catches_sigterm
 def test_sigterm_asks_for_a_stop(rt):
     assert not distributed.stop_requested(rt)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -66,6 +68,20 @@ def test_sigterm_asks_for_a_stop(rt):
     distributed.setup(device="cpu")
     assert not distributed.stop_requested(rt)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_sigterm_ends_pytest(tmp_path):
+    """`timeout` and a scheduler can end a test run that has called a script's setup in this very process."""
+    (tmp_path / "test_sleeps.py").write_text("import time\nimport distributed\ndef test_sleeps():\n"
+                                             "    distributed.setup(device='cpu')\n    print('up', flush=True)\n"
+                                             "    time.sleep(60)\n")
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    run = subprocess.Popen([sys.executable, "-m", "pytest", "-s", "-c", str(ROOT / "pyproject.toml"), "--rootdir",
+                            str(ROOT), str(tmp_path / "test_sleeps.py")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while "up" not in (line := run.stdout.readline()):
+        assert line, "pytest ended before the test began"
+    run.terminate()
+    assert run.wait(20) == -signal.SIGTERM
 
 
 def test_sigterm_saves_exits_0_and_resumes_to_the_same_end(tmp_path):
