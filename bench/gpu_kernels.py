@@ -2,12 +2,14 @@
 The part `kernels` of bench/gpu.py: each kernel against fp64, then beside what a user would take instead.
 
 A check that fails, and attention of ours that does not run, are faults: the rest is measured, then the command ends
-with status 1. A backend of others that this device or torch lacks is left out, after a line that says so.
+with status 1. Another library's backend that this device or torch lacks prints a line and is left out.
 """
 import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import kernels as K
 from kernels import attention as A
@@ -17,6 +19,7 @@ from kernels import linear_cross_entropy as L
 from kernels import rmsnorm as N
 from kernels import rope as R
 from kernels import swiglu as S
+from model import MiMo, ModelConfig
 
 # name of a row -> (unit, at least or at most, value); H200, bf16, the shapes of MiMo-7B
 TARGETS = {
@@ -38,8 +41,8 @@ TARGETS = {
 }
 
 
-def attempt(run, name, f, ours=False):
-    """f(), or None where it fails, after the reason: another's backend that this device or torch lacks, or a fault."""
+def attempt(run, name: str, f: Callable, ours: bool = False):
+    """f(); where it fails, print why and return None. ours: it is our own kernel, so failing is a fault of the run."""
     try:
         return f()
     except (RuntimeError, NotImplementedError, ImportError, AttributeError) as e:
@@ -50,7 +53,8 @@ def attempt(run, name, f, ours=False):
         return None
 
 
-def exact_attention(q, k, v, bounds):
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+    """Attention as the textbook writes it, in fp64; shapes of kernels.attention.attention."""
     q, k, v = (t.double() for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
     at = torch.arange(q.shape[1], device=q.device)
@@ -60,8 +64,8 @@ def exact_attention(q, k, v, bounds):
 
 
 @contextlib.contextmanager
-def only(table, key, config):
-    """Make one configuration the only one of its list."""
+def only(table: dict, key, config: tuple) -> Iterator[None]:
+    """Inside the block, table[key] holds this one configuration."""
     kept, table[key] = table[key], [config]
     try:
         yield
@@ -69,8 +73,8 @@ def only(table, key, config):
         table[key] = kept
 
 
-def every_config(run, d, kinds=("forward", "dq", "dkv")):
-    """(kind, config or None) for all attention configurations of this device; one pass on CPU."""
+def every_config(run, d: int, kinds: tuple = ("forward", "dq", "dkv")) -> Iterator[tuple]:
+    """(kind, config or None, context that makes it the only one) per attention configuration; one pass on a CPU."""
     if not run.cuda:
         yield kinds[0], None, contextlib.nullcontext()
         return
@@ -80,7 +84,7 @@ def every_config(run, d, kinds=("forward", "dq", "dkv")):
             yield kind, config, only(A.CONFIGS, (kind, target, max(d, 64)), config)
 
 
-def check_attention(run, d, repeats=20):
+def check_attention(run, d: int, repeats: int = 20) -> float:
     """
     Every attention configuration of head width d against fp64 on ragged packed shapes, and the same bits `repeats`
     times. -> worst relative error; what is wrong goes to run.faults.
@@ -114,8 +118,8 @@ def check_attention(run, d, repeats=20):
     return worst
 
 
-def check(run):
-    """The defaults of the 7B's head width, then the other kernels; all configurations: tests/test_kernels_gpu.py."""
+def check(run) -> None:
+    """The defaults at the 7B's head width, then the other kernels; all configurations: tests/test_kernels_gpu.py."""
     d, kinds = (128, ("forward", "dq", "dkv")) if run.cuda else (16, ())
     with contextlib.ExitStack() as defaults:
         for kind in kinds:
@@ -127,26 +131,30 @@ def check(run):
     check_gemv(run)
 
 
-def check_others(run):
+def tables(run, T: int, d: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions 0 .. T-1 for head width d and base 10,000."""
+    return MiMo(ModelConfig(n_layer=1, head_dim=d)).rope_at(None, torch.arange(T, device=run.device))
+
+
+def check_others(run) -> None:
     """The other kernels against their own references in fp64, outputs and gradients."""
     x, r, w, up = (run.randn(*s, grad=True) for s in ((64, 512), (64, 512), (512,), (64, 512)))
     head, targets = run.randn(1003, 512, grad=True), torch.randint(0, 1003, (64,), device=run.device)
-    cos, sin = R.rope_tables(torch.arange(64, device=run.device), 128, 1e4)
+    cos, sin = tables(run, 64, 128)
     heads = lambda t: t.view(1, 64, 4, 128)
     rotate = lambda t: R.rotate(heads(t), cos.to(t.dtype), sin.to(t.dtype))
     norm = lambda x, w: N.rmsnorm_reference(x, w, 1e-5)
     logp = lambda x, head: (x @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     cases = {
         "rmsnorm": (lambda x, w: N.rmsnorm(x, w, 1e-5), norm, (x, w)),
-        "rmsnorm_residual": (lambda x, r, w: N.rmsnorm_residual(x, r, w, 1e-5)[0],
+        "rmsnorm_residual": (lambda x, r, w: N.rmsnorm_residual(x, w, 1e-5, r)[0],
                              lambda x, r, w: norm(x + r, w), (x, r, w)),
         "swiglu": (S.swiglu, lambda g, u: F.silu(g) * u, (x, up)),
         "rope": (lambda q, k: torch.cat(R.rope(heads(q), heads(k), cos, sin)),
                  lambda q, k: torch.cat((rotate(q), rotate(k))), (x, up)),
         "linear_cross_entropy": (lambda x, head: L.linear_cross_entropy(x, head, targets, chunk=48),
                                  lambda x, head: -logp(x, head).sum(), (x, head)),
-        "logprob_entropy": (lambda x, head: L.logprob_entropy(x, head, targets, chunk=48)[0], logp,
-                            (x, head)),
+        "logprob_entropy": (lambda x, head: L.logprob_entropy(x, head, targets, chunk=48)[0], logp, (x, head)),
     }
     for name, (ours, reference, inputs) in cases.items():
         exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -158,7 +166,8 @@ def check_others(run):
         run.check(name, error)
 
 
-def check_decode(run):
+def check_decode(run) -> None:
+    """Decode attention over a shuffled block table against its reference in fp64, one and four new tokens."""
     B, H, Kv, d, block = 3, 32, 8, 128, 16
     lengths = torch.tensor([500, 37, 4], device=run.device, dtype=torch.int32)
     table = torch.randperm(B * 32, device=run.device).view(B, 32).int()
@@ -172,7 +181,7 @@ def check_decode(run):
     run.check("decode", worst)
 
 
-def check_gemv(run):
+def check_gemv(run) -> None:
     """Each form in all configurations against fp64, and one row alone with the bits that it has among 16."""
     d, ff, worst, kept = 1024, 2816, 0.0, GV.CONFIGS[:]
     x, residual, biases = run.randn(16, d), run.randn(16, d), [run.randn(d) for _ in range(3)]
@@ -193,8 +202,8 @@ def check_gemv(run):
     run.check("gemv", worst)
 
 
-def sides(run, q, k, v):
-    """name -> forward function of ours and of the others, [B, T, H, d] in and out."""
+def sides(run, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable | None]:
+    """name -> forward function of ours and of the others, [B, T, H, d] in and out; None: does not run here."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def sdpa(backend):
@@ -219,7 +228,8 @@ def sides(run, q, k, v):
     return all_sides
 
 
-def time_attention(run):
+def time_attention(run) -> None:
+    """Forward and backward of ours, all configurations, and of the others; packed documents last."""
     H, Kv, d = (32, 8, 128) if run.cuda else (4, 2, 16)
     for T in (2048, 8192, 32768) if run.cuda else (64,):
         q, k, v = (run.randn(1, T, n, d, grad=True) for n in (H, Kv, Kv))
@@ -239,7 +249,7 @@ def time_attention(run):
             if t:
                 run.row(name("backward", who), 2.5 * flops / t / 1e9, "TFLOP/s", t,
                         f"{2.5 * flops / t / 1e9 / run.matrix:.0%}")
-        if T == 8192 and run.cuda:  # which configuration should come first in its list
+        if T == 8192 and run.cuda:                                   # which configuration should come first in its list
             o = A.attention(q, k, v)
             for kind, config, chosen in every_config(run, d):
                 with chosen:
@@ -251,7 +261,7 @@ def time_attention(run):
     packed(run, q, k, v, do)
 
 
-def packed(run, q, k, v, do):
+def packed(run, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> None:
     """2k documents in the longest row against full causal, forward and backward together."""
     T = q.shape[1]
     cuts = torch.arange(0, T + 1, max(T // 16, 1), device=run.device, dtype=torch.int32)
@@ -264,12 +274,13 @@ def packed(run, q, k, v, do):
     run.row("packed 2k documents at 32k over full causal", full / short, "x", short, f"full {full:.2f} ms")
 
 
-def time_head(run):
+def time_head(run) -> None:
+    """Loss and log-probs beside the bare products, eager torch and torch's own linear cross entropy."""
     T, d, V = (8192, 4096, 151_680) if run.cuda else (64, 32, 301)
     x, w = run.randn(T, d, grad=True), (run.randn(V, d) * 0.02).requires_grad_()
     targets = torch.randint(0, V, (T,), device=run.device)
 
-    def products():  # forward, dx and dW in the same chunks, nothing else
+    def products():                                                  # forward, dx and dW in the same chunks alone
         dw = torch.zeros_like(w)
         for i in range(0, T, 2048):
             z = x[i:i + 2048] @ w.T
@@ -301,17 +312,17 @@ def time_head(run):
         logp = z.log_softmax(-1)
         return logp.gather(1, targets[:rows, None]), -(logp.exp() * logp).sum(-1)
 
-    # _logprob's reference works in z's memory; the Triton kernel only reads it
-    fused = (lambda: L.logprob_(z, targets[:rows], 1.0)) if run.cuda else (
-        lambda: L.logprob_(z.clone(), targets[:rows], 1.0))
+    # the torch path of logprob_ works in z's memory; the Triton kernel only reads it
+    fused = (lambda: L.logprob_(z, targets[:rows])) if run.cuda else (lambda: L.logprob_(z.clone(), targets[:rows]))
     slow, t = run.ms(eager_logprob), run.ms(fused)
     run.row("logprob and entropy of logits over eager", slow / t, "x", t, f"eager {slow:.2f} ms, {rows} rows")
 
 
-def time_decode(run):
+def time_decode(run) -> None:
+    """Decode attention over 8,192 cached tokens for 1, 8 and 64 sequences, one and four new tokens."""
     H, Kv, d, T = (32, 8, 128, 8192) if run.cuda else (4, 2, 16, 64)
     for B in (1, 8, 64):
-        copies = max(1, 16 // B) if run.cuda else 1  # one sequence's cache would stay in L2 between calls
+        copies = max(1, 16 // B) if run.cuda else 1             # one sequence's cache would stay in L2 between calls
         caches = [run.randn(B * T // 64, 64, Kv, d) for _ in range(2 * copies)]
         table = torch.randperm(B * T // 64, device=run.device).view(B, -1).int()
         lengths = torch.full((B,), T, device=run.device, dtype=torch.int32)
@@ -326,8 +337,8 @@ def time_decode(run):
             run.bandwidth(f"decode B={B} 8k Q={Q}", f, 2 * B * T * Kv * d * caches[0].element_size())
 
 
-def time_gemv(run):
-    """The products of one 7B block and the head for one row and four: ours, all configurations, beside cuBLAS."""
+def time_gemv(run) -> None:
+    """The products of a 7B block and of lm_head for one row and four: ours, all configurations, beside cuBLAS."""
     d, ff, V, kept = *((4096, 11_008, 151_680) if run.cuda else (64, 96, 256)), GV.CONFIGS[:]
     with torch.no_grad():
         for name, N, K_, parts in (("o", d, d, 1), ("q, k, v", d, d, 3), ("gate, up", ff, d, 2), ("down", d, ff, 1),
@@ -345,19 +356,19 @@ def time_gemv(run):
                 GV.CONFIGS[:] = kept
 
 
-def time_elementwise(run):
+def time_elementwise(run) -> None:
+    """RMSNorm, SwiGLU and RoPE beside eager torch."""
     T, d, ff = (8192, 4096, 11_008) if run.cuda else (64, 32, 48)
     size = torch.empty(0, dtype=run.dtype).element_size()
     x, r, dy = (run.randn(T, d, grad=True) for _ in range(3))
     w = run.randn(d, grad=True)
     with torch.no_grad():
-        run.bandwidth("rmsnorm residual forward", lambda: N.rmsnorm_residual(x, r, w), 4 * T * d * size)
+        run.bandwidth("rmsnorm residual forward", lambda: N.rmsnorm_residual(x, w, 1e-5, r), 4 * T * d * size)
         run.bandwidth("rmsnorm residual forward: eager, F.rms_norm", lambda: F.rms_norm(x + r, (d,), w, 1e-5),
                       4 * T * d * size)
-    y, s = N.rmsnorm_residual(x, r, w)
+    y, s = N.rmsnorm_residual(x, w, 1e-5, r)
     run.bandwidth("rmsnorm residual backward",
-                  lambda: torch.autograd.grad((y, s), (x, r, w), (dy, dy), retain_graph=True),
-                  4 * T * d * size)
+                  lambda: torch.autograd.grad((y, s), (x, r, w), (dy, dy), retain_graph=True), 4 * T * d * size)
     gate, up, dout = (run.randn(T, ff, grad=True) for _ in range(3))
     with torch.no_grad():
         run.bandwidth("swiglu forward", lambda: S.swiglu(gate, up), 3 * T * ff * size)
@@ -367,14 +378,14 @@ def time_elementwise(run):
                   5 * T * ff * size)
     H, Kv, dh = (32, 8, 128) if run.cuda else (2, 1, 16)
     q, k = run.randn(1, T, H, dh), run.randn(1, T, Kv, dh)
-    cos, sin = R.rope_tables(torch.arange(T, device=run.device), dh, 1e4)
+    cos, sin = tables(run, T, dh)
     n_bytes = 2 * (q.numel() + k.numel()) * size
     run.bandwidth("rope", lambda: R.rope(q, k, cos, sin), n_bytes)
     run.bandwidth("rope: eager", lambda: (R.rotate(q, cos, sin), R.rotate(k, cos, sin)), n_bytes)
 
 
-def kernels(run):
-    """Correctness first; then each kernel beside what a user would take instead."""
+def kernels(run) -> None:
+    """The part: correctness first, then each kernel beside what a user would take instead."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         check(run)

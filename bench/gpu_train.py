@@ -4,15 +4,15 @@ Training speed at the 7B's layer shapes on one GPU: the part `train` of bench/gp
     python bench/gpu.py train             # under two minutes on an H200; results/gpu/train.csv and .json
     python bench/gpu.py train --dry_run   # any machine: a toy, checks the script, the numbers mean nothing
 
-As many 7B layers as fit the card (plan.plan decides; fp32 master weights and AdamW on the GPU), one MTP
-layer, the full vocabulary, one row of T tokens, bf16 compute through FSDP2 on a mesh of one: pretrain.py's
-own path. Cases: T = 8,192 without recomputation, eager and compiled per block, and T = 32,768 with selective
-recomputation; full causal and (eager) packed documents of 2,048 tokens. Rows per case: tokens/s; MFU by causal
-FLOPs, which are what is computed, and by torchtitan's convention, which counts the masked half of attention too; peak
-memory over the plan; share of device time per part, from one profiled step.
+As many 7B layers as fit the card (plan.plan decides; fp32 master weights and AdamW on the GPU), one MTP layer, the full
+vocabulary, one row of T tokens, bf16 compute through FSDP2 on a mesh of one: pretrain.py's own path. Cases: T = 8,192
+without recomputation, eager and compiled per block, and T = 32,768 with selective recomputation; full causal and
+(eager) packed documents of 2,048 tokens. Rows per case: tokens/s; MFU by causal FLOPs, which are what is computed, and
+by torchtitan's convention, which counts the masked half of attention too; peak memory over the plan; share of device
+time per part, from one profiled step.
 
-Target: 50% MFU at T = 8,192. Anchor: torchtitan, Llama-3.1-8B on H100, 33.7% eager and 39.0% compiled by its
-own convention. With fewer layers, head and loss are a larger share of a step than in the full model.
+Target: 50% MFU at T = 8,192. Anchor: torchtitan, Llama-3.1-8B on H100, 33.7% eager and 39.0% compiled by its own
+convention. With fewer layers, lm_head and loss are a larger share of a step than in the full model.
 """
 import re
 import statistics
@@ -47,20 +47,21 @@ PARTS = [
 
 
 def part_of(kernel: str) -> str:
+    """The part of a training step that a GPU kernel of this name belongs to."""
     return next((part for part, pattern in PARTS if re.search(pattern, kernel, re.I)), "other")
 
 
 def layers_that_fit(shape: ModelConfig, T: int, budget: float, checkpointing: str) -> int:
     """Largest number of trunk blocks whose plan stays under `budget` bytes; at least 1."""
     totals = {n: plan.plan(replace(shape, n_layer=n), [Stage(tokens=1e6, seq_len=T, batch_size=1)], 1,
-                             reduce_each=True, checkpointing=checkpointing)[0]["total"] for n in range(1, 37)}
+                           reduce_each=True, checkpointing=checkpointing)[0]["total"] for n in range(1, 37)}
     return max((n for n, total in totals.items() if total < budget), default=1)
 
 
 def step_of(shape: ModelConfig, T: int, compile: bool, checkpointing: str, documents: int, rt):
     """
-    A function that makes one step of so many micro-batches: forward of trunk and MTP layer, backward, clip, AdamW.
-    -> gradient norm.
+    A function step(micros) that makes one training step of `micros` micro-batches (forward of trunk and MTP layer,
+    backward, clip, AdamW) and returns the gradient norm. documents: tokens per packed document, 0 = one per row.
     """
     model = mtp.build(shape, "meta")
     model = distributed.shard(model, rt, checkpointing=checkpointing, compile=compile)
@@ -91,7 +92,7 @@ def step_of(shape: ModelConfig, T: int, compile: bool, checkpointing: str, docum
 
 
 def shares(step, cuda: bool) -> dict[str, float]:
-    """Share of device time per part in one step."""
+    """Part -> its share of device time in one step, the largest first."""
     from torch.profiler import ProfilerActivity
     with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as p:
         step()
@@ -110,8 +111,7 @@ def one_case(run, rt, shape: ModelConfig, T: int, compile: bool, checkpointing: 
     if documents:
         name += f" documents of {documents}"
     stage = [Stage(tokens=1e6, seq_len=T, batch_size=1)]
-    (planned,) = plan.plan(shape, stage, 1, reduce_each=True, checkpointing=checkpointing,
-                           device=rt.device.type)
+    (planned,) = plan.plan(shape, stage, 1, reduce_each=True, checkpointing=checkpointing, device=rt.device.type)
     step = step_of(shape, T, compile, checkpointing, documents, rt)
     for _ in range(2 if run.cuda else 1):                        # compiles, allocates, warms up
         step()
@@ -144,7 +144,7 @@ def one_case(run, rt, shape: ModelConfig, T: int, compile: bool, checkpointing: 
 
 
 def train(run) -> None:
-    """All cases; a case that does not fit is told and left out."""
+    """All cases; one that does not fit the card prints a line and is left out."""
     rt = distributed.setup(seed=0, device="cuda" if run.cuda else "cpu")
     base = replace(ModelConfig.mimo_7b(n_mtp=1), rope_base=10_000.0) if run.cuda else ModelConfig()
     budget = 0.88 * torch.cuda.get_device_properties(rt.device).total_memory if run.cuda else 0.0

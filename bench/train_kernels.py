@@ -1,11 +1,11 @@
 """
-The demo's training step on one CPU thread with the kernels of kernels/train_cpu.c, and with torch's operations in the
-place of all or one of them: the plain references, which train without a compiler.
+The demo's training step on one CPU thread with the C of kernels/cpu/train.py, and with torch's operations in the place
+of all of it or of one kernel: the plain references, which train where there is no compiler.
 
-    python -m data.prepare && python bench/train_kernels.py       # a few minutes; a busy machine only makes it noisy
+    python -m data.prepare && python bench/train_kernels.py      # a few minutes; on a busy machine only more noise
 
-The variants take turns, one step each, on rows of config/tiny.py; ratios are of CPU time, least and median over the
-turns. docs/kernels.md, section 9, has our numbers.
+The variants alternate, one step each, on rows of config/tiny.py. Ratios are of CPU time, least and median over the
+turns; the last line is the ratio of torch alone. docs/kernels.md, section 9, has our numbers.
 """
 import json
 import platform
@@ -22,12 +22,15 @@ import torch  # noqa: E402
 
 import configurator  # noqa: E402
 import distributed  # noqa: E402
+import model as trunk  # noqa: E402
 import mtp  # noqa: E402
 import pretrain  # noqa: E402
+from configurator import UserError  # noqa: E402
 from data.loader import MixtureLoader  # noqa: E402
-from kernels import attention, cpu, rmsnorm, rope, swiglu  # noqa: E402
+from kernels.cpu import train as in_c  # noqa: E402
 
-KERNELS = {"attention": attention, "SwiGLU": swiglu, "RMSNorm": rmsnorm, "RoPE": rope}
+KERNELS = {"attention": ["attention"], "SwiGLU": ["swiglu"], "RMSNorm": ["rmsnorm", "rmsnorm_residual"],
+           "RoPE": ["rope"]}
 VARIANTS = {"all in C": [], "torch alone": list(KERNELS), **{f"{name} by torch": [name] for name in KERNELS}}
 
 
@@ -35,21 +38,28 @@ VARIANTS = {"all in C": [], "torch alone": list(KERNELS), **{f"{name} by torch":
 class Config:
     data: str = "out/tiny/data"           # shards of data/prepare.py
     seq_len: int = 256                    # tokens a row; a step has 2,048 tokens
-    turns: int = 15                       # steps of each variant
-    out: str = "out/bench/train_kernels.json"
+    turns: int = 15                       # steps of each variant that count
+    out: str = "out/bench/train_kernels.json"    # the result
 
     def __post_init__(self):
         configurator.at_least(self, 1, "seq_len", "turns")
 
 
+def operators_without(names: list[str]) -> SimpleNamespace:
+    """The operators in C, those of the kernels `names` by torch; model.py takes it in the place of its own."""
+    by_torch = {f: getattr(trunk.OPERATORS, f) for name in names for f in KERNELS[name]}
+    c = {f: getattr(in_c, f) for functions in KERNELS.values() for f in functions}
+    return SimpleNamespace(c_kernels_apply=in_c.c_kernels_apply, **c | by_torch)
+
+
 def main(cfg: Config) -> None:
-    if cpu.library() is None:
-        raise SystemExit("error: no C compiler, nothing to compare")
+    if in_c.library() is None:
+        raise UserError("no C compiler, nothing to compare")
     run = configurator.load(pretrain.Config, ["config/tiny.py"])
     rt = distributed.setup(threads=1, seed=1, device="cpu")
     model = mtp.build(run.model)
     model.init_weights(1)
-    optimizer = pretrain.optimizer_for(model, run)
+    optimizer = distributed.adamw(model, lr=1e-3, betas=(run.beta1, run.beta2), weight_decay=run.weight_decay)
     loader = MixtureLoader(cfg.data, list(run.stages[0].mix), run.model.vocab_size, n_mtp=1, seed=1,
                            max_seq_len=run.model.max_seq_len)
 
@@ -64,16 +74,14 @@ def main(cfg: Config) -> None:
         optimizer.zero_grad(set_to_none=True)
         return time.process_time() - t0
 
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
     seconds = {name: [] for name in VARIANTS}
     for turn in range(cfg.turns + 1):
         for name, without in VARIANTS.items():
-            for kernel, module in KERNELS.items():
-                module.cpu = SimpleNamespace(trains=lambda *tensors: False) if kernel in without else cpu
+            trunk.cpu_kernels = operators_without(without)
             took = step()
             if turn:                                                # the first one warms up
                 seconds[name].append(took)
+    trunk.cpu_kernels = in_c
     best = seconds["all in C"]
     rows = {name: {"least": min(s) / min(best), "median": statistics.median(s) / statistics.median(best)}
             for name, s in seconds.items()}
@@ -83,8 +91,10 @@ def main(cfg: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
                                "processor": platform.processor() or platform.machine(), "turns": cfg.turns,
-                               "tokens_per_step": 2048, "seq_len": cfg.seq_len, "ratios": rows}, indent=1) + "\n")
+                               "tokens_per_step": 2048, "seq_len": cfg.seq_len, "ratios": rows,
+                               "ratio": rows["torch alone"]["median"]}, indent=1) + "\n")
     distributed.teardown(rt)
+    print(f"torch alone / all in C = {rows['torch alone']['median']:.2f}")
 
 
 if __name__ == "__main__":
