@@ -1,7 +1,7 @@
 // Vectors of floats for decode_cpu.c and train_cpu.c: GCC's and clang's vector extension, no intrinsics, so that one
-// source serves AVX-512, AVX2, SSE and NEON. Compiled by kernels/cpu.py with -O3 -march=native -ffp-contract=fast
-// (a b + c is one instruction with one rounding, in every loop alike) and not with -ffast-math: sums keep their order,
-// NaN and -inf their meaning.
+// source serves AVX-512, AVX2, SSE and NEON. kernels/cpu/__init__.py compiles it with -O3 -march=native
+// -ffp-contract=fast (a b + c is one instruction with one rounding, in every loop alike) and without -ffast-math: sums
+// keep their order, NaN and -inf their meaning.
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -29,7 +29,7 @@ INLINE vec all(float x) { return (vec)ALL(x); }      // one load that fills a ve
 INLINE void store(float *p, vec v) { *(anywhere *)p = v; }
 INLINE vec pick(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
 
-// e^x for x <= 0, relative error below 2e-7 (tests/test_native.py); 0 below -87, NaN for NaN. x = n ln 2 + r, and
+// e^x for x <= 0, relative error below 2e-7 (tests/test_cpu_decode.py); 0 below -87, NaN for NaN. x = n ln 2 + r, and
 // e^r by the polynomial of Cephes' expf; adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
 INLINE vec exp_negative(vec x) {
     const vec zero = {0};

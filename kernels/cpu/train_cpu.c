@@ -1,16 +1,16 @@
-// The training kernels in fp32 on a CPU: RMSNorm, SwiGLU, RoPE and causal attention, forward and backward. The formulas
-// are in rmsnorm.py, swiglu.py, rope.py and attention.py, which call these; the matrix products of the weights, where
-// MKL is at its best, stay torch's.
+// The training kernels in fp32 on a CPU: RMSNorm, SwiGLU, RoPE and causal attention, forward and backward. train.py
+// calls them; the formulas are in kernels/rmsnorm.py, swiglu.py, rope.py and attention.py. The matrix products with
+// weights, where MKL is at its best, stay torch's.
 //
 // Why C: with heads of 16 channels and documents of a hundred tokens torch's attention spends most of its time between
-// its products, and each of its elementwise operations is a pass over memory. Here a document's keys lie in the L1
-// cache while its queries pass, and a row is read once.
+// its products, and each of its elementwise operations is a pass over memory. Here a document's keys stay in the L1
+// cache while its queries are computed, and a row is read once.
 //
 // All tensors are contiguous; D, F and d are multiples of 16. One thread; sums run in a fixed order, and a document's
 // bits do not depend on what is packed beside it.
 #include "cpu.h"
 
-// ---- RMSNorm ---------------------------------------------------------------------------------------------------------
+// ---- RMSNorm -------------------------------------------------------------------------------------------------------
 
 // y = s r w with s = x + residual (residual 0: s = x, not written), r = 1 / sqrt(mean(s^2) + eps); N rows of D
 void norm_forward(int64_t N, int64_t D, float eps, const float *x, const float *residual, const float *w, float *s,
@@ -31,18 +31,18 @@ void norm_forward(int64_t N, int64_t D, float eps, const float *x, const float *
     }
 }
 
-// dx = ds + r (dy w - h mean(dy w h)), dw = sum of dy h, with h = s r; ds (0: none) reaches the sum from elsewhere.
-// dw [2,D]: the result, and behind it the sum over 64 rows at a time, for one sum over all would round too often
+// dx = ds + r (dy w - h mean(dy w h)), dw = sum of dy h, with h = s r; ds, or 0, is the gradient of s from elsewhere.
+// dw [2,D]: the result, and behind it the sum of the last 64 rows at most: a single sum over all rows would round more
 void norm_backward(int64_t N, int64_t D, const float *s, const float *w, const float *r, const float *dy,
                    const float *ds, float *dx, float *dw) {
-    float *some = dw + D;
+    float *partial = dw + D;
     memset(dw, 0, 2 * D * sizeof(float));
     for (int64_t n = 0; n < N; n++, s += D, dy += D, dx += D) {
         vec dot[NV] = {{0}};
         for (int64_t i = 0; i < D; i += 16)
             for (int v = 0; v < NV; v++) {
                 vec t = load(dy + i + LANES * v) * (load(s + i + LANES * v) * r[n]);    // dy h
-                store(some + i + LANES * v, load(some + i + LANES * v) + t);
+                store(partial + i + LANES * v, load(partial + i + LANES * v) + t);
                 dot[v] += t * load(w + i + LANES * v);
             }
         for (int v = 1; v < NV; v++) dot[0] += dot[v];
@@ -53,11 +53,11 @@ void norm_backward(int64_t N, int64_t D, const float *s, const float *w, const f
         }
         if (ds) ds += D;
         if (n % 64 == 63 || n == N - 1)
-            for (int64_t i = 0; i < D; i++) dw[i] += some[i], some[i] = 0;
+            for (int64_t i = 0; i < D; i++) dw[i] += partial[i], partial[i] = 0;
     }
 }
 
-// ---- SwiGLU ----------------------------------------------------------------------------------------------------------
+// ---- SwiGLU --------------------------------------------------------------------------------------------------------
 
 INLINE vec sigmoid(vec g) {
     const vec zero = {0};
@@ -80,10 +80,11 @@ void swiglu_backward(int64_t n, const float *gate, const float *up, const float 
     }
 }
 
-// ---- RoPE ------------------------------------------------------------------------------------------------------------
+// ---- RoPE ----------------------------------------------------------------------------------------------------------
 
-// x [N,heads,d] -> y, turned by the angles of cos, sin [N,d]; sign -1 turns back, which is the backward pass
-void rope(int64_t N, int64_t heads, int64_t d, const float *x, const float *cos, const float *sin, float sign, float *y) {
+// x [N,heads,d] -> y, rotated by the angles of cos, sin [N,d]; sign -1 rotates back, which is the backward pass
+void rope(int64_t N, int64_t heads, int64_t d, const float *x, const float *cos, const float *sin, float sign,
+          float *y) {
     for (int64_t n = 0; n < N; n++, cos += d, sin += d)
         for (int64_t h = 0; h < heads; h++, x += d, y += d)
             for (int64_t i = 0, j = d / 2; i < d / 2; i++, j++) {
@@ -93,24 +94,25 @@ void rope(int64_t N, int64_t heads, int64_t d, const float *x, const float *cos,
             }
 }
 
-// ---- attention -------------------------------------------------------------------------------------------------------
+// ---- attention -----------------------------------------------------------------------------------------------------
 
 // The G query heads of n tokens that share a key/value head are n G rows, row r belonging to token r / G. Sixteen rows
-// at a time stand side by side in the lanes: their scores are s[key][16], so that maximum, sum and mask of a row are
-// vertical and no vector is ever added up. The scores serve every product as they are, read along either axis.
+// at a time stand side by side in the lanes: their scores are s[key][16], so the maximum, the sum and the mask of a row
+// are operations between vectors, never inside one. Every product reads the scores in this form, along one axis or the
+// other.
 
 typedef struct {
     int64_t B, T, H, K, d;
     float scale;
-    const int32_t *bounds;                          // [2,B,T]: first token and end of each token's document; or 0
+    const int32_t *bounds;                          // [2,B,T]: first token and end of each token's document, or 0: none
     const float *q, *k, *v;                         // [B,T,H or K,d]
     float *o, *max, *total;                         // [B,T,H,d]; each row's largest score and sum of e^(s - max):
                                                     // [K][B T G + 16]
-    const float *dout;                              // backward only, as are the next
+    const float *dout;                              // this and the next line: backward only
     float *dq, *dk, *dv;
 } Attention;
 
-#define ROWS (LANES == 16 ? 8 : 4)                  // rows of a product that are in registers
+#define ROWS (LANES == 16 ? 8 : 4)                  // rows of a product that are kept in registers
 static int64_t up8(int64_t n) { return (n + 7) / 8 * 8; }
 
 // y[m][16] (+)= sum_k x[m * along + k * step] w[k][16], m < M, a multiple of 8; rows of w and y are ldw and ldy apart
@@ -146,7 +148,7 @@ INLINE void across(int64_t L, int64_t d, const float *s, const float *rows, floa
     for (int64_t c = 0; c < d; c += 16) product(L, 16, s, 16, 1, rows + c, d, 1, out + c, d);
 }
 
-// n rows of d floats, `stride` apart -> x [L,d], zeros behind them
+// n rows of d floats, `stride` apart -> x [L,d], the last L - n rows zero
 INLINE void gather(int64_t n, int64_t L, int64_t d, const float *from, int64_t stride, float *x) {
     for (int64_t i = 0; i < n; i++)
         for (int64_t c = 0; c < d; c += LANES) store(x + i * d + c, load(from + i * stride + c));
@@ -165,6 +167,7 @@ INLINE void gather16(int64_t r0, int64_t R, int64_t G, int64_t d, float scale, c
         }
 }
 
+// the reverse: x [16,d] -> the rows r0 .. r0+15 of R at `to`
 INLINE void scatter16(int64_t r0, int64_t R, int64_t G, int64_t d, const float *x, int64_t stride, float *to) {
     int64_t token = r0 / G, g = r0 % G;
     for (int64_t r = r0; r < r0 + 16 && r < R; r++, x += d, g + 1 < G ? g++ : (g = 0, token++))
@@ -177,11 +180,11 @@ INLINE void last_seen(int64_t r0, int64_t G, ivec *last) {
     for (int r = 0; r < 16; r++, g + 1 < G ? g++ : (g = 0, token++)) ((int32_t *)last)[r] = token;
 }
 
-// one document, tokens t0 .. t0+n-1 of all, for one key/value head
-INLINE void forward(const Attention *x, const int64_t d, int64_t t0, int64_t n, int64_t head, float *room) {
+// one document, tokens t0 .. t0+n-1 of the batch, for one key/value head; scratch: attention_floats() floats
+INLINE void forward(const Attention *x, const int64_t d, int64_t t0, int64_t n, int64_t head, float *scratch) {
     int64_t G = x->H / x->K, R = n * G, qs = x->H * d, ks = x->K * d, most = up8(n);
     int64_t at = t0 * qs + head * G * d, row = head * (x->B * x->T * G + 16) + t0 * G;
-    float *keys = room, *values = keys + most * d, *s = values + most * d, *q = s + most * 16, *qt = q + 16 * d;
+    float *keys = scratch, *values = keys + most * d, *s = values + most * d, *q = s + most * 16, *qt = q + 16 * d;
     gather(n, most, d, x->k + t0 * ks + head * d, ks, keys);
     gather(n, most, d, x->v + t0 * ks + head * d, ks, values);
     for (int64_t r0 = 0; r0 < R; r0 += 16) {
@@ -215,11 +218,12 @@ INLINE void forward(const Attention *x, const int64_t d, int64_t t0, int64_t n, 
     }
 }
 
-// p = e^(s - max) / total    dv = p^T do    dp = do v^T    ds = p (dp - sum of p dp)    dq = scale ds k    dk = scale ds^T q
-INLINE void backward(const Attention *x, const int64_t d, int64_t t0, int64_t n, int64_t head, float *room) {
+// p = e^(s - max) / total    dv = p^T do    dp = do v^T    ds = p (dp - sum of p dp)
+// dq = scale ds k            dk = scale ds^T q
+INLINE void backward(const Attention *x, const int64_t d, int64_t t0, int64_t n, int64_t head, float *scratch) {
     int64_t G = x->H / x->K, R = n * G, qs = x->H * d, ks = x->K * d, most = up8(n);
     int64_t at = t0 * qs + head * G * d, row = head * (x->B * x->T * G + 16) + t0 * G;
-    float *keys = room, *values = keys + most * d, *dk = values + most * d, *dv = dk + most * d, *s = dv + most * d;
+    float *keys = scratch, *values = keys + most * d, *dk = values + most * d, *dv = dk + most * d, *s = dv + most * d;
     float *ds = s + most * 16, *q = ds + most * 16, *qt = q + 16 * d, *g = qt + 16 * d, *gt = g + 16 * d;
     gather(n, most, d, x->k + t0 * ks + head * d, ks, keys);
     gather(n, most, d, x->v + t0 * ks + head * d, ks, values);
@@ -235,8 +239,8 @@ INLINE void backward(const Attention *x, const int64_t d, int64_t t0, int64_t n,
             max[v] = load(x->max + row + r0 + LANES * v);
             total[v] = 1.0f / load(x->total + row + r0 + LANES * v);
         }
-        for (int64_t r = R - r0; r < 16; r++)                               // lanes behind the last row: not the next
-            ((float *)max)[r] = 0, ((float *)total)[r] = 0;                 // document's, whose numbers they would load
+        for (int64_t r = R - r0; r < 16; r++)                               // lanes behind the last row have loaded
+            ((float *)max)[r] = 0, ((float *)total)[r] = 0;                 // numbers of the next document: clear them
         gather16(r0, R, G, d, x->scale, x->q + at, qs, q, qt);
         scores(L, d, keys, qt, s);
         scores(L, d, values, gt, ds);
@@ -264,20 +268,21 @@ INLINE void backward(const Attention *x, const int64_t d, int64_t t0, int64_t n,
         }
 }
 
-// floats of `room` for documents of up to T tokens
+// floats of `scratch` for documents of up to T tokens
 int64_t attention_floats(int64_t T, int64_t d) { return up8(T) * (4 * d + 32) + 64 * d; }
 
-// each document of the batch and each key/value head; the toy's width of 16 is known to the compiler. 1: bad bounds
+// each document of the batch and each key/value head; 16, the toy's head width, is a constant for the compiler.
+// Returns 1, and stops, at a document whose bounds cannot be
 #define EACH(pass)                                                                                                     \
     for (int64_t t = 0, end; t < x->B * x->T; t = end) {                                                               \
         end = x->bounds ? t / x->T * x->T + x->bounds[x->B * x->T + t] : t + x->T;                                     \
         if (end <= t || end > t / x->T * x->T + x->T) return 1;                                                        \
         for (int64_t head = 0; head < x->K; head++) {                                                                  \
-            if (x->d == 16) pass(x, 16, t, end - t, head, room);                                                       \
-            else pass(x, x->d, t, end - t, head, room);                                                                \
+            if (x->d == 16) pass(x, 16, t, end - t, head, scratch);                                                    \
+            else pass(x, x->d, t, end - t, head, scratch);                                                             \
         }                                                                                                              \
     }                                                                                                                  \
     return 0;
 
-int64_t attention_forward(const Attention *x, float *room) { EACH(forward) }
-int64_t attention_backward(const Attention *x, float *room) { EACH(backward) }
+int64_t attention_forward(const Attention *x, float *scratch) { EACH(forward) }
+int64_t attention_backward(const Attention *x, float *scratch) { EACH(backward) }
