@@ -1,7 +1,8 @@
 """
-What the README and the tutorial's pages print, written from a demo run, so that no page shows a number that the code does not give.
+What the README and the tutorial's pages print, written from a demo run, so that no page shows a number that the code
+does not give.
 
-    python paper/printed.py                       # three minutes; needs out/tiny of `make demo`
+    python paper/printed.py                       # two minutes when idle; needs out/tiny of `make demo`
     python paper/printed.py --only=sft,rl         # some blocks only
 
 A page marks a block with comments and gives the commands in the fence before it:
