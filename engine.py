@@ -260,8 +260,8 @@ class Engine:
 
     def drop(self, group, request: Request) -> None:
         """
-        Take a request out of the queue or of a prefilling group. A group that is now empty keeps its row until the next
-        prefill.
+        Take a request out of the queue or of a prefilling group. A group that is empty then keeps its row until the
+        next call of prefill().
         """
         leader = group[0] is request
         group.remove(request)
@@ -276,7 +276,10 @@ class Engine:
 
     @torch.no_grad()
     def load(self, state_dict: dict[str, Tensor]) -> None:
-        """New weights, copied into the model in place. Sequences in flight go on with the KV cache they have."""
+        """
+        New weights, copied into the model in place. Sequences in flight go on with the KV cache they have. Give the
+        model's own state_dict after an update by a fused optimizer, whose writes torch does not count (kernels.cpu).
+        """
         self.model.load_state_dict(state_dict)
 
     def refresh(self) -> None:

@@ -126,8 +126,8 @@ def serve(model: MiMo, prompts: list[list[int]], batch: int, n_draft: int, token
           stop: tuple) -> tuple[dict[str, float], list]:
     """
     A full batch for as long as two batches of answers take: the first batch of answers is not timed, and the queue is
-    never empty. -> (CPU seconds: "token" per token; per step "decode", "draft" and "rest", which is mostly prefill;
-    samples).
+    never empty. -> (CPU seconds, samples). The seconds: "token" per token; "decode", "draft" and "rest", which is
+    mostly prefill, per step.
     """
     engine, done = Timed(model, batch, 512, n_draft), []
     for i in range(4 * batch + 4):

@@ -98,8 +98,8 @@ class CpuForward:
     Prefill, decode and draft of one engine, in C. The methods have the names of the engine's methods that they replace,
     and work in place on the tensors of its state and KV cache.
 
-    model      a MiMo; its weights are packed into a private copy, and again after any parameter was written to (an
-               optimizer step, a load)
+    model      a MiMo; its weights are packed into a private copy, and again when torch has counted a write to a
+               parameter. A fused optimizer is not counted: after its step call Engine.load with the model's own weights
     n_draft    MTP layers that draft
     rows       the KV cache, a cache.PackedRows
     state      the engine's state, Engine.new_state
