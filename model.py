@@ -89,8 +89,8 @@ class ModelConfig:
 
     def params_by_part(self) -> dict[str, int]:
         """
-        Exact parameter counts. By hand, 7B: embedding = lm_head = 151,680 x 4,096 = 621,281,280, and each MTP layer has
-        210,790,400.
+        Exact parameter counts. By hand, 7B: the embedding and lm_head have 151,680 x 4,096 = 621,281,280 each, an MTP
+        layer has 210,790,400.
         """
         D = self.d_model
         return {"embedding": self.vocab_size * D, "blocks": self.n_layer * self.block_params(), "final norm": D,

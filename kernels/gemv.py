@@ -134,7 +134,7 @@ def gemv_applies(block: nn.Module, B: int, Q: int) -> bool:
             and not any(p.out_features % 16 for p in outputs))
 
 
-def block_step(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
+def block_step(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, cache: object) -> Tensor:
     """
     What block(x, cos, sin, None, cache) computes, for a model.Block and a cache.BlockLayer: x [B,Q,D], B Q <= 16, cos
     and sin [B,Q,d] -> [B,Q,D]. Equal up to rounding: gate and up stay in fp32 until their product.

@@ -1,8 +1,8 @@
 """
 Test settings that must come first: one thread, Triton's CPU interpreter where there is no GPU, SIGTERM for pytest.
 
-TRITON_INTERPRET must be set before triton is first imported in a process: tl.sum and friends are @jit objects made at
-that import. The second half teaches the interpreter bfloat16, which it otherwise gets silently wrong.
+TRITON_INTERPRET must be set before triton is first imported in a process: tl.sum and the like are @jit objects made at
+that import. The second half repairs bfloat16 in the interpreter, which otherwise computes it wrongly without a warning.
 """
 import os
 import sys
@@ -24,11 +24,11 @@ def sigterm_ends_pytest(request, monkeypatch):
         monkeypatch.setattr(distributed, "catch_sigterm", lambda: None)
 
 
-def teach_bfloat16() -> None:
+def repair_bfloat16() -> None:
     """
     The interpreter stores bf16 as uint16 and then computes on the bit patterns: a dot multiplies integers, a cast
-    truncates. Widen the operands of tl.dot to fp32, round casts to nearest even, and refuse bf16 arithmetic outright,
-    so that kernels cast to fp32 right after the load.
+    truncates. Convert the operands of tl.dot to fp32, round casts to nearest even, and refuse all other bf16
+    arithmetic, so that kernels cast to fp32 right after the load.
     """
     import numpy as np
     import triton.language as tl
@@ -43,7 +43,7 @@ def teach_bfloat16() -> None:
         return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    if getattr(builder, "knows_bfloat16", False):
+    if getattr(builder, "bfloat16_repaired", False):
         return
     dot, cast = builder.create_dot, builder.cast_impl
     fp_to_fp, binary = builder.create_fp_to_fp, builder.binary_op
@@ -67,11 +67,11 @@ def teach_bfloat16() -> None:
     builder.create_fp_to_fp = lambda self, s, d, mode: down(s) if to16(s, d) else fp_to_fp(self, s, d, mode)
     builder.create_fp_trunc = lambda self, s, d: self.cast_impl(s, d)
     builder.binary_op = checked_binary
-    builder.knows_bfloat16 = True
+    builder.bfloat16_repaired = True
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     try:
-        teach_bfloat16()
+        repair_bfloat16()
     except ImportError:  # no triton: the kernel tests skip and say so
         pass

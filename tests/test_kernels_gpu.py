@@ -5,22 +5,26 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import gpu  # noqa: E402
+import gpu_kernels  # noqa: E402
+
+import mtp  # noqa: E402
+from engine import Engine, Request, generate  # noqa: E402
+from kernels.attention import attention, attention_reference, doc_bounds  # noqa: E402
+from model import ModelConfig  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_every_attention_configuration_is_right_and_repeats_to_the_bit(d):
-    import gpu
-    import gpu_kernels
     run = gpu.Run(dry=False)
     gpu_kernels.check_attention(run, d)
     assert not run.faults, "\n".join(run.faults)
 
 
 def test_every_other_kernel_is_right():
-    import gpu
-    import gpu_kernels
     run = gpu.Run(dry=False)
     gpu_kernels.check_others(run)
     gpu_kernels.check_decode(run)
@@ -31,9 +35,6 @@ def test_every_other_kernel_is_right():
 @pytest.mark.parametrize("d", [16, 32, 64, 128, 256])
 def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(d):
     """The rule of flash-attention's own tests, on packed ragged rows."""
-    import gpu_kernels
-
-    from kernels.attention import attention, attention_reference, doc_bounds
     torch.manual_seed(0)
     B, T = 2, 555
     bounds = doc_bounds(torch.tensor([0, 7, 300, 555, 1110], device="cuda", dtype=torch.int32), B, T)
@@ -54,8 +55,6 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(d):
 # ---- the engine: CUDA graphs, blocks, fused decoding ----------------------------------------------------------------
 
 def small_model(n_mtp=3):
-    import mtp
-    from model import ModelConfig
     cfg = ModelConfig(vocab_size=1024, n_layer=3, d_model=256, n_head=8, n_kv_head=2, head_dim=64, d_ff=512,
                       max_seq_len=512, n_mtp=n_mtp)
     model = mtp.build(cfg)
@@ -67,7 +66,6 @@ def small_model(n_mtp=3):
 
 
 def requests(n, **more):
-    from engine import Request
     g = torch.Generator().manual_seed(1)
     lengths = torch.randint(1, 90, (n,), generator=g).tolist()
     return [Request(i, torch.randint(0, 1024, (k,), generator=g).tolist(), 40 + i % 30, seed=i, stop=(5,), **more)
@@ -79,7 +77,6 @@ def requests(n, **more):
                          ids=["greedy", "plain", "top-p"])
 def test_drafts_change_nothing(batch, how):
     """The same tokens with 0, 1 and 3 MTP layers, in bf16, through graphs; log-probs to the bit."""
-    from engine import Engine, generate
     model = small_model()
     texts = []
     for n_draft in (0, 1, 3):
@@ -90,7 +87,6 @@ def test_drafts_change_nothing(batch, how):
 
 def test_fused_decoding_equals_the_model():
     """Teacher-forced log-probs of engine samples from the model's own forward, in bf16: rounding only."""
-    from engine import Engine, generate
     model = small_model()
     done = generate(Engine(model, 16, 256, 3), requests(16, temperature=1.0))
     worst = []
@@ -105,7 +101,6 @@ def test_fused_decoding_equals_the_model():
 
 def test_aborts_reloads_and_full_queues_on_the_gpu():
     """More requests than slots, some aborted, weights reloaded on the way: all end, no block is lost."""
-    from engine import Engine
     model, other = small_model(), small_model()
     engine = Engine(model, 4, 200, 3)
     free = len(engine.cache.free_blocks)
