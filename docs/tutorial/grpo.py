@@ -1,5 +1,5 @@
 """
-GRPO in about sixty lines: the seven steps of tutorial page 8 (docs/tutorial/08-rl.md), one after the other.
+GRPO in about sixty lines, imports aside: the seven steps of tutorial page 8 (docs/tutorial/08-rl.md), one by one.
 
     python docs/tutorial/grpo.py                                    # ten iterations from out/tiny/sft, about a minute
     python docs/tutorial/grpo.py --init=out/tiny/base --steps=30    # RL-Zero: from the base model
@@ -8,9 +8,10 @@ Report section 3.3 (Eq. 1 and 2) on maths problems alone. Everything waits for e
 pool, no judge, one process, one update per batch. rl.py is the same algorithm with all of these. The equations are
 rl.py's own (advantages, surrogate, token_logprobs), and so are the engine and the reward. Nothing is saved.
 
-Expect: the mean reward of the answers rises from about 0.4 to about 0.55, with ups and downs of 0.05.
+Expect: the mean reward of all answers rises from 0.4 to 0.7 or more. Every iteration takes the same 32 problems, so
+that ten iterations are enough to see it; part of the rise is that these answers are learned by heart. rl.py takes new
+problems every time, needs more iterations, and measures on problems that it never trains on.
 """
-import random
 import sys
 import time
 from dataclasses import dataclass
@@ -35,15 +36,15 @@ from tokenizer import Tokenizer  # noqa: E402
 @dataclass(frozen=True)
 class Config:
     init: str = "out/tiny/sft"            # checkpoint to start from
-    problems: str = "out/tiny/problems/rl.jsonl"     # training problems; those of code are left out
+    problems: str = "out/tiny/problems/rl.jsonl"     # its first maths problems are the prompts
     steps: int = 10                       # iterations
-    prompts: int = 32                     # prompts per iteration
+    prompts: int = 32                     # prompts, the same ones in every iteration
     G: int = 8                            # answers per prompt
     max_new_tokens: int = 96              # longest answer
-    lr: float = 2e-4                      # AdamW, without warm-up
+    lr: float = 3e-4                      # AdamW, constant
     eps_low: float = 0.2                  # Eq. 1
     eps_high: float = 0.28                # Eq. 1
-    seed: int = 1                         # prompts, samples
+    seed: int = 1                         # of the samples
 
     def __post_init__(self):
         configurator.at_least(self, 1, "steps", "prompts", "max_new_tokens")
@@ -58,17 +59,14 @@ def main(cfg: Config) -> None:
     policy = checkpoint.materialise(mtp.build(shape, "meta"), rt, ckpt=ckpt)
     policy.mtp_layers.requires_grad_(False)                          # frozen in RL [paper 2.2]
     optimizer = distributed.adamw(policy, cfg.lr, (0.9, 0.95), weight_decay=0.0)
-    problems = [p for p in read_problems(cfg.problems) if p.kind == "maths"]
+    problems = [p for p in read_problems(cfg.problems) if p.kind == "maths"][:cfg.prompts]
     longest = max(len(prompt_ids(tokenizer, p, chat)) for p in problems)
-    # the engine decodes with the policy's own weights; load() after an update has them packed again for C
-    engine = Engine(policy, cfg.prompts * cfg.G, longest + cfg.max_new_tokens, n_ids=tokenizer.n_ids)
+    engine = Engine(policy, len(problems) * cfg.G, longest + cfg.max_new_tokens, n_ids=tokenizer.n_ids)
     for step in range(cfg.steps):
         begin = time.perf_counter()
-        some = random.Random(f"{cfg.seed} {step}").sample(problems, cfg.prompts)
-        reward, trajectories = iteration(policy, engine, optimizer, tokenizer, chat, some, step, cfg)
-        engine.load(policy.state_dict())
+        reward, trajectories = iteration(policy, engine, optimizer, tokenizer, chat, problems, step, cfg)
         print(f"iteration {step + 1:2}  mean reward {reward:.3f}  groups trained on {len(trajectories) // cfg.G:2} of "
-              f"{cfg.prompts}  {time.perf_counter() - begin:.1f} s")
+              f"{len(problems)}  {time.perf_counter() - begin:.1f} s")
 
 
 def iteration(policy: MiMo, engine: Engine, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, chat: bool,
@@ -99,11 +97,12 @@ def iteration(policy: MiMo, engine: Engine, optimizer: torch.optim.Optimizer, to
     A = torch.tensor([t.A for t in trajectories for _ in t.tokens])                                 # [N]
     summand, _, _ = surrogate(logp, old, A, cfg.eps_low, cfg.eps_high)
     objective = summand.mean()
-    # 7. update: one AdamW step up the objective; the gradient norm is clipped at 1
+    # 7. update: one AdamW step up the objective, the gradient norm clipped at 1; then the engine takes the new weights
     (-objective).backward()
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+    engine.load(policy.state_dict())          # they share the tensors; this has them packed again for the C kernels
     return sum(rewards) / len(rewards), trajectories
 
 
