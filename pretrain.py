@@ -18,6 +18,8 @@ running the same command again; on one CPU process the result is bit-equal to an
 config/tiny.py: 7.4 nats per token at the first step (ln 1024, and 1/2 for logits of variance 1). The held-out loss per
 source is printed where a stage ends; results/demo keeps the curves of a whole run.
 """
+import sys
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,16 +199,21 @@ def main(cfg: Config) -> None:
 
 def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoader]:
     """Tokenizer and loader, with everything checked now that a later stage would stumble over. UserError says what."""
-    missing = []
-    if cfg.tokenizer != "tiny" and not Path(cfg.tokenizer).is_dir():
-        missing.append(f"tokenizer files in {cfg.tokenizer!r}: tokenizer.json (or vocab.json and merges.txt) of "
-                       "XiaomiMiMo/MiMo-7B-Base or any Qwen2 model, from the Hugging Face hub")
+    missing = {}
+    if cfg.tokenizer != "tiny" and not Path(cfg.tokenizer).exists():
+        missing[f"tokenizer files in {cfg.tokenizer!r}"] = (
+            "tokenizer.json, or vocab.json and merges.txt, of XiaomiMiMo/MiMo-7B-Base or of any Qwen2 model, from the\n"
+            "Hugging Face hub; --tokenizer=DIR names another folder")
     if not Path(cfg.data).is_dir():
-        missing.append(f"token shards in {cfg.data!r}: `python -m data.prepare` makes those of the tiny world, "
-                       "docs/data.md says how to make them from your own text")
+        missing[f"token shards in {cfg.data!r}"] = (
+            "`python -m data.prepare` makes those of the tiny world in out/tiny/data; docs/data.md says how to make\n"
+            "them from your own text; --data=DIR names another folder")
     if missing:
-        raise UserError("this run needs what is not here yet:\n  - " + "\n  - ".join(missing) + "\n"
-                        "`python plan.py CONFIG --gpus=8` works without: parameters, schedule, memory, days")
+        print("This run needs what is not here yet:", *(f"  {what}\n{textwrap.indent(how, '      ')}"
+                                                        for what, how in missing.items()),
+              "What works without them: python plan.py CONFIG --gpus=8    parameters, schedule, memory, days",
+              sep="\n", file=sys.stderr)
+        raise UserError(f"no {' and no '.join(missing)}")
     tokenizer = Tokenizer.load(cfg.tokenizer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise UserError(f"tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size:,} ids, model.vocab_size = "

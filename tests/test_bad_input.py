@@ -161,7 +161,7 @@ SIZES = [
     (pretrain, "stages.0.seq_len=0"), (pretrain, "stages.0.batch_size=0"), (pretrain, "stages.0.lr=-1"),
     (pretrain, "stages.0.rope_base=0"), (pretrain, "stages.0.mix={}"), (pretrain, "stages.0.mix={'web': -1.0}"),
     (pretrain, "stages.0.warmup_tokens=2e6"), (pretrain, "stages.0.mtp_weight=-1"), (pretrain, "beta1=1.0"),
-    (pretrain, "threads=0"), (pretrain, "weight_decay=-0.1"), (pretrain, "dry_run_mfu=0"),
+    (pretrain, "threads=0"), (pretrain, "weight_decay=-0.1"), 
     (pretrain, "model.n_layer=0"),
     (pretrain, "model.n_head=0"), (pretrain, "model.n_kv_head=0"), (pretrain, "model.head_dim=0"),
     (pretrain, "model.n_kv_head=3"), (pretrain, "model.rope_base=-1"), (pretrain, "model.rms_eps=-1"),
@@ -170,12 +170,13 @@ SIZES = [
     (rl, "steps=0"), (rl, "group_size=1"), (rl, "batch_size=0"), (rl, "mini_batch=0"), (rl, "mini_batch=3"),
     (rl, "max_groups=2"), (rl, "slots=0"), (rl, "judge_workers=0"), (rl, "eps_low=0.5"), (rl, "easy_alpha=2"),
     (rl, "max_new_tokens=[]"), (rl, "max_new_tokens=[(0,0)]"), (rl, "max_new_tokens=[(5,9)]"),
-    (rl, "temperature=0.5"), (rl, "lr=-1"),
+     (rl, "lr=-1"),
     (rl, "max_staleness=2"), (rl, "keep=-1"), (rl, "is_cap=0"), (rl, "reward_lag=-1"), (rl, "scheme=hard"),
     (evaluation, "samples=0"), (evaluation, "max_new_tokens=-1"), (evaluation, "slots=0"), (evaluation, "top_p=0"),
     (evaluation, "top_p=1.5"), (evaluation, "temperature=-1"), (evaluation, "limit=-1"), (evaluation, "tasks=[]"),
     (evaluation, "tasks=['maths']"), (evaluation, "probe_lengths=[]"), (evaluation, "probe_count=0"),
-    (sample, "n=0"), (sample, "max_new_tokens=0"), (sample, "top_p=0"), (sample, "temperature=-0.1"), (sample, "slots=0"),
+    (sample, "n=0"), (sample, "max_new_tokens=0"), (sample, "top_p=0"), (sample, "temperature=-0.1"),
+    (sample, "slots=0"),
     (sample, "compare"), (sample, "out=x"), (sample, "max_len=-1"), (sample, "top_k=-1"),
     (rl_problems, "levels=0"), (rl_problems, "max_maths_rate=2"), (rl_problems, "answers=[]"),
     (prepare, "pages=3"), (prepare, "sft=0"), (prepare, "valid_share=1"), (prepare, "valid_share=0"),
@@ -186,8 +187,7 @@ SIZES = [
 @pytest.mark.parametrize("module, flag", SIZES, ids=[f"{m.__name__} {f}" for m, f in SIZES])
 def test_impossible_values_are_refused_by_name(module, flag):
     field = flag.partition("=")[0].split(".")[-1]
-    line = ends(lambda: configurator.load(module.Config, [f"--{flag}"]), field)
-    assert line.startswith("config error: ")
+    ends(lambda: configurator.load(module.Config, [f"--{flag}"]), field)
 
 
 # ---- problems ------------------------------------------------------------------------------------------------------
@@ -318,9 +318,9 @@ def flip(path, at=-200):
 
 
 SHARDS = {
-    "no folder": (lambda d: shutil.rmtree(d), "data.prepare"),
+    "no folder": (lambda d: shutil.rmtree(d), "no token shards"),
     "empty folder": (lambda d: [shutil.rmtree(d), d.mkdir()], "maths", "none"),
-    "a file": (lambda d: [shutil.rmtree(d), d.write_text("x")], "no shards in"),
+    "a file": (lambda d: [shutil.rmtree(d), d.write_text("x")], "no token shards in"),
     "cut off": (lambda d: cut(d / "web_00000.bin"), "web_00000.bin", "truncated"),
     "a header only": (lambda d: cut(d / "web_00000.bin", (d / "web_00000.bin").stat().st_size - 100),
                       "web_00000.bin", "not a token shard"),
@@ -348,7 +348,7 @@ def test_shards(world, name):
     (["--stages.0.mix={'poems': 1.0}"], ["poems", "maths, web"]),
     (["--model.vocab_size=512"], ["1,024", "512"]),
     (["--stages.0.seq_len=97"], ["seq_len = 97", "max_seq_len = 96"]),
-    (["--tokenizer=nowhere"], ["nowhere", "tokenizer.json"]),
+    (["--tokenizer=nowhere"], ["nowhere", "tokenizer files"]),
 ])
 def test_pretraining_that_does_not_fit(world, flags, words):
     ends(script(pretrain, *pretrain_words(world, *flags)), *words)
@@ -389,7 +389,7 @@ def test_a_checkpoint_that_cannot_be_used(world, name, capsys):
     assert not (world / "run").exists() and not (world / "hf").exists() and not (world / "e").exists()
     if name in ("half a file", "a flipped bit", "a file gone"):
         assert "is not whole" in capsys.readouterr().err       # and which file it is, on stderr
-        with pytest.raises(SystemExit, match="is not whole: model"):
+        with pytest.raises(configurator.UserError, match="is not whole: model"):
             checkpoint.find(the(world / "base"))
 
 
@@ -633,7 +633,7 @@ def test_hf(world):
     (["bench/train.py", "--nanogpt=nowhere"], "nowhere"),
     (["bench/extract.py", "nowhere"], "nowhere"),
     (["bench/gpu.py", "everything"], "usage"),
-    (["paper/table2.py", "many"], "usage"), (["paper/table3.py", "0"], "usage"),
+    (["paper/table2.py", "many"], "many"), (["paper/table3.py", "--seeds=0"], "seeds = 0"),
 ])
 def test_scripts_without_a_main(words, told, monkeypatch):
     sys.argv = words
@@ -643,10 +643,21 @@ def test_scripts_without_a_main(words, told, monkeypatch):
 
 def test_as_a_process():
     """What a shell sees: exit status 1, nothing but one line on stderr."""
-    process = subprocess.run([sys.executable, "pretrain.py", "--data=nowhere", "--device=cpu"], cwd=ROOT, text=True,
+    process = subprocess.run([sys.executable, "sft.py", "--init=nowhere", "--out=nowhere", "--device=cpu"], cwd=ROOT, text=True,
                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert process.returncode == 1 and "nowhere" in process.stderr, process.stderr
     assert "Traceback" not in process.stderr and process.stderr.count("\n") == 1, process.stderr
+
+
+def test_the_7b_without_data_says_on_one_screen_what_is_missing():
+    """The design card's own command on a laptop: each missing thing with how it is got, and what works now."""
+    process = subprocess.run([sys.executable, "pretrain.py", "config/mimo_7b.py", "--device=cpu"], cwd=ROOT, text=True,
+                             capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    *screen, last = process.stderr.strip().split("\n")
+    assert process.returncode == 1 and len(screen) < 20 and max(map(len, screen)) < 120, process.stderr
+    for word in ("tokenizer files", "MiMo-7B-Base", "token shards", "docs/data.md", "python plan.py"):
+        assert word in "\n".join(screen), word
+    assert last.startswith("error: no tokenizer files in ") and " and no token shards in " in last
 
 
 def test_what_one_line_lets_through():
