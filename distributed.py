@@ -419,6 +419,19 @@ def replica_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, full(p.detach())
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> nn.Module:
+    """
+    The weights of a model, sharded or not, into a plain one of the same shape, parameter by parameter, cast to the
+    target's dtype: how an engine's replica follows the trainer. Under FSDP every rank must call it. -> target.
+    """
+    if getattr(source, UNSHARDED, None) is not None:
+        reshard(source)
+    for p, q in zip(source.parameters(), target.parameters(), strict=True):
+        q.copy_(p.full_tensor() if hasattr(p, "placements") else p)
+    return target
+
+
 def meta_twin(model: nn.Module) -> nn.Module:
     """A copy of the module tree with its parameters on the meta device: no memory, the same names."""
     on_meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
@@ -428,7 +441,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
 
 def replica(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """
-    A plain model of the same shape, with memory but without weights: fill(replica, replica_state(model)) sets them.
+    A plain model of the same shape, with memory but without weights: copy_weights(model, replica) sets them.
     """
     twin = copy.deepcopy(getattr(model, UNSHARDED)) if is_sharded(model) else meta_twin(model)
     twin.cfg = model.cfg                          # set_context may have moved on since the twin was made
@@ -439,7 +452,7 @@ def unshard(model: nn.Module) -> nn.Module:
     """The whole model as a plain one in CPU memory on every rank; itself when it is not sharded."""
     if not is_sharded(model):
         return model
-    return fill(replica(model, "cpu", torch.float32), replica_state(model))
+    return copy_weights(model, replica(model, "cpu", torch.float32))
 
 
 def place(model: nn.Module, rt: Runtime) -> nn.Module:

@@ -208,7 +208,7 @@ def main(cfg: Config) -> None:
             # 4c. new weights to the engine's replica, while the rollout thread rests
             t2 = time.perf_counter()
             if not cfg.max_staleness:
-                distributed.fill(replica, distributed.replica_state(model))
+                distributed.copy_weights(model, replica)
 
             # 4d. held-out curve
             heldout = {}
@@ -261,7 +261,7 @@ def checkpoint_meta(cfg: Config, start: Path, held: list[Problem]) -> dict:
 
 def new_replica(model: MiMo, rt: Runtime) -> MiMo:
     """A plain copy of the policy in rt.dtype, whatever the trainer is sharded over. A collective under FSDP."""
-    return distributed.fill(distributed.replica(model, rt.device, rt.dtype), distributed.replica_state(model))
+    return distributed.copy_weights(model, distributed.replica(model, rt.device, rt.dtype))
 
 
 def copied_weights(model: MiMo, rt: Runtime) -> dict[str, Tensor]:
