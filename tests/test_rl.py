@@ -1,4 +1,5 @@
 """RL: Eq. 1 and Eq. 2 by hand, the clip on every side, batching that never changes the update, a bandit that learns."""
+import json
 import math
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import distributed
 import mtp
 import rl
 from configurator import UserError, load
+from data.problems import Problem
 from model import ModelConfig
 from rl import Trajectory, advantages, pack, surrogate, token_logprobs
 from rollout import Group, Task
@@ -189,3 +191,61 @@ def test_bad_configs_are_refused(flag, message):
 def test_longest_answer_grows_by_iteration():
     cfg = load(rl.Config, ["--max_new_tokens=[(0,32),(10,48)]"])
     assert [cfg.max_new_tokens_at(s) for s in (0, 9, 10, 99)] == [32, 32, 48, 48]
+
+
+# ---- the script ----------------------------------------------------------------------------------------------------
+
+def run_script(folder, *flags):
+    """rl.py for two iterations from a random model; the reward is the share of even tokens."""
+    from scale_worker import ParityGrader, write_base
+    if not (folder / "base").is_dir():
+        write_base(folder)
+    grader, rl.Grader = rl.Grader, ParityGrader
+    try:
+        rl.main(load(rl.Config, [
+            f"--init={folder}/base", f"--problems={folder}/problems.jsonl", "--valid=", "--steps=2", "--batch_size=2",
+            "--mini_batch=2", "--group_size=4", "--max_groups=4", "--max_new_tokens=[(0,8)]", "--slots=8",
+            "--judge_workers=1", "--reward_lag=2", "--device=cpu", *flags]))
+    finally:
+        rl.Grader = grader
+
+
+def test_plain_is_torch_code_where_a_breakpoint_is_hit(tmp_path, monkeypatch):
+    """With --plain training passes through rmsnorm_reference and decoding through Engine.trunk, and nothing else changes."""
+    import kernels
+    import kernels.rmsnorm
+    from engine import Engine
+    hits = set()
+
+    def watch(where, name):
+        function = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, **named: (hits.add(name), function(*args, **named))[1])
+    watch(kernels.rmsnorm, "rmsnorm_reference")
+    watch(Engine, "trunk")
+    try:
+        run_script(tmp_path, f"--out={tmp_path}/plain", "--plain")
+        assert kernels.is_plain() and hits == {"rmsnorm_reference", "trunk"}
+        run_script(tmp_path, f"--out={tmp_path}/fast")
+        assert not kernels.is_plain()
+    finally:
+        kernels.set_plain(False)
+    plain, fast = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+                   for name in ("plain", "fast"))
+    for a, b in zip(plain, fast, strict=True):
+        assert a["reward_trained"] == b["reward_trained"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_checkpoint_says_what_to_ask(tmp_path):
+    """Turns are handed on from the start; three held-out questions of both kinds, or those of the start."""
+    def manifest(**meta):
+        (tmp_path / "manifest.json").write_text(json.dumps({"meta": meta}))
+    problem = lambda i, kind: Problem(f"{i:016x}", kind, f"{kind} {i}", answer="1", solution="1")
+    held = [problem(i, "maths") for i in range(3)] + [problem(3, "code")]
+    manifest(stage="sft", chat=True, turns="multi", examples=["one"])
+    meta = rl.checkpoint_meta(rl.Config(init="x"), tmp_path, held)
+    assert meta == {"stage": "rl", "chat": True, "init": "x", "turns": "multi",
+                    "examples": ["maths 0", "code 3", "maths 1"]}
+    assert rl.checkpoint_meta(rl.Config(init="x"), tmp_path, [])["examples"] == ["one"]
+    manifest(stage="base")
+    meta = rl.checkpoint_meta(rl.Config(), tmp_path, [])
+    assert (meta["chat"], meta["turns"], meta["examples"]) == (False, "single", [])
