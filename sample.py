@@ -437,7 +437,7 @@ def greet(form: Form, remembers: bool, examples: list[str]) -> None:
         rule = "The model continues your line as it stands"
     note(f"{rule}. An empty line ends it.")
     if examples:
-        note("Questions from its held-out problems:\n" + "\n".join(f"    {question}" for question in examples[:3]))
+        note("Questions from its held-out problems:\n" + "\n".join("    " + " ".join(question.split()) for question in examples[:3]))
 
 
 def session(samples: list[Sample], forwards: int) -> str:
