@@ -437,7 +437,8 @@ def greet(form: Form, remembers: bool, examples: list[str]) -> None:
         rule = "The model continues your line as it stands"
     note(f"{rule}. An empty line ends it.")
     if examples:
-        note("Questions from its held-out problems:\n" + "\n".join("    " + " ".join(question.split()) for question in examples[:3]))
+        lines = ["    " + " ".join(question.split()) for question in examples[:3]]
+        note("\n".join(["Questions from its held-out problems:", *lines]))
 
 
 def session(samples: list[Sample], forwards: int) -> str:
