@@ -17,7 +17,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from checkpoints import load_latest  # noqa: E402
 
 import checkpoint  # noqa: E402
 import distributed  # noqa: E402
@@ -337,7 +339,8 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank=""):
     try:
         rl.main(configurator.load(rl.Config, [
             f"--init={folder}/base", f"--out={out}", f"--problems={folder}/problems.jsonl", "--valid=", "--steps=4",
-            "--batch_size=4", "--mini_batch=2", "--group_size=4", "--max_groups=8", "--max_new_tokens=[(0,24)]", "--slots=8",
+            "--batch_size=4", "--mini_batch=2", "--group_size=4", "--max_groups=8",
+            "--max_new_tokens=[(0,24)]", "--slots=8",
             "--lr=1e-3", "--save_every=1", "--judge_workers=1", "--reward_lag=2", "--micro_tokens=256", "--device=cpu",
             *flags]))
     finally:

@@ -644,7 +644,8 @@ def test_scripts_without_a_main(words, told, monkeypatch):
 def test_as_a_process():
     """What a shell sees: exit status 1, nothing but one line on stderr."""
     process = subprocess.run([sys.executable, "sft.py", "--init=nowhere", "--out=nowhere", "--device=cpu"], cwd=ROOT,
-                             text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                             text=True, capture_output=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert process.returncode == 1 and "nowhere" in process.stderr, process.stderr
     assert "Traceback" not in process.stderr and process.stderr.count("\n") == 1, process.stderr
 
