@@ -226,7 +226,7 @@ class Scheduler:
         # 3.4.1 (c): the batch is full AND every task launched before the selected ones has completed
         full = self.prefix_valid >= self.batch_size
         capped = self.n_applied == len(self.groups) >= self.max_groups
-        return [g for g in self.groups[:self.n_prefix] if g.valid][:self.batch_size] if full or capped else None
+        return [g for g in self.groups if g.valid][:self.batch_size] if full or capped else None
 
     def _draw(self) -> Group:
         """The next launch: from the easy pool with probability alpha (3.3.2), else from the front of the queue."""

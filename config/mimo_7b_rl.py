@@ -1,6 +1,7 @@
 """
 MiMo-7B, RL from SFT: GRPO with 16 updates per batch (report section 3.3; 3.3.3 for the values).
 
+    python plan.py config/mimo_7b_rl.py --gpus=8                   # memory per GPU, before anything is started
     torchrun --nproc_per_node=8 rl.py config/mimo_7b_rl.py
     torchrun --nproc_per_node=8 rl.py config/mimo_7b_rl.py --init=out/mimo_7b/base --out=out/mimo_7b/rl_zero
 
@@ -18,10 +19,10 @@ lr = 1e-6
 scheme = "soft"
 easy_alpha = 0.1
 max_groups = 2_048
-max_new_tokens = [(0, 30_720)]                          # new tokens; 32,768 with a prompt of 2,048 [paper 3.3.3]
+max_new_tokens = [(0, 30_720)]                  # 32,768 with a prompt of 2,048 [paper 3.3.3]
 slots = 64
 kv_tokens = 131_072                             # 19 GB; answers beyond it wait for room
-reduce_each = True                              # 27 GB less per GPU
+reduce_each = True                              # saves 27 GB per GPU
 judge_workers = 12
 micro_tokens = 32_768
 eval_every = 20

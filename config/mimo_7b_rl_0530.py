@@ -1,12 +1,11 @@
 """
-MiMo-7B-RL-0530: on-policy RL on 175K samples, the generation budget raised 32K -> 38K -> 48K (report section
-3.6).
+MiMo-7B-RL-0530: on-policy RL on 175K samples, the longest answer raised 32K -> 38K -> 48K (report section 3.6).
 
     torchrun --nproc_per_node=8 rl.py config/mimo_7b_rl_0530.py
 
-One update per batch instead of 16: the ratio of Eq. 1 is exactly 1 and nothing is ever clipped. SFT had grown
-to 6M samples by then; the checkpoint it starts from must have a context of 49,152 or more (model.json,
-max_seq_len). Ours: the iterations at which the budget grows (the report's Fig. 8 shows thirds of the run).
+One update per batch instead of 16: the ratio of Eq. 1 is exactly 1 and nothing is ever clipped. SFT had grown to 6M
+samples by then; the checkpoint it starts from must have a context of 49,152 or more (model.json, max_seq_len). Ours:
+the iterations at which the longest answer grows (the report's Fig. 8 shows thirds of the run).
 """
 from config.mimo_7b_rl import *
 

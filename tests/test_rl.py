@@ -193,7 +193,7 @@ def test_longest_answer_grows_by_iteration():
     assert [cfg.max_new_tokens_at(s) for s in (0, 9, 10, 99)] == [32, 32, 48, 48]
 
 
-# ---- the script ----------------------------------------------------------------------------------------------------
+# ---- the script -----------------------------------------------------------------------------------------------------
 
 def run_script(folder, *flags):
     """rl.py for two iterations from a random model; the reward is the share of even tokens."""
@@ -211,7 +211,7 @@ def run_script(folder, *flags):
 
 
 def test_plain_is_torch_code_where_a_breakpoint_is_hit(tmp_path, monkeypatch):
-    """With --plain training passes through rmsnorm_reference and decoding through Engine.trunk, and nothing else changes."""
+    """With --plain training passes through rmsnorm_reference, decoding through Engine.trunk; the result is the same."""
     import kernels
     import kernels.rmsnorm
     from engine import Engine

@@ -194,12 +194,11 @@ def play(sched, length, reward, free=None, give_up=10**6):
                 sched.observe([(k, reward(sched.groups[k[1]].task, k[2]), None)])
 
 
-# ---- reproducibility ---------------------------------------------------------------------------------------
+# ---- reproducibility ------------------------------------------------------------------------------------------------
 
 
 def test_no_judge_latency_and_no_worker_count_changes_anything():
-    """Launched tasks and their moment, aborts, rewards, batches, metrics, pool, cursor: all equal, to the
-    bit."""
+    """Launched tasks and their moment, aborts, rewards, batches, metrics, pool, cursor: all equal, to the bit."""
     want = train(ShuffledJudge(0, patience=0.0))
     assert any(entry[1] == "abort" for entry in want[1]), "the scenario should abort something"
     assert want[0][-1][2]["pool"], "and fill the pool"
@@ -213,8 +212,7 @@ def test_no_judge_latency_and_no_worker_count_changes_anything():
 
 
 def test_rewards_as_they_come_change_no_batch_if_the_engine_is_batch_invariant():
-    """reward_lag = None: the second rule alone keeps batches, pool, cursor and rate; only waste may
-    differ."""
+    """reward_lag = None: the second rule alone keeps batches, pool, cursor and rate; only waste may differ."""
     keep = lambda out: [(groups, state) for groups, _, state, _, _ in out]
     runs = [train(ShuffledJudge(s, 1 + s, s / 6), reward_lag=lag, engine=FakeEngine(slots, lengths))[0]
             for s, lag, slots in ((0, None, 20), (3, None, 20), (5, None, 7), (1, 8, 20), (2, 0, 100))]
@@ -267,7 +265,7 @@ def test_sample_seeds_differ_and_depend_on_the_name_alone():
     assert all(a[key] != other[key] for key in a.keys() & other.keys())
 
 
-# ---- several ranks -----------------------------------------------------------------------------------------
+# ---- several ranks --------------------------------------------------------------------------------------------------
 
 
 class Together:
@@ -365,8 +363,8 @@ def test_rewards_as_they_come_are_the_same_news_on_every_rank():
 def test_a_launch_goes_to_the_rank_with_the_fewest_samples():
     """
     By hand: two ranks of two slots, three groups of two. Launches 0 and 1 fill both; launch 0 takes 60 steps, launch 1
-    takes 3, then rank 1 waits for the end of the round of 8; launch 2 joins it and takes 10. The eighth round
-    ends after 4 steps, when rank 0 has nothing left: 60 in all. Busy 2 * (60 + 3 + 10) of 4 * 60 slot-steps.
+    takes 3, then rank 1 waits for the end of the round of 8; launch 2 joins it and takes 10. The eighth round ends
+    after 4 steps, when rank 0 has nothing left: 60 in all. Busy 2 * (60 + 3 + 10) of 4 * 60 slot-steps.
     """
     together, threads = Together(2, 8), []
     for r in range(2):
@@ -445,7 +443,7 @@ def test_a_rank_that_is_gone_ends_the_others():
     close_all(threads)
 
 
-# ---- first in, first out -----------------------------------------------------------------------------------
+# ---- first in, first out --------------------------------------------------------------------------------------------
 
 
 def outcome(task, i):
@@ -458,8 +456,7 @@ def is_valid(task, G):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_fifo_is_the_first_valid_groups_in_launch_order(seed):
-    """Brute force: walk the prompt queue by hand, take the first `batch` valid prompts. Lengths never
-    matter."""
+    """Brute force: walk the prompt queue by hand, take the first `batch` valid prompts. Lengths never matter."""
     rng = random.Random(seed)
     n, batch, G = 200, rng.randint(2, 9), rng.randint(2, 5)
     lag, free = rng.choice([None, 0, 3, 50]), rng.choice([None, G, 3 * G])
@@ -479,8 +476,7 @@ def test_fifo_is_the_first_valid_groups_in_launch_order(seed):
 
 
 def test_every_prompt_of_an_epoch_is_used_once():
-    """By hand: 20 prompts, no pool; whatever is aborted, the committed prompts are one permutation an
-    epoch."""
+    """By hand: 20 prompts, no pool; whatever is aborted, the committed prompts are one permutation an epoch."""
     sched, seen = no_pool(20, 3, 2, seed=3), []
     while len(seen) < 40:
         launched = []
@@ -493,8 +489,10 @@ def test_every_prompt_of_an_epoch_is_used_once():
 
 
 def test_fifo_does_not_prefer_short_answers_but_first_finished_does():
-    """Groups of even prompts take 10 steps, of odd ones 100: half of an unbiased batch is odd. The launches
-    are generous (the last step's rate is said to be 0.2, it is 0.5), or nobody would have a choice."""
+    """
+    Groups of even prompts take 10 steps, of odd ones 100: half of an unbiased batch is odd. The launches are generous
+    (the last step's rate is said to be 0.2, it is 0.5), or nobody would have a choice.
+    """
     share = {}
     for stop in ("fifo", "drain", "first"):
         sched, odd = no_pool(100_000, 20, 2, seed=1, stop=stop), []
@@ -510,11 +508,12 @@ def test_fifo_does_not_prefer_short_answers_but_first_finished_does():
 
 
 def test_stop_waits_for_the_older_and_aborts_the_younger():
-    """By hand: batch 1, two launches (rate 0.5), both valid; launch 0 takes 9 steps, launch 1 takes 2.
+    """
+    By hand: batch 1, two launches (rate 0.5), both valid; launch 0 takes 9 steps, launch 1 takes 2.
 
-    First-finished would stop at step 2 with launch 1. FIFO stops at step 9 with launch 0 and undoes launch
-    1, which is one valid group beyond a batch of one: waste 1. The next step starts from the rate 1: one
-    launch."""
+    First-finished would stop at step 2 with launch 1. FIFO stops at step 9 with launch 0 and undoes launch 1, which is
+    one valid group beyond a batch of one: waste 1. The next step starts from the rate 1: one launch.
+    """
     sched = no_pool(10, 1, 2, reward_lag=0)
     groups, metrics = play(sched, lambda task, i: 9 if task.index == 0 else 2, lambda task, i: float(i))
     assert [g.task.index for g in groups] == [0]
@@ -524,16 +523,18 @@ def test_stop_waits_for_the_older_and_aborts_the_younger():
     assert [g.task.index for g in groups] == [0] and metrics["groups_launched"] == 1
 
 
-# ---- launching ---------------------------------------------------------------------------------------------
+# ---- launching ------------------------------------------------------------------------------------------------------
 
 
 def test_continuous_launch_by_hand():
-    """batch 4, last rate p0 = 0.5, weight w = 4 // 4 = 1, reward_lag 0.
+    """
+    batch 4, last rate p0 = 0.5, weight w = 4 // 4 = 1, reward_lag 0.
 
-    Start: 0 + 0.5 r < 4 launches until r = 8. Launch 1 comes back invalid; launch 0 is out, so the prefix is
-    empty, p stays 0.5, 0 + 0.5 * 7 < 4: one more. Launch 0 comes back valid: the prefix is 2 long, p = (1 +
-    0.5) / (2 + 1) = 0.5, 1 + 0.5 * 7 >= 4: none. Launch 2 invalid: p = 1.5 / 4 = 0.375, 1 + 0.375 * 6 < 4
-    until r = 8: two more. Launch 3 invalid: p = 1.5 / 5 = 0.3, until r = 10: three more."""
+    Start: 0 + 0.5 r < 4 launches until r = 8. Launch 1 comes back invalid; launch 0 is out, so the prefix is empty, p
+    stays 0.5, 0 + 0.5 * 7 < 4: one more. Launch 0 comes back valid: the prefix is 2 long, p = (1 + 0.5) / (2 + 1) =
+    0.5, 1 + 0.5 * 7 >= 4: none. Launch 2 invalid: p = 1.5 / 4 = 0.375, 1 + 0.375 * 6 < 4 until r = 8: two more. Launch
+    3 invalid: p = 1.5 / 5 = 0.3, until r = 10: three more.
+    """
     sched = Scheduler(100, 4, 2, reward_lag=0)
     assert len(sched.launch()) == 8
     def end(index, rewards):
@@ -548,9 +549,10 @@ def test_continuous_launch_by_hand():
 
 
 def test_rewards_wait_for_the_lag_but_not_when_nothing_is_left_to_decode():
-    """batch 1, one launch of 5 steps, reward_lag 100: over after 5 steps. Two launches of 5 and 50 steps,
-    the first invalid, the second valid: its reward ends the step at 50, though the first one's would be due
-    at 105."""
+    """
+    batch 1, one launch of 5 steps, reward_lag 100: over after 5 steps. Two launches of 5 and 50 steps, the first
+    invalid, the second valid: its reward ends the step at 50, though the first one's would be due at 105.
+    """
     sched = scheduler(9, 1, 2, rate=1.0, reward_lag=100)
     assert play(sched, lambda t, i: 5, lambda t, i: float(i))[1]["engine_steps"] == 5
     sched.rate = 0.5
@@ -632,8 +634,7 @@ def test_dynamic_sampling_is_by_range(rewards, valid):
 
 
 def test_cap_ends_a_hopeless_step_and_says_so():
-    """No prompt is ever solved: 8 * batch launches, an empty batch, a note, and the next step still
-    starts."""
+    """No prompt is ever solved: 8 * batch launches, an empty batch, a note, and the next step still starts."""
     engine = FakeEngine(20, lengths)
     sched = Scheduler(60, 3, 2, seed=5)
     judge = ShuffledJudge(0)
@@ -648,7 +649,7 @@ def test_cap_ends_a_hopeless_step_and_says_so():
     assert batch.state["cursor"] == [0, 48] and batch.state["rate"] > 0
 
 
-# ---- easy pool ---------------------------------------------------------------------------------------------
+# ---- easy pool ------------------------------------------------------------------------------------------------------
 
 
 def pool_run(alpha, reward, steps=1, n=40, batch=4, **flags):
@@ -685,8 +686,10 @@ def test_a_launch_draws_from_the_pool_with_probability_alpha():
 
 
 def test_a_relapse_leaves_the_pool_and_counts():
-    """Pool {0, 1}, alpha = 1: prompt 0 is still solved and stays; prompt 1 is now solved half the time: a
-    hit (it gives a training group), a regression, and back in the ordinary queue."""
+    """
+    Pool {0, 1}, alpha = 1: prompt 0 is still solved and stays; prompt 1 is now solved half the time: a hit (it gives a
+    training group), a regression, and back in the ordinary queue.
+    """
     sched = scheduler(20, 1, 2, alpha=1.0, rate=0.25, reward_lag=0)
     sched.pool = dict.fromkeys((0, 1))
     groups, m = play(sched, lambda t, i: 1, lambda t, i: 1.0 if t.prompt == 0 else float(i))
@@ -697,8 +700,10 @@ def test_a_relapse_leaves_the_pool_and_counts():
 
 
 def test_results_of_undone_launches_touch_nothing():
-    """batch 1: launch 0 is valid but slow, launch 1 was solved meanwhile. It is undone: not in the pool,
-    and the next step's first prompt."""
+    """
+    batch 1: launch 0 is valid but slow, launch 1 was solved meanwhile. It is undone: not in the pool, and the next
+    step's first prompt.
+    """
     sched = Scheduler(20, 1, 2, reward_lag=0)
     tasks = sched.launch()
     sched._begin()
@@ -714,14 +719,15 @@ def test_everything_solved_does_not_hang():
     assert len(sched.pool) == 10 and metrics[-1]["pool_draws"] == 1 and metrics[-1]["capped"] == 1
 
 
-# ---- numbers and errors ------------------------------------------------------------------------------------
+# ---- numbers and errors ---------------------------------------------------------------------------------------------
 
 
 def test_metrics_by_hand():
-    """Two slots, G = 2, batch 1, two launches. Launch 0 (all 0, dropped) takes 2 and 2 steps, launch 1
-    (valid) 3 and 1. Busy 2 + 2 + 2 + 1 + 1 = 8 of 2 * 5 slot-steps: idle 0.2. Tokens 2 + 2 + 3 + 1 = 8. Pass
-    rate launched 1/4, trained 1/2. Were there 8 aborted tokens beside, half of the busy ones would count:
-    idle 0.6."""
+    """
+    Two slots, G = 2, batch 1, two launches. Launch 0 (all 0, dropped) takes 2 and 2 steps, launch 1 (valid) 3 and 1.
+    Busy 2 + 2 + 2 + 1 + 1 = 8 of 2 * 5 slot-steps: idle 0.2. Tokens 2 + 2 + 3 + 1 = 8. Pass rate launched 1/4, trained
+    1/2. Were there 8 aborted tokens beside, half of the busy ones would count: idle 0.6.
+    """
     for aborted, idle in ((0, 0.2), (8, 0.6)):
         sched = scheduler(9, 1, 2, rate=1.0, reward_lag=0, max_groups=2)
         for index in (0, 1):
@@ -777,7 +783,7 @@ def test_bad_results_are_errors_not_zeros():
         sched.batch()
 
 
-# ---- the thread --------------------------------------------------------------------------------------------
+# ---- the thread -----------------------------------------------------------------------------------------------------
 
 
 def wait_until(condition, seconds=10.0):
@@ -882,7 +888,7 @@ def test_close_does_not_wait_for_an_engine_that_hangs():
     hang.set()
 
 
-# ---- the simulation behind Tables 2 and 3 ------------------------------------------------------------------
+# ---- the simulation behind Tables 2 and 3 ---------------------------------------------------------------------------
 
 
 def test_virtual_clock_speedups_and_bias():
@@ -900,7 +906,7 @@ def test_virtual_clock_speedups_and_bias():
     assert rows["first finished (biased)"]["length_vs_true"] < full["length_vs_true"] - 0.03
 
 
-# ---- the real engine ---------------------------------------------------------------------------------------
+# ---- the real engine ------------------------------------------------------------------------------------------------
 
 
 def test_with_the_real_engine_too():
