@@ -167,7 +167,7 @@ class Scheduler:
     def _begin(self) -> None:
         """The state at the start of a step: nothing in flight. No checkpoint ever sees another one."""
         self.groups: list[Group] = []            # by launch index
-        self.decoding = 0                        # samples in the engines
+        self.in_engine: dict[Key, Group] = {}    # samples in an engine; what is left when the step ends is aborted
         self.ungraded: list[Group] = []          # decoded, rewards not applied yet
         self.n_applied = self.n_valid = 0        # groups whose rewards were applied; valid ones among them
         self.n_prefix = self.prefix_valid = 0    # groups[:n_prefix] are all applied; valid ones among them
@@ -200,9 +200,10 @@ class Scheduler:
             self.selected = self._select()
         tasks = []
         while self.selected is None and (free is None or free > 0) and self._wanted():
-            self.groups.append(self._draw())
-            self.decoding += self.G
-            tasks.append(self.groups[-1].task)
+            group = self._draw()
+            self.groups.append(group)
+            self.in_engine |= {group.task.key(i): group for i in range(self.G)}
+            tasks.append(group.task)
             free = None if free is None else free - self.G
         return tasks
 
@@ -261,12 +262,11 @@ class Scheduler:
         self.clock += steps
         self.busy += busy
         for key, sample in finished:
-            group, i = self._find(key)
-            if group.samples[i] is not None:
-                raise ValueError(f"sample {key} finished twice")
-            group.samples[i] = sample
+            group = self.in_engine.pop(key, None)
+            if group is None:
+                raise ValueError(f"sample {key} finished twice, or was not launched in step {self.step}")
+            group.samples[key[2]] = sample
             group.decoding -= 1
-            self.decoding -= 1
             self.tokens += len(sample.tokens)
             if group.decoding == 0:
                 group.due = self.clock + (self.reward_lag or 0)
@@ -275,28 +275,24 @@ class Scheduler:
     def observe(self, outcomes: list[tuple[Key, float, Any]]) -> None:
         """Rewards from the judge, [(key, reward, info)], in any order, at any time. They are only stored here."""
         for key, reward, info in outcomes:
-            if key[0] < self.step:
+            step, index, i = key
+            if step < self.step:
                 continue                         # an aborted task of an earlier step that the judge had already begun
-            group, i = self._find(key)
+            if step > self.step or not 0 <= index < len(self.groups) or not 0 <= i < self.G:
+                raise ValueError(f"no sample {key} in step {self.step}: {len(self.groups)} launches of {self.G}")
+            group = self.groups[index]
             if group.rewards[i] is not None:
                 raise ValueError(f"sample {key} was rewarded twice")
             if not (math.isfinite(reward) and 0 <= reward <= 1):
                 raise ValueError(f"reward of sample {key} = {reward} should be a finite number in [0, 1]")
             group.rewards[i], group.infos[i] = float(reward), info
 
-    def _find(self, key: Key) -> tuple[Group, int]:
-        """(its group, its index there). ValueError for a sample that was not launched in this step."""
-        step, index, i = key
-        if step != self.step or not 0 <= index < len(self.groups) or not 0 <= i < self.G:
-            raise ValueError(f"no sample {key} in step {self.step}: {len(self.groups)} launches of {self.G}")
-        return self.groups[index], i
-
     def due(self) -> list[Group]:
         """
         Groups whose rewards enter the statistics at the next launch(), in launch order (first rule). All of their
         rewards must be observed before it, and the engines must not step until they are.
         """
-        if self.decoding == 0:                   # nothing left to decode: waiting for the clock would bring nothing
+        if not self.in_engine:                   # nothing left to decode: waiting for the clock would bring nothing
             due = self.ungraded
         elif self.reward_lag is None:
             due = [g for g in self.ungraded if None not in g.rewards]
@@ -305,10 +301,6 @@ class Scheduler:
         return sorted(due, key=lambda g: g.task.index)
 
     # ---- the end of a step ------------------------------------------------------------------------------------------
-
-    def aborts(self) -> list[Key]:
-        """Samples that are still in an engine: to be aborted when the step is over, before batch()."""
-        return [g.task.key(i) for g in self.groups for i in range(self.G) if g.samples[i] is None]
 
     def batch(self, slots: int = 0, aborted_tokens: int = 0) -> tuple[list[Group], dict]:
         """
@@ -499,7 +491,7 @@ class RolloutThread:
                     self.changed.notify_all()
         except Ended as e:
             error = e if str(e) else None
-            for key in self.sched.aborts():
+            for key in self.sched.in_engine:
                 self.engine.abort(key)
         except BaseException as e:  # noqa: B036  it is raised again in the trainer
             error = e
@@ -550,7 +542,7 @@ class RolloutThread:
                     seed = hash64(sched.seed, 0, "sample", *key) >> 1                   # 63 bits, torch's range
                     engine.add(self.make_request(task, key[2], seed))
         # the batch is there: abort what still runs, commit the launches up to the last selected one
-        partial = [sample for key in sched.aborts() if (sample := engine.abort(key))]   # None for other ranks' samples
+        partial = [sample for key in sched.in_engine if (sample := engine.abort(key))]   # None for other ranks' samples
         aborted = self._exchange(RankState(aborted_tokens=sum(len(s.tokens) for s in partial))).aborted_tokens
         groups, metrics = sched.batch(slots=engine.slots * self.exchange.world, aborted_tokens=aborted)
         note = ""

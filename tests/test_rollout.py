@@ -741,7 +741,7 @@ def test_metrics_by_hand():
                 sched.advance([((0, 1, 1), Answer(None, range(1), "stop", 0))], 2)
                 sched.advance([((0, 1, 0), Answer(None, range(3), "stop", 0))], 2, steps=2)
                 sched.observe([((0, 1, i), float(i), None) for i in (0, 1)])
-        assert sched.launch() == [] and sched.selected is not None and sched.aborts() == []
+        assert sched.launch() == [] and sched.selected is not None and not sched.in_engine
         _, m = sched.batch(slots=2, aborted_tokens=aborted)
         assert m["slot_idle"] == pytest.approx(idle) and m["tokens"] == 8 and m["engine_steps"] == 5
         assert (m["reward_launched"], m["reward_trained"], m["waste"]) == (0.25, 0.5, 0)
