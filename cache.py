@@ -8,9 +8,13 @@ What the engine calls:
 
     context(first, positions, cos, sin)   -> ForwardContext, made once per forward: where new keys and values go
     layers[i].attend(q, k, v)             append k and v, then attend; model.py's Block knows this object as `cache`
-    can_allocate, allocate, free          memory of a request; only Blocks has to keep account of it
+    copy(found, targets, n_columns)       move cached tokens to other rows (Engine.compact)
+
+and of Blocks alone, where memory has to be shared out:
+
+    allocate(key, n), free(key)           blocks for a request of n tokens
     map_row(row, key)                     the engine's row `row` now belongs to request `key`
-    locate(rows), copy(found, targets)    move cached tokens to other rows (Engine.compact)
+    locate(rows)                          the blocks of these rows, as copy() takes them; Rows takes the rows themselves
 
 The memory itself is taken once, in __init__, and never grows.
 
@@ -114,23 +118,9 @@ class Rows:
             n_columns=L, query_rows=rows, bias=bias.repeat_interleave(self.K, 0) if Q == 1              # [B*K,1,L]
             else bias.repeat_interleave(rows, 1)[:, None])                                              # [B,1,Q*rows,L]
 
-    def locate(self, rows: list[int]) -> list[int]:
-        """Where the cached tokens of these rows lie, for copy(); taken before map_row changes anything."""
-        return rows
-
     def copy(self, found: list[int], targets: list[int], n_columns: int) -> None:
         """The first n_columns columns of the found rows into rows `targets`; all is read before anything is written."""
         self.kv[:, targets, :, :n_columns] = self.kv[:, found, :, :n_columns]
-
-    def can_allocate(self, n: int) -> bool:
-        """Whether there is memory for a request of n tokens: always, a free row holds max_len tokens."""
-        return True
-
-    def allocate(self, key, n: int) -> None: ...
-
-    def free(self, key) -> None: ...
-
-    def map_row(self, row: int, key) -> None: ...
 
 
 class PackedRows(Rows):
@@ -223,13 +213,12 @@ class Blocks:
         """Blocks that n tokens take."""
         return -(-n // self.block)
 
-    def can_allocate(self, n: int) -> bool:
-        """Whether there are free blocks for a request of n tokens."""
-        return self.blocks_for(n) <= len(self.free_blocks)
-
-    def allocate(self, key, n: int) -> None:
-        """Blocks for the n tokens of request `key`. IndexError when too few are free."""
+    def allocate(self, key, n: int) -> bool:
+        """Blocks for the n tokens of request `key`; False, and nothing is taken, when too few are free."""
+        if self.blocks_for(n) > len(self.free_blocks):
+            return False
         self.owned[key] = [self.free_blocks.pop() for _ in range(self.blocks_for(n))]
+        return True
 
     def free(self, key) -> None:
         """Give the blocks of request `key` back."""

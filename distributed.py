@@ -36,7 +36,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ def stop_requested(rt: Runtime) -> bool:
     """True on every rank once SIGTERM has reached any of them. A collective: all ranks ask in the same step."""
     if rt.world == 1:
         return _stop.is_set()
-    return bool(all_reduce_sum(torch.tensor(float(_stop.is_set()), device=rt.device), rt) > 0)
+    return bool(all_reduce(torch.tensor(float(_stop.is_set()), device=rt.device), rt) > 0)
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------------
@@ -143,17 +143,10 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_reduce_sum(t: Tensor, rt: Runtime) -> Tensor:
-    """Sum of t over the ranks, in place and returned."""
+def all_reduce(t: Tensor, rt: Runtime, op: Literal["sum", "max"] = "sum") -> Tensor:
+    """Sum or largest of t over the ranks, in place and returned."""
     if rt.world > 1:
-        dist.all_reduce(t)
-    return t
-
-
-def all_reduce_max(t: Tensor, rt: Runtime) -> Tensor:
-    """Largest t over the ranks, in place and returned."""
-    if rt.world > 1:
-        dist.all_reduce(t, op=dist.ReduceOp.MAX)
+        dist.all_reduce(t, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
     return t
 
 
@@ -205,7 +198,7 @@ def micro_batches(batch: Any, per_micro: int, rt: Runtime) -> Iterator[tuple[Any
     most = rows = batch.positions.shape[0]
     least = rows
     if rt.world > 1:
-        most, least = all_reduce_max(torch.tensor([rows, -rows], device=rt.device), rt).tolist()
+        most, least = all_reduce(torch.tensor([rows, -rows], device=rt.device), rt, "max").tolist()
         least = -least
     if least == 0:
         raise UserError(f"a rank has no row: the batch must have at least {rt.world} rows, one per process")

@@ -142,12 +142,12 @@ class Engine:
         shape = cfg.n_layer + n_draft, self.S, K, cfg.n_head // K, columns, d
         if layout == "rows":
             self.cache = (PackedRows if lib else Rows)(*shape, w.dtype, w.device)
-            self.kv_tokens = slots * columns
+            self.blocks, self.kv_tokens = None, slots * columns     # a free row always has room
         else:
             if n_draft > 7:
                 raise ValueError(f"n_draft = {n_draft} should be at most 7: kernels.decode takes 8 tokens")
             self.kv_tokens = kv_tokens or slots * (max_len + n_draft + block)
-            self.cache = Blocks(*shape, w.dtype, w.device, block, self.kv_tokens // block)
+            self.cache = self.blocks = Blocks(*shape, w.dtype, w.device, block, self.kv_tokens // block)
         self.arange, self.columns = self.cache.arange, self.cache.columns
         self.fused = self.cache.static_shapes and not self.plain     # few rows on a GPU take the kernels of gemv.py
         self.ring = 4 * (n_draft + 1)               # trunk states kept per sequence, for the MTP layers
@@ -266,13 +266,13 @@ class Engine:
         leader = group[0] is request
         group.remove(request)
         self.in_flight.discard(request.id)
-        if group is self.queue:
+        if group is self.queue or not self.blocks:
             return
-        owned = getattr(self.cache, "owned", {})
-        if leader and group and owned:
+        if leader and group:
             # prefill fills the leader's blocks: the next request of the group takes them over, its own are freed
+            owned = self.blocks.owned
             owned[request.id], owned[group[0].id] = owned[group[0].id], owned[request.id]
-        self.cache.free(request.id)
+        self.blocks.free(request.id)
 
     @torch.no_grad()
     def load(self, state_dict: dict[str, Tensor]) -> None:
@@ -297,9 +297,11 @@ class Engine:
         if not self.queue:
             return
         free, new = self.slots - self.active, {}
-        while free and self.queue and self.cache.can_allocate(self.max_columns(self.queue[0])):
-            request = self.queue.popleft()
-            self.cache.allocate(request.id, self.max_columns(request))
+        while free and self.queue:
+            request = self.queue[0]
+            if self.blocks and not self.blocks.allocate(request.id, self.max_columns(request)):
+                break
+            self.queue.popleft()
             new.setdefault(tuple(request.prompt), []).append(request)
             free -= 1
         for prompt, group in new.items():
@@ -307,7 +309,8 @@ class Engine:
             group.sort(key=self.max_columns, reverse=True)
             row = self.S - 1 - len(self.prefilling)
             self.prefilling.append(group)
-            self.cache.map_row(row, group[0].id)
+            if self.blocks:
+                self.blocks.map_row(row, group[0].id)
             self.state["tokens"][row, :len(prompt)] = torch.tensor(prompt)
             self.arrays["n"][row] = 1                               # n - 1 tokens are in the cache: none yet
 
@@ -404,8 +407,8 @@ class Engine:
         targets = [*range(A - len(new), A), *(last - i for i in range(len(keep)))]
         self.compact([*sources, *(last - j for j in keep)], targets,
                      [r.id for r in new] + [group[0].id for group in self.prefilling], ("tokens", "n", "h"))
-        for row in range(max(A, last - before + 1), last - len(keep) + 1):
-            self.cache.map_row(row, None)
+        for row in range(max(A, last - before + 1), last - len(keep) + 1) if self.blocks else ():
+            self.blocks.map_row(row, None)
 
     # ---- one forward over the KV cache ------------------------------------------------------------------------------
 
@@ -581,7 +584,8 @@ class Engine:
         gone, A = set(rows), len(self.decoding)
         for i in rows:
             self.in_flight.discard(self.decoding[i].id)
-            self.cache.free(self.decoding[i].id)
+            if self.blocks:
+                self.blocks.free(self.decoding[i].id)
             self.modes[sampling_mode(self.decoding[i])] -= 1
         holes = [i for i in rows if i < A - len(rows)]
         movers = [i for i in range(A - len(rows), A) if i not in gone]
@@ -589,8 +593,8 @@ class Engine:
             self.decoding[j] = self.decoding[i]
         del self.decoding[A - len(rows):]
         self.compact(movers, holes, [self.decoding[j].id for j in holes], tuple(self.state))
-        for i in range(A - len(rows), A):
-            self.cache.map_row(i, None)
+        for i in range(A - len(rows), A) if self.blocks else ():
+            self.blocks.map_row(i, None)
 
     def compact(self, sources: list[int], targets: list[int], keys: list, names: tuple[str, ...]) -> None:
         """
@@ -599,9 +603,9 @@ class Engine:
         """
         if not sources:
             return
-        found = self.cache.locate(sources)
-        for row, key in zip(targets, keys, strict=True):
-            self.cache.map_row(row, key)
+        found = self.blocks.locate(sources) if self.blocks else sources
+        for row, key in zip(targets, keys, strict=True) if self.blocks else ():
+            self.blocks.map_row(row, key)
         self.cache.copy(found, targets, min(int(self.arrays["n"][sources].max()) + self.n_draft, self.columns))
         if isinstance(self.arrays["n"], Tensor):
             sources, targets = (torch.tensor(rows, device=self.device) for rows in (sources, targets))

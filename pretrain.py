@@ -138,7 +138,7 @@ def main(cfg: Config) -> None:
         # 3b. a batch. Targets are counted over all ranks and micro-batches before the first forward: the loss is then
         # a mean over tokens, whatever the number of ranks and micro-batches
         batch = loader.next_batch(i, s.mix, s.seq_len, rows, rt.rank, rt.world).to(rt.device)
-        counts = distributed.all_reduce_sum(mtp.target_counts(batch.ids, batch.docs, s.seq_len, n_mtp), rt)
+        counts = distributed.all_reduce(mtp.target_counts(batch.ids, batch.docs, s.seq_len, n_mtp), rt)
 
         # 3c. forward and backward
         total = torch.zeros(1 + n_mtp, device=rt.device)
@@ -150,7 +150,7 @@ def main(cfg: Config) -> None:
             distributed.sync_gradients(model, last or cfg.reduce_each, rt)
             (loss * rt.world).backward()                     # FSDP averages over ranks; the counts are global already
             total += sums.detach()
-        total = distributed.all_reduce_sum(total, rt) / counts.clamp_min(1)
+        total = distributed.all_reduce(total, rt) / counts.clamp_min(1)
 
         # 3d. update
         distributed.average_gradients(model, rt)
@@ -295,7 +295,7 @@ def validate(model: MiMo, cfg: Config, stage: Stage, micro: int, rt: Runtime) ->
         parts = distributed.micro_batches(batch, micro, rt)
         sums = sum(forward(model, part, n_mtp) for part, _ in parts)
         counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp)
-        mean = distributed.all_reduce_sum(sums, rt) / distributed.all_reduce_sum(counts, rt).clamp_min(1)
+        mean = distributed.all_reduce(sums, rt) / distributed.all_reduce(counts, rt).clamp_min(1)
         found[name] = {"loss": float(mean[0]), "mtp": mean[1:].tolist()}
     return found
 

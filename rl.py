@@ -78,8 +78,8 @@ class Config:
     easy_alpha: float = 0.1               # probability of drawing from the easy pool [paper 3.3.2]
     dynamic_sampling: bool = True         # drop groups whose rewards are all equal [paper 3.3]
     max_groups: int = 128                 # cap on groups launched per iteration, then train on what is there [ours]
-    max_new_tokens: list[tuple[int, int]] = field(default_factory=lambda: [(0, 128)])
-                                          # longest answer: (from iteration, tokens), it may grow [paper 3.6]
+    max_new_tokens: list[tuple[int, int]] = field(default_factory=lambda: [(0, 128)])   # longest answer, tokens; it may
+                                          # grow: (from iteration, tokens) each [paper 3.6]
     max_staleness: int = 0                # 0: rollout rests during the update [paper 3.4.1]; 1: one batch ahead [ours]
     is_cap: float = 2.0                   # importance weights are truncated here when max_staleness = 1 [ours]
     reward_lag: int = 16                  # decode steps from the end of a group to the use of its rewards [ours];
@@ -396,7 +396,7 @@ def pack(trajectories: list[Trajectory], micro_tokens: int, rt: Runtime) -> list
         if not micros or widest * (len(micros[-1]) + 1) > micro_tokens:
             micros.append([])
         micros[-1].append(t)
-    most = int(distributed.all_reduce_max(torch.tensor(len(micros), device=rt.device), rt))
+    most = int(distributed.all_reduce(torch.tensor(len(micros), device=rt.device), rt, "max"))
     return micros + [NOTHING] * (most - len(micros))
 
 
@@ -433,7 +433,7 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
     sums, largest, norms = torch.zeros(8, device=rt.device), torch.zeros(2, device=rt.device), []
     for mini in minis:
         count = torch.tensor(float(sum(len(t.tokens) for t in mini)), device=rt.device)
-        count = distributed.all_reduce_sum(count, rt)               # sum_i |o_i| over all ranks
+        count = distributed.all_reduce(count, rt)               # sum_i |o_i| over all ranks
         if count == 0:
             continue
         micros = pack(mini, cfg.micro_tokens, rt)
@@ -469,8 +469,8 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
         norms.append(norm)
     if not norms:
         return {"updates": 0}
-    tokens, *means = distributed.all_reduce_sum(sums, rt).tolist()
-    ratio_max, diff_max = distributed.all_reduce_max(largest, rt).tolist()
+    tokens, *means = distributed.all_reduce(sums, rt).tolist()
+    ratio_max, diff_max = distributed.all_reduce(largest, rt, "max").tolist()
     names = ("entropy", "ratio", "objective", "clip_low", "clip_high", "logprob_diff", "rollout_kl")
     return {"updates": len(norms), "grad_norm": sum(norms) / len(norms), "ratio_max": ratio_max,
             "logprob_diff_max": diff_max, "trained_tokens": int(tokens),

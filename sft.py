@@ -123,7 +123,7 @@ def main(cfg: Config) -> None:
         # 3a. a batch of packed rows; targets are counted over all ranks before the first forward
         batch = loader.next_batch(cfg.batch_size, rt.rank, rt.world).to(rt.device)
         counts = mtp.target_counts(batch.ids, batch.docs, cfg.seq_len, n_mtp, batch.mask)
-        counts = distributed.all_reduce_sum(counts, rt)
+        counts = distributed.all_reduce(counts, rt)
 
         # 3b. forward and backward
         total = torch.zeros(1 + n_mtp, device=rt.device)
@@ -137,7 +137,7 @@ def main(cfg: Config) -> None:
             distributed.sync_gradients(model, last or cfg.reduce_each, rt)
             (loss * rt.world).backward()
             total += sums.detach()
-        total = distributed.all_reduce_sum(total, rt) / counts.clamp_min(1)
+        total = distributed.all_reduce(total, rt) / counts.clamp_min(1)
 
         # 3c. update
         distributed.average_gradients(model, rt)

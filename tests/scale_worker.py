@@ -93,14 +93,14 @@ def main(
     for step in range(start, steps):
         batch = batch_at(step, rt.rank, rt.world, 4 if starve else uneven)
         counts = mtp.target_counts(batch.ids, batch.docs, T, SHAPE.n_mtp, batch.mask)
-        counts = distributed.all_reduce_sum(counts, rt)
+        counts = distributed.all_reduce(counts, rt)
         total = torch.zeros(1 + SHAPE.n_mtp)
         for micro, last in distributed.micro_batches(batch, per_micro, rt):
             sums = forward(micro, micro.positions.shape[0])
             distributed.sync_gradients(model, last or bool(reduce_each), rt)
             ((sums[0] / counts[0] + 0.3 * (sums[1:] / counts[1:]).mean()) * rt.world).backward()
             total += sums.detach()
-        total = distributed.all_reduce_sum(total, rt) / counts
+        total = distributed.all_reduce(total, rt) / counts
         assert {p.grad.dtype for p in trained} == {torch.float32}      # also where blocks compute in bf16
         distributed.average_gradients(model, rt)
         norm = distributed.clip_grad_norm(model, 0.5)

@@ -172,9 +172,9 @@ def test_micro_batches_by_hand(rt, monkeypatch):
     with pytest.raises(UserError, match="a rank has no row"):
         pieces(0, 2, rt)
     two = dataclasses.replace(rt, world=2)
-    monkeypatch.setattr(distributed, "all_reduce_max", lambda t, rt: torch.tensor([7, -5]))  # another rank has 7
+    monkeypatch.setattr(distributed, "all_reduce", lambda t, rt, op: torch.tensor([7, -5]))  # another rank has 7
     assert pieces(5, 2, two)[3:] == [([0], False, True)], "a fourth piece, for which nothing is learned"
-    monkeypatch.setattr(distributed, "all_reduce_max", lambda t, rt: torch.tensor([7, 0]))   # another rank has none
+    monkeypatch.setattr(distributed, "all_reduce", lambda t, rt, op: torch.tensor([7, 0]))   # another rank has none
     with pytest.raises(UserError, match="a rank has no row"):
         pieces(7, 2, two)
 
