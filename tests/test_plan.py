@@ -163,8 +163,9 @@ def step_on_a_rank(out, checkpointing, reduce_each):
     Path(f"{out}{os.environ['RANK']}").write_text(str(peak / row["total"]))
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("reduce_each", [False, True])
+@pytest.mark.parametrize("checkpointing, reduce_each", [
+    ("none", False), ("full", True),
+    pytest.param("none", True, marks=pytest.mark.slow), pytest.param("full", False, marks=pytest.mark.slow)])
 def test_memory_on_two_ranks(tmp_path, checkpointing, reduce_each):
     """Under FSDP, two micro-batches."""
     run_ranks(2, tmp_path, step_on_a_rank, str(tmp_path / "out"), checkpointing, reduce_each)
