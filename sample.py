@@ -112,7 +112,7 @@ def main(cfg: Config) -> None:
     kind, form = "chat" if meta.get("chat") else "base", form_of(meta, cfg.raw)
     note(f"{ckpt}  {kind} model, {size:,} parameters, {layers} MTP layers, {rt.device}")
     if not (cfg.prompt or cfg.file):
-        return talk(model, tokenizer, form, meta, n_draft if cfg.mtp else 0, cfg)
+        return talk(model, tokenizer, form, meta, ckpt, n_draft if cfg.mtp else 0, cfg)
     rows = read_file(cfg.file) if cfg.file else [{"prompt": cfg.prompt}]
     requests = make_requests(rows, tokenizer, form, cfg, model.cfg.max_seq_len)
     if form == "problem" and cfg.prompt and not cfg.prompt.startswith("Problem:"):
@@ -382,7 +382,7 @@ def bytes_read(samples: list[Sample], engine: Engine) -> float:
 
 # ---- talking --------------------------------------------------------------------------------------------------------
 
-def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, n_draft: int, cfg: Config) -> None:
+def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, ckpt: Path, n_draft: int, cfg: Config) -> None:
     """
     Line in, answer out, until an empty line. A chat model that was trained on conversations sees the earlier turns, of
     which the oldest are dropped when the context is full; for every other model a line stands alone.
@@ -392,7 +392,7 @@ def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, n_draft: int
     # checkpoints written before the key "turns" came: this project's own training data are single questions
     turns_of_training = meta.get("turns") or ("single" if meta.get("stage") in ("sft", "rl") else "multi")
     remembers = form == "chat" and turns_of_training == "multi"
-    greet(form, remembers, meta.get("examples", []))
+    greet(form, remembers, *suggestions(meta, ckpt))
     turns: list[dict] = []
     samples: list[Sample] = []                                      # of the session
     forwards = 0
@@ -425,8 +425,22 @@ def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, n_draft: int
         turns = [*turns, {"role": "assistant", "content": answer_text(sample, tokenizer)}]
 
 
-def greet(form: Form, remembers: bool, examples: list[str]) -> None:
-    """What to type, and what becomes of it. examples: questions from the held-out problems of the model's training."""
+def suggestions(meta: dict, ckpt: Path) -> tuple[str, list[str]]:
+    """
+    (heading, at most three questions to ask): held-out problems that the model answered right in every sample of its
+    evaluation (eval.py writes eval_answers.jsonl into the run's folder), else those that its checkpoint names.
+    """
+    path = ckpt.parent / "eval_answers.jsonl"
+    rows = [row for _, row in read_jsonl(path)] if path.is_file() else []
+    solved = sorted((row["question"] for row in rows if all(a["passed"] for a in row["answers"])), key=len)
+    if solved:                                                      # the shortest, and two that ask for more
+        some = dict.fromkeys(solved[i * (len(solved) - 1) // 4] for i in range(3))
+        return "Held-out problems that it has answered right:", list(some)
+    return "Questions from its held-out problems:", meta.get("examples", [])[:3]
+
+
+def greet(form: Form, remembers: bool, heading: str, examples: list[str]) -> None:
+    """What to type, and what becomes of it. examples: questions to begin with."""
     if form == "chat":
         rule = "The model sees the whole conversation; the oldest turns go when its context is full" if remembers else \
             "This model was trained on single questions: each line is a new question, earlier lines are forgotten"
@@ -437,8 +451,7 @@ def greet(form: Form, remembers: bool, examples: list[str]) -> None:
         rule = "The model continues your line as it stands"
     note(f"{rule}. An empty line ends it.")
     if examples:
-        lines = ["    " + " ".join(question.split()) for question in examples[:3]]
-        note("\n".join(["Questions from its held-out problems:", *lines]))
+        note("\n".join([heading, *("    " + " ".join(question.split()) for question in examples)]))
 
 
 def session(samples: list[Sample], forwards: int) -> str:

@@ -13,6 +13,7 @@ import configurator
 import sample
 from checkpoint import find
 from configurator import UserError
+from data.jsonl import write_jsonl
 from engine import Engine, Sample
 from kernels.cpu.decode import CpuForward
 from model import ModelConfig
@@ -271,6 +272,15 @@ def test_the_screen_shows_held_out_questions(tmp_path, capsys, monkeypatch):
         run(f"--ckpt={path}")
         err = capsys.readouterr().err
         assert ("held-out" in err) == all(question in err for question in examples) == (path == with_)
+
+
+def test_the_screen_shows_questions_that_the_model_has_answered_right(tmp_path):
+    """An evaluation beside the checkpoint decides: only what every sample of it got right is suggested."""
+    rows = [{"question": f"What is {n}+{n}?", "answers": [{"passed": n > 3}, {"passed": n != 5}]} for n in range(8)]
+    write_jsonl(tmp_path / "run/eval_answers.jsonl", rows)
+    heading, questions = sample.suggestions({"examples": ["other"]}, tmp_path / "run/step_00000001")
+    assert "answered right" in heading and questions == ["What is 4+4?", "What is 6+6?"]
+    assert sample.suggestions({"examples": ["other"]}, tmp_path / "none/step_00000001")[1] == ["other"]
 
 
 def test_speculation_is_counted_over_the_whole_chat(ckpt, capsys, monkeypatch):
