@@ -347,7 +347,7 @@ def test_acceptance_is_what_teacher_forcing_says(model, temperature):
     assert online[1][0] / online[0][0] > 0.5  # and the drafts are good enough to show a bug
 
 
-@pytest.mark.parametrize("n_draft", [0, 2])
+@pytest.mark.parametrize("n_draft", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_rows_that_fill_up_a_batch_leave_prompts_alone(model, n_draft):
     """Blocks: 9 to 11 sequences decode as 16 rows while long prompts are prefilled, in chunks, in the last rows."""
     runs = [Request(i, text(2 + 17 * i % 78, i), 10 + i % 40, temperature=0.0) for i in range(40)]
@@ -579,11 +579,12 @@ def test_abort_returns_what_there_was(model):
 
 # ---- fuzz -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("layout, events", [("rows", 5000), ("blocks", 5000)])
+@pytest.mark.parametrize("layout, events", [
+    ("rows", 5000), ("blocks", 1000), pytest.param("blocks", 5000, marks=pytest.mark.slow)])
 def test_random_events(small, layout, events):
     """
-    Random adds, steps, aborts and reloads, 5,000 per layout: every request ends exactly once and with the text that it
-    has alone, every block is freed, memory stays flat.
+    Random adds, steps, aborts and reloads: every request ends exactly once and with the text that it has alone, every
+    block is freed, memory stays flat.
     """
     rng = random.Random(layout)
     e = Engine(small, 6, 24, 1, chunk=6, layout=layout, block=4, kv_tokens=100)
@@ -627,7 +628,7 @@ def test_random_events(small, layout, events):
     while flying:
         for sample in e.step():
             ended(sample)
-    assert (e.active, e.waiting, e.modes, e.in_flight) == (0, 0, [0, 0, 0], set()) and new > 500
+    assert (e.active, e.waiting, e.modes, e.in_flight) == (0, 0, [0, 0, 0], set()) and new > events // 10
     if layout == "blocks":
         assert sorted(e.cache.free_blocks) == list(range(1, 26)) and e.cache.owned == {}
         assert not e.cache.block_table.any()
