@@ -90,12 +90,25 @@ VERDICTS = {
 }
 
 
-@pytest.mark.parametrize("name", VERDICTS)
-def test_verdicts(judge, name):
+def check_verdicts(judge, name):
     program, expected = VERDICTS[name]
     if name == "memory" and judge.isolation == "C" and sys.platform == "darwin":
         pytest.skip("macOS keeps no RLIMIT_AS")
     assert statuses(judge.run(program, SQUARES)) == expected
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_verdicts(best_judge, name):
+    check_verdicts(best_judge, name)
+
+
+ONE_OF_EACH = ("wrong", "raises", "loops in a test", "memory", "floods stdout")     # WA, RE, TLE, MLE, OLE beside AC
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ONE_OF_EACH else pytest.mark.slow)
+                                  for n in VERDICTS])
+def test_verdicts_are_the_same_in_every_isolation(judge, name):
+    check_verdicts(judge, name)
 
 
 STDIO = {

@@ -113,11 +113,20 @@ def test_control_tokens_in_text_stay_text(hf):
     assert ours.encode("<tool_call>") == [bpe.token_to_id("<tool_call>")]
 
 
-def test_all_code_points(hf):
-    """Every code point, 64 at a time with a letter between, and every 97th alone, as Hugging Face."""
+# some 64 letters of each: Latin with accents, Greek, Cyrillic, Hebrew, Arabic, Devanagari, Thai, Hangul letters and
+# syllables, punctuation, symbols, kana, Han, ligatures, emoji, rare Han, what belongs to nobody, the last ones
+BLOCKS = (0x00, 0x40, 0xC0, 0x300, 0x370, 0x410, 0x5D0, 0x620, 0x660, 0x900, 0xE00, 0x1100, 0x1F00, 0x2000, 0x2100,
+          0x2200, 0x3000, 0x3040, 0x30A0, 0x4E00, 0xAC00, 0xE000, 0xFB00, 0xFF00, 0xFFC0, 0x1D400, 0x1F600, 0x20000,
+          0x2F800, 0xE0000, 0x10FFC0)
+
+
+@pytest.mark.parametrize("points", [
+    pytest.param([c for block in BLOCKS for c in range(block, block + 64)], id="64 of each script"),
+    pytest.param([c for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000], id="all", marks=pytest.mark.slow)])
+def test_code_points(hf, points):
+    """64 code points at a time with a letter between, and every 97th alone, as Hugging Face."""
     bpe, folders = hf
     ours = Tokenizer.load(folders["fast"])
-    points = [c for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
     texts = ["a".join(map(chr, points[i:i + 64])) for i in range(0, len(points), 64)]
     texts += [chr(c) for c in points[::97]]
     for text, reference in zip(texts, bpe.encode_batch(texts), strict=True):
