@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from checkpoints import load_model
 from ranks import run_ranks, start
 from scale_worker import main as train
 from scale_worker import train_pretrain, train_rl, train_rl_updates, train_sft, write_base
@@ -223,7 +224,7 @@ def same_rl(one, many):
     ends = [run / (run / "latest").read_text().strip() for run in (one, many)]
     a, b = (checkpoint.read_state(end)["scheduler"] for end in ends)
     assert a == b and a["step"] == 4
-    a, b = (checkpoint.load_model(end)[1] for end in ends)
+    a, b = (load_model(end)[1] for end in ends)
     for name, w in a.items():           # a mean, 1/100 of a step: Adam makes much of a gradient that is rounding
         assert (b[name] - w).pow(2).mean().sqrt() < 1e-7, name
 
@@ -325,13 +326,13 @@ def test_rl_publishes_in_the_replicas_dtype(tmp_path, monkeypatch, staleness):
     monkeypatch.setattr(rl, "RolloutThread", Rollout)
     monkeypatch.setattr(rl, "Engine", Engine)
     train_rl(tmp_path, tmp_path / "run", f"--max_staleness={staleness}", "--steps=2", dtype="bfloat16")
-    (engine,), state = engines, checkpoint.load_model(tmp_path / "run/step_00000001")[1]
+    (engine,), state = engines, load_model(tmp_path / "run/step_00000001")[1]
     if staleness:
         assert {w.dtype for w in published[0].values()} == {torch.bfloat16}
         got = published[0]
     else:
         assert published == [None]
-        got, state = engine.model.state_dict(), checkpoint.load_model(tmp_path / "run/step_00000002")[1]
+        got, state = engine.model.state_dict(), load_model(tmp_path / "run/step_00000002")[1]
     assert all(torch.equal(got[name], w.bfloat16()) for name, w in state.items()) and len(got) == len(state)
 
 
