@@ -25,6 +25,9 @@ A sequence is one row of the KV cache and of the state. Rows are kept compact, s
 Prefilled rows are copied to the front when their prompt is done, once per request: the samples of one prompt (a GRPO
 group) prefill it once.
 
+Letters: S rows in all, A of them decode; R rows go through a forward: these A, and rows that only fill up the
+batch; Q = n_draft + 1 positions of each; C columns; E, the most tokens that one sequence has just committed.
+
 THE SAME REQUEST GIVES THE SAME TOKENS whatever runs beside it, with or without speculation: in fp32 on a CPU bit for
 bit, log-probs too. cache.py says which products are safe. Each token has its own random number, a hash of the request's
 seed and the token's index, so no generator has a state.

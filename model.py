@@ -40,8 +40,8 @@ OPERATORS = SimpleNamespace(rmsnorm=rmsnorm, rmsnorm_residual=rmsnorm_residual, 
 
 def operators(*tensors: Tensor) -> ModuleType | SimpleNamespace:
     """
-    The build of the five operators for these tensors: the C of kernels/cpu/train.py where a CPU trains in fp32, else
-    OPERATORS. One function and one gradient, up to rounding; the flag --plain leaves torch's operations alone.
+    The five operators for these tensors: those in C (kernels/cpu/train.py) where a CPU trains in fp32, else OPERATORS.
+    Both compute the same values and gradients, up to rounding. With --plain it is always torch's own operations.
     """
     return cpu_kernels if cpu_kernels.c_kernels_apply(*tensors) else OPERATORS
 
@@ -191,7 +191,8 @@ class MiMo(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        # 0 until init_weights or a checkpoint: nn.Embedding's own start imports torch._dynamo on the meta device, 2 s
+        # zeros, until init_weights or a checkpoint fills them: nn.Embedding(V, D) would draw random numbers, which on
+        # the meta device imports torch._dynamo and takes 2 s
         self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(cfg.vocab_size, cfg.d_model), freeze=False)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.d_model, cfg.rms_eps)

@@ -8,7 +8,8 @@ the final norm, beside the embedding of the token k+1 places ahead, and predicts
     z_i    = Block_k( W_k [ RMSNorm(h_i) ; RMSNorm(emb(x_{i+k+1})) ] )          hidden first, embedding second
     logits = lm_head( RMSNorm_k(z_i) )       predicts   x_{i+k+2}
 
-The embedding and lm_head are the trunk's. Every norm is the layer's own, the last one (final_layernorm) too.
+The embedding and lm_head are the trunk's. Every norm is the layer's own, the last one (final_layernorm) too. Code and
+equations count the layers from 0; what is printed or drawn for people counts them from 1.
 
     position          i      i+1      i+2      i+3      i+4
     trunk      h_i  ----> predicts x_{i+1}

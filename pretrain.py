@@ -109,7 +109,8 @@ def main(cfg: Config) -> None:
     # ---- 2. start or resume -------------------------------------------------------------------------------------
     ckpt = checkpoint.latest(run)
     model, optimizer, saved = start(cfg, stages, loader, rt, ckpt)
-    seen, step, at = (saved["seen"], saved["step"], saved["stage"]) if saved else (0, 0, -1)   # at: stage set up for
+    # at: the stage that model and optimizer are set up for, -1 before the first one
+    seen, step, at = (saved["seen"], saved["step"], saved["stage"]) if saved else (0, 0, -1)
     spikes = SpikeGuard(cfg.skip_spikes)
     if saved:
         spikes.load_state_dict(saved["spikes"])

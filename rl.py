@@ -216,7 +216,7 @@ def main(cfg: Config) -> None:
                 newest = new_replica(model, rt) if cfg.max_staleness else replica
                 heldout = {"heldout": evaluate(newest, tokenizer, held, chat, cfg)} if rt.is_main else {}
 
-            # 4e. the thread may go on: at once, or (max_staleness 1) with its next batch, from a copy. Log and save
+            # 4e. the rollout thread may go on; with max_staleness = 1 it gets a copy of the weights. Then log and save
             if step + 1 < cfg.steps:
                 rollout.publish(copied_weights(model, rt) if cfg.max_staleness else None)
             seconds = {"wait_s": t1 - t0, "update_s": t2 - t1, "heldout_s": time.perf_counter() - t2}
@@ -425,9 +425,9 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
     Steps 4 to 7 of the algorithm: all updates of one batch, the same on every rank. -> numbers for the log, averaged
     over the tokens of all ranks. A rank may have fewer trajectories than another, or none.
     """
-    # Stage 1: advantages (Eq. 2), and the trajectories that this rank trains on, in mini-batches of whole groups
+    # 4. advantage (Eq. 2), and the trajectories that this rank trains on, in mini-batches of whole groups
     minis = mini_batches(batch.groups, cfg, step, rt)
-    # Stage 2: log-probs under pi_old. With a single update pi_old is the policy itself, and Stage 3 computes them
+    # 5. ratio, the denominator: log-probs under pi_old. With a single update pi_old is the policy that is trained
     if len(minis) > 1 or cfg.max_staleness:
         remember_old(model, [t for mini in minis for t in mini], cfg, rt)
     sums, largest, norms = torch.zeros(8, device=rt.device), torch.zeros(2, device=rt.device), []
@@ -438,10 +438,9 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
             continue
         micros = pack(mini, cfg.micro_tokens, rt)
         for m, micro in enumerate(micros):
-            # Stage 3: log-probs under the policy that is trained
+            # 5. ratio, the numerator: log-probs under the policy that is trained
             logp, entropy = token_logprobs(model, micro, rt.device)                     # [N], [N]
-            # Stage 4: the objective (Eq. 1) and its gradient. With a single update rho = 1 exactly, and the gradient is
-            # the policy gradient
+            # 6. objective (Eq. 1) and its gradient. With a single update rho = 1 exactly: the plain policy gradient
             n = torch.tensor([len(t.tokens) for t in micro], device=rt.device)
             A = torch.tensor([t.A for t in micro], device=rt.device).repeat_interleave(n)           # [N]
             old = logp.detach() if micro[0].old is None else torch.cat([t.old for t in micro])      # [N]
@@ -458,7 +457,7 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
                                          (clipped & (A < 0)).sum(), (clipped & (A > 0)).sum(), diff.abs().sum(),
                                          (diff.exp() - 1 - diff).sum()])
                     largest = torch.maximum(largest, torch.stack([rho.max(), diff.abs().max()]))
-        # Stage 5: clip the gradient norm, one step of AdamW
+        # 7. update: clip the gradient norm, one step of AdamW
         distributed.average_gradients(model, rt)
         norm = distributed.clip_grad_norm(model, cfg.grad_clip)
         check_finite({"gradient norm": norm}, model, step)

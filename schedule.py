@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class Stage:
     """One row of the pre-training table [paper 2.3]. ValueError for values that make no sense together."""
-    name: str = "stage"
+    name: str = "stage"                 # for logs and tables
     tokens: float = 1e6                 # length of the stage, tokens (inputs to the trunk)
     seq_len: int = 256                  # T, context of a row, tokens
     batch_size: int = 16                # rows per optimizer step, over all ranks

@@ -5,8 +5,7 @@ All data of the tiny run, made from one seed (report sections 2.1, 3.1, 3.2).
 
     problems/test.jsonl      held out by identity: what eval.py measures
     problems/valid.jsonl     held out by identity: the curves during RL
-    problems/rl_all.jsonl    training problems of RL, code with a ladder of tests; `python -m data.rl_problems` filters
-                             them
+    problems/rl_all.jsonl    training problems of RL, code with a ladder of tests; data.rl_problems filters them
     sft.jsonl                chat samples, maths with worked reasoning
     data/<source>            token shards for the mixtures of the stages: web, maths, code, books, synth
     data/valid/<source>      documents kept back for the validation loss

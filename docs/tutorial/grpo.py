@@ -1,7 +1,7 @@
 """
 GRPO in about sixty lines, imports aside: the seven steps of tutorial page 8 (docs/tutorial/08-rl.md), one by one.
 
-    python docs/tutorial/grpo.py                                    # ten iterations from out/tiny/sft, about a minute
+    python docs/tutorial/grpo.py                                    # ten iterations from out/tiny/sft, half a minute
     python docs/tutorial/grpo.py --init=out/tiny/base --steps=30    # RL-Zero: from the base model
 
 Report section 3.3 (Eq. 1 and 2) on maths problems alone. Everything waits for everything: no rollout thread, no easy
