@@ -176,7 +176,8 @@ def teacher_forced_acceptance(model: MiMo, ids: Tensor, docs: Tensor, positions:
 
 def accept_greedy(drafts: Tensor, argmax: Tensor) -> Tensor:
     """
-    drafts [B,n]; argmax [B,n+1], the trunk's greedy choice at each verified position. -> accepted drafts, int64 [B].
+    drafts [B,n], greedy; argmax [B,n+1], the trunk's own token at each verified position, greedy or, in the engine,
+    sampled. -> accepted drafts, int64 [B].
     A draft counts only while all before it were right: by hand, drafts 5 7 9 against argmax 5 8 9 4 accept one.
     """
     return (drafts == argmax[:, :-1]).long().cumprod(1).sum(1)

@@ -1,6 +1,8 @@
 """
-The demo's training step on one CPU thread with the C of kernels/cpu/train.py, and with torch's operations in the place
-of all of it or of one kernel: the plain references, which train where there is no compiler.
+The demo's training step on one CPU thread: the C of kernels/cpu/train.py beside torch's own operations.
+
+Torch takes the place of all of the C or of one kernel; its operations are the plain references, which train where there
+is no compiler.
 
     python -m data.prepare && python bench/train_kernels.py      # a few minutes; on a busy machine only more noise
 
