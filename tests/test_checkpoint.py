@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load_latest, load_model
-from ranks import start
+from fork_ranks import start
 
 import checkpoint
 import distributed

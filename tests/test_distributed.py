@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load_model
-from ranks import run_ranks
+from fork_ranks import run_ranks
 from scale_worker import train_pretrain
 
 import checkpoint

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from checkpoints import load_model
-from ranks import run_ranks, start
+from fork_ranks import run_ranks, start
 from scale_worker import main as train
 from scale_worker import train_pretrain, train_rl, train_rl_updates, train_sft, write_base
 
@@ -45,9 +45,16 @@ def alone(tmp_path_factory):
 
 
 def test_two_ranks_with_uneven_shares(alone, tmp_path):
-    """2 x 4 micro-batches, but one rank has 5 rows and the other 3; a validation forward after every step."""
-    run_ranks(2, tmp_path, train, str(tmp_path / "out.json"), uneven=1, validate=1)
-    same(alone, read(tmp_path / "out.json"))
+    """
+    2 x 4 micro-batches, but one rank has 5 rows and the other 3; a validation forward after every step. Written in the
+    background at step 10, resumed on one process.
+    """
+    run = str(tmp_path / "run")
+    run_ranks(2, tmp_path, train, str(tmp_path / "two.json"), uneven=1, validate=1, run=run, save_at=9, background=1)
+    same(alone, read(tmp_path / "two.json"))
+    assert (tmp_path / "run/step_00000010/optimizer/.metadata").is_file()          # DCP
+    train(tmp_path / "one.json", run=run, resume=1)
+    same(alone, read(tmp_path / "one.json"))
 
 
 def test_two_plain_copies(alone, tmp_path):
@@ -70,6 +77,7 @@ def test_a_full_disk_ends_all_ranks(tmp_path):
         assert log.count("disk full: a checkpoint in") == 1 and "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_four_ranks_hybrid_then_saved_and_loaded_on_two_and_one(alone, tmp_path):
     """
     4 x 2 on a 2 x 2 mesh with selective recomputation, written in the background at step 10, resumed on 2 and
@@ -146,36 +154,39 @@ def losses_of(folder):
     return [[r["loss"], *r["mtp_loss"], r["grad_norm"]] for r in rows]
 
 
-def test_pretrain_and_sft_do_not_depend_on_the_number_of_ranks(tmp_path):
+@pytest.mark.parametrize("worlds", [(2,), pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
+def test_pretrain_and_sft_do_not_depend_on_the_number_of_ranks(tmp_path, worlds):
     """
     pretrain.py through two stages (batch warm-up: 5, 7, 8 rows) and the MTP stage, then sft.py from its
     result.
     """
-    for world in (1, 2, 4):
+    for world in (1, *worlds):
         folder = tmp_path / f"world{world}"
         folder.mkdir()
         codes = run_ranks(world, folder, train_pretrain, str(folder))
         assert set(codes) <= {0, -6}, (folder / "rank0.log").read_text()
     one = losses_of(tmp_path / "world1/base")
     assert len(one) >= 20 and len(one[-1]) == 1 + 3 + 1              # three MTP layers at the end
-    for world in (2, 4):
+    for world in worlds:
         many = losses_of(tmp_path / f"world{world}/base")
         assert len(many) == len(one)
         for x, y in zip(one, many, strict=True):
             assert y == pytest.approx(x, rel=1e-5, abs=1e-5)
-    for world in (1, 2, 4):
+    for world in (1, *worlds):
         folder = tmp_path / f"world{world}"
         codes = run_ranks(world, folder, train_sft, str(folder), str(tmp_path / "world1/base"))
         assert set(codes) <= {0, -6}, (folder / "rank0.log").read_text()
-    for world in (2, 4):
+    for world in worlds:
         for x, y in zip(losses_of(tmp_path / "world1/sft"), losses_of(tmp_path / f"world{world}/sft"), strict=True):
             assert y == pytest.approx(x, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("mini_batch, group_size, how", [
-    (8, 4, [(2, {"shard_ranks": 1}), (3, {})]),       # plain copies; 11, 11 and 10 answers a rank
+    # plain copies; 11, 11 and 10 answers a rank
+    pytest.param(8, 4, [(2, {"shard_ranks": 1}), (3, {})], marks=pytest.mark.slow),
     (4, 4, [(2, {})]),                                # two updates per batch, whose ratio is not 1
-    (1, 2, [(4, {})]),                                # two answers an update: two ranks have nothing to train on
+    # two answers an update: two ranks have nothing to train on
+    pytest.param(1, 2, [(4, {})], marks=pytest.mark.slow),
 ])
 def test_rl_updates_do_not_depend_on_the_number_of_ranks(tmp_path, mini_batch, group_size, how):
     """rl.update on the same groups: the answers go from the ranks that generated them to those that train on them."""
@@ -229,7 +240,7 @@ def same_rl(one, many):
         assert (b[name] - w).pow(2).mean().sqrt() < 1e-7, name
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_rl_does_not_depend_on_the_number_of_ranks(tmp_path, staleness):
     """
     rl.py, whole, on 1, 2 and 4 ranks (staleness 1: 1 and 2): the same groups in the same launch order, losses, weights
@@ -274,33 +285,35 @@ def test_no_rank_waits_for_a_rollout_that_broke(tmp_path, last_rank, message, co
     assert weights_of(tmp_path / "run")[0] == "step_00000001"
 
 
-def test_rl_on_two_ranks_killed_and_resumed_ends_bit_equal(tmp_path):
+@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
+def test_rl_on_two_ranks_ended_and_resumed_ends_bit_equal(tmp_path, how):
     """
     rl.py, whole: two ranks decode different numbers of steps, train one policy. kill -9 of both, the same command: the
     same weights and log. SIGTERM on one rank: both save and exit with 0, and the same command ends the same.
     """
     write_base(tmp_path)
-    whole, killed, stopped = (tmp_path / name for name in ("whole", "killed", "stopped"))
+    whole, broken = tmp_path / "whole", tmp_path / how
     codes = run_ranks(2, tmp_path, train_rl, str(tmp_path), str(whole))
     assert set(codes) <= {0, -6}, (tmp_path / "rank0.log").read_text()
     want, log = weights_of(whole), rl_log(whole)
     assert want[0] == "step_00000004" and len(want[1]) == 2 and [r["step"] for r in log] == [1, 2, 3, 4]
     assert all(r["grad_norm"] > 0 and r["updates"] == 2 for r in log) and log[-1]["ratio_max"] > 1
 
-    processes = start(2, tmp_path, train_rl, str(tmp_path), str(killed))
-    while not (killed / "step_00000002").is_dir() and any(p.is_alive() for p in processes):
-        time.sleep(0.01)
-    for p in processes:
-        p.kill()
-        p.join()
-    assert weights_of(killed)[0] < want[0], "the run ended before it could be killed"
-    run_ranks(2, tmp_path, train_rl, str(tmp_path), str(killed))
-    assert weights_of(killed) == want and rl_log(killed) == log
-
-    codes = run_ranks(2, tmp_path, train_rl, str(tmp_path), str(stopped), "--save_every=100", term_after=2)
-    assert set(codes) <= {0, -6} and weights_of(stopped)[0] == "step_00000002"
-    run_ranks(2, tmp_path, train_rl, str(tmp_path), str(stopped), "--save_every=100")
-    assert weights_of(stopped) == want and rl_log(stopped) == log
+    if how == "killed":
+        more = []
+        processes = start(2, tmp_path, train_rl, str(tmp_path), str(broken))
+        while not (broken / "step_00000002").is_dir() and any(p.is_alive() for p in processes):
+            time.sleep(0.01)
+        for p in processes:
+            p.kill()
+            p.join()
+        assert weights_of(broken)[0] < want[0], "the run ended before it could be killed"
+    else:
+        more = ["--save_every=100"]
+        codes = run_ranks(2, tmp_path, train_rl, str(tmp_path), str(broken), *more, term_after=2)
+        assert set(codes) <= {0, -6} and weights_of(broken)[0] == "step_00000002"
+    run_ranks(2, tmp_path, train_rl, str(tmp_path), str(broken), *more)
+    assert weights_of(broken) == want and rl_log(broken) == log
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
