@@ -8,10 +8,10 @@ demo: .venv/run                  # the whole recipe on the CPU, about a quarter 
 	$(PY) demo.py
 
 test: .venv/dev                  # the tests that need no GPU, in two processes; some five minutes on two idle cores
-	$(PY) -m pytest -n 2 -m "not gpu and not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not gpu and not slow"
 
 test-slow: .venv/dev             # repeated kills, many ranks, whole grids; some ten minutes more
-	$(PY) -m pytest -n 2 -m "slow and not gpu"
+	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not gpu"
 
 lint: .venv/dev
 	$(PY) -m ruff check .
