@@ -342,11 +342,15 @@ def help_rows(cls: type, node: Any, prefix: str, shown_at: dict[type, str]) -> l
 
 
 def field_comments(source: str) -> dict[str, str]:
-    """name -> the comment at the end of its line."""
-    found = {}
+    """name -> the comment at the end of its line and on the comment lines that follow it."""
+    found, name = {}, ""
     for line in source.splitlines():
-        code, _, comment = line.partition("  # ")
-        name, colon, _ = code.strip().partition(":")
-        if colon and name.isidentifier() and comment:
-            found[name] = comment.strip()
+        code, _, comment = line.partition("# ")
+        field = code.strip().partition(":")[0]
+        if code.strip():
+            name = field if ":" in code and field.isidentifier() and comment and code.endswith("  ") else ""
+            if name:
+                found[name] = comment.strip()
+        elif name and comment:
+            found[name] += " " + comment.strip()
     return found

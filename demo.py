@@ -1,5 +1,5 @@
 """
-The whole recipe on a laptop CPU, from raw HTML to reinforcement learning (report sections 2 and 3).
+The whole recipe on two CPU cores, from raw HTML to reinforcement learning (report sections 2 and 3).
 
     make demo            # or: python demo.py, in an environment with requirements.txt
 

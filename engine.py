@@ -56,7 +56,7 @@ from cache import MIN_ROWS, Blocks, ForwardContext, PackedRows, Rows
 from kernels.cpu.decode import CpuForward, library, up16
 from kernels.gemv import block_step, gemv, gemv_applies
 from model import Block, MiMo, ModelConfig
-from mtp import accept_greedy
+from mtp import accept_matching
 from sampling import sample_tokens, signed64, uniform
 
 MAX_STOPS = 8                                       # most stop ids of a request
@@ -492,7 +492,7 @@ class Engine:
             return (n >= s["limit"]) | is_stop[:, 0], 1
 
         # accept, commit: the accepted drafts and one token more, but nothing after a stop token or past the limit
-        n_accepted = accept_greedy(ids[:, 1:], sampled)             # [R]
+        n_accepted = accept_matching(ids[:, 1:], sampled)             # [R]
         to_stop = (is_stop.cumsum(1) == 0).sum(1)                   # [R] tokens before the first stop token
         n_committed = torch.minimum(torch.minimum(n_accepted, to_stop) + 1, s["limit"] - n).clamp(1, Q)
         # draft k was verified if its position was committed, and if it existed: after a prompt of one token it does not

@@ -407,7 +407,7 @@ def export_folder(source: str | Path, out: str | Path, flavour: str, mtps: str |
         write_json(temporary / "config.json", config | more)
         close_target(temporary, Path(mtps), note)
     elif rest and flavour == "mimo":
-        print(f"note: MTP layers 1..{shape.n_mtp - 1} are left out; --mtps=FOLDER writes them", file=sys.stderr)
+        print(f"note: MTP layers 2 to {shape.n_mtp} are left out; --mtps=FOLDER writes them", file=sys.stderr)
     return ckpt, len(main), n_bytes, folded
 
 

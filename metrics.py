@@ -9,7 +9,6 @@ Not in the report.
 """
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError
+from data.jsonl import whole_file
 from distributed import Runtime, all_gather_object, local
 from model import ModelConfig, flops_per_token
 
@@ -37,9 +37,8 @@ class Metrics:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = read_rows(self.path) if resume_at else []
             kept = [line for line, row in rows if row.get("step", 0) <= resume_at]
-            new = self.path.with_suffix(".tmp")
-            new.write_text("".join(kept), encoding="utf-8")
-            os.replace(new, self.path)
+            with whole_file(self.path, "w") as f:
+                f.write("".join(kept))
         except OSError as e:
             raise UserError(f"cannot write {self.path}: {e.strerror or e}") from None
 

@@ -174,18 +174,18 @@ def teacher_forced_acceptance(model: MiMo, ids: Tensor, docs: Tensor, positions:
 
 # ---- acceptance rules, pure functions (Leviathan et al., arXiv 2211.17192) -------------------------------------------
 
-def accept_greedy(drafts: Tensor, argmax: Tensor) -> Tensor:
+def accept_matching(drafts: Tensor, tokens: Tensor) -> Tensor:
     """
-    drafts [B,n], greedy; argmax [B,n+1], the trunk's own token at each verified position, greedy or, in the engine,
-    sampled. -> accepted drafts, int64 [B].
-    A draft counts only while all before it were right: by hand, drafts 5 7 9 against argmax 5 8 9 4 accept one.
+    drafts [B,n], greedy; tokens [B,n+1], the trunk's own at each verified position, greedy or sampled. -> accepted
+    drafts, int64 [B]. A draft counts only while all before it were right: by hand, drafts 5 7 9 against the trunk's
+    5 8 9 4 accept one.
     """
-    return (drafts == argmax[:, :-1]).long().cumprod(1).sum(1)
+    return (drafts == tokens[:, :-1]).long().cumprod(1).sum(1)
 
 
 def accept_sampled(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """
-    The general rule, for reading and for tests. The engine needs only accept_greedy: its drafts are greedy, so that it
+    The general rule, for reading and tests. The engine needs only accept_matching: its drafts are greedy, so that it
     samples the trunk's token first and compares (engine.py says why this is the same law).
 
     Speculative sampling keeps the output distribution p exactly.

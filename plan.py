@@ -71,7 +71,8 @@ def main(cfg: Config) -> None:
     print(f"model of {path} with {base.n_mtp_final} MTP layers")
     if script is sft:
         stage = Stage("SFT", tokens=run.steps * run.batch_size * run.seq_len, seq_len=run.seq_len,
-                      batch_size=run.batch_size, lr=run.lr)
+                      batch_size=run.batch_size, lr=run.lr, mtp_weight=run.mtp_weight,
+                      rope_base=base.stages[-1].rope_base)
         print(report(replace(base.model, n_mtp=base.n_mtp_final), [stage], cfg.gpus, n_mtp_final=base.n_mtp_final,
                      micro_batch=run.micro_batch, mfu=cfg.mfu, tflops=cfg.tflops, **how))
     else:
@@ -269,12 +270,12 @@ def report(shape: ModelConfig, stages: list[Stage], world: int, *, mtp_stage: St
         out.append(f"  {r['name']:<12}{r['micro_batch']:>6} x {r['seq_len']:>7,}"
                    + "".join(f"{r['memory'][k] / GB:>13.2f}" for k in kinds) + f"{r['total'] / GB:>10.2f}")
     out += ["", f"compute, at {mfu:.0%} of {tflops:g} TFLOP/s on {world} GPU(s)",
-            f"  {'stage':<12}{'tokens':>12}{'steps':>14}{'GFLOP/token':>14}{'days':>12}"]
+            f"  {'stage':<12}{'tokens':>12}{'steps':>14}{'GFLOP/token':>14}{'time':>12}"]
     for r in rows:
         out.append(f"  {r['name']:<12}{human(r['tokens']):>12}{r['steps']:>14,.0f}"
-                   f"{r['flops_per_token'] / 1e9:>14,.3g}{r['days']:>12,.3g}")
+                   f"{r['flops_per_token'] / 1e9:>14,.3g}{duration(r['days']):>12}")
     total = {key: sum(r[key] for r in rows) for key in ("tokens", "steps", "days")}
-    out.append(f"  {'all':<12}{human(total['tokens']):>12}{total['steps']:>14,.0f}{total['days']:>26,.3g}")
+    out.append(f"  {'all':<12}{human(total['tokens']):>12}{total['steps']:>14,.0f}{duration(total['days']):>26}")
     return "\n".join(out)
 
 
@@ -287,6 +288,14 @@ def schedule_lines(rows: list[dict], stages: list) -> list[str]:
         lines.append(f"  {human(seen):>14}  {lr_at(stages, seen):>9.3g}{batch_size_at(stages, seen):>8,}"
                      f"{s.seq_len:>9,}{s.rope_base:>11,.0f}{mtp_weight_at(stages, seen):>6g}  {what}")
     return lines
+
+
+def duration(days: float) -> str:
+    """3.2 years, 12 days, 5.1 hours, 40 minutes, under a minute: three digits, in the unit that reads best."""
+    for unit, size in (("years", 365.0), ("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
+        if days >= (2 * size if unit == "days" else size):
+            return f"{days / size:,.3g} {unit}"
+    return "< 1 minute"
 
 
 def human(n: float) -> str:

@@ -50,15 +50,15 @@ class Config:
 
 @contextmanager
 def imposed_acceptance() -> Iterator[None]:
-    """Inside, the engine's accept_greedy accepts drafts at random with the report's chances."""
+    """Inside, the engine's accept_matching accepts drafts at random with the report's chances."""
     def at_random(drafts: Tensor, sampled: Tensor) -> Tensor:
         chances = torch.tensor(REPORT[:drafts.shape[1]], device=drafts.device)
         return (torch.rand(drafts.shape, device=drafts.device) < chances).long().cumprod(1).sum(1)
-    real, engine_module.accept_greedy = engine_module.accept_greedy, at_random
+    real, engine_module.accept_matching = engine_module.accept_matching, at_random
     try:
         yield
     finally:
-        engine_module.accept_greedy = real
+        engine_module.accept_matching = real
 
 
 def clock(device: torch.device) -> float:

@@ -199,7 +199,7 @@ def simulate_step(sched: Scheduler, world: World, grade_at_end: bool = False) ->
         # jump to the next moment that can change a decision
         moments = [running[0][0]] if running else []
         if sched.reward_lag is not None:
-            moments += [g.due for g in sched.ungraded]
+            moments += [g.due for g in sched.unapplied]
         elif judge.queue:
             moments += [clock + max(1, math.ceil(judge.queue[0][0] - wall))]
         steps, active, finished = min(moments) - clock, len(running), []

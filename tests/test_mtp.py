@@ -101,7 +101,7 @@ def test_replication_copies_the_trained_layer_and_freezing_trains_only_the_new()
 def test_greedy_acceptance_by_hand():
     drafts = torch.tensor([[5, 7, 9], [5, 8, 9], [1, 8, 9]])
     argmax = torch.tensor([[5, 8, 9, 4]] * 3)
-    assert mtp.accept_greedy(drafts, argmax).tolist() == [1, 3, 0]
+    assert mtp.accept_matching(drafts, argmax).tolist() == [1, 3, 0]
 
 
 def test_sampled_acceptance_keeps_the_distribution():

@@ -387,7 +387,7 @@ def test_a_launch_goes_to_the_rank_with_the_fewest_samples():
 def test_what_one_rank_raises_all_raise(where):
     """In the middle of a round, between two, in the wait for rewards: nobody is left waiting, all name rank 1."""
     engines, threads = ranks(3, 8, lambda r: ShuffledJudge(r, patience=0.5))
-    fail_at = engines[1] if where in ("step", "add", "load") else threads[1].judge
+    fail_at = engines[1] if where in ("step", "add", "load") else threads[1].grader
     for thread in threads:
         thread.take()
     if where == "reward":
