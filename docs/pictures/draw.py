@@ -173,7 +173,7 @@ def model() -> Figure:
     rows = [2.7, 1.65, 0.6]
     ax.plot([6.7, 6.7, 4.5, 4.5], [y, 4.6, 4.6, rows[-1] + 0.2], color=GOLD, lw=2.4, solid_joinstyle="round")
     write(ax, 5.6, 4.78, "h", 13, GOLD, weight="bold")
-    for k, (bottom, colour) in enumerate(zip(rows, (GREEN, PURPLE, RED), strict=True)):
+    for k, (bottom, colour) in enumerate(zip(rows, (GREEN, BLUE, PURPLE), strict=True)):
         box(ax, 4.75, bottom + 0.42, 1.3, 0.42, f"emb($x_{{i+{k + 1}}}$)", GREY, size=12)
         arrow(ax, (6.05, bottom + 0.63), (6.45, bottom + 0.63), INK)
         arrow(ax, (4.5, bottom + 0.2), (6.45, bottom + 0.2), GOLD, lw=2.4)
