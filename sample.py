@@ -394,6 +394,8 @@ def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, ckpt: Path, 
     turns_of_training = meta.get("turns") or ("single" if meta.get("stage") in ("sft", "rl") else "multi")
     remembers = form == "chat" and turns_of_training == "multi"
     greet(form, remembers, *suggestions(meta, ckpt))
+    if cfg.temperature:
+        note(f"Answers are sampled at temperature {cfg.temperature:g} and vary; --temperature=0: the likeliest token.")
     turns: list[dict] = []
     samples: list[Sample] = []                                      # of the session
     forwards = 0
