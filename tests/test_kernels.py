@@ -49,7 +49,8 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
-    """torch.empty gives NaN, so an output element that no program wrote is seen."""
+    """torch.empty gives NaN, so that an element which no program wrote is seen; every test has the same seed."""
+    torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -131,7 +132,7 @@ def test_attention(shape, dtype, monkeypatch):
 @pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 30))])
 def test_attention_on_random_shapes(seed, monkeypatch):
     """Random T, groups, documents (length 1 too), tiles; NaN rows lie past the end of q, k, v in memory."""
-    draw, gen = random.Random(seed), torch.Generator().manual_seed(seed)
+    draw, gen = random.Random(seed), torch.manual_seed(seed)          # compare() draws the output's gradient too
     B, T, K, G = draw.choice([1, 2]), draw.randrange(1, 50), draw.choice([1, 2]), draw.choice([1, 2, 4])
     d = 16
     if B * K * G > 4:
