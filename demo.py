@@ -372,9 +372,12 @@ def screen(s: dict, out: Path) -> str:
               f"{s['heldout_overlap']} held-out problems seen in training", "",
               f"figures      {out}/figures/*.png", f"checkpoints  {out}/{{base,sft,rl,rl_zero}}",
               f"logs         {out}/logs, {out}/*/metrics.jsonl", f"numbers      {out}/summary.json", "",
-              "next   .venv/bin/python sample.py --mtp                                       ask the RL model",
-              "       .venv/bin/python sample.py --compare --n=16 --prompt='What is 7+2-6?'  with and without MTP",
-              "       .venv/bin/python plan.py config/mimo_7b.py --gpus=8                    what the 7B run takes"]
+              "next   .venv/bin/python sample.py --mtp",
+              "           ask the RL model",
+              "       .venv/bin/python sample.py --compare --n=16 --slots=1 --prompt='What is 7+2-6?'",
+              "           sixteen answers, one after the other, with and without MTP",
+              "       .venv/bin/python plan.py config/mimo_7b.py --gpus=8",
+              "           what the 7B run would take"]
     return "\n".join(lines)
 
 
