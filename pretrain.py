@@ -151,12 +151,12 @@ def main(cfg: Config) -> None:
             distributed.sync_gradients(model, last or cfg.reduce_each, rt)
             (loss * rt.world).backward()                     # FSDP averages over ranks; the counts are global already
             total += sums.detach()
-        total = distributed.all_reduce(total, rt) / counts.clamp_min(1)
+        losses = distributed.all_reduce(total, rt) / counts.clamp_min(1)      # means over the targets, nats per token
 
         # 3d. update
         distributed.average_gradients(model, rt)
         norm = distributed.clip_grad_norm(model, cfg.grad_clip)
-        check_finite({"loss": total, "gradient norm": norm}, model, step)
+        check_finite({"loss": losses, "gradient norm": norm}, model, step)
         skipped = spikes.skip(norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -167,21 +167,21 @@ def main(cfg: Config) -> None:
 
         # 3e. log, validate, save
         seconds = time.perf_counter() - t0
-        metrics.log(step=step, tokens=seen, stage=s.name, loss=float(total[0]), mtp_loss=total[1:].tolist(), lr=lr,
+        metrics.log(step=step, tokens=seen, stage=s.name, loss=float(losses[0]), mtp_loss=losses[1:].tolist(), lr=lr,
                     batch_size=rows, seq_len=s.seq_len, mtp_weight=w, grad_norm=norm, skipped=skipped,
                     tokens_per_second=tokens / seconds, mfu=mfu(model.cfg, s.seq_len, tokens / seconds, rt),
                     epochs={name: round(n, 4) for name, n in loader.epochs().items()})
         bar.update(tokens)
-        bar.set_postfix_str(f"{s.name} loss {float(total[0]):.3f} mtp {float(total[1:].mean()) if n_mtp else 0:.3f} "
+        bar.set_postfix_str(f"{s.name} loss {float(losses[0]):.3f} mtp {float(losses[1:].mean()) if n_mtp else 0:.3f} "
                             f"lr {lr:.1e}")
         if cfg.sample_every and step % cfg.sample_every == 0 and not rt.sharded:
             bar.write(f"  sample at {seen:,} tokens: {continue_text(model, tokenizer, SAMPLE_PROMPT)!r}")
         if stage_ended := seen >= stage_end:
-            losses = validate(model, cfg, s, micro, rt)
-            metrics.log(step=step, tokens=seen, stage=s.name, valid=losses)
+            valid = validate(model, cfg, s, micro, rt)
+            metrics.log(step=step, tokens=seen, stage=s.name, valid=valid)
             if rt.is_main:
                 bar.write(f"  {s.name} ends at {seen:,} tokens; validation loss, nats per token: "
-                          + ", ".join(f"{name} {v['loss']:.3f}" for name, v in losses.items()))
+                          + ", ".join(f"{name} {v['loss']:.3f}" for name, v in valid.items()))
         stop = distributed.stop_requested(rt)
         if stage_ended or stop or step % cfg.save_every == 0:
             state = {"seen": seen, "step": step, "stage": at, "loader": loader.state_dict(),
@@ -242,7 +242,7 @@ def start(cfg: Config, stages: list[Stage], loader: MixtureLoader, rt: Runtime,
         fields = checkpoint.read_shape(ckpt)
         checkpoint.same_shape(fields, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
         shape = configurator.from_dict(ModelConfig, fields, f"{ckpt}/model.json")
-    model, optimizer = prepare(mtp.build(shape, "meta"), stages, at, cfg, rt, ckpt)
+    model, optimizer = set_up(mtp.build(shape, "meta"), stages, at, cfg, rt, ckpt)
     if saved:
         checkpoint.load_optimizer(ckpt, model, optimizer)
     return model, optimizer, saved
@@ -255,11 +255,11 @@ def begin_stage(model: MiMo, optimizer: torch.optim.AdamW, stages: list[Stage], 
     if fresh:
         model = distributed.place(mtp.replicate(distributed.unshard(model), cfg.n_mtp_final), rt)
     model.set_context(stages[at].rope_base, max(s.seq_len for s in stages[:at + 1]))
-    return prepare(model, stages, at, cfg, rt) if fresh else (model, optimizer)
+    return set_up(model, stages, at, cfg, rt) if fresh else (model, optimizer)
 
 
-def prepare(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime, ckpt: Path | None = None,
-            ) -> tuple[MiMo, torch.optim.AdamW]:
+def set_up(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime, ckpt: Path | None = None,
+           ) -> tuple[MiMo, torch.optim.AdamW]:
     """
     Freeze what stage `at` does not train, shard, fill a model that is still on the meta device (each rank its own rows,
     from the checkpoint or the seed), and make the optimizer. at = -1 before the first stage.

@@ -220,7 +220,7 @@ def main(cfg: Config) -> None:
             if step + 1 < cfg.steps:
                 rollout.publish(copied_weights(model, rt) if cfg.max_staleness else None)
             seconds = {"wait_s": t1 - t0, "update_s": t2 - t1, "heldout_s": time.perf_counter() - t2}
-            report(metrics, bar, step, batch, len(failed), stats | seconds | heldout, problems, tokenizer, rt)
+            log_iteration(metrics, bar, step, batch, len(failed), stats | seconds | heldout, problems, tokenizer, rt)
             stop_now = distributed.stop_requested(rt)
             if stop_now or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
                 checkpoint.save(run, step + 1, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), meta=meta,
@@ -279,8 +279,8 @@ def evaluate(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], chat: b
                 for kind in sorted({p.kind for p in problems})}
 
 
-def report(metrics: Metrics, bar: tqdm, step: int, batch: Batch, failed: int, numbers: dict, problems: list[Problem],
-           tokenizer: Tokenizer, rt: Runtime) -> None:
+def log_iteration(metrics: Metrics, bar: tqdm, step: int, batch: Batch, failed: int, numbers: dict,
+                  problems: list[Problem], tokenizer: Tokenizer, rt: Runtime) -> None:
     """One line of metrics.jsonl and of the progress bar; every tenth iteration also an answer with its reward."""
     verdicts = Counter(v for g in batch.groups for info in g.infos for v in info["verdicts"])
     samples = [s for g in batch.groups for s in g.samples]

@@ -137,12 +137,12 @@ def main(cfg: Config) -> None:
             distributed.sync_gradients(model, last or cfg.reduce_each, rt)
             (loss * rt.world).backward()
             total += sums.detach()
-        total = distributed.all_reduce(total, rt) / counts.clamp_min(1)
+        losses = distributed.all_reduce(total, rt) / counts.clamp_min(1)      # means over the targets, nats per token
 
         # 3c. update
         distributed.average_gradients(model, rt)
         norm = distributed.clip_grad_norm(model, cfg.grad_clip)
-        check_finite({"loss": total, "gradient norm": norm}, model, step)
+        check_finite({"loss": losses, "gradient norm": norm}, model, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -151,11 +151,11 @@ def main(cfg: Config) -> None:
 
         # 3d. log and save
         seconds = time.perf_counter() - t0
-        metrics.log(step=step, loss=float(total[0]), mtp_loss=total[1:].tolist(), lr=lr, grad_norm=norm,
+        metrics.log(step=step, loss=float(losses[0]), mtp_loss=losses[1:].tolist(), lr=lr, grad_norm=norm,
                     trained_tokens=int(counts[0]), epochs=round(loader.epochs(), 3),
                     tokens_per_second=cfg.batch_size * cfg.seq_len / seconds)
         bar.update(1)
-        bar.set_postfix_str(f"loss {float(total[0]):.3f} epoch {loader.epochs():.2f}")
+        bar.set_postfix_str(f"loss {float(losses[0]):.3f} epoch {loader.epochs():.2f}")
         stop = distributed.stop_requested(rt)
         if stop or step == cfg.steps or step % cfg.save_every == 0:
             checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), meta=meta,
