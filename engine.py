@@ -194,6 +194,11 @@ class Engine:
         """Requests in the queue."""
         return len(self.queue)
 
+    @property
+    def room(self) -> int:
+        """How many more requests could start now."""
+        return max(0, self.slots - self.active - self.waiting)
+
     def add(self, request: Request) -> None:
         """Queue a request; a later step admits it. ValueError says what would be right."""
         n, V, name = len(request.prompt), self.model.cfg.vocab_size, f"request {request.id!r}"
