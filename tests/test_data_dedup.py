@@ -9,7 +9,7 @@ from data.dedup import band_keys, canonical_url, jaccard, near_duplicates, shing
 
 
 @pytest.mark.parametrize("url", [
-    "https://www.A.org/x/", "a.org/x", "http://a.org/x/index.html", "http://a.org:80/x#top", "http://user@a.org/x",
+    "https://www.A.org/x/", "http://a.org/x/index.html", "http://a.org/x;jsessionid=1F", "http://a.org:80/x#top", "http://user@a.org/x",
     "http://a.org/x?utm_source=mail&fbclid=9", "HTTPS://A.ORG/x"])
 def test_spellings_of_one_address(url):
     assert canonical_url(url) == "a.org/x"
