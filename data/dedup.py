@@ -31,7 +31,8 @@ TRACKING = re.compile(r"^(?:utm_\w+|fbclid|gclid|dclid|gbraid|wbraid|msclkid|ycl
 SPACELESS = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
              "\uff66-\uff9f\U00020000-\U0003ffff")
 WORD = re.compile(rf"[^\W{SPACELESS}]+|\S")
-WORD_ASCII = re.compile(r"\w+|[^\w\s]")      # the same on ASCII text, and faster
+# for ASCII text the same with str.translate and str.split, in a third of the time: blanks around every other character
+APART = {c: f" {chr(c)} " for c in range(128) if not re.match(r"[\w\s]", chr(c))}
 
 
 class Hashes(dict):
@@ -79,7 +80,8 @@ def canonical_url(url: str) -> str:
 
 def word_hashes(text: str) -> np.ndarray:
     """Lower-cased words and punctuation marks -> 64-bit hashes, uint64 [n]."""
-    words = (WORD_ASCII if text.isascii() else WORD).findall(text.lower())
+    text = text.lower()
+    words = text.translate(APART).split() if text.isascii() else WORD.findall(text)
     return np.fromiter(map(HASH_OF.__getitem__, words), np.uint64, len(words))
 
 
@@ -115,10 +117,16 @@ def windows(h: np.ndarray, n: int) -> np.ndarray:
 
 # ---- MinHash --------------------------------------------------------------------------------------------------------
 
-def shingles(text: str) -> np.ndarray:
-    """The set of 5-word shingles as sorted hashes, uint64 [n]; a text of fewer words is one shingle."""
-    h = word_hashes(text)
-    return np.unique(windows(h, min(SHINGLE, max(1, len(h)))))
+def shingles(texts: list[str]) -> list[np.ndarray]:
+    """For each text the set of its 5-word shingles as sorted hashes, uint64 [n]; fewer words are one shingle."""
+    hashes, sets, at = [word_hashes(t) for t in texts], [], 0
+    flat = windows(np.concatenate(hashes), SHINGLE) if hashes else np.empty(0, np.uint64)     # of all texts at once
+    for h in hashes:
+        own = flat[at:at + len(h) - SHINGLE + 1] if len(h) >= SHINGLE else windows(h, max(1, len(h)))
+        own = np.sort(own)
+        sets.append(own[np.append(True, own[1:] != own[:-1])[:len(own)]])
+        at += len(h)
+    return sets
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
@@ -149,7 +157,7 @@ def band_keys(signature: np.ndarray) -> np.ndarray:
 
 def near_duplicates(texts: list[str]) -> np.ndarray:
     """For each text the index of the text that stays for it, int64 [n]; i itself means: keep text i."""
-    sets = [shingles(t) for t in texts]
+    sets = [s for start in range(0, len(texts), 1000) for s in shingles(texts[start:start + 1000])]
     return clusters(band_keys(signatures(sets)).T, sets.__getitem__, len(sets))
 
 
