@@ -222,9 +222,9 @@ def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoade
     names = sorted({name for s in stages for name, w in s.mix.items() if w > 0})
     n_mtp = cfg.n_mtp_final if cfg.mtp_stage else cfg.model.n_mtp      # the last stage needs the most look-ahead
     loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=n_mtp, seed=cfg.seed,
-                           max_seq_len=cfg.model.max_seq_len)
+                           max_seq_len=cfg.model.max_seq_len, tokenizer=tokenizer.fingerprint)
     for name in sources(Path(cfg.data) / "valid"):
-        Shards(Path(cfg.data) / "valid", name, cfg.model.vocab_size)
+        Shards(Path(cfg.data) / "valid", name, cfg.model.vocab_size, tokenizer=tokenizer.fingerprint)
     return tokenizer, loader
 
 

@@ -18,13 +18,14 @@ document with eos_id, insert control ids.
     python tokenizer.py "Problem: 17 + 25 = ?"      # shows the tokens; expect 2.0 to 3.2 characters a token
 """
 import base64
+import hashlib
 import json
 import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,8 @@ class Tokenizer:
     chat_template  Jinja text of the chat format, stored with the files that save() writes
 
     Attributes beside these: eos_id, im_start_id, im_end_id; n_ids, the largest id + 1: the rows of the embedding from
-    there on are padding, so the engine samples among the first n_ids; merges; valid_ids, bool [V], False for padding.
+    there on are padding, so the engine samples among the first n_ids; merges; valid_ids, bool [V], False for padding;
+    fingerprint, 16 hex digits of the table: two tokenizers with the same one give the same ids.
 
     UserError for a table that Hugging Face would read differently, or that lacks a byte or a control token.
     """
@@ -172,6 +174,14 @@ class Tokenizer:
         ordinary = [text for text in by_length if not added[text][1]]
         self._find_added = re.compile("|".join(map(re.escape, by_length)))
         self._find_ordinary = re.compile("|".join(map(re.escape, ordinary))) if ordinary else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        for token, i in sorted(self.ranks.items(), key=lambda item: item[1]):
+            digest.update(b"%d %d " % (i, len(token)) + token)
+        digest.update(repr(sorted(self.added.items())).encode())
+        return digest.hexdigest()
 
     # ---- text <-> ids -----------------------------------------------------------------------------------------------
 

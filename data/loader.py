@@ -89,11 +89,12 @@ class Stream:
             shards = self.shards.shards
             if shard is None:
                 key = [*self.key, epoch]
-                lengths, documents = (np.array(x) for x in zip(*((len(s.tokens), len(s.ends)) for s in shards),
+                lengths, documents = (np.array(x) for x in zip(*((s.n_tokens, s.n_documents) for s in shards),
                                                                strict=True))
             else:
                 key = [*self.key, epoch, shard + 1]
-                lengths, documents = np.diff(shards[shard].ends, prepend=0), np.ones(len(shards[shard].ends), np.int64)
+                lengths = np.diff(shards[shard].ends, prepend=0)
+                documents = np.ones(len(lengths), np.int64)
             order = np.random.Generator(np.random.PCG64(key)).permutation(len(lengths))
             before = np.cumsum(documents[order]) - documents[order]
             self.cached[epoch, shard] = order, np.cumsum(lengths[order]), before
@@ -107,12 +108,13 @@ class Stream:
             shards, shard_ends, before = self.order(epoch)
             j = int(np.searchsorted(shard_ends, at, side="right"))
             shard = self.shards.shards[shards[j]]
-            at -= int(shard_ends[j]) - len(shard.tokens)                   # position inside this shard's stream
+            at -= int(shard_ends[j]) - shard.n_tokens                      # position inside this shard's stream
+            tokens, stops = shard.tokens, shard.ends
             order, ends, _ = self.order(epoch, int(shards[j]))
             k = int(np.searchsorted(ends, at, side="right"))
             while filled < n and k < len(order):                           # document by document to the shard's end
                 d, begin = order[k], int(ends[k - 1]) if k else 0
-                document = shard.tokens[shard.ends[d - 1] if d else 0:shard.ends[d]]
+                document = tokens[stops[d - 1] if d else 0:stops[d]]
                 piece = document[at - begin:][:n - filled]
                 ids[filled:filled + len(piece)] = piece
                 docs[filled:filled + len(piece)] = epoch * self.n_documents + before[j] + k
@@ -127,14 +129,15 @@ class MixtureLoader:
     vocab_size   of the model; a source with a larger id is refused
     n_mtp        MTP layers that need targets: a row carries 1 + n_mtp tokens beyond T
     max_seq_len  the model's context; a longer row is refused
+    tokenizer    Tokenizer.fingerprint of the model's; a source that another one made is refused. "" = not checked
 
     Raises UserError, from the constructor and from next_batch, for what a person's data or table got wrong.
     """
     def __init__(self, folder, names: list[str], vocab_size: int, n_mtp: int = 0, seed: int = 0,
-                 max_seq_len: int | None = None):
+                 max_seq_len: int | None = None, tokenizer: str = ""):
         if not names:
             raise UserError("loader: no sources named")
-        self.streams = {name: Stream(Shards(folder, name, vocab_size), seed) for name in names}
+        self.streams = {name: Stream(Shards(folder, name, vocab_size, tokenizer=tokenizer), seed) for name in names}
         self.ahead, self.seed, self.max_seq_len = 1 + n_mtp, seed, max_seq_len
         self.stage, self.seq = 0, 0                        # current stage, rows taken in it
         self.taken = dict.fromkeys(names, 0)               # tokens taken from each source over the whole run

@@ -154,7 +154,7 @@ def main(cfg: Config) -> None:
             part = [x for x, back in zip(ids, kept_back, strict=True) if back == wanted]
             if not part:
                 raise UserError(f"source {name!r} has no document for {folder}: raise pages or valid_share")
-            write_source(str(folder), name, part, tokenizer.vocab_size)
+            write_source(str(folder), name, part, tokenizer.vocab_size, tokenizer=tokenizer.fingerprint)
             if not wanted:
                 print(f"  {name:8} {len(part):7,} documents {sum(map(len, part)):10,} tokens")
 

@@ -224,7 +224,7 @@ def load_samples(path: str | Path, tokenizer: Tokenizer, heldout: str | Path = "
     line of text about it). UserError says what is wrong with the files.
     """
     if Path(path).is_dir():
-        samples = ShardSamples(path, tokenizer.vocab_size)
+        samples = ShardSamples(path, tokenizer.vocab_size, tokenizer.fingerprint)
         return samples, f"{len(samples):,} samples, filtered and tokenised before, from {path}"
     kept, counts = read_filtered(path, heldout, max_per_query)
     return [as_arrays(tokenizer.chat(sample["messages"])) for sample in kept], counts
@@ -238,13 +238,13 @@ def as_arrays(sample: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarr
 class ShardSamples(Sequence):
     """
     Tokenised samples in memory-mapped shards: source "sft" holds the ids, "sft_mask" the mask, 1 where to train.
-    UserError if the two were not written together.
+    tokenizer: fingerprint of the model's. UserError if another one made them, or if the two were not written together.
     """
-    def __init__(self, folder: str | Path, vocab_size: int):
-        self.ids, self.mask = Shards(folder, "sft", vocab_size), Shards(folder, "sft_mask", 2)
+    def __init__(self, folder: str | Path, vocab_size: int, tokenizer: str = ""):
+        self.ids, self.mask = Shards(folder, "sft", vocab_size, tokenizer=tokenizer), Shards(folder, "sft_mask", 2)
         if [s.ends.tolist() for s in self.ids.shards] != [s.ends.tolist() for s in self.mask.shards]:
             raise UserError(f"{folder}: sft and sft_mask do not belong together; write them again")
-        self.first = np.cumsum([0] + [len(s.ends) for s in self.ids.shards])     # number of each shard's first sample
+        self.first = np.cumsum([0] + [s.n_documents for s in self.ids.shards])     # number of each shard's first sample
 
     def __len__(self) -> int:
         return self.ids.n_documents
@@ -262,7 +262,7 @@ def write_tokenised(folder: str | Path, samples: Iterable[dict], tokenizer: str 
     Tokenise once and in parallel, instead of on every rank at every start: 500K samples take an hour on one core.
     tokenizer: "tiny" or a folder. -> the manifest of source "sft" (data/shards.py).
     """
-    masks, vocab_size = [], Tokenizer.load(tokenizer).vocab_size
+    masks, loaded = [], Tokenizer.load(tokenizer)
 
     def ids_only(tokenised: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
         for ids, mask in tokenised:
@@ -270,7 +270,8 @@ def write_tokenised(folder: str | Path, samples: Iterable[dict], tokenizer: str 
             yield ids
 
     with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (tokenizer,)) as pool:
-        info = write_source(folder, "sft", ids_only(pool.imap(_tokenise, samples, chunksize=64)), vocab_size)
+        tokenised = ids_only(pool.imap(_tokenise, samples, chunksize=64))
+        info = write_source(folder, "sft", tokenised, loaded.vocab_size, tokenizer=loaded.fingerprint)
     write_source(folder, "sft_mask", masks, 2)
     return info
 
