@@ -9,6 +9,7 @@ what is wrong with it, and what would be right.
 """
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,9 +78,15 @@ def line_of(path: str | Path, n: int, hint: str = "") -> Iterator[None]:
 
 
 def json_object(line: bytes) -> dict:
-    """One line -> its object. UserError in words for what is not UTF-8, not JSON, or not an object."""
+    """
+    One line -> its object. The mark with which Windows begins a file is no part of it; half of a surrogate pair, which
+    no file can hold, becomes U+FFFD. UserError in words for what is not UTF-8, not JSON, or not an object.
+    """
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))
+        if HALF.search(line):
+            text = json.dumps(row, ensure_ascii=False)
+            row = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except UnicodeDecodeError as e:
         raise UserError(f"not UTF-8: byte {line[e.start]:#04x} at column {e.start + 1}") from None
     except RecursionError:
@@ -89,6 +96,9 @@ def json_object(line: bytes) -> dict:
     if not isinstance(row, dict):
         raise UserError(f"a {type(row).__name__} where a JSON object should be")
     return row
+
+
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")             # an escape that may be half of a surrogate pair
 
 
 # ---- strict JSON ----------------------------------------------------------------------------------------------------

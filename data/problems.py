@@ -9,13 +9,16 @@ pages of pre-training (base models, RL-Zero), and messages(), as in a chat (SFT,
 """
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from configurator import UserError
-from data.jsonl import line_of, read_jsonl, strict_json, write_jsonl
+from data.jsonl import line_of, strict_json, write_jsonl
+from data.published import problem_line
+from data.readers import table_rows
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer  # for annotations only: it imports numpy, which the workers of judge/maths.py spare
@@ -116,16 +119,28 @@ def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
 
 def read_problems(path: str | Path) -> list[Problem]:
     """
-    All problems of a file. UserError names file and line of a problem that is not one (an unknown field, a field of
-    another type, no tests, an id that came before), and a file without problems. OSError if it cannot be opened.
+    All problems of a file: our own lines, or GSM8K, MATH, MBPP or HumanEval as published (data/published.py), in any
+    form of a table that data/readers.py reads. UserError names file and line of a problem that is not one (an unknown
+    field, a field of another type, no tests, an id that came before), and a file without problems. Published rows that
+    cannot become problems are left out and counted on stderr, repeated ones are left out. OSError if the file cannot
+    be opened.
     """
     found: dict[str, tuple[int, Problem]] = {}
-    for n, row in read_jsonl(path):
-        with line_of(path, n):
-            problem = from_row(row)
-            if problem.id in found:
+    left_out: list[str] = []
+    for file, n, row in table_rows(path):
+        with line_of(file, n):
+            try:
+                line = problem_line(row)
+            except UserError as e:
+                left_out.append(f"{n}: {e}")
+                continue
+            problem = from_row(row if line is None else line | {"id": identity(line["question"])})
+            if problem.id in found and line is None:
                 raise UserError(f"problem {problem.id} is in line {found[problem.id][0]} too; ids should be unique")
-        found[problem.id] = n, problem
+        found.setdefault(problem.id, (n, problem))
+    if left_out:
+        print(f"{path}: {len(left_out)} of {len(left_out) + len(found)} problems left out, the first in row "
+              f"{left_out[0]}", file=sys.stderr)
     if not found:
         raise UserError(f"{path}: no problems in it; `python -m data.prepare` and data/hub.py write such files")
     return [problem for _, problem in found.values()]

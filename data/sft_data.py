@@ -27,7 +27,8 @@ import numpy as np
 import configurator
 from configurator import UserError
 from data.decontaminate import build_index, contaminated
-from data.jsonl import line_of, read_jsonl, write_jsonl
+from data.jsonl import line_of, write_jsonl
+from data.readers import table_rows
 from data.shards import Shards, write_source
 from tokenizer import Tokenizer
 
@@ -164,8 +165,8 @@ def read_samples(path: str | Path) -> list[dict]:
     file cannot be opened.
     """
     samples = []
-    for n, sample in read_jsonl(path, FORM):
-        with line_of(path, n, FORM):
+    for file, n, sample in table_rows(path, FORM):
+        with line_of(file, n, FORM):
             check_turns(sample["messages"])
             if type(sample.get("score", 0.0)) not in (int, float):
                 raise UserError(f"score = {sample['score']!r} should be a number")
@@ -187,13 +188,17 @@ def check_turns(messages: list[dict[str, str]]) -> None:
 
 
 def read_questions(path: str | Path) -> list[str]:
-    """Evaluation questions of a JSONL file: problems ("question") or chats ("messages"). UserError as read_samples."""
+    """
+    Evaluation questions of a file: problems ("question", or "problem", "prompt" or "text" as published sets have them)
+    or chats ("messages"). UserError as read_samples.
+    """
     questions = []
-    for n, row in read_jsonl(path):
-        with line_of(path, n, 'should be JSON with "question" or "messages"'):
-            questions.append(row["question"] if "question" in row else query_of(row))
+    for file, n, row in table_rows(path):
+        with line_of(file, n, 'should be JSON with "question" or "messages"'):
+            column = next((c for c in ("question", "messages", "problem", "prompt", "text") if c in row), "question")
+            questions.append(query_of(row) if column == "messages" else row[column])
             if not isinstance(questions[-1], str):
-                raise UserError(f"question = {questions[-1]!r} is no text")
+                raise UserError(f"{column} = {questions[-1]!r} is no text")
     return questions
 
 
