@@ -3,8 +3,9 @@ The corpus pipeline, from fetched pages to weighted plain-text documents, with a
 
     pages -> URL dedup -> extract -> MinHash dedup -> tag -> rebalance by tags -> decontaminate -> documents by source
 
-The tiny world's crawl and a real one (data/hub.py) go through the same `clean`. The sources are what the stages of
-pre-training mix: web, maths, code, books. Not done, against the report: PDF parsing, language models as taggers.
+This is the tiny world's crawl, in memory; data/build.py takes real corpora of any size through the same steps. The
+sources are what the stages of pre-training mix: web, maths, code, books. Not done, against the report: PDF parsing,
+language models as taggers.
 
     python -m data.corpus --pages=6000          # prints the table of steps; 6 to 10 s on one slow core
 """
@@ -46,8 +47,8 @@ class Config:
 @dataclass
 class Record:
     """One document on its way through the pipeline. The caller gives html or text."""
-    url: str
-    html: str = ""
+    url: str                             # or another name of it
+    html: str | bytes = ""
     text: str = ""
     ref: int = -1                        # the caller's own number for it
     tags: tagging.Tags | None = None     # None until it is tagged
@@ -97,8 +98,8 @@ def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger 
         return kept
 
     first = {}
-    for record in records:
-        first.setdefault(canonical_url(record.url), record)      # over the whole crawl: the first fetch is the one kept
+    for record in records:                       # over the whole crawl: the first fetch is the one kept
+        first.setdefault(canonical_url(record.url) or id(record), record)
     records = step("URL dedup", list(first.values()))
     for record in tqdm(records, desc="extract", unit="page", leave=False, disable=None):
         record.text = record.text or extract(record.html)

@@ -106,8 +106,8 @@ def read_rows(path: str | Path, start: int = 0, end: int | None = None, encoding
     """
     (row number from 1, row) of one file. start, end: of an uncompressed .jsonl file only the lines that begin in these
     bytes; their numbers still count from the start of the file. encoding: of text files, "" = UTF-8 or what a byte
-    order mark says. kind: "" = by the name. UserError when a package is missing, OSError when the file cannot be
-    opened.
+    order mark says. kind: an ending that says how to read, "" = the file's own. UserError when a package is missing,
+    OSError when the file cannot be opened.
     """
     path, kind, n = Path(path), kind or kind_of(path), 0
     damage: tuple = (EOFError, OSError, zlib.error, lzma.LZMAError)
@@ -145,6 +145,21 @@ def table_rows(path: str | Path, hint: str = "") -> Iterator[tuple[str, int, dic
             if isinstance(row, Bad):
                 raise UserError(f"{file}:{n}: {row.why}" + (f"; {hint}" if hint else ""))
             yield str(file), n, row
+
+
+def hub_rows(source: str, split: str, subset: str) -> Iterator[tuple[tuple[str, int], dict]]:
+    """
+    ((name, row number), row) of a data set of the Hugging Face hub, streamed. UserError when there is no such set,
+    subset or split.
+    """
+    if source.startswith((".", "/")) or source.count("/") != 1:
+        raise UserError(f"{source}: no such folder or file, and not a hub name like owner/dataset")
+    datasets = optional("datasets")                         # 375 MB with its dependencies, only for the hub
+    try:
+        rows = datasets.load_dataset(source, subset or None, split=split, streaming=True)
+        yield from (((source, n), row) for n, row in enumerate(rows, 1))
+    except ValueError as e:                                 # no such subset or split
+        raise UserError(f"{source}: {' '.join(str(e).split())}") from None
 
 
 def unpacked(path: Path, raw: BinaryIO) -> BinaryIO:

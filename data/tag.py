@@ -13,6 +13,7 @@ docs/data.md has the accuracies on the tiny world.
 """
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import configurator
 from configurator import UserError
 from data.dedup import mix, word_hashes
-from data.jsonl import line_of, read_jsonl
+from data.jsonl import line_of, read_jsonl, whole_file
 
 DOMAINS = ("encyclopedia", "forum", "maths", "code", "books", "news", "ads", "jobs", "shallow")
 SCORES = ("quality", "depth", "ad")
@@ -128,6 +129,19 @@ def accuracy(tagger: Tagger, texts: list[str], labels: list[Tags]) -> dict[str, 
         error = [abs(getattr(t, s) - getattr(label, s)) for t, label in pairs]
         shares |= {s: np.mean([x == 0 for x in error]), f"{s}±1": np.mean([x <= 1 for x in error])}
     return {k: float(v) for k, v in shares.items()}
+
+
+def save(tagger: Tagger, path: str | Path) -> None:
+    """The weights, for the processes that tag the parts of a corpus."""
+    with whole_file(path, "wb") as f:
+        torch.save(tagger.state_dict(), f)
+
+
+def load(path: str | Path) -> Tagger:
+    """The inverse of save."""
+    tagger = Tagger()
+    tagger.load_state_dict(torch.load(path, weights_only=True))
+    return tagger
 
 
 # ---- from tags to copies --------------------------------------------------------------------------------------------
