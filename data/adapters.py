@@ -336,13 +336,12 @@ ADAPTERS = {
     "qa": qa, "openr1": openr1, "deepmath": deepmath, "dapo": dapo,
     "apps": apps, "taco": apps, "codecontests": codecontests, "livecodebench": livecodebench,
 }
-Place = tuple[str, int]                                      # file, row number from 1
 
 
-def convert(adapter: str, rows: Iterable[tuple[Place, dict | Bad]], counts: Counter, columns: str = "",
-            ) -> Iterator[tuple[Place, Record | Problem | dict | Bad]]:
+def convert(adapter: str, rows: Iterable[tuple[tuple, dict | Bad]], counts: Counter, columns: str = "",
+            ) -> Iterator[tuple[tuple, Record | Problem | dict | Bad]]:
     """
-    Rows with their places -> items of the adapter with their places, without exact repeats of a problem. A row that
+    (place, row) -> (place, item of the adapter), without exact repeats of a problem. A row that
     the adapter cannot use comes out as a Bad in its place. columns: as in `renamed`. counts: "rows", and what was left
     out without fault, by reason. UserError for an unknown adapter.
     """

@@ -36,14 +36,14 @@ from tqdm import tqdm
 
 from configurator import UserError
 from data import tag as tagging
-from data.adapters import Place, convert
+from data.adapters import convert
 from data.corpus import SOURCE_OF, SOURCES, Record, copies, put_tags
 from data.decontaminate import build_index, contaminated
 from data.dedup import band_keys, canonical_url, clusters, shingles, signatures
 from data.extract import extract
 from data.jsonl import read_jsonl, whole_file
 from data.problems import identity
-from data.readers import Bad, hub_rows, listing, needed, read_rows
+from data.readers import Bad, hub_rows, lines_before, listing, needed, read_rows
 from data.sft_data import read_questions
 from data.shards import ShardWriter, read_manifest, write_manifest
 from tokenizer import Tokenizer
@@ -201,9 +201,11 @@ def read_part(work: Path, k: int) -> dict:
         return json.loads(done.read_text(encoding="utf-8"))
     clock, counts, keys, names = time.process_time(), Counter(), [], array("Q")
     with whole_file(work / f"text_{k:05d}.jsonl", "wb") as texts, whole_file(work / f"rejected_{k:05d}.jsonl") as out:
-        def reject(place: Place, why: str) -> None:
+        def reject(place: tuple, why: str) -> None:
+            path, n, *start = place
             counts["rejected"] += 1
-            out.write(json.dumps({"file": place[0], "row": place[1], "reason": why}) + "\n")
+            row = n + sum(lines_before(path, at) for at in start)
+            out.write(json.dumps({"file": path, "row": row, "reason": why}) + "\n")
 
         for batch in batches(documents(work, k, counts, reject)):
             keys.append(band_keys(signatures(shingles([r.text for r in batch]))))
@@ -219,11 +221,11 @@ def read_part(work: Path, k: int) -> dict:
     return result
 
 
-def documents(work: Path, k: int, counts: Counter, reject: Callable[[Place, str], None]) -> Iterator[Record]:
+def documents(work: Path, k: int, counts: Counter, reject: Callable[[tuple, str], None]) -> Iterator[Record]:
     """The documents of part k with their text; what has none is counted, what cannot be read is rejected."""
     job, made = planned(work)
     if Path(job.source).exists():
-        rows = (((path, n), row) for path, start, end in made["parts"][k]
+        rows = (((path, n, start), row) for path, start, end in made["parts"][k]
                 for n, row in read_rows(path, start, end, job.encoding))
     else:
         rows = hub_rows(job.source, job.split, job.subset)
@@ -346,7 +348,7 @@ def write_part(work: Path, k: int) -> dict:
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
         for batch in batches(kept(work, k)):
-            hit = contaminated([r.text for r in batch], index)
+            hit = contaminated([r.text for r in batch], index) if index else np.zeros(len(batch), bool)
             batch = [r for r, bad in zip(batch, hit, strict=True) if not bad]
             counts["contaminated"] += int(hit.sum())
             put_tags(batch, tagger, None)
@@ -398,7 +400,10 @@ def finish(work: Path, append: bool = False) -> str:
     if not any(w["shards"] for w in wrote):
         raise UserError(f"{job.source}: nothing is left to write: {summary(total) or 'there is no row'}"
                         + (f"; what was rejected is in {work}" if total["rejected"] else ""))
-    with whole_file(out / f"{job.name}.rejected.jsonl", "wb") as f:
+    reasons = out / f"{job.name}.rejected.jsonl"
+    old = reasons.read_bytes() if append and reasons.is_file() else b""
+    with whole_file(reasons, "wb") as f:
+        f.write(old)
         for path in made["unread"]:
             row = {"file": path, "row": 0, "reason": f"no reader for {os.path.splitext(path)[1] or 'such a name'}"}
             f.write(json.dumps(row).encode() + b"\n")
@@ -435,7 +440,7 @@ def finish(work: Path, append: bool = False) -> str:
     if made["unread"] or total["rejected"]:
         endings = Counter(os.path.splitext(p)[1] or Path(p).name for p in made["unread"])
         unread = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(8))
-        lines.append(f"{out / job.name}.rejected.jsonl: {total['rejected']:,} rows rejected; files not read: "
+        lines.append(f"{reasons}: {total['rejected']:,} rows rejected; files not read: "
                      f"{unread or 'none'}")
     shutil.rmtree(work)
     return "\n".join(lines)

@@ -19,7 +19,7 @@ so LiveCodeBench and TACO load from their data files: give a folder.
 """
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -115,14 +115,16 @@ def line(item: Record | Problem | dict) -> dict | Bad:
     return asdict(item) if isinstance(item, Problem) else item
 
 
+def job_of(cfg: Config) -> build.Job:
+    """What of the configuration decides the shards."""
+    return build.Job(**{f.name: getattr(cfg, f.name) for f in fields(build.Job)})
+
+
 def main(cfg: Config) -> None:
     if not cfg.tokenizer:
         write_items(cfg)
         return
-    if cfg.append and cfg.limit:
-        raise UserError("append and limit: take one of them")
-    job = build.Job(**{name: getattr(cfg, name) for name in build.Job.__dataclass_fields__})
-    print(build.run(job, cfg.workers, cfg.replace, cfg.append))
+    print(build.run(job_of(cfg), cfg.workers, cfg.replace, cfg.append))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
@@ -105,9 +106,9 @@ def read_rows(path: str | Path, start: int = 0, end: int | None = None, encoding
               ) -> Iterator[tuple[int, dict | Bad]]:
     """
     (row number from 1, row) of one file. start, end: of an uncompressed .jsonl file only the lines that begin in these
-    bytes; their numbers still count from the start of the file. encoding: of text files, "" = UTF-8 or what a byte
-    order mark says. kind: an ending that says how to read, "" = the file's own. UserError when a package is missing,
-    OSError when the file cannot be opened.
+    bytes, counted from there; lines_before says how many there are before. encoding: of text files, "" = UTF-8 or what
+    a byte order mark says. kind: an ending that says how to read, "" = the file's own. UserError when a package is
+    missing, OSError when the file cannot be opened.
     """
     path, kind, n = Path(path), kind or kind_of(path), 0
     damage: tuple = (EOFError, OSError, zlib.error, lzma.LZMAError)
@@ -120,7 +121,6 @@ def read_rows(path: str | Path, start: int = 0, end: int | None = None, encoding
                 rows = parquet_rows(path)
             elif kind in (".jsonl", ".ndjson"):
                 rows = jsonl_rows(unpacked(path, raw), start, end)
-                n = lines_before(path, start) if start else 0
             else:                                            # fastwarc unpacks by itself, up to where a file is cut off
                 file = raw if kind == ".warc" and path.suffix in (".gz", ".zst") else unpacked(path, raw)
                 rows = reader(path, file) if reader else file_row(path, file, encoding)
@@ -170,12 +170,13 @@ def unpacked(path: Path, raw: BinaryIO) -> BinaryIO:
     return opener(raw, "rb") if opener else raw
 
 
-def lines_before(path: Path, at: int) -> int:
-    """Line ends in the first `at` bytes of a file."""
-    n = 0
+@lru_cache(maxsize=64)
+def lines_before(path: str | Path, at: int) -> int:
+    """How many lines of a file begin before byte `at`."""
+    n, left = int(at > 0), at - 1
     with open(path, "rb") as f:
-        while at > 0 and (block := f.read(min(at, 1 << 22))):
-            n, at = n + block.count(b"\n"), at - len(block)
+        while left > 0 and (block := f.read(min(left, 1 << 22))):
+            n, left = n + block.count(b"\n"), left - len(block)
     return n
 
 
