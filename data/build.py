@@ -84,25 +84,25 @@ class Job:
 def run(job: Job, workers: int = 1, replace: bool = False, append: bool = False) -> str:
     """All steps. replace, append: what happens to a source that is there. -> the table of steps. UserError."""
     work, parts = plan(job, replace, append)
-    each_part(read_part, work, parts, workers, "read", job)
-    dedup(work)
-    each_part(write_part, work, parts, workers, "write", job)
+    with ExitStack() as stack:
+        each = map
+        if workers > 1 and parts > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(min(workers, parts)))
+            each = pool.imap_unordered
+        each_part(each, read_part, work, parts, "read", job.max_rejected)
+        dedup(work)
+        each_part(each, write_part, work, parts, "write", job.max_rejected)
     return finish(work, append)
 
 
-def each_part(step: Callable[[Path, int], dict], work: Path, parts: int, workers: int, name: str, job: Job) -> None:
-    """A step on all parts, in `workers` processes. UserError as soon as too much is rejected."""
+def each_part(each: Callable, step: Callable[[Path, int], dict], work: Path, parts: int, name: str,
+              max_rejected: float) -> None:
+    """A step on all parts; each: map, or that of a pool. UserError as soon as too much is rejected."""
     total = Counter()
-    with ExitStack() as stack:
-        jobs = [(step, work, k) for k in range(parts)]
-        if workers > 1 and parts > 1:
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(min(workers, parts)))
-            done = pool.imap_unordered(call, jobs)
-        else:
-            done = map(call, jobs)
-        for counts in tqdm(done, total=parts, desc=name, unit="part", leave=False, disable=None):
-            total.update({k: v for k, v in counts.items() if isinstance(v, int)})
-            check_rejected(work, total, job.max_rejected, least=1000)
+    done = each(call, [(step, work, k) for k in range(parts)])
+    for counts in tqdm(done, total=parts, desc=name, unit="part", leave=False, disable=None):
+        total.update({k: v for k, v in counts.items() if isinstance(v, int)})
+        check_rejected(work, total, max_rejected, least=1000)
 
 
 def call(job: tuple) -> dict:

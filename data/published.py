@@ -162,7 +162,10 @@ def as_call(node: ast.expr) -> ast.Call:
 
 
 def value(node: ast.expr) -> Any:
-    """The value of a literal, or of + - * / over literal numbers. ValueError for anything else."""
+    """The value of a literal, in which numbers may be joined by + - * /. ValueError for anything else."""
+    if isinstance(node, (ast.List, ast.Tuple)):
+        items = [value(item) for item in node.elts]
+        return items if isinstance(node, ast.List) else tuple(items)
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.Div)):
         a, b = value(node.left), value(node.right)
         if type(a) in (int, float) and type(b) in (int, float):

@@ -1,21 +1,20 @@
-"""
-Each adapter on a few hand-made rows with the columns of its dataset card; readers of every kind of file; hostile
-pickles.
-"""
+"""Each adapter on a few hand-made rows with the columns of its dataset card; hostile pickles; the command."""
 import base64
 import gzip
 import json
 import pickle
 import zlib
-from itertools import islice
+from collections import Counter
 
 import pytest
 
 import configurator
 from configurator import UserError
-from data import hub
+from data import adapters, hub, train_bpe
 from data.jsonl import whole_file
 from data.problems import Problem, read_problems, write_problems
+from data.readers import Bad, read_rows
+from tokenizer import TINY, Tokenizer
 
 
 def write(path, rows):
@@ -25,17 +24,19 @@ def write(path, rows):
     return path
 
 
-def made(adapter, rows, tmp_path=None):
-    """The adapter's items, through a real file where a folder is given."""
+def made(adapter, rows, tmp_path=None, columns="", counts=None):
+    """The adapter's items, through a real file where a folder is given; ValueError for the first bad row."""
+    counts = Counter() if counts is None else counts
     if tmp_path is not None:
-        write(tmp_path / "rows.jsonl", rows)
-        rows = hub.rows(str(tmp_path))
-    return list(hub.convert(adapter, rows, {}))
-
-
-def records(folder, limit=None):
-    """Documents of a folder."""
-    return list(islice(hub.convert("text", hub.rows(str(folder)), {}), limit))
+        places = read_rows(write(tmp_path / "rows.jsonl", rows))
+    else:
+        places = enumerate(rows, 1)
+    items = []
+    for n, item in adapters.convert(adapter, places, counts, columns):
+        if isinstance(item, Bad):
+            raise ValueError(f"row {n}: {item.why}")
+        items.append(item)
+    return items
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -64,49 +65,10 @@ def test_documents(tmp_path):
     got = made("text", [fineweb, stack, page, {"text": ""}], tmp_path)
     assert [(r.url, r.text, r.html) for r in got] == [("http://a.org", "Hello", ""), ("a.py", "print(1)", ""),
                                                       ("http://b.org", "", "<p>hi</p>")]
-    with pytest.raises(ValueError, match="row 1: row needs text, html or content; columns: body"):
-        made("fineweb_edu", [{"body": "x"}])
-
-
-def test_every_file_kind_in_path_order(tmp_path):
-    write(tmp_path / "b.jsonl.gz", [{"text": "2"}])
-    write(tmp_path / "a.jsonl", [{"text": "1"}])
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "c.txt").write_bytes(b"caf\xc3\xa9 \xff")
-    (tmp_path / "sub" / "d.html").write_text("<p>4</p>")
-    (tmp_path / "README.md").write_text("not read")
-    got = records(tmp_path)
-    assert [r.text or r.html for r in got] == ["1", "2", "café \ufffd", "<p>4</p>"]
-    assert len(records(tmp_path, limit=2)) == 2
-
-
-def test_zst_and_parquet(tmp_path):
-    zstandard, pa = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "1"}\n{"text": "2"}'))
-    pq.write_table(pa.Table.from_pylist([{"text": "3", "url": "u"}, {"text": "4", "url": "v"}]), tmp_path / "b.parquet")
-    assert [r.text for r in records(tmp_path)] == ["1", "2", "3", "4"]
-    (tmp_path / "a.jsonl.zst").write_bytes(b"not zst")
-    with pytest.raises(UserError, match="a.jsonl.zst: cut off or damaged"):
-        records(tmp_path)
-    with pytest.raises(UserError, match="b.parquet: damaged"):
-        (tmp_path / "b.parquet").write_bytes(b"not parquet")
-        list(hub.rows(str(tmp_path / "b.parquet")))
-
-
-def test_missing_and_broken_sources(tmp_path):
-    with pytest.raises(UserError, match="no file that ends in"):
-        list(hub.rows(str(tmp_path)))
-    with pytest.raises(UserError, match="no such folder"):
-        list(hub.rows("/no/such/folder"))
-    (tmp_path / "a.jsonl").write_text('{"text": "1"}\n{oops')
-    with pytest.raises(ValueError, match="a.jsonl:2: not JSON"):
-        list(hub.rows(str(tmp_path)))
-    (tmp_path / "a.jsonl").write_text("[1]")
-    with pytest.raises(ValueError, match=":1: a list where a JSON object should be"):
-        list(hub.rows(str(tmp_path)))
-    with pytest.raises(ValueError, match="must be one of apps"):
-        made("nonsense", [])
+    with pytest.raises(ValueError, match="row 1: adapter text: row needs text, html or content; columns: body"):
+        made("text", [{"body": "x"}])
+    with pytest.raises(ValueError, match="text should be text, is list"):
+        made("fineweb_edu", [{"text": ["a"]}])
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------
@@ -140,6 +102,31 @@ def test_deepmath_both_ways(tmp_path):
     assert (p.answer, p.level, p.kind) == ("\\frac{1}{2}", 5, "maths")
 
 
+def test_chats_in_every_form(tmp_path):
+    """ShareGPT, OpenAI's messages, Alpaca with and without input, plain rows; columns of other names."""
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "1+1?"},
+             {"from": "gpt", "value": "<think>two</think>2"}, {"from": "human", "value": "sure?"}]
+    (got,) = made("sharegpt", [{"id": "x", "conversations": turns}], tmp_path)
+    assert [m["role"] for m in got["messages"]] == ["system", "user", "assistant", "user"]
+    assert got["messages"][2]["content"] == "<think>\ntwo\n</think>\n\n2"
+    form = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert made("chat", [{"messages": form}])[0]["messages"] == form
+    assert made("chat", [{"messages": form[:1]}]) == []
+    with pytest.raises(ValueError, match="turn 0 from 'robot': should be from user, human"):
+        made("sharegpt", [{"conversations": [{"from": "robot", "value": "x"}]}])
+    a, b = made("alpaca", [{"instruction": "Add.", "input": "1 2", "output": "3"},
+                           {"instruction": "Hi", "input": "", "output": "Ho"}])
+    assert a["messages"][0]["content"] == "Add.\n\n1 2" and b["messages"] == [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    (c,) = made("qa_sft", [{"task": "q", "meta": {"gold": "a", "why": "w"}}],
+                columns="question=task,answer=meta.gold,reasoning=meta.why")
+    assert c["messages"][1]["content"] == "<think>\nw\n</think>\n\na"
+    with pytest.raises(ValueError, match="--columns names 'meta.gold'; columns: task"):
+        made("qa_sft", [{"task": "q"}], columns="question=task,answer=meta.gold")
+    with pytest.raises(UserError, match="should be OURS=THEIRS"):
+        made("qa_sft", [], columns="question")
+
+
 # ---- maths problems -------------------------------------------------------------------------------------------------
 
 def test_proofs_and_choices_go_answers_stay_as_they_are():
@@ -151,9 +138,16 @@ def test_proofs_and_choices_go_answers_stay_as_they_are():
             base | {"problem": "Which one?", "answer": "B"},
             base | {"problem": "What is it?", "answer": "x", "question_type": "MCQ"},
             base | {"problem": "No answer?", "answer": None}, base | {"problem": "  find  X. ", "answer": "\\sqrt{2}"}]
-    dropped = {}
-    (p,) = hub.convert("openr1", rows, dropped)
-    assert p.answer == "\\sqrt{2}" and dropped == {"filtered": 5, "repeat": 1}
+    counts = Counter()
+    (p,) = made("openr1", rows, counts=counts)
+    assert p.answer == "\\sqrt{2}" and counts == {"rows": 7, "filtered": 5, "repeat": 1}
+
+
+def test_plain_questions(tmp_path):
+    (p,) = made("qa", [{"question": "What is 6 * 7?", "answer": 42, "level": 2}], tmp_path)
+    assert (p.answer, p.level, p.kind) == ("42", 2, "maths")
+    with pytest.raises(ValueError, match="GSM8K's column with the steps, use the adapter gsm8k"):
+        made("qa", [{"question": "q", "answer": "steps\n#### 42"}])
 
 
 def test_dapo_template_and_hundredfold_repeats(tmp_path):
@@ -219,14 +213,14 @@ class Bomb:
 def test_hostile_pickle_is_refused(capsys):
     """A pickle that names any class or function is refused before it runs; so is one that unpacks to too much."""
     with pytest.raises(ValueError, match="refused"):
-        hub.unpack_tests(pack(Bomb()))
+        adapters.unpack_tests(pack(Bomb()))
     assert capsys.readouterr().out == ""
-    old, hub.MAX_BYTES = hub.MAX_BYTES, 1000
+    old, adapters.MAX_BYTES = adapters.MAX_BYTES, 1000
     try:
         with pytest.raises(ValueError, match="larger than"):
-            hub.unpack_tests(pack("x" * 100_000))
+            adapters.unpack_tests(pack("x" * 100_000))
     finally:
-        hub.MAX_BYTES = old
+        adapters.MAX_BYTES = old
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -242,11 +236,33 @@ def test_command_writes_what_the_recipe_reads(tmp_path, capsys):
     write(tmp_path / "in" / "a.jsonl", [row, row])
     call("dapo", tmp_path / "in", tmp_path / "out.jsonl")
     assert [p.answer for p in read_problems(tmp_path / "out.jsonl")] == ["2"]
-    assert "1 written, 1 repeat" in capsys.readouterr().out
+    assert "1 written, left out: repeat 1" in capsys.readouterr().out
+    with pytest.raises(UserError, match="out.jsonl is there already: --replace writes it anew"):
+        call("dapo", tmp_path / "in", tmp_path / "out.jsonl")
     write(tmp_path / "in" / "a.jsonl", [{"prompt": "text"}])
-    with pytest.raises(UserError, match=r"adapter dapo, row 1: row needs 'prompt'"):
+    with pytest.raises(UserError, match=r"nothing left.*rejected 1; .*a.jsonl:1: adapter dapo: row needs 'prompt'"):
         call("dapo", tmp_path / "in", tmp_path / "other.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.jsonl"]
+    with pytest.raises(ValueError, match="must be one of alpaca"):
+        call("nonsense", tmp_path / "in", tmp_path / "other.jsonl")
+    with pytest.raises(UserError, match="no such folder or file, and not a hub name"):
+        call("text", "/no/such/folder", tmp_path / "other.jsonl")
+
+
+def test_bad_rows_are_named_and_the_others_written(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text('{"text": "1"}\n{oops\n{"body": 2}\n{"text": "4"}\n')
+    (tmp_path / "in/b.html").write_bytes("<p>Straße</p>".encode())
+    (tmp_path / "in/c.exe").write_bytes(b"x")
+    call("text", tmp_path / "in", tmp_path / "out.jsonl")
+    assert [json.loads(x)["text"] for x in (tmp_path / "out.jsonl").read_text().splitlines()] == ["1", "4", "Straße"]
+    rows = [json.loads(x) for x in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
+    assert [(row["file"][-7:], row["row"]) for row in rows] == [("n/c.exe", 0), ("a.jsonl", 2), ("a.jsonl", 3)]
+    assert "3 written, left out: rejected 2; 1 files not read; see" in capsys.readouterr().out
+    write(tmp_path / "many.jsonl", [{"text": "x"}] * 50 + [{"body": "x"}] * 10)
+    with pytest.raises(UserError, match=r"10 of 60 rows rejected.*the first: .*many.jsonl:51: adapter text: row needs"):
+        call("text", tmp_path / "many.jsonl", tmp_path / "b.jsonl")
+    assert not list(tmp_path.glob("b.*"))
 
 
 def test_command_writes_shards(tmp_path, capsys):
@@ -258,10 +274,31 @@ def test_command_writes_shards(tmp_path, capsys):
     write(tmp_path / "in" / "a.jsonl", rows)
     write_problems(tmp_path / "test.jsonl", [Problem("0" * 16, "maths", "What is 17 + 25?", answer="42")])
     call("text", tmp_path / "in", tmp_path / "shards", "--tokenizer=tiny", "--name=maths",
-         f"--heldout={tmp_path / 'test.jsonl'}")
+         f"--heldout={tmp_path / 'test.jsonl'}", "--valid_share=0")
     info = json.loads((tmp_path / "shards" / "maths.json").read_text())
     assert info["documents"] == 2
     with pytest.raises(UserError, match="limit = 0 should be at least 1"):
         call("text", tmp_path / "in", tmp_path / "o.jsonl", "--limit=0")
-    with pytest.raises(UserError, match="no documents to write"):
+    with pytest.raises(UserError, match="nothing is left to write: filtered 1"):
         call("text", write(tmp_path / "none.jsonl", [{"text": ""}]), tmp_path / "s2", "--tokenizer=tiny")
+
+
+def test_own_tokenizer(tmp_path, capsys):
+    """From a folder to shards in two commands; the embedded one stays as it is; a second one is not written over it."""
+    pytest.importorskip("tokenizers")
+    (tmp_path / "in").mkdir()
+    text = " ".join(f"the {a}{b} of {b}{a} and the {b}" for a in ("mill", "town", "river") for b in "abcdefgh")
+    write(tmp_path / "in" / "a.jsonl", [{"text": f"{text} é 12"}, {"body": 1}])
+    (tmp_path / "in/b.html").write_text(f"<p>{text}</p>")
+    before = TINY.read_bytes()
+    words = [str(tmp_path / "in"), str(tmp_path / "tok")]
+    train_bpe.main(configurator.load(train_bpe.Config, [*words, "--vocab_size=300"]))
+    tokenizer = Tokenizer.load(tmp_path / "tok")
+    assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode("é the town 7")) == "é the town 7"
+    assert "300 ids from 2 texts" in capsys.readouterr().out and TINY.read_bytes() == before
+    call("text", tmp_path / "in", tmp_path / "data", f"--tokenizer={tmp_path / 'tok'}", "--valid_share=0")
+    assert json.loads((tmp_path / "data/web.json").read_text())["tokenizer"] == tokenizer.fingerprint
+    with pytest.raises(UserError, match="a tokenizer is there already"):
+        train_bpe.main(configurator.load(train_bpe.Config, [*words, "--vocab_size=300"]))
+    with pytest.raises(UserError, match="give more, and more varied, text"):
+        train_bpe.main(configurator.load(train_bpe.Config, [words[0], str(tmp_path / "t2"), "--vocab_size=9000"]))

@@ -101,6 +101,20 @@ def flip(path, at):
     path.write_bytes(bytes(data))
 
 
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """300 shards with 150 descriptors allowed: the default of Linux is 1,024, MiMo's corpus would have 88,602 shards."""
+    resource = pytest.importorskip("resource")
+    documents = make(tmp_path, "a", 300, shard_tokens=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(150, soft), hard))
+    try:
+        stream = Stream(Shards(tmp_path, "a"), seed=0)
+        ids, docs = stream.take(0, stream.n_tokens)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sorted(ids.tolist()) == sorted(i for d in documents for i in d) and docs[-1] == 299
+
+
 # ---- one batch ---------------------------------------------------------------------------------------------
 
 def test_make_batch_by_hand():

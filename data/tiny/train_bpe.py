@@ -6,44 +6,23 @@ same kind of BPE with the same split pattern (tokenizer.py), trained with the pa
 dependency only. The result is committed. Run this again only when the tiny world's language changes: checkpoints that
 were made with the old file become unreadable.
 
-    python -m data.tiny.train_bpe                           # from the tiny world, 30 s; characters per token by kind
-    python -m data.tiny.train_bpe --files="['notes.txt']"   # from any text files
+    python -m data.tiny.train_bpe       # 30 s; characters per token by kind
+
+data/train_bpe.py makes a tokenizer from your own text.
 """
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import configurator
-from configurator import UserError
 from data import problems as form
 from data.corpus import build
 from data.tiny import code, maths
-from tokenizer import PATTERN, TINY, U2B, Tokenizer, merges_of, write_tiktoken
+from data.train_bpe import train
+from tokenizer import TINY, Tokenizer, write_tiktoken
 
 
 @dataclass(frozen=True)
 class Config:
-    files: list[str] = ()                 # text files, UTF-8; none = the tiny world
-
-
-def train(texts: Iterable[str], n_ranks: int = 1021) -> dict[bytes, int]:
-    """texts -> ranks: bytes of a token -> its id, exactly n_ranks of them. UserError if the text is too small."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as HF
-    bpe = HF(models.BPE())
-    bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
-    # the pattern that tiktoken gets too; the usual default, Digits + ByteLevel, splits differently
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=n_ranks, min_frequency=2, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    ranks = {bytes(map(U2B.__getitem__, t)): i for t, i in bpe.get_vocab().items()}
-    if len(ranks) != n_ranks:
-        raise UserError(f"only {len(ranks)} tokens of {n_ranks} found: give more, and more varied, text")
-    merges_of(ranks)                      # raises unless tiktoken and Hugging Face agree on these ranks
-    return ranks
+    pass
 
 
 def tiny_world() -> dict[str, list[str]]:
@@ -70,7 +49,7 @@ def tiny_world() -> dict[str, list[str]]:
 
 
 def main(cfg: Config) -> None:
-    kinds = {f: [Path(f).read_text(encoding="utf-8")] for f in cfg.files} if cfg.files else tiny_world()
+    kinds = tiny_world()
     write_tiktoken(TINY, train(t for texts in kinds.values() for t in texts))
     tokenizer = Tokenizer.load("tiny")
     for kind, texts in kinds.items():
