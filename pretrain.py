@@ -207,8 +207,8 @@ def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoade
             "Hugging Face hub; --tokenizer=DIR names another folder")
     if not Path(cfg.data).is_dir():
         missing[f"token shards in {cfg.data!r}"] = (
-            "`python -m data.prepare` makes those of the tiny world in out/tiny/data; docs/data.md says how to make\n"
-            "them from your own text; --data=DIR names another folder")
+            "`python -m data.prepare` makes those of the tiny world in out/tiny/data; docs/your_data.md says how to\n"
+            "make them from your own text; --data=DIR names another folder")
     if missing:
         print("This run needs what is not here yet:", *(f"  {what}\n{textwrap.indent(how, '      ')}"
                                                         for what, how in missing.items()),

@@ -377,7 +377,7 @@ def convert(adapter: str, rows: Iterable[tuple[tuple, dict | Bad]], counts: Coun
 
 
 def column_map(columns: str) -> dict[str, list[str]]:
-    """"question=problem,answer=meta.gold" -> {"question": ["problem"], "answer": ["meta", "gold"]}. UserError."""
+    """question=problem,answer=meta.gold -> {"question": ["problem"], "answer": ["meta", "gold"]}. UserError."""
     pairs = [part.partition("=") for part in columns.split(",") if part.strip()]
     if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
         raise UserError(f"columns = {columns!r} should be OURS=THEIRS,OURS=THEIRS; a dot goes into an object")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import configurator
 from configurator import UserError
-from data import build
+from data import build, trove
 from data.adapters import convert
 from data.corpus import Record
 from data.jsonl import whole_file
@@ -54,10 +54,17 @@ class Config:
     valid_share: float = 0.01             # shards: share of the documents that go to OUT/valid, for the validation loss
     labels: str = ""                      # JSONL of a teacher's labels: a tagger sorts and re-weights the documents
     heldout: str = ""                     # questions that no document may hold: problems or chats
-    workers: int = 1                      # shards: processes
+    workers: int = 1                      # shards: processes of this machine at a time
+    tasks: int = 0                        # shards: tasks for datatrove (data/trove.py), 0 = without it
+    slurm_partition: str = ""             # with tasks: Slurm's name of the machines, "" = processes on this one
+    slurm_time: str = "20:00:00"          # limit of a Slurm job
+    memory_gb: int = 4                    # of a Slurm job
+    dedup_memory_gb: int = 64             # of the Slurm job that deduplicates: 100 to 500 bytes a document
 
     def __post_init__(self):
-        configurator.at_least(self, 1, "workers", *(["limit"] if self.limit is not None else []))
+        configurator.at_least(self, 0, "tasks")
+        configurator.at_least(self, 1, "workers", "memory_gb", "dedup_memory_gb",
+                              *(["limit"] if self.limit is not None else []))
         for name in ("max_rejected", "valid_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} = {getattr(self, name)} should be in [0, 1]")
@@ -124,7 +131,12 @@ def main(cfg: Config) -> None:
     if not cfg.tokenizer:
         write_items(cfg)
         return
-    print(build.run(job_of(cfg), cfg.workers, cfg.replace, cfg.append))
+    if cfg.tasks:
+        slurm = {"partition": cfg.slurm_partition, "time": cfg.slurm_time, "memory_gb": cfg.memory_gb,
+                 "dedup_memory_gb": cfg.dedup_memory_gb}
+        trove.run(job_of(cfg), cfg.replace, cfg.append, cfg.tasks, cfg.workers, slurm)
+    else:
+        print(build.run(job_of(cfg), cfg.workers, cfg.replace, cfg.append))
 
 
 if __name__ == "__main__":

@@ -1,37 +1,20 @@
 """
 The steps of data/build.py under datatrove's executors: for a corpus beyond one machine (report section 2.1).
 
-    python -m data.trove text CRAWL /shared/web --tokenizer=MiMo-7B-Base --name=web --tasks=64 --workers=16
-    python -m data.trove text CRAWL /shared/web --tokenizer=MiMo-7B-Base --tasks=2000 --slurm_partition=cpu
+    python -m data.hub text CRAWL /shared/web --tokenizer=MiMo-7B-Base --name=web --tasks=64 --workers=16
+    python -m data.hub text CRAWL /shared/web --tokenizer=MiMo-7B-Base --tasks=2000 --slurm_partition=cpu
 
 datatrove (pip install datatrove) starts the tasks, on this machine or as arrays of Slurm jobs, waits for a step before
 it starts the next, and keeps logs in OUT/NAME.logs. A task does the parts rank, rank + tasks, rank + 2 tasks ... of a
 step; after a failure the same command does what is missing. All machines have to see OUT and the source under the same
-path. The shards are those of `python -m data.hub` byte for byte, whatever the number of tasks. Not run on a real Slurm
+path. The shards are those of a run without --tasks byte for byte, whatever the number of tasks. Not run on a real Slurm
 cluster here.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import configurator
-from configurator import UserError
-from data import build, hub
+from data import build
 from data.readers import optional
-
-
-@dataclass(frozen=True)
-class Config(hub.Config):
-    tokenizer: str = "tiny"               # "tiny" or a folder with tokenizer files
-    tasks: int = 8                        # tasks of the parallel steps
-    slurm_partition: str = ""             # Slurm's name of the machines; "" = processes on this one
-    slurm_time: str = "20:00:00"          # limit of a Slurm job
-    memory_gb: int = 4                    # of a Slurm job; the dedup step gets dedup_memory_gb
-    dedup_memory_gb: int = 64             # 100 bytes a document, up to 500
-
-    def __post_init__(self):
-        super().__post_init__()
-        configurator.at_least(self, 1, "tasks", "memory_gb", "dedup_memory_gb")
 
 
 def parts_of(step: Callable[[Path, int], dict], work: Path, parts: int) -> Callable:
@@ -51,35 +34,26 @@ def once(step: Callable, *arguments: object) -> Callable:
     return run
 
 
-def executors(cfg: Config) -> list:
-    """The four steps, each depending on the one before it."""
-    job = hub.job_of(cfg)
-    work, parts = build.plan(job, cfg.replace, cfg.append)
-    tasks = min(cfg.tasks, parts)
-    steps = [("read", parts_of(build.read_part, work, parts), tasks, cfg.memory_gb),
-             ("dedup", once(build.dedup, work), 1, cfg.dedup_memory_gb),
-             ("write", parts_of(build.write_part, work, parts), tasks, cfg.memory_gb),
-             ("finish", once(build.finish, work, cfg.append), 1, cfg.memory_gb)]
-    made: list = []
-    for name, step, n, memory in steps:
+def run(job: build.Job, replace: bool, append: bool, tasks: int, workers: int, slurm: dict) -> None:
+    """
+    The four steps, each depending on the one before it. workers: processes of this machine at a time; slurm: time,
+    partition, memory_gb and dedup_memory_gb of the jobs, with an empty partition none are used.
+    """
+    module = f"datatrove.executor.{'slurm' if slurm['partition'] else 'local'}"
+    executors = optional(module)
+    work, parts = build.plan(job, replace, append)
+    tasks, last = min(tasks, parts), None
+    for name, step, n in (("read", parts_of(build.read_part, work, parts), tasks),
+                          ("dedup", once(build.dedup, work), 1),
+                          ("write", parts_of(build.write_part, work, parts), tasks),
+                          ("finish", once(build.finish, work, append), 1)):
         # what is done is known from the work folder; datatrove's own marks would outlive it
-        common = {"pipeline": [step], "tasks": n, "logging_dir": f"{cfg.out}/{cfg.name}.logs/{name}",
-                  "skip_completed": False, "depends": made[-1] if made else None}
-        if cfg.slurm_partition:
-            slurm = optional("datatrove.executor.slurm", "datatrove")
-            made.append(slurm.SlurmPipelineExecutor(time=cfg.slurm_time, partition=cfg.slurm_partition, job_name=name,
-                                                    mem_per_cpu_gb=memory, **common))
+        common = {"pipeline": [step], "tasks": n, "logging_dir": f"{job.out}/{job.name}.logs/{name}",
+                  "skip_completed": False, "depends": last}
+        if slurm["partition"]:
+            memory = slurm["dedup_memory_gb" if name == "dedup" else "memory_gb"]
+            last = executors.SlurmPipelineExecutor(time=slurm["time"], partition=slurm["partition"], job_name=name,
+                                                   mem_per_cpu_gb=memory, **common)
         else:
-            local = optional("datatrove.executor.local", "datatrove")
-            made.append(local.LocalPipelineExecutor(workers=min(n, cfg.workers), **common))
-    return made
-
-
-def main(cfg: Config) -> None:
-    if not cfg.tokenizer:
-        raise UserError("tokenizer is empty: shards need one")
-    executors(cfg)[-1].run()                                 # runs what it depends on first
-
-
-if __name__ == "__main__":
-    configurator.run(main, Config)
+            last = executors.LocalPipelineExecutor(workers=min(n, workers), **common)
+    last.run()                                               # what it depends on runs first

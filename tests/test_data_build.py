@@ -116,8 +116,7 @@ def test_datatrove_gives_the_same_bytes(crawl, tmp_path):
     pytest.importorskip("datatrove")
     command(crawl, tmp_path / "a")
     for again in ([], ["--replace"]):
-        trove.main(configurator.load(trove.Config, ["text", str(crawl), str(tmp_path / "b"), "--tasks=3",
-                                                    "--workers=2", *again]))
+        command(crawl, tmp_path / "b", "--tasks=3", "--workers=2", *again)
         assert checksums(tmp_path / "b") == checksums(tmp_path / "a")
 
 

@@ -102,7 +102,7 @@ def flip(path, at):
 
 
 def test_more_shards_than_files_may_be_open(tmp_path):
-    """300 shards with 150 descriptors allowed: the default of Linux is 1,024, MiMo's corpus would have 88,602 shards."""
+    """300 shards with 150 descriptors allowed: Linux allows 1,024, MiMo's corpus would have 88,602 shards."""
     resource = pytest.importorskip("resource")
     documents = make(tmp_path, "a", 300, shard_tokens=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
