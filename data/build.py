@@ -12,7 +12,7 @@ From files to token shards, for corpora that are larger than memory (report sect
 OUT/NAME.work and is not done twice: a run that was killed goes on where it was when the same command is given again.
 
 Memory: a process holds a batch of documents, 8 MiB of text, and 136 bytes for each document of its part. `dedup` holds
-100 bytes for each document of the corpus, and up to 400 more for each that shares a band key with another
+80 bytes for each document of the corpus, and up to 770 more for one that shares its band keys with another
 (data/dedup.py). The work folder needs as much disk as the extracted text and the shards together. data/hub.py is the
 command.
 """

@@ -15,6 +15,7 @@ Thai, Lao, Burmese, Khmer) count every character as a word.
 """
 import hashlib
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -171,7 +172,7 @@ def clusters(bands: Iterable[np.ndarray], shingles_of: Callable[[int], np.ndarra
     bucket remembers the kept document of each of its members, so that a chain of copies finds its first one. Blind to
     quality, as in the report; the re-weighting by tags after it is not.
 
-    Memory: 25 bytes a document, and up to 400 more for each document that shares a bucket with another one.
+    Memory: 53 bytes a document, and up to 770 more for one that shares all of its buckets with another.
     """
     documents, buckets, total = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
     for keys in bands if n else ():
@@ -179,22 +180,24 @@ def clusters(bands: Iterable[np.ndarray], shingles_of: Callable[[int], np.ndarra
         same = keys[order][1:] == keys[order][:-1]           # [n - 1]: a document and the next have one key
         shared = np.append(same, False)
         shared[1:] |= same                                   # buckets of one document are left out
-        number = np.cumsum(np.append(True, ~same)) + total   # of the bucket
+        number = np.cumsum(np.append(True, ~same)[shared]) + total - 1      # of the bucket
         documents.append(order[shared])
-        buckets.append(number[shared])
-        total += n
+        buckets.append(number)
+        total = int(number[-1]) + 1 if len(number) else total
     document, bucket = np.concatenate(documents), np.concatenate(buckets)
     order = np.argsort(document, kind="stable")
     document, bucket = document[order], bucket[order]
     ends = np.flatnonzero(np.append(document[1:] != document[:-1], [True] * (len(document) > 0))) + 1
-    root, known, start = np.arange(n), {}, 0                 # known: bucket -> kept documents
+    # what a bucket knows: the first kept document, and a list of the others where there are any
+    root, first, others, start = np.arange(n), array("q", [-1]) * total, {}, 0
     for end in ends.tolist():
         i, mine, start = int(document[start]), bucket[start:end].tolist(), end
-        near = Counter(k for b in mine for k in known.get(b, ()))
+        near = Counter(k for b in mine if first[b] >= 0 for k in (first[b], *others.get(b, ())))
         own = shingles_of(i) if near else None
-        root[i] = next((k for k, _ in near.most_common(CHECKS) if jaccard(shingles_of(k), own) >= THRESHOLD), i)
+        root[i] = kept = next((k for k, _ in near.most_common(CHECKS) if jaccard(shingles_of(k), own) >= THRESHOLD), i)
         for b in mine:
-            kept = known.setdefault(b, [])
-            if len(kept) < CHECKS and root[i] not in kept:
-                kept.append(int(root[i]))
+            if first[b] < 0:
+                first[b] = kept
+            elif first[b] != kept and kept not in (more := others.setdefault(b, [])) and len(more) < CHECKS:
+                more.append(kept)
     return root

@@ -59,7 +59,7 @@ class Config:
     slurm_partition: str = ""             # with tasks: Slurm's name of the machines, "" = processes on this one
     slurm_time: str = "20:00:00"          # limit of a Slurm job
     memory_gb: int = 4                    # of a Slurm job
-    dedup_memory_gb: int = 64             # of the Slurm job that deduplicates: 100 to 500 bytes a document
+    dedup_memory_gb: int = 64             # of the Slurm job that deduplicates: 80 to 850 bytes a document
 
     def __post_init__(self):
         configurator.at_least(self, 0, "tasks")
