@@ -83,11 +83,11 @@ class Sample:
 
 @dataclass(eq=False)
 class Sequence:
-    """A request in flight: what it had generated when it was pre-empted last, or nothing."""
+    """A request in flight. While it decodes, what it generates is in the runner's state, and read() brings it here."""
     request: Request
     number: int                     # in order of arrival: the youngest has the largest
     limit: int                      # most tokens of prompt and answer together
-    text: list[int]                 # the prompt, and what was generated until then
+    text: list[int]                 # the prompt, and what was generated when it was read last
     verified: tuple[int, ...]       # as in Sample
     accepted: tuple[int, ...]
     logprobs: list[float] = field(default_factory=list)     # of the generated part of text
@@ -208,7 +208,7 @@ class Engine:
         self.steps, self.sequence_steps = self.steps + 1, self.sequence_steps + A
         self.spare -= self.runner.n_draft + 1
         ended, E = self.runner.decode(A)
-        samples = [] if ended is None else self.retire(ended)
+        samples = self.retire(ended) if ended is not None and ended.any() else []
         if self.runner.n_draft and E and self.decoding:
             self.runner.draft(0, len(self.decoding), E)
         return samples
@@ -224,6 +224,13 @@ class Engine:
             self.queue.remove(s)
         del self.in_flight[id]
         return s.sample("abort")
+
+    def progress(self, id: object) -> Sample | None:
+        """What a request has generated so far (finish "running"); None if it is not here."""
+        s = self.in_flight.get(id)
+        if s in self.decoding:
+            self.read(self.decoding.index(s))
+        return s and s.sample("running")
 
     @torch.no_grad()
     def load(self, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -295,9 +302,8 @@ class Engine:
         if s.request.id not in self.blocks.tables:
             return
         if s in self.decoding:
-            row, first = self.decoding.index(s), len(s.request.prompt)
-            tokens, s.logprobs, s.verified, s.accepted = self.runner.read(row, first)
-            s.text = s.request.prompt + tokens
+            row = self.decoding.index(s)
+            self.read(row)
             self.remove([row])
             return
         j, group = next((j, group) for j, group in enumerate(self.prefilling) if s in group)
@@ -422,15 +428,18 @@ class Engine:
     def retire(self, ended: Tensor) -> list[Sample]:
         """ended bool [A]. -> the samples of these rows, which leave the batch."""
         rows = [i for i, has_ended in enumerate(ended.tolist()) if has_ended]
-        samples = []
-        for i in rows:
-            s = self.decoding[i]
-            tokens, s.logprobs, s.verified, s.accepted = self.runner.read(i, len(s.request.prompt))
-            s.text = s.request.prompt + tokens
-            samples.append(s.sample())
-            del self.in_flight[s.request.id]
+        samples = [self.read(i).sample() for i in rows]
         self.remove(rows)
+        for sample in samples:
+            del self.in_flight[sample.id]
         return samples
+
+    def read(self, row: int) -> Sequence:
+        """The sequence of a decoding row, with what it has generated so far."""
+        s = self.decoding[row]
+        tokens, s.logprobs, s.verified, s.accepted = self.runner.read(row, len(s.request.prompt))
+        s.text = s.request.prompt + tokens
+        return s
 
     def remove(self, rows: list[int]) -> None:
         """Decoding rows leave and their blocks are freed; the last of the rows that stay move into the holes."""

@@ -8,7 +8,7 @@ The runners of the engine: one forward pass over the KV cache, and the state of 
 What the engine calls, the same in all three. Rows are rows of the state, one per sequence:
 
     prefill(first, done, end, T)   tokens done[i] .. end[i] - 1 of the texts in rows first + i into the KV cache
-    decode(A)                      verify, accept and commit in rows 0 .. A - 1 -> (has it ended, bool [A]; E)
+    decode(A)                      verify, accept and commit in rows 0 .. A - 1 -> (has it ended, bool [A] or None; E)
     draft(first, B, E)             the MTP layers write new drafts behind the last committed token
     place, start, move, read       write and read rows of the state
     copy_blocks(pairs)             copy blocks of the KV cache (cache.py decides which)
@@ -129,6 +129,7 @@ class TorchRunner:
     keep_weights    False: the CpuRunner may free the model's weights once it has packed them
     """
     block_forward = staticmethod(Block.forward)                     # x through one block
+    sampling = "temperature", "top_p", "top_k"                      # what sample_tokens() gets beside the logits
 
     def __init__(self, model: MiMo, slots: int, columns: int, n_draft: int, n_blocks: int, block: int, n_ids: int,
                  prefill_tokens: int, keep_weights: bool = True):
@@ -323,24 +324,19 @@ class TorchRunner:
             places = self.arange[low:end[i]] % self.ring
             self.state["h"][first + i, places] = h[i, low - done[i]:end[i] - done[i]]
 
-    def decode(self, A: int) -> tuple[Tensor | None, int]:
+    def decode(self, A: int) -> tuple[Tensor, int]:
         """
         Verify, accept and commit, for rows 0 .. A - 1: the last committed token and its drafts go through the trunk in
         one forward, Q = n_draft + 1 positions; a token is sampled at each of them; drafts are accepted while they equal
         the sampled tokens; the accepted drafts and one more sampled token are committed.
 
-        -> (has the sequence ended, bool [A], or None if none has; most tokens that a row has committed).
-        decode() in kernels/cpu/decode_cpu.c takes the same steps.
+        -> (has the sequence ended, bool [A]; Q, the most tokens that a row can have committed). decode() in
+        kernels/cpu/decode_cpu.c takes the same steps.
         """
         Q = self.n_draft + 1
         R = max(A, -(-MIN_ROWS // Q)) if self.device.type == "cpu" else A
-        self.put("n", slice(A, R), 1)                               # rows that only fill up the batch
-        ended, n_committed = self.verify(R)
-        return ended[:A], 1 if n_committed is None else int(n_committed.max())
-
-    def verify(self, R: int) -> tuple[Tensor, Tensor | None]:
-        """decode() for R rows. -> (has it ended, bool [R]; tokens that it has committed [R], None: one each)."""
-        s, Q = {name: t[:R] for name, t in self.state.items()}, self.n_draft + 1
+        s = {name: t[:R] for name, t in self.state.items()}
+        s["n"][A:] = 1                                              # rows that only fill up the batch
         n = s["n"]
         positions = n[:, None] - 1 + self.arange[:Q]                # [R,Q]
         ids = s["tokens"].gather(1, positions)                      # x_{n-1} and the drafts
@@ -349,14 +345,14 @@ class TorchRunner:
         # verify: sample the token that follows each position, with that token's own random number
         targets = positions + 1
         u = s["u"].gather(1, targets).flatten()
-        how = [s[name].repeat_interleave(Q) for name in self.sampling_arguments()]
+        how = [s[name].repeat_interleave(Q) for name in self.sampling]
         sampled, logp = (t.view(R, Q) for t in sample_tokens(self.logits(h, self.model.norm), u, *how))
         s["tokens"].scatter_(1, targets, sampled)
         s["logp"].scatter_(1, targets, logp)
         is_stop = (sampled[:, :, None] == s["stop"][:, None, :]).any(-1)        # [R,Q]
         if Q == 1:
             n += 1
-            return (n >= s["limit"]) | is_stop[:, 0], None
+            return ((n >= s["limit"]) | is_stop[:, 0])[:A], 1
 
         # accept, commit: the accepted drafts and one token more, but nothing after a stop token or past the limit
         n_accepted = accept_matching(ids[:, 1:], sampled)           # [R]
@@ -369,11 +365,7 @@ class TorchRunner:
         s["accepted"][:, :Q - 1] += verified & (k < n_accepted[:, None])
         s["h"].scatter_(1, (positions % self.ring)[..., None].expand_as(h), h)
         n += n_committed
-        return (n >= s["limit"]) | (n_committed == to_stop + 1), n_committed
-
-    def sampling_arguments(self) -> Sequence[str]:
-        """What sample_tokens() needs beside logits and random numbers."""
-        return "temperature", "top_p", "top_k"
+        return ((n >= s["limit"]) | (n_committed == to_stop + 1))[:A], Q
 
     def draft(self, first: int, B: int, E: int) -> None:
         """
@@ -436,7 +428,7 @@ class GraphRunner(TorchRunner):
         super().__init__(*args, **options)
         if self.most_drafts > 7:
             raise ValueError(f"n_draft = {self.most_drafts} should be at most 7: kernels.decode takes 8 tokens")
-        self.graphs, self.kinds = {}, [("temperature", "top_p", "top_k")] * self.S
+        self.graphs, self.kinds = {}, [TorchRunner.sampling] * self.S
 
     @staticmethod
     def extra_rows(slots: int) -> int:
@@ -488,25 +480,21 @@ class GraphRunner(TorchRunner):
         super().start(first, sequences)
         for row, r in enumerate([s.request for s in sequences], first):
             plain = r.temperature == 1 and r.top_p == 1 and r.top_k == 0
-            self.kinds[row] = () if plain else ("temperature",) if r.temperature == 0 else \
-                ("temperature", "top_p", "top_k")
+            self.kinds[row] = () if plain else ("temperature",) if r.temperature == 0 else TorchRunner.sampling
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         super().move(sources, targets)
         for target, kind in zip(targets, [self.kinds[row] for row in sources], strict=True):
             self.kinds[target] = kind
 
-    def sampling_arguments(self) -> Sequence[str]:
-        return self.arguments
-
-    def decode(self, A: int) -> tuple[Tensor | None, int]:
+    def decode(self, A: int) -> tuple[Tensor, int]:
         """decode() and draft(), replayed. -> (has the sequence ended, 0: the drafts are written)."""
         R, kinds = power_of_two(A), set(self.kinds[:A])
-        self.put("n", slice(A, R), 1)
-        self.arguments = kinds.pop() if len(kinds) == 1 else ("temperature", "top_p", "top_k")
+        self.put("n", slice(A, R), 1)                               # rows that only fill up the batch
+        self.sampling = kinds.pop() if len(kinds) == 1 else TorchRunner.sampling
         if self.device.type != "cuda":
             return self.work(R)[:A], 0
-        key = R, self.n_draft, self.arguments
+        key = R, self.n_draft, self.sampling
         if key not in self.graphs:
             self.graphs[key] = self.capture(R)
         graph, ended = self.graphs[key]
@@ -515,9 +503,9 @@ class GraphRunner(TorchRunner):
 
     def work(self, R: int) -> Tensor:
         """What a graph holds."""
-        ended, _ = self.verify(R)
+        ended, E = super().decode(R)
         if self.n_draft:
-            self.draft(0, R, self.n_draft + 1)
+            self.draft(0, R, E)
         return ended
 
     def capture(self, R: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -24,18 +24,14 @@ def rmsnorm_residual(x: Tensor, weight: Tensor, eps: float, residual: Tensor) ->
     return rmsnorm(s, weight, eps), s
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., T, heads, d], cos and sin [T, d] or with x's leading axes -> x rotated, in x's dtype."""
-    # (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the two halves of a head
-    half = x.shape[-1] // 2
-    cos, sin = cos[..., None, :half], sin[..., None, :half]                         # [.., T, 1, d/2]
-    x1, x2 = x[..., :half], x[..., half:]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
-
-
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q [B, T, H, d], k [B, T, K, d], cos and sin fp32 [T, d], [1, T, d] or [B, T, d] -> q and k rotated."""
-    return rotate(q, cos, sin), rotate(k, cos, sin)
+    """q [..., T, H, d], k [..., T, K, d], cos and sin [T, d] or with their leading axes -> both rotated."""
+    # (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the two halves of a head
+    half = q.shape[-1] // 2
+    cos, sin = cos[..., None, :half], sin[..., None, :half]                         # [.., T, 1, d/2]
+    q1, q2, k1, k2 = q[..., :half], q[..., half:], k[..., :half], k[..., half:]
+    return (torch.cat((q1 * cos - q2 * sin, q2 * cos + q1 * sin), -1).to(q.dtype),
+            torch.cat((k1 * cos - k2 * sin, k2 * cos + k1 * sin), -1).to(k.dtype))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

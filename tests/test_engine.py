@@ -746,9 +746,9 @@ class Lengths:
 
 def test_memory_decides_how_many_answers_decode():
     """
-    The 7B's lengths in miniature (a tenth: mean 900 of at most 3,072, lognormal with sigma 0.57) and its memory (13,107
-    tokens), 64 slots. An answer of L tokens holds L/2 on average, so no policy has more than M sum L / sum L^2/2 answers
-    at a time, 21 here; an engine that reserves the longest answer has 4.
+    The 7B's lengths in miniature (a tenth: mean 900 of at most 3,072, lognormal, sigma 0.57) and its memory (13,107
+    tokens), 64 slots. An answer of L tokens holds L/2 on average, so no policy has more than
+    M sum L / sum L^2/2 answers at a time, 21 here; an engine that reserves the longest answer has 4.
     """
     model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=32), mtp_layers=[])
     rng, sigma = random.Random(0), 0.57

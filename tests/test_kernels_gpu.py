@@ -104,7 +104,7 @@ def test_aborts_reloads_and_full_queues_on_the_gpu():
     """More requests than slots, some aborted, weights reloaded on the way: all end, no block is lost."""
     model, other = small_model(), small_model()
     engine = Engine(model, 4, 200, 3)
-    free = len(engine.cache.free_blocks)
+    free = len(engine.blocks.free_blocks)
     todo = requests(40, temperature=1.0)
     for r in todo:
         engine.add(r)
@@ -120,4 +120,4 @@ def test_aborts_reloads_and_full_queues_on_the_gpu():
                 ended[s.id] = s
         if steps == 20:
             engine.load(other.state_dict())
-    assert len(ended) == 40 and len(engine.cache.free_blocks) == free and not engine.in_flight
+    assert len(ended) == 40 and len(engine.blocks.free_blocks) == free and not engine.in_flight

@@ -26,6 +26,7 @@ import sft
 from configurator import UserError
 from engine import Engine
 from model import Block, ModelConfig, flops_per_token
+from runner import GraphRunner
 from schedule import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,8 +238,8 @@ def test_rl_memory_counts_what_the_engine_allocates():
     """A bf16 replica with three MTP layers and a cache of 2,048 tokens in blocks, as on a GPU; two of them draft."""
     shape = ModelConfig(vocab_size=512, n_layer=4, d_model=64, n_head=4, n_kv_head=2, head_dim=16, d_ff=160, n_mtp=3)
     replica = distributed.replica(mtp.build(shape), "cpu", torch.bfloat16)
-    engine = Engine(replica, slots=4, max_len=1024, n_draft=2, layout="blocks", kv_tokens=2048, plain=True)
-    cache = sum(t.nbytes for t in vars(engine.cache).values() if isinstance(t, torch.Tensor) and t.is_floating_point())
+    engine = Engine(replica, slots=4, max_len=1024, n_draft=2, kv_tokens=2048, runner=GraphRunner)
+    cache = sum(t.nbytes for t in vars(engine.runner).values() if isinstance(t, torch.Tensor) and t.is_floating_point())
     weights = sum(p.nbytes for p in replica.parameters())
     how = dict(micro_tokens=64, n_draft=2, kv_tokens=2048)
     kinds = plan.rl_memory(shape, 3, 8, **how)

@@ -211,7 +211,7 @@ def run_script(folder, *flags):
 
 
 def test_plain_is_torch_code_where_a_breakpoint_is_hit(tmp_path, monkeypatch):
-    """With --plain training passes through reference.rmsnorm, decoding through TorchRunner.trunk; the result is the same."""
+    """With --plain training passes through reference.rmsnorm, decoding through TorchRunner.trunk; same results."""
     import kernels
     import kernels.reference
     from runner import TorchRunner

@@ -14,7 +14,7 @@ import sample
 from checkpoint import find
 from configurator import UserError
 from data.jsonl import write_jsonl
-from engine import Engine, Sample
+from engine import Sample
 from kernels.cpu.decode import CpuForward
 from model import ModelConfig
 from mtp import build
