@@ -178,7 +178,7 @@ class Block(nn.Module):
         """
         x [B,T,D] -> [B,T,D]. cos, sin [B or 1,T,d] from rope_at. bounds int32 [2,B,T] keeps attention inside each
         document: the first and the one-past-last index, in its row, of each token's document; None: a row is one
-        document. cache: None in training, in decoding an object with attend(q, k, v) -> o (cache.py).
+        document. cache: None in training, in decoding an object with attend(q, k, v) -> o (runner.py).
         """
         a = self.self_attn(self.input_layernorm(x), cos, sin, bounds, cache)
         post = self.post_attention_layernorm

@@ -65,7 +65,7 @@ class Parts:
         self.table.copy_(blocks.view_as(self.table))
         self.forward, self.lib, p, i = runner.c, decode.library(), c_void_p, c_int64
         cpu.bind(self.lib, trunk=(None, p, p, i, p, i, p), mtp=(None, p, i, p, i, p, p, i, p),
-                 head=(None, p, i, i, p, p))
+                 head=(None, p, i, i, i, p, p))
         self.c_model, self.shape = self.forward.c_model, self.forward.shape
 
     def context(self, first: int, positions: Tensor):
@@ -90,7 +90,7 @@ class Parts:
     def head(self, x: Tensor, layer: int = -1) -> Tensor:
         """x [N,D] -> logits [N,V], behind the trunk's norm (-1) or an MTP layer's."""
         x, logits = decode.pad(x, self.shape.Dp).contiguous(), torch.empty(len(x), self.shape.Vp)
-        self.lib.head(self.c_model, layer, len(x), x.data_ptr(), logits.data_ptr())
+        self.lib.head(self.c_model, layer, len(x), self.shape.V, x.data_ptr(), logits.data_ptr())
         return logits[:, :self.shape.V]
 
 

@@ -249,7 +249,8 @@ def test_block_step_equals_the_block(B, Q, through_triton):
         p.normal_(0, 0.3)
     caches, outputs = [], []
     for fused in (True, False):
-        cache = GraphRunner(model, slots=3, columns=64, n_draft=0, n_blocks=12, block=16, n_ids=64, prefill_tokens=64)
+        cache = GraphRunner(model, slots=3, columns=64, n_draft=0, n_blocks=12, block=16, n_ids=64, draft_ids=64,
+                            prefill_tokens=64)
         cache.refresh()
         cache.kv.copy_(randn(*cache.kv.shape, grad=False, gen=torch.Generator().manual_seed(1)))
         for row in range(3):
