@@ -68,6 +68,9 @@ class Ablation(Scheduler):
         super()._begin()
         self.order: list[Group] = []       # in the order in which their rewards were applied
 
+    def blocked(self, free: int) -> bool:
+        return bool(self.late())           # without the recipe's rules any reward may decide
+
     def _wanted(self) -> bool:
         if self.launch_mode == "continuous" or not self.dynamic or len(self.groups) >= self.max_groups:
             return super()._wanted()
@@ -139,8 +142,9 @@ class World:
 
 @dataclass
 class Answer:
-    """What the scheduler needs of a sample: something sized under .tokens."""
+    """What the scheduler needs of a sample: something sized under .tokens, and how it ended."""
     tokens: range
+    finish: str = "stop"
 
 
 class VirtualJudge:

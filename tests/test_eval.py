@@ -75,7 +75,7 @@ def test_grader_pays_right_answers_and_nothing_else():
         got = {}
         while len(got) < len(cases) + 1:
             got |= {key[1]: (reward, info) for key, reward, info in grader.poll()}
-        assert not (grader.maths or grader.code or grader.ready), "nothing is left over"
+        assert grader.maths.empty() and not (grader.code or grader.ready), "nothing is left over"
         grader.close()
     for i, (_, text, want) in enumerate(cases):
         assert got[i][0] == pytest.approx(want), text

@@ -53,6 +53,7 @@ class FakeEngine:
 
     active = property(lambda self: len(self.running))
     waiting = property(lambda self: len(self.queue))
+    room = property(lambda self: max(0, self.slots - self.active - self.waiting))
 
     def add(self, request):
         self.queue.append(request)
@@ -360,7 +361,7 @@ def test_rewards_as_they_come_are_the_same_news_on_every_rank():
     train_ranks(3, 4, lambda r: ShuffledJudge(r, patience=r / 3), reward_lag=None)
 
 
-def test_a_launch_goes_to_the_rank_with_the_fewest_samples():
+def test_a_launch_goes_to_the_rank_with_the_most_room():
     """
     By hand: two ranks of two slots, three groups of two. Launches 0 and 1 fill both; launch 0 takes 60 steps, launch 1
     takes 3, then rank 1 waits for the end of the round of 8; launch 2 joins it and takes 10. The eighth round ends
@@ -407,7 +408,7 @@ def test_what_one_rank_raises_all_raise(where):
 
 def test_a_silent_judge_of_one_rank_ends_all():
     _, threads = ranks(2, 8, lambda r: ShuffledJudge(r, patience=1.1 * r))
-    threads[1].judge_timeout = 0.05
+    threads[1].rollout.judge_timeout = 0.05
     for thread in threads:
         with pytest.raises(RuntimeError, match="rank 1 failed: .*the judge owes"):
             thread.take()
@@ -423,7 +424,7 @@ def test_to_close_one_rank_is_to_end_all(when):
     if when == "one rests":                   # the others have begun the next batch and wait for rank 2
         for thread in threads[:2]:
             thread.publish("v1")
-        wait_until(lambda: threads[0].exchange.all.barrier.n_waiting == 2)
+        wait_until(lambda: threads[0].rollout.exchange.all.barrier.n_waiting == 2)
         threads[2].close()
         for thread in threads[:2]:
             with pytest.raises(RuntimeError, match="rank 2 has closed its rollout thread"):
@@ -437,7 +438,7 @@ def test_a_rank_that_is_gone_ends_the_others():
     for thread in threads:
         thread.take()
     threads[0].publish("v1")
-    threads[0].exchange.all.barrier.abort()   # gloo raises, too
+    threads[0].rollout.exchange.all.barrier.abort()   # gloo raises, too
     with pytest.raises(RuntimeError, match="rank 0 lost the other ranks"):
         threads[0].take()
     close_all(threads)
