@@ -168,9 +168,9 @@ def waiting_for(what: str, timeout: float, rank: int | None = None) -> Iterator[
         words = str(e).lower()
         me = ranks()[0] if rank is None else rank
         if "timed out" in words or "timeout" in words:
-            raise UserError(f"rank {me} waited {timeout:g} s for {what}, in vain: another rank hangs, or works alone for "
-                            "so long; its last lines, or py-spy dump on it, say at what. timeout = SECONDS in the "
-                            f"configuration makes it wait longer ({type(e).__name__})") from e
+            raise UserError(f"rank {me} waited {timeout:g} s for {what}, in vain: another rank hangs, or works alone "
+                            "for so long; its last lines, or py-spy dump on it, say at what. A larger timeout in the "
+                            f"configuration makes the ranks wait longer ({type(e).__name__})") from e
         if "connection" in words or "peer" in words:
             raise UserError(f"rank {me} waited for {what}, and another rank is gone: its own last lines say why "
                             f"({type(e).__name__})") from e

@@ -208,8 +208,8 @@ def bootstrap(values: list[float], draws: int = 2000, seed: int = 0) -> tuple[fl
 
 def summary(graded: list[list[dict]], ks: tuple[int, ...] = (1, 4, 8, 16)) -> dict[str, float]:
     """
-    avg@n with its interval, pass@k, mean length (tokens) and truncated share. graded: per problem, per answer {"passed",
-    "tokens", "finish"}; the interval depends on the order of the problems.
+    avg@n with its interval, pass@k, mean length (tokens) and truncated share. graded: per problem, per answer a dict
+    with passed, tokens and finish; the last digits of the interval depend on the order of the problems.
     """
     rates = [sum(s["passed"] for s in row) / len(row) for row in graded]
     n = len(graded[0])

@@ -12,7 +12,7 @@ import rl
 from configurator import UserError, load
 from data.problems import Problem
 from model import ModelConfig
-from rl import Trajectory, advantages, pack, surrogate, token_logprobs
+from rl import Trajectory, advantages, pack, padded, surrogate, token_logprobs
 from rollout import Group, Task
 
 CFG = ModelConfig(vocab_size=32, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=48, max_seq_len=64,
@@ -24,6 +24,11 @@ def model(seed=0):
     m = mtp.build(CFG)
     m.init_weights(seed)
     return m
+
+
+def logprobs(m, trajectories):
+    ids, at = padded(trajectories, "cpu")
+    return token_logprobs(m, m(ids), ids, at)
 
 
 def test_advantages_by_hand():
@@ -57,7 +62,7 @@ def rows(lengths, seed=0):
 
 def test_token_logprobs_equal_the_full_softmax_and_see_no_padding():
     m, some = model(), rows([(3, 5), (7, 2), (1, 1)])
-    logp, entropy = token_logprobs(m, some, "cpu")
+    logp, entropy = logprobs(m, some)
     want, ent = [], []
     for r in some:
         full = m.logits(m(torch.tensor([r.prompt + r.tokens])))[0].log_softmax(-1)
@@ -91,7 +96,7 @@ def groups(m, n=4, G=4, seed=0):
         some = rows([(3, 2 + (g + i) % 4) for i in range(G)], seed=seed + g)
         for r in some:
             with torch.no_grad():
-                r.rollout_logprobs = token_logprobs(m, [r], "cpu")[0].tolist()
+                r.rollout_logprobs = logprobs(m, [r])[0].tolist()
         answers = [Answer(r.prompt, r.tokens, r.rollout_logprobs) for r in some]
         found.append(Group(Task(0, g, g, False), (0, 0), answers, [1.0] + [0.0] * (G - 1), [{}] * G, 0))
     return found
@@ -133,7 +138,7 @@ def test_loss_is_normalised_by_all_tokens_of_the_update():
     total, count = 0.0, sum(len(s.tokens) for g in some for s in g.samples)
     for g in some:
         for s, a in zip(g.samples, advantages(g.rewards), strict=True):
-            logp, _ = token_logprobs(m, [Trajectory(s.prompt, s.tokens, s.logprobs, a)], "cpu")
+            logp, _ = logprobs(m, [Trajectory(s.prompt, s.tokens, s.logprobs, a)])
             total = total - ((logp - logp.detach()).exp() * a).sum() / count
     total.backward()
     want = [p.grad.clone() for p in m.parameters() if p.grad is not None]
