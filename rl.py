@@ -238,7 +238,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
 
     # ---- 4. the loop: SIGTERM drops the step in flight, saves what is finished and leaves; the same command goes on --
     with bar, judge, held_judge, closing(grader), closing(held_grader), closing(rollout):
-        stopped = bool(evaluation(first)) and not log_heldout(metrics, first, rollout.evaluated(), held)
+        stopped = bool(evaluation(first)) and not log_heldout(metrics, first, rollout, held)
         for step in range(first, cfg.steps):
             # 4a. a rollout batch, without the groups whose rewards are not known because the judge itself failed
             t0 = time.perf_counter()
@@ -273,7 +273,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
 
             # 4e. held-out curve, by the rollout thread
             if cfg.evaluates(step + 1):
-                stopped = not log_heldout(metrics, step + 1, rollout.evaluated(), held)
+                stopped = not log_heldout(metrics, step + 1, rollout, held)
     if stopped and rt.is_main:
         print("stopped (SIGTERM); the same command goes on")
     distributed.teardown(rt)
@@ -326,14 +326,15 @@ def copied_weights(model: MiMo, rt: Runtime) -> dict[str, Tensor]:
     return {name: w.to(rt.dtype, copy=True) for name, w in distributed.replica_state(model)}
 
 
-def log_heldout(metrics: Metrics, step: int, groups: list[Group] | None, held: list[Problem]) -> bool:
+def log_heldout(metrics: Metrics, step: int, rollout: RolloutThread, held: list[Problem]) -> bool:
     """Write a point of the held-out curve, per kind of problem, to metrics.jsonl. False if there is none (SIGTERM)."""
-    if groups is None:
+    t0 = time.perf_counter()
+    if (groups := rollout.evaluated()) is None:
         return False
     graded = {g.task.prompt: [info | {"tokens": len(s.tokens), "finish": s.finish}
                               for s, info in zip(g.samples, g.infos, strict=True)] for g in groups}
     metrics.log(step=step, heldout={kind: summary([graded[i] for i, p in enumerate(held) if p.kind == kind])
-                                    for kind in sorted({p.kind for p in held})})
+                                    for kind in sorted({p.kind for p in held})}, heldout_s=time.perf_counter() - t0)
     return True
 
 
