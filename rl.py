@@ -503,8 +503,6 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
     # 5. ratio, the denominator: log-probs under pi_old. With a single update pi_old is the policy that is trained
     if len(minis) > 1 or cfg.max_staleness:
         remember_old(model, [t for mini in minis for t in mini], cfg, rt)
-    layers = list(model.mtp_layers.parameters()) if cfg.mtp_weight else []
-    trunk = [p for name, p in model.named_parameters() if not name.startswith("mtp_layers.")]
     sums, largest, norms = torch.zeros(9, device=rt.device), torch.zeros(2, device=rt.device), []
     for mini in minis:
         count = torch.tensor(float(sum(len(t.tokens) for t in mini)), device=rt.device)
@@ -527,7 +525,7 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
                 summand = summand * (old - rollout_logprobs).exp().clamp_max(cfg.is_cap)
             distributed.sync_gradients(model, m == len(micros) - 1 or cfg.reduce_each, rt)
             loss, extra = -(summand.sum() / count) * rt.world, torch.zeros_like(count)  # FSDP averages over ranks; the
-            if layers:                                                                  # count is global
+            if cfg.mtp_weight:                                                          # count is global
                 extra = mtp_loss(model, h, ids, at)                 # its gradients end in the MTP layers [ours]
                 loss = loss + cfg.mtp_weight * (extra / count) * rt.world
             loss.backward()
@@ -540,8 +538,9 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
                     largest = torch.maximum(largest, torch.stack([rho.max(), diff.abs().max()]))
         # 7. update: clip the gradient norm, one step of AdamW
         distributed.average_gradients(model, rt)
+        trunk = [p for name, p in model.named_parameters() if not name.startswith("mtp_layers.")]
         norm = distributed.clip_grad_norm(trunk, cfg.grad_clip)     # apart: the trunk moves as without mtp_weight
-        distributed.clip_grad_norm(layers, cfg.grad_clip)
+        distributed.clip_grad_norm(model.mtp_layers.parameters(), cfg.grad_clip)
         check_finite({"gradient norm": norm}, model, step)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else cfg.lr
@@ -555,7 +554,8 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
     names = ("entropy", "ratio", "objective", "clip_low", "clip_high", "logprob_diff", "rollout_kl", "mtp_loss")
     return {"updates": len(norms), "grad_norm": sum(norms) / len(norms), "ratio_max": ratio_max,
             "logprob_diff_max": diff_max, "trained_tokens": int(tokens),
-            **{name: v / tokens for name, v in zip(names, means, strict=True) if name != "mtp_loss" or layers}}
+            **{name: v / tokens for name, v in zip(names, means, strict=True)
+               if name != "mtp_loss" or cfg.mtp_weight}}
 
 
 @torch.no_grad()

@@ -367,6 +367,34 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank="", term_in
         rl.Engine.step, rl.Engine.add = step, add
 
 
+def wait_in_vain():
+    """Rank 1 comes to no exchange; the ranks wait a second for each other."""
+    rt = distributed.setup(device="cpu", timeout=30)
+    exchange = distributed.Exchange(replace(rt, timeout=1), 1)
+    if rt.rank == 0:
+        exchange("here")
+    time.sleep(3)
+
+
+def run_eval(folder, name, stop_after=0):
+    """eval.py on write_base's checkpoint and problems. stop_after: SIGTERM reaches rank 1 after so many of its own."""
+    import configurator
+    import eval as evaluation
+    add, count = evaluation.Answers.add, iter(range(1, 1000))
+
+    def counted(self, problem, answers):
+        add(self, problem, answers)
+        if next(count) == stop_after and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+    evaluation.Answers.add = counted
+    try:
+        evaluation.main(configurator.load(evaluation.Config, [
+            f"--ckpt={folder}/base", f"--problems={folder}/problems.jsonl", "--samples=2", "--max_new_tokens=12",
+            "--device=cpu", "--slots=6", f"--out={folder}/{name}.json"]))
+    finally:
+        evaluation.Answers.add = add
+
+
 if __name__ == "__main__":
     words = dict(word.split("=", 1) for word in sys.argv[2:])
     main(sys.argv[1], **{k: int(v) if v.lstrip("-").isdigit() else v for k, v in words.items()})

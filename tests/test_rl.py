@@ -159,6 +159,42 @@ def test_several_updates_move_the_ratio_from_the_second_on():
     assert stats["updates"] == 2 and stats["ratio_max"] > 1.0
 
 
+def test_mtp_weight_moves_the_layers_and_not_one_bit_of_the_trunk():
+    """Two mini-batches, so that the second one starts from moved weights; the clip must bite on both kinds of norm."""
+    def run(weight, **changes):
+        m, cfg = model(), config(mtp_weight=weight, mini_batch=2, grad_clip=0.05, **changes)
+        m.mtp_layers.requires_grad_(weight > 0)
+        before = {name: p.detach().clone() for name, p in m.named_parameters()}
+        opt = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0)
+        stats = rl.update(m, opt, Batch(groups(model())), cfg, RT, 0)
+        return before, dict(m.named_parameters()), stats
+    (before, frozen, plain), (_, along, stats) = run(0.0), run(0.5)
+    for name, p in along.items():
+        assert torch.equal(p, frozen[name]) == (not name.startswith("mtp_layers.")), name
+        assert torch.equal(frozen[name], before[name]) == name.startswith("mtp_layers."), name
+    assert stats.pop("mtp_loss") > 0 and stats == plain, "and the log says the same of the trunk"
+    small = run(0.5, micro_tokens=8)[2]
+    assert small["mtp_loss"] == pytest.approx(run(0.5)[2]["mtp_loss"], rel=1e-4)
+
+
+def test_mtp_loss_is_that_of_pre_training_on_the_generated_tokens():
+    """Every answer alone through mtp.losses, the prompt masked; and padding adds nothing."""
+    m, some, want = model(), rows([(3, 5), (7, 2), (1, 1)]), 0.0
+    for r in some:
+        ids = torch.tensor([r.prompt + r.tokens + [0, 0]])
+        T = ids.shape[1] - 2
+        mask = torch.tensor([[0] * len(r.prompt) + [1] * len(r.tokens) + [0, 0]])
+        where = torch.arange(T)[None]
+        bounds = torch.stack([torch.zeros_like(where), torch.full_like(where, T)]).int()
+        want += mtp.losses(m, ids, torch.zeros_like(ids), where, bounds, mask)[1][0]
+    ids, at = padded(some, "cpu")
+    got = rl.mtp_loss(m, m(ids), ids, at)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+    got.backward()
+    assert all((p.grad is None) == (not name.startswith("mtp_layers.")) for name, p in m.named_parameters())
+    assert rl.mtp_loss(m, m(torch.zeros(1, 2, dtype=torch.long)), *padded(rl.NOTHING, "cpu")) == 0
+
+
 def test_no_groups_means_no_update():
     m = model()
     assert rl.update(m, None, Batch([]), config(), RT, 0) == {"updates": 0}
@@ -181,6 +217,13 @@ def test_a_bandit_learns_the_rewarded_token():
             rl.update(m, opt, Batch([Group(Task(step, 0, 0, False), (0, 0), answers, rewards, [{}] * 32, 0)]),
                       replace(config(), batch_size=1, mini_batch=1), RT, step)
     assert p7[0] < 0.2 and p7[-1] > 0.9
+
+
+def test_evaluations_begin_before_the_first_iteration_and_end_after_the_last():
+    cfg = load(rl.Config, ["--steps=25", "--eval_every=10"])
+    assert [s for s in range(26) if cfg.evaluates(s)] == [0, 10, 20, 25]
+    for off in ("--eval_every=0", "--valid="):
+        assert not any(load(rl.Config, [off]).evaluates(s) for s in range(41))
 
 
 @pytest.mark.parametrize("flag, message", [

@@ -1040,7 +1040,7 @@ def together_with_evaluation(world, at=(0, 1), **more):
 def test_an_evaluation_is_shared_by_all_ranks_and_known_on_each():
     def what(groups):
         return [(g.task.prompt, g.rewards, [len(s.tokens) for s in g.samples]) for g in groups]
-    (_, (alone,)), (engines, threads) = together_with_evaluation(1), together_with_evaluation(3)
+    (_, (alone,)), (_, threads) = together_with_evaluation(1), together_with_evaluation(3)
     want = what(alone.evaluated())
     for thread in threads:
         groups = thread.evaluated()
