@@ -472,11 +472,17 @@ def padded(trajectories: list[Trajectory], device: torch.device | str) -> tuple[
     return ids.to(device), at.to(device)
 
 
-def token_logprobs(model: MiMo, h: Tensor, ids: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+def token_logprobs(model: MiMo, trajectories: list[Trajectory], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """
-    log pi(o_ij | q, o_i<j) and entropy, in nats, of every generated token: ([N], [N]) fp32. h [B,T,D]: the trunk's
-    states before the final norm; ids [B,T] and at [N]: of padded().
+    log pi(o_ij | q, o_i<j) and entropy, in nats, of every generated token, one trajectory after the other: ([N], [N])
+    fp32, N = sum of |o_i|.
     """
+    ids, at = padded(trajectories, device)
+    return logprobs_at(model, model(ids), ids, at)
+
+
+def logprobs_at(model: MiMo, h: Tensor, ids: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the trunk's states h [B,T,D] before the final norm; ids [B,T] and at [N]: of padded()."""
     x = model.norm(h).flatten(0, 1)[at]                             # [B,T,D] -> [N,D]
     targets = ids.flatten()[at + 1]                                 # [N]
     return logprob_entropy(x, model.lm_head.weight, targets)
@@ -514,7 +520,7 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
             # 5. ratio, the numerator: log-probs under the policy that is trained
             ids, at = padded(micro, rt.device)                                          # [B,T], [N]
             h = model(ids)                                                              # [B,T,D]
-            logp, entropy = token_logprobs(model, h, ids, at)                           # [N], [N]
+            logp, entropy = logprobs_at(model, h, ids, at)                              # [N], [N]
             # 6. objective (Eq. 1) and its gradient. With a single update rho = 1 exactly: the plain policy gradient
             n = torch.tensor([len(t.tokens) for t in micro], device=rt.device)
             A = torch.tensor([t.A for t in micro], device=rt.device).repeat_interleave(n)           # [N]
@@ -562,8 +568,7 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
 def remember_old(model: MiMo, trajectories: list[Trajectory], cfg: Config, rt: Runtime) -> None:
     """Set .old of each trajectory: its log-probs under pi_old, the policy before the first update."""
     for micro in pack(trajectories, cfg.micro_tokens, rt):
-        ids, at = padded(micro, rt.device)
-        logp, _ = token_logprobs(model, model(ids), ids, at)
+        logp, _ = token_logprobs(model, micro, rt.device)
         if micro is NOTHING:                                        # shared by all updates: it remembers nothing
             continue
         for t, old in zip(micro, logp.split([len(t.tokens) for t in micro]), strict=True):

@@ -2,6 +2,7 @@
 import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,11 +25,6 @@ def model(seed=0):
     m = mtp.build(CFG)
     m.init_weights(seed)
     return m
-
-
-def logprobs(m, trajectories):
-    ids, at = padded(trajectories, "cpu")
-    return token_logprobs(m, m(ids), ids, at)
 
 
 def test_advantages_by_hand():
@@ -62,7 +58,7 @@ def rows(lengths, seed=0):
 
 def test_token_logprobs_equal_the_full_softmax_and_see_no_padding():
     m, some = model(), rows([(3, 5), (7, 2), (1, 1)])
-    logp, entropy = logprobs(m, some)
+    logp, entropy = token_logprobs(m, some, "cpu")
     want, ent = [], []
     for r in some:
         full = m.logits(m(torch.tensor([r.prompt + r.tokens])))[0].log_softmax(-1)
@@ -96,7 +92,7 @@ def groups(m, n=4, G=4, seed=0):
         some = rows([(3, 2 + (g + i) % 4) for i in range(G)], seed=seed + g)
         for r in some:
             with torch.no_grad():
-                r.rollout_logprobs = logprobs(m, [r])[0].tolist()
+                r.rollout_logprobs = token_logprobs(m, [r], "cpu")[0].tolist()
         answers = [Answer(r.prompt, r.tokens, r.rollout_logprobs) for r in some]
         found.append(Group(Task(0, g, g, False), (0, 0), answers, [1.0] + [0.0] * (G - 1), [{}] * G, 0))
     return found
@@ -138,7 +134,7 @@ def test_loss_is_normalised_by_all_tokens_of_the_update():
     total, count = 0.0, sum(len(s.tokens) for g in some for s in g.samples)
     for g in some:
         for s, a in zip(g.samples, advantages(g.rewards), strict=True):
-            logp, _ = logprobs(m, [Trajectory(s.prompt, s.tokens, s.logprobs, a)])
+            logp, _ = token_logprobs(m, [Trajectory(s.prompt, s.tokens, s.logprobs, a)], "cpu")
             total = total - ((logp - logp.detach()).exp() * a).sum() / count
     total.backward()
     want = [p.grad.clone() for p in m.parameters() if p.grad is not None]
@@ -243,14 +239,14 @@ def test_longest_answer_grows_by_iteration():
 
 # ---- the script -----------------------------------------------------------------------------------------------------
 
-def run_script(folder, *flags):
-    """rl.py for two iterations from a random model; the reward is the share of even tokens."""
+def run_script(folder, *flags, script=rl):
+    """rl.py, or a script with its fields: two iterations from a random model, paid by the share of even tokens."""
     from scale_worker import ParityGrader, write_base
     if not (folder / "base").is_dir():
         write_base(folder)
     grader, rl.Grader = rl.Grader, ParityGrader
     try:
-        rl.main(load(rl.Config, [
+        script.main(load(script.Config, [
             f"--init={folder}/base", f"--problems={folder}/problems.jsonl", "--valid=", "--steps=2", "--batch_size=2",
             "--mini_batch=2", "--group_size=4", "--max_groups=4", "--max_new_tokens=[(0,8)]", "--slots=8",
             "--judge_workers=1", "--reward_lag=2", "--device=cpu", *flags]))
@@ -281,6 +277,19 @@ def test_plain_is_torch_code_where_a_breakpoint_is_hit(tmp_path, monkeypatch):
                    for name in ("plain", "fast"))
     for a, b in zip(plain, fast, strict=True):
         assert a["reward_trained"] == b["reward_trained"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_the_ablations_reach_the_real_engine(tmp_path, monkeypatch):
+    """paper/policy.py: waves of batch_size groups, drained, solved problems in the queue; the rest is rl.py."""
+    monkeypatch.syspath_prepend(str(Path(rl.__file__).parent / "paper"))
+    import policy
+    made, Ablation = [], policy.Ablation
+    monkeypatch.setattr(policy, "Ablation", lambda *args, **named: made.append(Ablation(*args, **named)) or made[-1])
+    run_script(tmp_path, f"--out={tmp_path}/run", "--launch=wave", "--stop=drain", "--solved=queue", script=policy)
+    (scheduler,) = made
+    assert (scheduler.launch_mode, scheduler.stop_mode, scheduler.has_pool) == ("wave", "drain", False)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [r["groups_launched"] % 2 for r in rows] == [0, 0] and all(r["groups_aborted"] == 0 for r in rows)
 
 
 def test_a_checkpoint_says_what_to_ask(tmp_path):
