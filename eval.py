@@ -71,7 +71,7 @@ class Config:
     probe_lengths: list[int] = (256, 512, 1024)      # context lengths of the probes, tokens
     probe_count: int = 10                 # probes per kind and length
     slots: int = 128                      # answers decoded at a time, per process
-    kv_tokens: int = 0                    # tokens in the engine's KV cache on a GPU; 0 = slots x longest answer
+    kv_tokens: int = 0                    # tokens in the engine's KV cache; 0 = slots x longest answer
     n_draft: int = 0                      # MTP layers that draft; the same answers
     draft_below: int = 0                  # draft only while at most so many answers are decoded; 0 = always
     judge_workers: int = 1                # sandboxed test runners, per process
@@ -323,7 +323,7 @@ def answer_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], 
         return answers.close()
     prompts = [prompt_ids(tokenizer, p, chat) for p in todo]
     engine = Engine(model, slots=cfg.slots, max_len=max(map(len, prompts)) + cfg.max_new_tokens, n_draft=cfg.n_draft,
-                    kv_tokens=cfg.kv_tokens or None, n_ids=tokenizer.n_ids, **draft_below(cfg.draft_below))
+                    draft_below=cfg.draft_below, kv_tokens=cfg.kv_tokens, n_ids=tokenizer.n_ids)
     sched = Scheduler(len(todo), len(todo), cfg.samples, seed=cfg.seed, alpha=0.0, dynamic=False, reward_lag=None)
     # 16 decode steps between two exchanges: a second or less
     rollout = Rollout(engine, Exchange(rt, 16) if rt.world > 1 else None, cfg.judge_timeout, distributed.stop_here)
@@ -357,11 +357,6 @@ def answer_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], 
             with suppress(Ended):                            # the other ranks wait for this one: end them
                 rollout.meet(RankState(error=f"rank {rt.rank} failed: {e!r}"))
             raise
-
-
-def draft_below(n: int) -> dict:
-    """The Engine's option of that name; 0 = its default."""
-    return {"draft_below": n} if n else {}
 
 
 # ---- acceptance of the MTP layers -----------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ from configurator import UserError
 from data.problems import Problem, prompt_ids, read_problems, stop_ids
 from distributed import Runtime
 from engine import Engine, Request
-from eval import draft_below, fingerprint, fitting, sample_seed, summary
+from eval import fingerprint, fitting, sample_seed, summary
 from judge import Judge
 from kernels.linear_cross_entropy import logprob_entropy
 from metrics import Metrics, check_finite, read_rows
@@ -116,7 +116,7 @@ class Config:
     shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
     reduce_each: bool = False             # reduce-scatter gradients after every micro-batch: saves one fp32 copy of
                                           # them per GPU, costs more communication
-    kv_tokens: int = 0                    # tokens in the engine's KV cache on a GPU; 0 = slots x longest answer
+    kv_tokens: int = 0                    # tokens in the engine's KV cache; 0 = slots x longest answer
     plain: bool = False                   # torch code only: no C, no Triton; for reading and debugging
 
     def __post_init__(self):
@@ -198,8 +198,8 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
         checkpoint.load_optimizer(ckpt, model, optimizer)
     first, state = scheduler.step, scheduler.state_dict()
     replica = new_replica(model, rt)
-    engine = Engine(replica, slots=cfg.slots, max_len=max_len, n_draft=cfg.n_draft, kv_tokens=cfg.kv_tokens or None,
-                    n_ids=tokenizer.n_ids, **draft_below(cfg.draft_below))
+    engine = Engine(replica, slots=cfg.slots, max_len=max_len, n_draft=cfg.n_draft, draft_below=cfg.draft_below,
+                    kv_tokens=cfg.kv_tokens, n_ids=tokenizer.n_ids)
     if rt.is_main:
         print(configurator.show(cfg))
         print(f"{len(problems)} problems, {'chat template' if chat else 'plain text (RL-Zero)'}; judge isolation "
