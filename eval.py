@@ -110,8 +110,9 @@ def main(cfg: Config) -> dict:
     chat = checkpoint.read_meta(ckpt).get("chat", False)
     if not cfg.n_draft <= shape.n_mtp:
         raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {ckpt}")
-    problems, left_out = fitting(cfg.problems, problems, tokenizer, chat, shape.max_seq_len - cfg.max_new_tokens,
-                                 f"max_new_tokens {cfg.max_new_tokens} of max_seq_len = {shape.max_seq_len}", rt)
+    n_read = len(problems)
+    problems, prompts = fitting(cfg.problems, problems, tokenizer, chat, shape.max_seq_len - cfg.max_new_tokens,
+                                f"max_new_tokens {cfg.max_new_tokens} of max_seq_len = {shape.max_seq_len}", rt)
     model = checkpoint.materialise(mtp.build(shape, "meta").to(rt.dtype), rt, ckpt=ckpt).to(rt.device).eval()
     path = configurator.writable(cfg.out or ckpt.parent / "eval.json")
     probes_asked = make_probes(tokenizer, shape.max_seq_len, cfg) if "probes" in cfg.tasks else {}
@@ -122,14 +123,15 @@ def main(cfg: Config) -> dict:
     if "problems" in cfg.tasks:
         kinds = sorted({p.kind for p in problems})
         asked = [p for kind in kinds for p in [p for p in problems if p.kind == kind][:cfg.limit or None]]
+        ids = {p.id: prompt for p, prompt in zip(problems, prompts, strict=True)}
         answers = Answers(path.with_name(f"{path.stem}_answers.jsonl"), made_with(cfg, ckpt, asked, rt), rt)
-        answer_problems(model, tokenizer, asked, chat, cfg, rt, answers)
+        answer_problems(model, tokenizer, asked, ids, stop_ids(tokenizer, chat), cfg, rt, answers)
     distributed.teardown(rt)                                 # no rank waits for what rank 0 does from here on
     if not rt.is_main:
         return {}
     signal.signal(signal.SIGTERM, signal.SIG_DFL)            # and SIGTERM may end it at any moment
     if "problems" in cfg.tasks:
-        results["problems"], results["left_out"] = {}, left_out
+        results["problems"], results["left_out"] = {}, n_read - len(problems)
         graded = answers.finish(asked)
         for kind in kinds:
             some = [row for p, row in zip(asked, graded, strict=True) if p.kind == kind]
@@ -159,13 +161,13 @@ MAX_LEFT_OUT = 0.05        # share of prompts that may be too long for the model
 
 
 def fitting(path: str, problems: list[Problem], tokenizer: Tokenizer, chat: bool, most: int, why: str,
-            rt: Runtime) -> tuple[list[Problem], int]:
+            rt: Runtime) -> tuple[list[Problem], list[list[int]]]:
     """
-    The problems whose prompts have at most `most` tokens, and how many have not: these are named on the screen. why:
-    what takes the rest of the context. UserError if more than MAX_LEFT_OUT of them do not fit.
+    (the problems whose prompts have at most `most` tokens, the token ids of these prompts). The others are named on the
+    screen; why: what takes the rest of the context. UserError if they are more than MAX_LEFT_OUT of all.
     """
-    lengths = [len(prompt_ids(tokenizer, p, chat)) for p in problems]
-    long = [f"{p.id} ({n:,} tokens)" for p, n in zip(problems, lengths, strict=True) if n > most]
+    prompts = [prompt_ids(tokenizer, p, chat) for p in problems]
+    long = [f"{p.id} ({len(ids):,} tokens)" for p, ids in zip(problems, prompts, strict=True) if len(ids) > most]
     if long:
         names = ", ".join(long[:5]) + (f" and {len(long) - 5:,} more" if len(long) > 5 else "")
         words = f"{path}: {len(long):,} of {len(problems):,} prompts are longer than {most:,} tokens ({why}): {names}"
@@ -173,7 +175,8 @@ def fitting(path: str, problems: list[Problem], tokenizer: Tokenizer, chat: bool
             raise UserError(f"{words}; at most {MAX_LEFT_OUT:.0%} of them may be left out")
         if rt.is_main:
             print(f"left out: {words}")
-    return [p for p, n in zip(problems, lengths, strict=True) if n <= most], len(long)
+    kept = [(p, ids) for p, ids in zip(problems, prompts, strict=True) if len(ids) <= most]
+    return [p for p, _ in kept], [ids for _, ids in kept]
 
 
 def fingerprint(problems: list[Problem]) -> str:
@@ -310,27 +313,28 @@ def whole_rows(part: Path) -> Iterator[tuple[str, int, int]]:
             at += len(line)
 
 
-def answer_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], chat: bool, cfg: Config, rt: Runtime,
-                    answers: Answers) -> None:
+def answer_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], prompts: dict[str, list[int]],
+                    stop: tuple[int, ...], cfg: Config, rt: Runtime, answers: Answers) -> None:
     """
     cfg.samples graded answers to every problem that has none, shared out over the ranks, each into `answers` when it is
-    finished: {"passed", "verdicts", "text", "tokens", "finish"}. UserError after SIGTERM, or when another rank fails.
+    finished: {"passed", "verdicts", "text", "tokens", "finish"}. prompts: id of a problem -> token ids; stop: ids that
+    end an answer. UserError after SIGTERM, or when another rank fails.
     """
-    todo, stop = [p for p in problems if p.id not in answers.done], stop_ids(tokenizer, chat)
+    todo = [p for p in problems if p.id not in answers.done]
     if answers.done and rt.is_main:
         print(f"{len(problems) - len(todo):,} of {len(problems):,} problems were answered before")
     if not todo:
         return answers.close()
-    prompts = [prompt_ids(tokenizer, p, chat) for p in todo]
-    engine = Engine(model, slots=cfg.slots, max_len=max(map(len, prompts)) + cfg.max_new_tokens, n_draft=cfg.n_draft,
-                    draft_below=cfg.draft_below, kv_tokens=cfg.kv_tokens, n_ids=tokenizer.n_ids)
+    engine = Engine(model, slots=cfg.slots, max_len=max(len(prompts[p.id]) for p in todo) + cfg.max_new_tokens,
+                    n_draft=cfg.n_draft, draft_below=cfg.draft_below, kv_tokens=cfg.kv_tokens, n_ids=tokenizer.n_ids)
     sched = Scheduler(len(todo), len(todo), cfg.samples, seed=cfg.seed, alpha=0.0, dynamic=False, reward_lag=None)
     # 16 decode steps between two exchanges: a second or less
     rollout = Rollout(engine, Exchange(rt, 16) if rt.world > 1 else None, cfg.judge_timeout, distributed.stop_here)
 
     def make_request(task: Task, i: int, _: int) -> Request:
-        return Request(task.key(i), prompts[task.prompt], cfg.max_new_tokens, temperature=cfg.temperature,
-                       top_p=cfg.top_p, stop=stop, seed=sample_seed(cfg.seed, todo[task.prompt], i))
+        problem = todo[task.prompt]
+        return Request(task.key(i), prompts[problem.id], cfg.max_new_tokens, temperature=cfg.temperature,
+                       top_p=cfg.top_p, stop=stop, seed=sample_seed(cfg.seed, problem, i))
 
     def done(group: Group) -> None:
         if group.rank == rt.rank:
@@ -338,6 +342,7 @@ def answer_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], 
                 info | {"text": tokenizer.decode(s.tokens, skip_control=True), "tokens": len(s.tokens),
                         "finish": s.finish} for s, info in zip(group.samples, group.infos, strict=True)])
         group.samples = group.rewards = group.infos = ()     # on the disk now
+        answers.done.add(todo[group.task.prompt].id)
         bar.update(1)
 
     bar = tqdm(total=len(problems), initial=len(problems) - len(todo), unit="problem", desc="eval",
@@ -349,8 +354,8 @@ def answer_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], 
         try:
             rollout.step(sched, grader, make_request, done)
         except Stopped:
-            raise UserError(f"stopped (SIGTERM) after {bar.n:,} of {len(problems):,} problems; the same command goes "
-                            "on with the others") from None
+            raise UserError(f"stopped (SIGTERM) after {len(answers.done):,} of {len(problems):,} problems; the same "
+                            "command goes on with the others") from None
         except Ended as e:
             raise UserError(str(e)) from e
         except BaseException as e:

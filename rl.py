@@ -51,7 +51,7 @@ import distributed
 import kernels
 import mtp
 from configurator import UserError
-from data.problems import Problem, prompt_ids, read_problems, stop_ids
+from data.problems import Problem, read_problems, stop_ids
 from distributed import Runtime
 from engine import Engine, Request
 from eval import fingerprint, fitting, sample_seed, summary
@@ -172,7 +172,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     start = ckpt or checkpoint.find(cfg.init)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(start), f"{start}/model.json")
     tokenizer = Tokenizer.load(start)
-    problems, held, max_len = read_all(cfg, shape, start, tokenizer, rt)
+    (problems, prompts), (held, held_prompts) = read_all(cfg, shape, start, tokenizer, rt)
     meta = checkpoint_meta(cfg, start, held)
     chat = meta["chat"]
     model = mtp.build(shape, "meta")
@@ -198,6 +198,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
         checkpoint.load_optimizer(ckpt, model, optimizer)
     first, state = scheduler.step, scheduler.state_dict()
     replica = new_replica(model, rt)
+    max_len = max(map(len, prompts + held_prompts)) + max(tokens for _, tokens in cfg.max_new_tokens)
     engine = Engine(replica, slots=cfg.slots, max_len=max_len, n_draft=cfg.n_draft, draft_below=cfg.draft_below,
                     kv_tokens=cfg.kv_tokens, n_ids=tokenizer.n_ids)
     if rt.is_main:
@@ -207,7 +208,6 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     metrics = Metrics(run, resume_at=first, enabled=rt.is_main)
     evaluated = last_evaluation(metrics, rt)        # a run that was stopped in an evaluation begins with it
     stop = stop_ids(tokenizer, chat)
-    prompts, held_prompts = ([prompt_ids(tokenizer, p, chat) for p in some] for some in (problems, held))
     limits = [cfg.max_new_tokens_at(step) for step in range(max(first, cfg.steps) + 1)]
 
     def make_request(task: Task, i: int, seed: int) -> Request:
@@ -279,12 +279,11 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     distributed.teardown(rt)
 
 
-def read_all(cfg: Config, shape: ModelConfig, start: Path, tokenizer: Tokenizer,
-             rt: Runtime) -> tuple[list[Problem], list[Problem], int]:
+def read_all(cfg: Config, shape: ModelConfig, start: Path, tokenizer: Tokenizer, rt: Runtime) -> list[tuple]:
     """
-    -> (training problems, held-out problems, longest prompt + answer in tokens), without those whose prompts leave no
-    room for the longest answer (eval.fitting). UserError when these are many, or there are fewer MTP layers than shall
-    draft or be trained.
+    Training problems and held-out ones, each (problems, token ids of their prompts), without those whose prompts leave
+    no room for the longest answer (eval.fitting). UserError when these are many, or there are fewer MTP layers than
+    shall draft or be trained.
     """
     if cfg.n_draft > shape.n_mtp:
         raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {start}")
@@ -293,9 +292,8 @@ def read_all(cfg: Config, shape: ModelConfig, start: Path, tokenizer: Tokenizer,
     chat = checkpoint.read_meta(start).get("chat", False)
     new = max(tokens for _, tokens in cfg.max_new_tokens)
     why = f"max_new_tokens {new:,} of max_seq_len = {shape.max_seq_len} in {start}"
-    problems, held = (fitting(path, read_problems(path), tokenizer, chat, shape.max_seq_len - new, why, rt)[0]
-                      if path else [] for path in (cfg.problems, cfg.valid))
-    return problems, held, max(len(prompt_ids(tokenizer, p, chat)) for p in problems + held) + new
+    return [fitting(path, read_problems(path), tokenizer, chat, shape.max_seq_len - new, why, rt) if path else ([], [])
+            for path in (cfg.problems, cfg.valid)]
 
 
 def last_evaluation(metrics: Metrics, rt: Runtime) -> int:

@@ -308,7 +308,7 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank="", term_in
     rl.Grader = ParityGrader
     setup, asked, calls = distributed.setup, distributed.stop_requested, iter(range(1, 1000))
     update, step, add = rl.update, rl.Engine.step, rl.Engine.add
-    now = {"evaluating": False, "evaluations": 0}
+    now = {"evaluating": False, "evaluations": 0, "iteration": 0}
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
     def written_update(model, optimizer, batch, *rest):
@@ -318,7 +318,7 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank="", term_in
         return update(model, optimizer, batch, *rest)
 
     def broken_step(engine):
-        if engine.queue and engine.queue[0].id[0] == 1:
+        if now["iteration"] == 1:
             if last_rank == "exits":
                 while not (Path(out) / "latest").is_file():
                     time.sleep(0.01)
@@ -330,7 +330,7 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank="", term_in
     def watched_add(engine, request):
         evaluating = request.temperature == 0.6
         now["evaluations"] += evaluating and not now["evaluating"]
-        now["evaluating"] = evaluating
+        now["evaluating"], now["iteration"] = evaluating, request.id[0]
         second = evaluating and now["evaluations"] == 2
         if (term_in == "evaluation" and second) or (term_in == "rollout" and not evaluating and request.id[0] == 1):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -255,7 +255,7 @@ def run_script(folder, *flags, script=rl):
 
 
 def test_plain_is_torch_code_where_a_breakpoint_is_hit(tmp_path, monkeypatch):
-    """With --plain training passes through rmsnorm_reference, decoding through TorchRunner.trunk; the result is the same."""
+    """With --plain training passes through rmsnorm_reference, decoding through TorchRunner.trunk; same result."""
     import kernels
     import kernels.rmsnorm
     from runner import TorchRunner
