@@ -309,14 +309,15 @@ def test_sigterm_in_rl_ends_all_ranks_at_once_and_resumes_to_the_same_end(tmp_pa
     assert rows == rl_log(tmp_path / "whole") and [r["step"] for r in rows if "heldout" in r] == [0, 2]
 
 
+@pytest.mark.slow
 def test_an_evaluation_may_take_longer_than_the_time_out(tmp_path):
-    """Rank 1 decodes the second evaluation slowly, for more than the 4 s that ranks wait for each other: both meet."""
+    """Rank 1 decodes the second evaluation slowly, for more than the 10 s that ranks wait for each other: both meet."""
     write_base(tmp_path)
-    flags = [f"--valid={tmp_path}/problems.jsonl", *HELD, "--steps=1", "--timeout=4"]
-    codes = run_ranks(2, tmp_path, train_rl, str(tmp_path), str(tmp_path / "run"), *flags, nap=0.1)
+    flags = [f"--valid={tmp_path}/problems.jsonl", *HELD, "--steps=1", "--timeout=10"]
+    codes = run_ranks(2, tmp_path, train_rl, str(tmp_path), str(tmp_path / "run"), *flags, nap=0.2)
     assert set(codes) <= {0, -6}, (tmp_path / "rank1.log").read_text()
     first, second = [r for _, r in read_rows(tmp_path / "run/metrics.jsonl") if "heldout" in r]
-    assert second["heldout_s"] > 4 and second["step"] == 1
+    assert second["heldout_s"] > 10 and second["step"] == 1
 
 
 def test_an_error_in_an_evaluation_ends_both_ranks(tmp_path):
