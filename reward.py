@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from queue import SimpleQueue
 
 from data.problems import Problem
 from judge import Judge, maths
@@ -236,16 +237,15 @@ def difficulty_reward(passed: Sequence[bool], levels: Sequence[int], scheme: str
 
 class Grader:
     """
-    Grades samples for rollout.RolloutThread and eval.solve: submit() takes one, poll() returns the rewards that are
-    ready. Neither waits: code runs in the judge's sandboxes, maths in a thread, so that a hard expression does not hold
-    up decoding.
+    Grades samples for rollout.Rollout: submit() takes one, poll() returns the rewards that are ready. Neither waits:
+    code runs in the judge's sandboxes, maths in threads, so that a hard expression does not hold up decoding.
 
     problems: task.prompt is an index into it. scheme: "vanilla" (all tests or nothing), "strict" or "soft" (3.3.1).
     """
     def __init__(self, problems: list[Problem], tokenizer: Tokenizer, judge: Judge, scheme: str = "soft"):
         self.problems, self.tokenizer, self.judge, self.scheme = problems, tokenizer, judge, scheme
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="maths")
-        self.maths: list[tuple[tuple, Future]] = []     # (key, reward to come)
+        self.pool = ThreadPoolExecutor(maths.MATH_WORKERS, thread_name_prefix="maths")
+        self.maths: SimpleQueue[tuple[tuple, str, Future]] = SimpleQueue()     # (key, text, reward), done
         self.code: dict[tuple, Problem] = {}            # key -> problem, while the judge has the program
         self.ready: list[tuple[tuple, float, dict]] = []
 
@@ -259,7 +259,8 @@ class Grader:
         if sample.finish == "length":                   # no end token: a truncated answer is not an answer
             self.ready.append((key, 0.0, {"passed": False, "verdicts": ["truncated"]}))
         elif problem.kind == "maths":
-            self.maths.append((key, self.pool.submit(math_reward, text, problem.answer)))
+            future = self.pool.submit(math_reward, text, problem.answer)
+            future.add_done_callback(lambda done: self.maths.put((key, text, done)))
         elif (program := extract_program(text)) is None:
             self.ready.append((key, 0.0, {"passed": False, "verdicts": ["no program"]}))
         else:
@@ -269,19 +270,18 @@ class Grader:
     def poll(self) -> list[tuple[tuple, float, dict]]:
         """
         (key, reward, info) of the samples whose rewards are ready, in any order. info: {"passed": right answer or all
-        tests, "verdicts": a word for maths, a status per test for code}. What math_reward or the judge raises ends the
-        run: a grader that fails must never look like a wrong answer.
+        tests, "verdicts": why}: for code a status per test, for maths "right", "wrong" or "no box", and for either
+        "truncated" or "no program". What math_reward or the judge raises ends the run: a grader that fails must never
+        look like a wrong answer.
         """
         done, self.ready = self.ready, []
-        waiting = []
-        for key, future in self.maths:
-            if not future.done():
-                waiting.append((key, future))
+        while not self.maths.empty():                   # only this thread takes from it
+            key, text, future = self.maths.get()
+            if future.cancelled():                      # by close()
                 continue
             reward = future.result()
-            right = reward == 1.0
-            done.append((key, reward, {"passed": right, "verdicts": ["right" if right else "wrong"]}))
-        self.maths = waiting
+            why = "right" if reward == 1.0 else "no box" if last_boxed(text) is None else "wrong"
+            done.append((key, reward, {"passed": reward == 1.0, "verdicts": [why]}))
         for key, verdicts in self.judge.poll():
             problem, statuses = self.code.pop(key), [v.status for v in verdicts]
             passed = [status == "AC" for status in statuses]
@@ -290,7 +290,7 @@ class Grader:
         return done
 
     def close(self) -> None:
-        """Stop the thread; what is still queued for it is dropped."""
+        """Stop the threads; what is still queued for them is dropped."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -24,8 +24,13 @@ slots = 64
 kv_tokens = 131_072                             # 19 GB; answers beyond it wait for room
 reduce_each = True                              # saves 27 GB per GPU
 judge_workers = 12
+# Rewards are used this many decode steps after a group ended (docs/rollout.md). The judge needs 7 ms for a program, 4 s
+# for one that hangs (4 tests of 1 s) and 6 s at most for an expression (docs/judge.md). A decode step takes 25 ms with
+# 64 answers of 8,192 tokens (14 GB of weights and 77 GB of cache at 87% of 4,277 GB/s, results/gpu) and 7 ms with the
+# last one, so 6 s are 240 to 900 steps. 256 to 1,024 steps cost the same 2% (results/rollout/table2_lag.csv).
+reward_lag = 512
 micro_tokens = 32_768
 eval_every = 20
 eval_samples = 8
-save_every = 10
+save_every = 1                                  # an iteration takes hours: lose no more than one
 checkpointing = "full"
