@@ -21,7 +21,8 @@ gradients.
                  message). Activations and logits are gone by then, so only the larger of the two counts in the total
     replica      RL: the engine's own copy of the weights in bf16; two with max_staleness 1
     KV cache     RL: the engine's cache, kv_tokens long. The held-out curve is decoded by the same engine
-    engine       RL: state of the sequences, and what one forward of the engine needs for a moment
+    engine       RL: state of the sequences in the engine
+    forward      RL: what one forward of the engine needs for a moment; the CUDA graphs keep it
     reserve      CUDA context, NCCL and fragmentation: an allowance of 4 GB, 2 GB for a single GPU; not measured
 
 The first five agree within 10% with what a real step allocates (tests/test_plan.py measures it on CPU, and block by
@@ -66,6 +67,7 @@ CARDS = {"rtx4090": Card(24e9, 165, 0.891 * 1008e9), "a100": Card(80e9, 312, 0.8
 
 # assumptions about an RL run, with their sources; the command line can change the first three
 PROMPT = 300                    # tokens of a prompt [ours]
+BLOCK = 64                      # tokens of a block of the KV cache, as Engine's default
 SIGMA = 0.57                    # answer lengths are lognormal with this deviation of ln(length) [as paper/table2.py]
 WASTE = 0.095                   # valid groups beyond the batch, over the batch (results/rollout/table2.csv)
 BYTES_PER_TOKEN = 80            # host memory: an id and a log-prob as Python objects in lists, measured
@@ -269,24 +271,28 @@ def rl_memory(shape: ModelConfig, run: rl.Config, world: int, device: str = "cud
     plain replica with a cache decodes. The replica takes new weights parameter by parameter; with max_staleness = 1
     they are published whole as well. The held-out problems go through the same engine.
     """
-    e, trunk = (2 if device == "cuda" else 4), replace(shape, n_mtp=0)
+    e, n = (2 if device == "cuda" else 4), run.shard_ranks or world
     stage = Stage(tokens=1e9, seq_len=run.micro_tokens, checkpointing=run.checkpointing)
-    (row,) = plan(trunk, [stage], world, shard_ranks=run.shard_ranks, reduce_each=run.reduce_each, device=device)
+    (row,) = plan(replace(shape, n_mtp=0), [stage], world, shard_ranks=run.shard_ranks, reduce_each=run.reduce_each,
+                  device=device)
     kinds, frozen, V = row["memory"], shape.params_by_part()["MTP layers"], shape.vocab_size
     reserve = {"reserve": kinds.pop("reserve")}                     # printed last
-    rows, longest = run.slots * (1 + run.n_draft), max(tokens for _, tokens in run.max_new_tokens)
-    state = run.slots * ((longest + PROMPT) * 16 + 4 * (1 + run.n_draft) * shape.d_model * e)   # id, log-prob, random
-    forward = max(4096 * (3 * shape.d_ff + 6 * shape.d_model) * e, rows * V * 32)   # a prefill; sampling with top-p
-    return kinds | {"weights": kinds["weights"] + 4 * frozen / (run.shard_ranks or world),
+    # rows that fill up a batch to a power of two; id, log-prob and random number of each token, states for the drafts
+    rows, longest = run.slots + max(4, 2 ** (run.slots - 1).bit_length() // 2), run.max_new_tokens[-1][1]
+    state = rows * ((longest + PROMPT) * 16 + 4 * (1 + run.n_draft) * shape.d_model * e)
+    # what one forward needs for a moment: a prefill of 4,096 tokens, or sampling with top-p in fp64
+    forward = max(4096 * (3 * shape.d_ff + 6 * shape.d_model) * e, run.slots * (1 + run.n_draft) * V * 64)
+    return kinds | {"weights": kinds["weights"] + 4 * frozen / n,
                     "replica": (1 + run.max_staleness) * shape.n_params() * e,
                     "KV cache": kv_tokens_of(run) * kv_bytes_per_token(
                         replace(shape, n_layer=shape.n_layer + run.n_draft), e),
-                    "engine": state + forward} | reserve
+                    "engine": state, "forward": forward} | reserve
 
 
 def kv_tokens_of(run: rl.Config) -> int:
-    """Tokens in the engine's cache; without kv_tokens there is room for the longest answer in every slot."""
-    return run.kv_tokens or run.slots * (max(tokens for _, tokens in run.max_new_tokens) + PROMPT)
+    """Tokens in the engine's cache; without kv_tokens there is room for the longest answer in every slot, in blocks."""
+    columns = PROMPT + max(tokens for _, tokens in run.max_new_tokens) + run.n_draft + 2
+    return run.kv_tokens or run.slots * -(-columns // BLOCK) * BLOCK
 
 
 # ---- an RL iteration: how many answers at once, how long -------------------------------------------------------------
@@ -300,25 +306,29 @@ class Decoding:
 
 
 @cache
-def decoding(slots: int, kv_tokens: int, mean: int, longest: int, group: int, seed: int = 0, block: int = 64,
-             ) -> Decoding:
+def decoding(slots: int, kv_tokens: int, mean: int, longest: int, group: int, seed: int = 0) -> Decoding:
     """
     How many answers one engine decodes at once: the real block manager, no weights, lognormal lengths with this mean,
-    cut at longest. Groups share their prompt of PROMPT tokens. Answers start in order while there is a slot and memory;
-    when a sequence must grow and no block is free, the youngest is pre-empted and starts again from its tokens.
+    cut at longest. Groups share their prompt of PROMPT tokens. As in Engine.admit and Engine.grow, answers start in
+    order while there is a slot and memory, of which a twelfth is left for those that run to grow into; when one must
+    grow and no block is free, the youngest is pre-empted and starts again from its tokens.
 
     All active answers grow by 1/50 of the mean at a time: finer steps change the result by less than 2%.
     """
     draw, answers = random.Random(seed).lognormvariate, max(1200, 12 * slots)
     length = [min(longest, max(1, round(draw(math.log(mean) - SIGMA ** 2 / 2, SIGMA)))) for _ in range(answers)]
-    blocks, stride = BlockManager(kv_tokens // block, block), max(1, mean // 50)
-    queue, active = deque(range(answers)), []          # active: in order of admission, the youngest last
+    blocks, stride = BlockManager(kv_tokens // BLOCK, BLOCK), max(1, mean // 50)
+    most = blocks.blocks_for(PROMPT + longest)
+    queue, active = deque(range(answers)), []          # active: in order of arrival, the youngest last
     done, again, seen = [0] * answers, 0, []
     while queue or active:
         while queue and len(active) < slots:
             i = queue[0]
             peer = next((j for j in active if j // group == i // group), None)
-            shared = () if peer is None else blocks.tables[peer][:PROMPT // block]
+            shared = () if peer is None else blocks.tables[peer][:PROMPT // BLOCK]
+            left = len(blocks.free_blocks) - blocks.blocks_for(PROMPT + done[i]) + len(shared)
+            if active and left < min(blocks.n_blocks // 12, sum(most - len(blocks.tables[j]) for j in active)):
+                break
             if not blocks.allocate(i, PROMPT + done[i], shared):
                 break
             active.append(queue.popleft())
@@ -422,13 +432,13 @@ def report(shape: ModelConfig, stages: list[Stage], cfg: Config, *, mtp_stage: S
 
 
 def memory_lines(rows: list[tuple[str, dict[str, float]]], head: str) -> list[str]:
-    """A table: head over the rows' names, a column for each kind of memory, the total and the card it fits."""
+    """A table: head over the rows' names, a column for each kind of memory, the total and the card that it fits."""
     kinds = [k for k in rows[0][1] if any(memory[k] for _, memory in rows)]
     lines = [f"  {head}" + "".join(f"{k:>{max(8, len(k) + 2)}}" for k in kinds) + f"{'total':>8}  fits"]
     for name, memory in rows:
         lines.append(f"  {name:<{len(head)}}" + "".join(f"{memory[k] / GB:>{max(8, len(k) + 2)}.1f}" for k in kinds)
                      + f"{peak(memory) / GB:>8.1f}  {fits(peak(memory))}")
-    return lines
+    return [*lines, "  total: the reduction comes when activations and logits are gone, so that the larger counts"]
 
 
 def fits(total: float) -> str:
@@ -493,7 +503,7 @@ def duration(days: float) -> str:
     for unit, size in (("years", 365.0), ("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
         if days >= (2 * size if unit == "days" else size):
             return f"{days / size:,.3g} {unit}"
-    return f"{days * 86_400:.2g} seconds"
+    return f"{days * 86_400:.2g} seconds" if days * 86_400 >= 1 else "< 1 second"
 
 
 def human(n: float) -> str:

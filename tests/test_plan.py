@@ -1,6 +1,7 @@
 """
 plan.py: exact parameters, the report's schedule, and memory that agrees with what a real step allocates.
 """
+import gc
 import math
 import os
 import random
@@ -9,6 +10,7 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -26,9 +28,10 @@ import pretrain
 import rl
 import sft
 from configurator import UserError
-from engine import Engine
+from data.problems import Problem, prompt_ids, write_problems
 from model import Block, ModelConfig, flops_per_token
 from schedule import Stage
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -339,16 +342,52 @@ def test_shipped_configurations_fit_their_cards(name, gpus, card, at_once):
     assert 0.1 * card < total / 1e9 <= card
 
 
-def test_rl_memory_counts_what_the_engine_allocates():
-    """A bf16 replica with three MTP layers and a cache of 2,048 tokens in blocks, as on a GPU; two of them draft."""
-    shape = ModelConfig(vocab_size=512, n_layer=4, d_model=64, n_head=4, n_kv_head=2, head_dim=16, d_ff=160, n_mtp=3)
-    replica = distributed.replica(mtp.build(shape), "cpu", torch.bfloat16)
-    engine = Engine(replica, slots=4, max_len=1024, n_draft=2, layout="blocks", kv_tokens=2048, plain=True)
-    cache = sum(t.nbytes for t in vars(engine.cache).values() if isinstance(t, torch.Tensor) and t.is_floating_point())
-    weights = sum(p.nbytes for p in replica.parameters())
-    how = dict(micro_tokens=64, n_draft=2, kv_tokens=2048)
-    kinds = plan.rl_memory(shape, 3, 8, **how)
-    assert cache > 0 and kinds["KV"] == pytest.approx(weights + cache, rel=0.10)
-    assert plan.rl_memory(shape, 3, 8, copies=1, **how)["KV"] - kinds["KV"] == weights
-    trunk = sum(p.numel() for n, p in replica.named_parameters() if not n.startswith("mtp_layers"))
-    assert kinds["optimizer"] == 8 * trunk / 8                      # MTP layers are frozen
+class Launch(Exception):
+    """Raised where rl.py would launch its first request."""
+
+
+def meta_tensors():
+    """All tensors on the meta device, by id."""
+    return {id(t): t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_meta}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*_rl*.py")), ids=lambda p: p.stem)
+def test_every_rl_configuration_starts_with_what_the_plan_says(path, tmp_path, monkeypatch):
+    """
+    rl.py itself, up to its first launch, with a held-out set, on the meta device in bf16. Whatever exists then is a
+    meta tensor, a second engine too: the model, whole in fp32, and what the plan calls replica, KV cache and engine.
+    """
+    run = configurator.load(rl.Config, [str(path)])
+    base = configurator.load(pretrain.Config, [plan.model_config(str(path))])
+    shape = replace(base.model, n_mtp=base.n_mtp_final, max_seq_len=run.max_new_tokens[-1][1] + 2 * plan.PROMPT)
+    tokenizer, setup = Tokenizer.load("tiny"), distributed.setup
+    monkeypatch.setattr(distributed, "setup", lambda **how: replace(
+        setup(seed=1, device="cpu"), device=torch.device("meta"), dtype=torch.bfloat16))
+    monkeypatch.setattr(rl.Tokenizer, "load", lambda folder: tokenizer)
+    for name, result in (("find", tmp_path), ("read_shape", vars(shape)), ("read_meta", {"chat": False})):
+        monkeypatch.setattr(checkpoint, name, lambda *_, result=result: result)
+    monkeypatch.setattr(checkpoint, "materialise", lambda model, *_, **__: model)
+    for name in ("Judge", "Grader"):
+        monkeypatch.setattr(rl, name, MagicMock())
+
+    def launch(*_, **__):
+        raise Launch
+
+    monkeypatch.setattr(rl, "RolloutThread", launch)
+    problem = Problem("0", "maths", "What is 7", answer="7")
+    while len(prompt_ids(tokenizer, problem, False)) < plan.PROMPT:
+        problem = replace(problem, question=problem.question + "+7")
+    for name in ("rl", "valid"):
+        write_problems(tmp_path / f"{name}.jsonl", [problem])
+    gc.collect()
+    older = meta_tensors()
+    with pytest.raises(Launch) as stopped:                          # its traceback keeps main's variables
+        rl.main(configurator.load(rl.Config, [
+            str(path), f"--problems={tmp_path}/rl.jsonl", f"--valid={tmp_path}/valid.jsonl", f"--out={tmp_path}/out"]))
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for key, t in meta_tensors().items()
+                if key not in older}
+    allocated = sum(storages.values())
+    memory = plan.rl_memory(shape, run, 8)
+    planned = 4 * shape.n_params() + memory["replica"] + memory["KV cache"] + memory["engine"]
+    assert 0.98 * planned < allocated < 1.02 * planned, f"{allocated / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB"
+    assert stopped.traceback
