@@ -267,15 +267,15 @@ def kv_bytes_per_token(shape: ModelConfig, element: int = 2) -> int:
 
 def rl_memory(shape: ModelConfig, run: rl.Config, world: int, device: str = "cuda") -> dict[str, float]:
     """
-    Bytes per rank by kind in RL: the trunk trains on micro_tokens a forward, the MTP layers of shape lie frozen, and a
-    plain replica with a cache decodes. The replica takes new weights parameter by parameter; with max_staleness = 1
-    they are published whole as well. The held-out problems go through the same engine.
+    Bytes per rank by kind in RL: the trunk trains on micro_tokens a forward, the MTP layers of shape lie frozen unless
+    mtp_weight trains them, and a plain replica with a cache decodes, held-out problems too. The replica takes new
+    weights parameter by parameter; with max_staleness = 1 they are published whole as well.
     """
     e, n = (2 if device == "cuda" else 4), run.shard_ranks or world
     stage = Stage(tokens=1e9, seq_len=run.micro_tokens, checkpointing=run.checkpointing)
-    (row,) = plan(replace(shape, n_mtp=0), [stage], world, shard_ranks=run.shard_ranks, reduce_each=run.reduce_each,
-                  device=device)
-    kinds, frozen, V = row["memory"], shape.params_by_part()["MTP layers"], shape.vocab_size
+    trained = shape if getattr(run, "mtp_weight", 0) else replace(shape, n_mtp=0)
+    (row,) = plan(trained, [stage], world, shard_ranks=run.shard_ranks, reduce_each=run.reduce_each, device=device)
+    kinds, frozen, V = row["memory"], shape.n_params() - trained.n_params(), shape.vocab_size
     reserve = {"reserve": kinds.pop("reserve")}                     # printed last
     # rows that fill up a batch to a power of two; id, log-prob and random number of each token, states for the drafts
     rows, longest = run.slots + max(4, 2 ** (run.slots - 1).bit_length() // 2), run.max_new_tokens[-1][1]

@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import weakref
@@ -259,6 +260,31 @@ def test_every_config_loads_and_plans(path, capsys):
     assert script is pretrain or cfg.init != cfg.out and cfg.out.startswith("out/")
     with pytest.raises(UserError, match="shard_ranks = 3 should divide gpus = 8"):
         plan.main(configurator.load(plan.Config, [str(path), "--set.shard_ranks=3"]))
+
+
+def printed_by(words, capsys):
+    """What plan.py prints for these words of its command line."""
+    plan.main(configurator.load(plan.Config, words))
+    return capsys.readouterr().out
+
+
+def test_pages_say_what_plan_prints(capsys):
+    """docs/scale.md: the blocks, the table of configurations; README: hours of an iteration on H100 and H200."""
+    page = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\npython plan\.py ([^\n]*)\n```\n\n```text\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for words, text in blocks:
+        assert text in printed_by(words.split(), capsys), f"docs/scale.md: what does plan.py {words} print?"
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) x (\w+) \| (.*) \|$", page, re.MULTILINE)
+    shipped = {p.stem for p in ROOT.glob("config/mimo_*.py")}
+    assert {name for name, *_ in rows} == shipped
+    for name, gpus, card, cells in rows:
+        printed = re.sub(" +", " ", printed_by([f"config/{name}.py", f"--gpus={gpus}", f"--card={card}"], capsys))
+        total, at_once, iteration, whole = (cell.strip() for cell in cells.split("|"))
+        for cell in (total, at_once, iteration, whole):
+            assert f" {cell}" in printed, f"docs/scale.md, {name}: {cell}"
+        if name in ("mimo_7b_rl", "mimo_7b_rl_h200"):
+            assert f"{iteration} " in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_plan_says_what_it_cannot_take(tmp_path):
