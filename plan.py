@@ -65,10 +65,11 @@ class Card:
 CARDS = {"rtx4090": Card(24e9, 165, 0.891 * 1008e9), "a100": Card(80e9, 312, 0.891 * 2039e9),
          "h100": Card(80e9, 989, 0.891 * 3350e9), "h200": Card(141e9, 989, 4277e9)}
 
-# assumptions about an RL run, with their sources; the command line can change the first three
+# what is assumed of an RL run, and from where
 PROMPT = 300                    # tokens of a prompt [ours]
 BLOCK = 64                      # tokens of a block of the KV cache, as Engine's default
-SIGMA = 0.57                    # answer lengths are lognormal with this deviation of ln(length) [as paper/table2.py]
+SIGMA = 0.57                    # answer lengths are lognormal with this deviation of ln(length); paper/table2.py: 0.4
+                                # between prompts and 0.4 between answers to one prompt [ours]
 WASTE = 0.095                   # valid groups beyond the batch, over the batch (results/rollout/table2.csv)
 BYTES_PER_TOKEN = 80            # host memory: an id and a log-prob as Python objects in lists, measured
 # results/gpu: 0.504 of copy bandwidth with one sequence of the 7B (14.0 GB read), 0.869 with 64 of 8k tokens (91.3 GB),
@@ -278,7 +279,7 @@ def rl_memory(shape: ModelConfig, run: rl.Config, world: int, device: str = "cud
     kinds, frozen, V = row["memory"], shape.n_params() - trained.n_params(), shape.vocab_size
     reserve = {"reserve": kinds.pop("reserve")}                     # printed last
     # rows that fill up a batch to a power of two; id, log-prob and random number of each token, states for the drafts
-    rows, longest = run.slots + max(4, 2 ** (run.slots - 1).bit_length() // 2), run.max_new_tokens[-1][1]
+    rows, longest = run.slots + max(4, 2 ** (run.slots - 1).bit_length() // 2), longest_of(run)
     state = rows * ((longest + PROMPT) * 16 + 4 * (1 + run.n_draft) * shape.d_model * e)
     # what one forward needs for a moment: a prefill of 4,096 tokens, or sampling with top-p in fp64
     forward = max(4096 * (3 * shape.d_ff + 6 * shape.d_model) * e, run.slots * (1 + run.n_draft) * V * 64)
@@ -289,10 +290,14 @@ def rl_memory(shape: ModelConfig, run: rl.Config, world: int, device: str = "cud
                     "engine": state, "forward": forward} | reserve
 
 
+def longest_of(run: rl.Config) -> int:
+    """The longest answer of the whole run, tokens."""
+    return max(tokens for _, tokens in run.max_new_tokens)
+
+
 def kv_tokens_of(run: rl.Config) -> int:
     """Tokens in the engine's cache; without kv_tokens there is room for the longest answer in every slot, in blocks."""
-    columns = PROMPT + max(tokens for _, tokens in run.max_new_tokens) + run.n_draft + 2
-    return run.kv_tokens or run.slots * -(-columns // BLOCK) * BLOCK
+    return run.kv_tokens or run.slots * -(-(PROMPT + longest_of(run) + run.n_draft + 2) // BLOCK) * BLOCK
 
 
 # ---- an RL iteration: how many answers at once, how long -------------------------------------------------------------
@@ -369,7 +374,8 @@ def rl_hours(shape: ModelConfig, run: rl.Config, cfg: Config, card: Card, longes
                 log-probs if there are several updates; at mfu
     evaluation  heldout x eval_samples answers, and the longest of them on its own at the end
     """
-    mean, G, trunk = cfg.mean or round(longest * 9000 / 30_720), run.group_size, replace(shape, n_mtp=0)
+    mean = min(cfg.mean, longest) or math.ceil(longest * 9000 / 30_720)
+    G, trunk = run.group_size, replace(shape, n_mtp=0)
     found = decoding(run.slots, kv_tokens_of(run), mean, longest, G)
     speed = cfg.mfu * card.tflops * 1e12
     prefill = 2 * trunk.n_params() / speed                          # seconds per recomputed token
@@ -379,14 +385,15 @@ def rl_hours(shape: ModelConfig, run: rl.Config, cfg: Config, card: Card, longes
     flops = flops_per_token(trunk, mean)
     old = flops / 3 if run.mini_batch < run.batch_size or run.max_staleness else 0
     again = recomputed_flops(trunk, mean, run.checkpointing, shape.n_layer)
-    tail = longest * decode_seconds(shape, longest, card)
+    evaluated = cfg.heldout * run.eval_samples if run.eval_every and run.valid else 0
+    tail = longest * decode_seconds(shape, longest, card) if evaluated else 0
     hours = {"rollout": launched * each / cfg.gpus, "update": trained * (flops + old + again) / speed / cfg.gpus,
-             "evaluation": cfg.heldout * run.eval_samples * mean * each / cfg.gpus + tail if run.eval_every else 0.0}
+             "evaluation": evaluated * mean * each / cfg.gpus + tail}
     hours = {name: seconds / 3600 for name, seconds in hours.items()}
-    share = {"evaluation": 1 / run.eval_every if run.eval_every else 0}
+    both = max(hours["rollout"], hours["update"]) if run.max_staleness else hours["rollout"] + hours["update"]
     return {"longest": longest, "mean": mean, "at once": found.at_once, "recomputed": found.recomputed,
             "tokens/s": 1 / each, "groups": groups, "tokens": launched, **hours,
-            "iteration": sum(h * share.get(name, 1) for name, h in hours.items())}
+            "iteration": both + hours["evaluation"] / max(1, run.eval_every)}
 
 
 def steps_of(stage: Stage) -> float:
@@ -449,18 +456,24 @@ def fits(total: float) -> str:
 
 def rl_report(shape: ModelConfig, run: rl.Config, cfg: Config) -> str:
     """What is printed for an RL configuration; shape with the MTP layers that lie frozen."""
-    memory, card = rl_memory(shape, run, cfg.gpus), CARDS[cfg.card]
-    phases = [(start, rl_hours(shape, run, cfg, card, longest)) for start, longest in run.max_new_tokens]
-    last, most = phases[-1][1], run.slots * (run.max_new_tokens[-1][1] + PROMPT)
+    memory, card, longest = rl_memory(shape, run, cfg.gpus), CARDS[cfg.card], longest_of(run)
+    one = kv_tokens_of(replace(run, kv_tokens=0, slots=1))
+    if kv_tokens_of(run) < one:
+        raise UserError(f"kv_tokens = {run.kv_tokens:,} should be at least {one:,}: one answer of {longest:,} tokens "
+                        "and its prompt")
+    phases = [(start, rl_hours(shape, run, cfg, card, tokens)) for start, tokens in run.max_new_tokens
+              if start < run.steps]
+    groups, tokens = (max(h[name] for _, h in phases) for name in ("groups", "tokens"))
+    problems = f"{cfg.heldout} problems x {run.eval_samples} answers, every {run.eval_every} iterations"
     columns = ("rollout", "update", "evaluation", "iteration")
     out = [f"parameters: {shape.n_params():,}", "",
            f"memory per GPU in GB, {cfg.gpus} GPU(s): {run.micro_tokens:,} tokens a forward, recomputation "
            f"{run.checkpointing}, {kv_tokens_of(run):,} tokens in the KV cache",
            *memory_lines([("", memory)], ""), "",
-           f"host memory for the answers of an iteration: {last['tokens'] * BYTES_PER_TOKEN / GB:.2g} GB over "
+           f"host memory for the answers of an iteration: {tokens * BYTES_PER_TOKEN / GB:.2g} GB over "
            f"all GPUs, {BYTES_PER_TOKEN} bytes a token, dropped groups too", "",
-           f"one iteration on {cfg.gpus} x {cfg.card}: {last['groups']:,.0f} groups of {run.group_size} answers are "
-           f"launched for {run.batch_size} that are trained on",
+           f"one iteration on {cfg.gpus} x {cfg.card}: {groups:,.0f} groups of {run.group_size} answers "
+           f"are launched for {run.batch_size} that are trained on",
            f"  {'from':>6}{'longest':>9}{'mean':>8}{'at once':>14}{'recomputed':>12}{'tokens/s':>10}"
            + "".join(f"{name:>14}" for name in columns)]
     for start, h in phases:
@@ -468,20 +481,20 @@ def rl_report(shape: ModelConfig, run: rl.Config, cfg: Config) -> str:
                    f"{h['recomputed']:>12.0%}{h['tokens/s']:>10,.0f}"
                    + "".join(f"{duration(h[name] / 24):>14}" for name in columns))
     ends = [start for start, _ in phases[1:]] + [run.steps]
-    days = sum(max(0, end - start) * h["iteration"] for (start, h), end in zip(phases, ends, strict=True)) / 24
+    days = sum((end - start) * h["iteration"] for (start, h), end in zip(phases, ends, strict=True)) / 24
     out += ["  from: iteration; longest, mean: tokens of an answer; at once: answers decoding on a GPU, of its slots",
             "  recomputed: tokens computed again, as memory ran out and a sequence had to wait; tokens/s: of one GPU",
-            f"  evaluation: {cfg.heldout} problems x {run.eval_samples} answers, every {run.eval_every} iterations",
+            f"  evaluation: {problems if run.eval_every and run.valid else 'none'}",
             f"all {run.steps:,} iterations: {duration(days)}", "",
             "the largest cache that a card has room for, with the longest answers",
             f"  {'card':<10}{'--kv_tokens=':>14}{'at once':>14}{'rollout':>14}"]
     for name, card in CARDS.items():
         room = (card.memory - peak(memory) + memory["KV cache"]) * kv_tokens_of(run) / memory["KV cache"]
-        if room < most / run.slots:
+        if room < one:
             out.append(f"  {name:<10}{'does not fit':>14}")
             continue
-        filled = replace(run, kv_tokens=int(min(room, most)) // 1024 * 1024)
-        h = rl_hours(shape, filled, cfg, card, run.max_new_tokens[-1][1])
+        filled = replace(run, kv_tokens=int(min(room, run.slots * one)) // BLOCK * BLOCK)
+        h = rl_hours(shape, filled, cfg, card, longest)
         out.append(f"  {name:<10}{filled.kv_tokens:>14,}{h['at once']:>7.1f} of {run.slots:>3}"
                    f"{duration(h['rollout'] / 24):>14}")
     return "\n".join(out)

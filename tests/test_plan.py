@@ -291,6 +291,8 @@ def test_plan_says_what_it_cannot_take(tmp_path):
     (tmp_path / "odd.py").write_text("nonsense = 1\n")
     with pytest.raises(UserError, match="odd.py: its fields are those of none"):
         plan.main(plan.Config(str(tmp_path / "odd.py")))
+    with pytest.raises(UserError, match="kv_tokens = 30,720 should be at least 31,040: one answer of 30,720 tokens"):
+        plan.main(plan.Config(str(ROOT / "config/mimo_7b_rl.py"), set={"kv_tokens": 30_720}))
     (tmp_path / "mine_rl.py").write_text("group_size = 4\n")
     with pytest.raises(UserError, match="which model"):
         plan.main(plan.Config(str(tmp_path / "mine_rl.py")))
