@@ -115,11 +115,12 @@ class Engine:
     block           tokens per block of the cache
     plain           take the TorchRunner; None = kernels.is_plain()
     n_ids           rows of lm_head that are tokens (tokenizer.n_ids); the rest is padding and never sampled; None = all
+    keep_weights    False: on a CPU the model's weights are freed as they are packed; it belongs to the engine then
     runner          the class of the runner; None = by the device, and `plain`
     """
     def __init__(self, model: MiMo, slots: int, max_len: int, n_draft: int = 0, draft_below: int = 0, chunk: int = 256,
                  prefill_tokens: int = 4096, kv_tokens: int | None = None, block: int = 64, plain: bool | None = None,
-                 n_ids: int | None = None, runner: type[TorchRunner] | None = None):
+                 n_ids: int | None = None, keep_weights: bool = True, runner: type[TorchRunner] | None = None):
         V = model.cfg.vocab_size
         if n_ids is not None and not 1 <= n_ids <= V:
             raise ValueError(f"n_ids = {n_ids} should be 1 to {V}, the rows of lm_head")
@@ -137,7 +138,8 @@ class Engine:
             plain = kernels.is_plain() if plain is None else plain
             runner = TorchRunner if plain else GraphRunner if model.lm_head.weight.device.type != "cpu" else \
                 CpuRunner if CpuRunner.applies(model) else TorchRunner
-        self.runner = runner(model, slots, columns, n_draft, n_blocks, block, n_ids or V, self.prefill_tokens)
+        self.runner = runner(model, slots, columns, n_draft, n_blocks, block, n_ids or V, self.prefill_tokens,
+                             keep_weights)
         self.in_flight: dict[object, Sequence] = {}         # by id: all sequences here, in order of arrival
         self.queue: deque[Sequence] = deque()               # in order of arrival
         self.decoding: list[Sequence] = []                  # row i decodes decoding[i]

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+import kernels
+from kernels import reference
 from kernels.attention import attention
 from kernels.cpu import train as cpu_kernels
 from kernels.rmsnorm import rmsnorm, rmsnorm_residual
@@ -40,9 +42,11 @@ OPERATORS = SimpleNamespace(rmsnorm=rmsnorm, rmsnorm_residual=rmsnorm_residual, 
 
 def operators(*tensors: Tensor) -> ModuleType | SimpleNamespace:
     """
-    The five operators for these tensors: those in C (kernels/cpu/train.py) where a CPU trains in fp32, else OPERATORS.
-    Both compute the same values and gradients, up to rounding. With --plain it is always torch's own operations.
+    The five operators for these tensors: those in C (kernels/cpu/train.py) where a CPU trains in fp32, else OPERATORS;
+    with --plain always kernels/reference.py. All compute the same values and gradients, up to rounding.
     """
+    if kernels.PLAIN:
+        return reference
     return cpu_kernels if cpu_kernels.c_kernels_apply(*tensors) else OPERATORS
 
 

@@ -126,11 +126,12 @@ class TorchRunner:
     block           tokens per block
     n_ids           rows of lm_head that are tokens; the rest is padding and never sampled
     prefill_tokens  most prompt tokens of one prefill
+    keep_weights    False: the CpuRunner may free the model's weights once it has packed them
     """
     block_forward = staticmethod(Block.forward)                     # x through one block
 
     def __init__(self, model: MiMo, slots: int, columns: int, n_draft: int, n_blocks: int, block: int, n_ids: int,
-                 prefill_tokens: int):
+                 prefill_tokens: int, keep_weights: bool = True):
         cfg, w = model.cfg, model.lm_head.weight
         self.model, self.n_draft, self.most_drafts, self.block = model, n_draft, n_draft, block
         self.n_ids, self.device = n_ids, w.device
@@ -542,12 +543,12 @@ class GraphRunner(TorchRunner):
 class CpuRunner(TorchRunner):
     """The same in C: kernels/cpu/decode.py packs the weights and calls decode_cpu.c on the tensors of the state."""
     def __init__(self, model: MiMo, slots: int, columns: int, n_draft: int, n_blocks: int, block: int, n_ids: int,
-                 prefill_tokens: int):
+                 prefill_tokens: int, keep_weights: bool = True):
         if block % KEY_STEP:
             raise ValueError(f"block = {block} should be a multiple of {KEY_STEP}, the columns of a piece of the cache")
         super().__init__(model, slots, columns, n_draft, n_blocks, block, n_ids, prefill_tokens)
         self.c = CpuForward(model, n_draft, self.kv, self.state, n_ids, block,
-                            most_tokens=max(prefill_tokens, self.S * (n_draft + 1)))
+                            most_tokens=max(prefill_tokens, self.S * (n_draft + 1)), keep_weights=keep_weights)
 
     @staticmethod
     def applies(model: MiMo) -> bool:

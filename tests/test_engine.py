@@ -616,7 +616,8 @@ def test_the_leader_of_a_group_is_aborted_while_it_prefills(model):
     got = {}
     while e.in_flight:
         got |= {s.id: s for s in e.step()}
-    assert {i: (s.tokens, s.logprobs) for i, s in got.items()} == {i: (right[i].tokens, right[i].logprobs) for i in (2, 3)}
+    assert list(got) == [2, 3] and all((s.tokens, s.logprobs) == (right[i].tokens, right[i].logprobs)
+                                       for i, s in got.items())
 
 
 def test_load_computes_running_sequences_again(model, small):
@@ -660,18 +661,34 @@ def test_room_looks_at_memory(small):
 def test_drafts_while_few_sequences_are_in_flight(model):
     """
     draft_below: 40 requests start without drafts; when eight are left the MTP layers join. The same texts and log-probs
-    as without them, fewer steps than without, and drafts are accepted as by an engine that always drafts.
+    as without them, fewer steps than without, and the drafts are those of an engine that always drafts.
     """
     runs = [replace(r, max_new_tokens=3 + 3 * i % 77) for i, r in enumerate(requests(40, temperature=0.0))]
-    engines = [Engine(model, 40, 120, n, draft_below=below) for n, below in ((0, 0), (3, 16), (3, 0))]
+    engines = [Engine(model, 40, 120, n, draft_below=below) for n, below in ((0, 0), (3, 8), (3, 0))]
     plain, tail, always = (generate(e, runs) for e in engines)
     assert [(s.tokens, s.logprobs, s.finish) for s in tail] == [(s.tokens, s.logprobs, s.finish) for s in plain]
     assert engines[2].steps < engines[1].steps < engines[0].steps
     some = [(a, b) for a, b in zip(tail, always, strict=True) if a.verified[0]]
-    (verified, *_), (accepted, *_) = counts([a for a, _ in some])
-    (verified_always, *_), (accepted_always, *_) = counts([b for _, b in some])
-    assert 8 <= len(some) <= 16 and 100 < verified < verified_always
-    assert abs(accepted / verified - accepted_always / verified_always) < 0.1
+    assert 4 <= len(some) <= 8 and all(0 < a.verified[0] < b.verified[0] for a, b in some)
+    # from its first draft on a sequence is drafted as if its text until then had been the prompt
+    e = Engine(model, 40, 120, 3, draft_below=8)
+    for r in runs:
+        e.add(r)
+    e.step()
+    while e.runner.n_draft == 0:
+        e.step()
+    fresh = Engine(model, 1, 120, 3)
+    for _ in range(8):
+        e.step()
+        for row in range(len(e.decoding)):
+            n = e.runner.lengths(len(e.decoding))[row]
+            ids = e.runner.state["tokens"][row, :n + 3].tolist()
+            fresh.add(Request(0, ids[:n], 1, 0.0))
+            fresh.admit()
+            with torch.no_grad():
+                fresh.prefill()
+            assert fresh.runner.state["tokens"][0, n:n + 3].tolist() == ids[n:]
+            fresh.abort(0)
     e = Engine(model, 4, 120, 3, draft_below=1)                     # it switches on and off, and on again
     got = {}
     for i in range(0, 40, 4):
@@ -730,8 +747,8 @@ class Lengths:
 def test_memory_decides_how_many_answers_decode():
     """
     The 7B's lengths in miniature (a tenth: mean 900 of at most 3,072, lognormal with sigma 0.57) and its memory (13,107
-    tokens), 64 slots. Memory in use is the sum of L^2/2 over the answers, so no policy has more than M sum L / sum L^2/2
-    answers at a time, 21 here; an engine that reserves the longest answer has 4.
+    tokens), 64 slots. An answer of L tokens holds L/2 on average, so no policy has more than M sum L / sum L^2/2 answers
+    at a time, 21 here; an engine that reserves the longest answer has 4.
     """
     model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=32), mtp_layers=[])
     rng, sigma = random.Random(0), 0.57

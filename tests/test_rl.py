@@ -211,20 +211,20 @@ def run_script(folder, *flags):
 
 
 def test_plain_is_torch_code_where_a_breakpoint_is_hit(tmp_path, monkeypatch):
-    """With --plain training passes through rmsnorm_reference, decoding through Engine.trunk; the result is the same."""
+    """With --plain training passes through reference.rmsnorm, decoding through TorchRunner.trunk; the result is the same."""
     import kernels
-    import kernels.rmsnorm
-    from engine import Engine
+    import kernels.reference
+    from runner import TorchRunner
     hits = set()
 
     def watch(where, name):
         function = getattr(where, name)
         monkeypatch.setattr(where, name, lambda *args, **named: (hits.add(name), function(*args, **named))[1])
-    watch(kernels.rmsnorm, "rmsnorm_reference")
-    watch(Engine, "trunk")
+    watch(kernels.reference, "rmsnorm")
+    watch(TorchRunner, "trunk")
     try:
         run_script(tmp_path, f"--out={tmp_path}/plain", "--plain")
-        assert kernels.is_plain() and hits == {"rmsnorm_reference", "trunk"}
+        assert kernels.is_plain() and hits == {"rmsnorm", "trunk"}
         run_script(tmp_path, f"--out={tmp_path}/fast")
         assert not kernels.is_plain()
     finally:

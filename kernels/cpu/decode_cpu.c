@@ -1,4 +1,5 @@
-// The forward pass for generation in fp32 on a CPU, in plain C (report 2.2). decode.py packs the weights and calls it.
+// The forward pass for generation on a CPU, in plain C (report 2.2): sums in fp32, weights in fp32 or bf16. decode.py
+// packs the weights and calls it.
 //
 // Why C: a token through a small model is 50 microseconds of arithmetic, and a few hundred calls into torch cost ten
 // times that. Here prefill, decode and draft are one call each, allocate nothing, and do not hold Python's lock: the
@@ -25,8 +26,9 @@
 // y[r][16 p + j] = base[r][16 p + j] + sum_k x[r][k] w[p][k][j] for R rows and P panels. The compiler knows R and P:
 // R * P * NV sums are in flight at once, in registers. k runs in pieces of 16, `piece` floats apart. ahead: prefetch
 // the weights this many floats behind those in use, 0 = no prefetch. more: the sums go on from those that y holds.
-INLINE void tile(const int R, const int P, int K, const float *x, long ldx, const float *w, long piece, long panel,
-                 const int ahead, int more, const float *base, long ldb, float *y, long ldy) {
+// half: w is bf16, widened to fp32 in registers, so the numbers are those of a copy in fp32.
+INLINE void tile(const int R, const int P, int K, const float *x, long ldx, const int half, const void *w, long piece,
+                 long panel, const int ahead, int more, const float *base, long ldb, float *y, long ldy) {
     vec sum[6][4][NV];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
@@ -34,17 +36,23 @@ INLINE void tile(const int R, const int P, int K, const float *x, long ldx, cons
         for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) sum[r][p][v] = more ? load(y + r * ldy + 16 * p + LANES * v) : (vec){0};
-    for (int k = 0; k < K; k += 16, w += piece) {
+    const float *w32 = w;
+    const uint16_t *w16 = w;
+    for (int k = 0; k < K; k += 16, w32 += piece, w16 += piece) {
 #pragma GCC unroll 2
         for (int i = 0; i < 16; i++) {
             vec column[4][NV];
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++)
-                if (ahead && P <= 2) __builtin_prefetch(w + p * panel + ahead + 16 * i);
+                if (ahead && P <= 2 && half && i % 2 == 0) __builtin_prefetch(w16 + p * panel + ahead + 16 * i);
+                else if (ahead && P <= 2 && !half) __builtin_prefetch(w32 + p * panel + ahead + 16 * i);
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; v++) column[p][v] = load(w + p * panel + 16 * i + LANES * v);
+                for (int v = 0; v < NV; v++) {
+                    long at = p * panel + 16 * i + LANES * v;
+                    column[p][v] = half ? widen(w16 + at) : load(w32 + at);
+                }
 #pragma GCC unroll 6
             for (int r = 0; r < R; r++) {
                 vec each = all(x[r * ldx + k + i]);
@@ -67,25 +75,22 @@ INLINE void tile(const int R, const int P, int K, const float *x, long ldx, cons
 }
 
 // y [M,16 panels] = base + x [M,K] w. base: 0, a bias (ldb 0) or y itself (a residual). A panel of weights stays in the
-// L1 cache while all rows are multiplied with it. 1 to 3 rows take several panels at once, to have enough sums in
-// flight; not 3 rows with narrow vectors, whose sums and columns would need 17 of AVX2's 16 registers.
-INLINE void product(int M, int K, int panels, const float *x, long ldx, const float *w, long piece, long panel,
-                    const int ahead, int more, const float *base, long ldb, float *y, long ldy) {
-    int wide = M == 1 ? 4 : M == 2 || (M == 3 && NV == 1) ? 2 : 1;
+// cache while all rows are multiplied with it. Several panels at once keep enough sums in flight, and use a number of x
+// for two products; from 3 rows on their sums and columns would need more than AVX2's 16 registers.
+INLINE void product(int M, int K, int panels, const float *x, long ldx, const int half, const void *w, long piece,
+                    long panel, const int ahead, int more, const float *base, long ldb, float *y, long ldy) {
+    int wide = M == 1 ? 4 : M == 2 || NV == 1 ? 2 : 1;
     for (int p = 0; p < panels; p += wide) {
         if (p + wide > panels) wide = 1;
         for (int r = 0, blocks = (M + 5) / 6; blocks; blocks--) {
             int R = (M - r + blocks - 1) / blocks;                  // M in nearly equal blocks of at most 6
-#define TILE(rows, many) tile(rows, many, K, x + r * ldx, ldx, w + p * panel, piece, panel, ahead, \
-                              more, base ? base + r * ldb + 16 * p : 0, ldb, y + r * ldy + 16 * p, ldy)
+#define TILE(rows, many) tile(rows, many, K, x + r * ldx, ldx, half, (const char *)w + p * panel * (half ? 2 : 4), \
+                              piece, panel, ahead, more, base ? base + r * ldb + 16 * p : 0, ldb, y + r * ldy + 16 * p, ldy)
+#define ONE_OR_TWO(rows) case rows: if (wide == 2 && (NV == 1 || rows <= 2)) TILE(rows, 2); else TILE(rows, 1); break
             if (wide == 4) TILE(1, 4);
-            else if (wide == 2) { if (R == 1) TILE(1, 2); else if (R == 2) TILE(2, 2); else TILE(3, 2); }
-            else if (R == 1) TILE(1, 1);
-            else if (R == 2) TILE(2, 1);
-            else if (R == 3) TILE(3, 1);
-            else if (R == 4) TILE(4, 1);
-            else if (R == 5) TILE(5, 1);
-            else TILE(6, 1);
+            else switch (R) {
+                ONE_OR_TWO(1); ONE_OR_TWO(2); ONE_OR_TWO(3); ONE_OR_TWO(4); ONE_OR_TWO(5); ONE_OR_TWO(6);
+            }
             r += R;
         }
     }
@@ -93,8 +98,10 @@ INLINE void product(int M, int K, int panels, const float *x, long ldx, const fl
 
 // W is packed: its pieces lie one behind the other, and so do all weights, in the order in which they are read. With
 // one or two panels at a time the processor's own prefetch is too short when the weights come from memory: help it.
-static void linear(int M, int in, int out, const float *x, const float *w, const float *base, long ldb, float *y) {
-    product(M, in, out / 16, x, in, w, 256, 16L * in, 4096, 0, base, ldb, y, out);
+static void linear(int half, int M, int in, int out, const float *x, const void *w, const float *base, long ldb,
+                   float *y) {
+    if (half) product(M, in, out / 16, x, in, 1, w, 256, 16L * in, 8192, 0, base, ldb, y, out);
+    else product(M, in, out / 16, x, in, 0, w, 256, 16L * in, 4096, 0, base, ldb, y, out);
 }
 
 // ---- the small functions -------------------------------------------------------------------------------------------
@@ -153,15 +160,18 @@ static float softmax(float *s, int n, int L) {
 typedef struct {                                    // of model.ModelConfig; widths ending in p are padded to 16
     int32_t D, Dp, d, dp, H, K, Fp, V, Vp, C;       // C: columns (tokens) of a row of the state
     int32_t block;                                  // columns of a block of the KV cache, a multiple of 16
+    int32_t half;                                   // 1: matrices and embedding are bf16, 0: fp32
     float eps;
 } Shape;
 
-typedef struct {                                    // packed weights of one block; gains and biases are not packed
-    const float *norm1, *q, *q_bias, *kv, *kv_bias, *o, *norm2, *gate_up, *down;
+typedef struct {                                    // one block: matrices are packed; gains and biases are fp32
+    const float *norm1, *norm2, *q_bias, *kv_bias;
+    const void *q, *kv, *o, *gate_up, *down;
 } Block;
 
 typedef struct {                                    // what an MTP layer has beside its block
-    const float *input_proj, *hidden_norm, *token_norm, *final_norm;
+    const float *hidden_norm, *token_norm, *final_norm;
+    const void *input_proj;
 } Mtp;
 
 typedef struct {
@@ -170,7 +180,8 @@ typedef struct {
     const Block *blocks;
     float *const *caches;
     const Mtp *mtp;
-    const float *embedding, *norm, *lm_head, *cos, *sin;            // cos, sin [C,d] of every position
+    const float *norm, *cos, *sin;                  // cos, sin [C,d] of every position
+    const void *embedding, *lm_head;
     float *scratch;                                 // scratch_floats()
 } Model;
 
@@ -209,13 +220,14 @@ static void attend(const Shape *s, float *cache, const Context *ctx, int r, cons
     for (int k = 0; k < s->K; k++, q += G * dp, o += G * dp) {
         for (int c = 0; c < L; c += size) {
             const float *keys = block_of(s, cache, ctx, r, c) + k * 32L * dp;
-            product(G, dp, (L - c < size ? L - c : size) / 16, q, dp, keys, 256, piece, 0, 0, 0, 0, scores + c, s->C);
+            product(G, dp, (L - c < size ? L - c : size) / 16, q, dp, 0, keys, 256, piece, 0, 0, 0, 0, scores + c, s->C);
         }
         float total[G];
         for (int g = 0; g < G; g++) total[g] = softmax(scores + (long)g * s->C, n, L);
         for (int c = 0; c < L; c += size) {
             const float *values = block_of(s, cache, ctx, r, c) + k * 32L * dp + 16 * dp;
-            product(G, L - c < size ? L - c : size, dp / 16, scores + c, s->C, values, piece, 256, 0, c > 0, 0, 0, o, dp);
+            product(G, L - c < size ? L - c : size, dp / 16, scores + c, s->C, 0, values, piece, 256, 0, c > 0, 0, 0, o,
+                    dp);
         }
         for (int g = 0; g < G; g++)
             for (int i = 0; i < dp; i += LANES) store(o + g * dp + i, load(o + g * dp + i) / total[g]);
@@ -235,7 +247,7 @@ static void block(const Model *m, int64_t layer, const Context *ctx, int N, int 
     for (int first = 0; first < N; first += MAX_ROWS) {
         int M = N - first < MAX_ROWS ? N - first : MAX_ROWS, emitted = 0;
         for (int i = 0; i < M; i++) rmsnorm(x + (long)(first + i) * Dp, w->norm1, s->D, Dp, s->eps, normed + i * Dp);
-        linear(M, Dp, 2 * K * dp, normed, w->kv, w->kv_bias, 0, kv);
+        linear(s->half, M, Dp, 2 * K * dp, normed, w->kv, w->kv_bias, 0, kv);
         float *xm = x + (long)n_out * Dp;                           // never overtakes the rows still to come
         for (int i = 0; i < M; i++) {
             if (!emit || (first + i + 1) % emit) continue;
@@ -245,7 +257,7 @@ static void block(const Model *m, int64_t layer, const Context *ctx, int N, int 
             }
             emitted++;
         }
-        linear(emitted, Dp, H * dp, normed, w->q, w->q_bias, 0, q);
+        linear(s->half, emitted, Dp, H * dp, normed, w->q, w->q_bias, 0, q);
         for (int i = 0, j = 0; i < M; i++) {                        // in order: a token sees those before it
             int r = first + i, emits = emit && (r + 1) % emit == 0;
             int64_t p = ctx->positions[r] * s->d;
@@ -257,9 +269,9 @@ static void block(const Model *m, int64_t layer, const Context *ctx, int N, int 
             j++;
         }
         if (!emitted) continue;
-        linear(emitted, H * dp, Dp, o, w->o, xm, Dp, xm);           // x += o W_o
+        linear(s->half, emitted, H * dp, Dp, o, w->o, xm, Dp, xm);           // x += o W_o
         for (int j = 0; j < emitted; j++) rmsnorm(xm + j * Dp, w->norm2, s->D, Dp, s->eps, normed + j * Dp);
-        linear(emitted, Dp, 2 * s->Fp, normed, w->gate_up, 0, 0, gate_up);
+        linear(s->half, emitted, Dp, 2 * s->Fp, normed, w->gate_up, 0, 0, gate_up);
         for (int j = 0; j < emitted; j++) {                         // silu(gate) up, packed to [emitted,Fp]
             const float *gate = gate_up + (long)j * 2 * s->Fp, *up = gate + s->Fp;
             float *y = gate_up + (long)j * s->Fp;                   // never overtakes gate and up of later rows
@@ -268,7 +280,7 @@ static void block(const Model *m, int64_t layer, const Context *ctx, int N, int 
                 store(y + i, g * pick(g > 0, (vec){0} + 1, e) / (e + 1.0f) * u);
             }
         }
-        linear(emitted, s->Fp, Dp, gate_up, w->down, xm, Dp, xm);   // x += (silu(gate) up) W_down
+        linear(s->half, emitted, s->Fp, Dp, gate_up, w->down, xm, Dp, xm);   // x += (silu(gate) up) W_down
         n_out += emitted;
     }
 }
@@ -278,11 +290,22 @@ static void copy_row(const Shape *s, const float *from, float *x) {
     memset(x + s->D, 0, (s->Dp - s->D) * sizeof(float));
 }
 
+static void embed(const Model *m, int64_t id, float *x) {           // the embedding of one token
+    const Shape *s = &m->s;
+    if (!s->half) return copy_row(s, (const float *)m->embedding + id * s->D, x);
+    const uint16_t *from = (const uint16_t *)m->embedding + id * s->D;
+    for (int i = 0; i < s->D; i++) {
+        uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(x + i, &bits, 4);
+    }
+    memset(x + s->D, 0, (s->Dp - s->D) * sizeof(float));
+}
+
 // ---- trunk, MTP layers, lm_head ------------------------------------------------------------------------------------
 
 // ids [N] through all blocks -> x [N,Dp], the state before the final norm. fill: fill the KV cache only.
 void trunk(const Model *m, const Context *ctx, int64_t N, const int64_t *ids, int64_t fill, float *x) {
-    for (int r = 0; r < N; r++) copy_row(&m->s, m->embedding + ids[r] * m->s.D, x + (long)r * m->s.Dp);
+    for (int r = 0; r < N; r++) embed(m, ids[r], x + (long)r * m->s.Dp);
     for (int i = 0; i < m->n_layer; i++) block(m, i, ctx, N, !(fill && i == m->n_layer - 1), x);
 }
 
@@ -299,10 +322,10 @@ void mtp(const Model *m, int64_t k, const Context *ctx, int64_t N, const float *
             float *both = m->scratch + (long)i * 2 * Dp, *row = x + (long)(first + i) * Dp;
             copy_row(s, h + (long)(first + i) * s->D, row);
             rmsnorm(row, w->hidden_norm, s->D, Dp, s->eps, both);
-            copy_row(s, m->embedding + ahead[first + i] * s->D, row);
+            embed(m, ahead[first + i], row);
             rmsnorm(row, w->token_norm, s->D, Dp, s->eps, both + Dp);
         }
-        linear(M, 2 * Dp, Dp, m->scratch, w->input_proj, 0, 0, x + (long)first * Dp);
+        linear(s->half, M, 2 * Dp, Dp, m->scratch, w->input_proj, 0, 0, x + (long)first * Dp);
     }
     block(m, m->n_layer + k, ctx, N, emit, x);
 }
@@ -315,7 +338,7 @@ void head(const Model *m, int64_t layer, int64_t N, const float *x, float *logit
         int M = N - first < MAX_ROWS ? N - first : MAX_ROWS;
         for (int i = 0; i < M; i++)
             rmsnorm(x + (long)(first + i) * s->Dp, norm, s->D, s->Dp, s->eps, m->scratch + (long)i * s->Dp);
-        linear(M, s->Dp, s->Vp, m->scratch, m->lm_head, 0, 0, logits + (long)first * s->Vp);
+        linear(s->half, M, s->Dp, s->Vp, m->scratch, m->lm_head, 0, 0, logits + (long)first * s->Vp);
     }
 }
 
