@@ -275,6 +275,8 @@ def test_pages_say_what_plan_prints(capsys):
     assert len(blocks) == 2
     for words, text in blocks:
         assert text in printed_by(words.split(), capsys), f"docs/scale.md: what does plan.py {words} print?"
+    two = ["config/mimo_1b_rl.py", "--gpus=2", "--set.slots=64", "--set.kv_tokens=65536", "--set.micro_tokens=8192"]
+    assert " 23.5  24 GB" in printed_by(two, capsys) and "takes 23.5 GB on each of two" in page
     rows = re.findall(r"^\| `(\w+)` \| (\d+) x (\w+) \| (.*) \|$", page, re.MULTILINE)
     shipped = {p.stem for p in ROOT.glob("config/mimo_*.py")}
     assert {name for name, *_ in rows} == shipped
