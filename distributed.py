@@ -335,11 +335,7 @@ def shard(model: nn.Module, rt: Runtime, *, checkpointing: str = "none", compile
     """
     trunk, extra = blocks_of(model)
     twin = meta_twin(model) if rt.sharded else None
-    for block in trunk + extra:
-        if checkpointing != "none":
-            block.forward = recomputed(block, checkpointing)
-        if compile:                       # outermost: dynamo sees checkpointing as one of its own operators
-            block.forward = torch.compile(block.forward)
+    set_checkpointing(model, checkpointing, compile)
     if not rt.sharded:
         return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -355,6 +351,21 @@ def shard(model: nn.Module, rt: Runtime, *, checkpointing: str = "none", compile
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     object.__setattr__(model, UNSHARDED, twin)   # not a submodule: invisible to parameters() and state_dict()
     return model
+
+
+def set_checkpointing(model: nn.Module, kind: str, compile: bool = False) -> None:
+    """
+    What the blocks keep for the backward pass from now on (recomputed(); "none" keeps all), and whether torch.compile
+    compiles them. It replaces each block's `forward`, not the module, so names, weights and FSDP's hooks stay: it may
+    be called again between two steps, on a sharded model too.
+    """
+    trunk, extra = blocks_of(model)
+    for block in trunk + extra:
+        vars(block).pop("forward", None)      # what an earlier call put there
+        if kind != "none":
+            block.forward = recomputed(block, kind)
+        if compile:                           # outermost: dynamo sees checkpointing as one of its own operators
+            block.forward = torch.compile(block.forward)
 
 
 def recomputed(block: nn.Module, kind: str):

@@ -121,8 +121,8 @@ class Engine:
     runner          the class of the runner; None = by the device, and `plain`
     """
     def __init__(self, model: MiMo, slots: int, max_len: int, n_draft: int = 0, draft_below: int = 0,
-                 draft_ids: int = 0, chunk: int = 256, prefill_tokens: int = 4096, kv_tokens: int | None = None, block: int = 64,
-                 plain: bool | None = None, n_ids: int | None = None, keep_weights: bool = True,
+                 draft_ids: int = 0, chunk: int = 256, prefill_tokens: int = 4096, kv_tokens: int | None = None,
+                 block: int = 64, plain: bool | None = None, n_ids: int | None = None, keep_weights: bool = True,
                  runner: type[TorchRunner] | None = None):
         V = model.cfg.vocab_size
         if n_ids is not None and not 1 <= n_ids <= V:

@@ -146,8 +146,11 @@ def write_data(folder: Path) -> None:
             write_source(str(where), name, documents, 1024)
 
 
-def train_pretrain(folder, term_after=-1):
-    """pretrain.py: two stages with batch warm-up and longer rows, then MTP fine-tuning; 24 steps."""
+def train_pretrain(folder, term_after=-1, recompute=("none", "none", "none")):
+    """
+    pretrain.py: two stages with batch warm-up and longer rows, then MTP fine-tuning; 24 steps. recompute: the stages'
+    activation checkpointing.
+    """
     import configurator
     import pretrain
     folder = Path(folder)
@@ -165,10 +168,11 @@ def train_pretrain(folder, term_after=-1):
         "                    d_ff=64, max_seq_len=64, n_mtp=1)\n"
         "stages = [Stage('one', 12 * 7 * 32, 32, 8, batch_size_start=4, batch_warmup_tokens=1600, lr=1e-3,\n"
         f"                warmup_tokens=600, mtp_weight=0.3, mtp_weight_end=0.1, mtp_switch_tokens=1300,\n"
-        f"                mix={mix}),\n"
+        f"                mix={mix}, checkpointing={recompute[0]!r}),\n"
         f"          Stage('two', 6 * 5 * 64, 64, 5, lr=1e-3, lr_end=1e-4, decay_tokens=800, rope_base=1e5,\n"
-        f"                mix={mix})]\n"
-        f"mtp_stage = Stage('mtp', 4 * 5 * 64, 64, 5, lr=1e-3, mtp_weight=1.0, rope_base=1e5, mix={mix})\n"
+        f"                mix={mix}, checkpointing={recompute[1]!r})]\n"
+        f"mtp_stage = Stage('mtp', 4 * 5 * 64, 64, 5, lr=1e-3, mtp_weight=1.0, rope_base=1e5, mix={mix},\n"
+        f"                  checkpointing={recompute[2]!r})\n"
         "micro_batch, valid_tokens, sample_every, save_every, device = 2, 256, 0, 1000, 'cpu'\n"
     )
     path = folder / f"config{os.environ.get('RANK', 0)}.py"

@@ -158,12 +158,13 @@ def losses_of(folder):
 def test_pretrain_and_sft_do_not_depend_on_the_number_of_ranks(tmp_path, worlds):
     """
     pretrain.py through two stages (batch warm-up: 5, 7, 8 rows) and the MTP stage, then sft.py from its
-    result.
+    result. Several ranks switch activation checkpointing between the stages, under FSDP.
     """
     for world in (1, *worlds):
         folder = tmp_path / f"world{world}"
         folder.mkdir()
-        codes = run_ranks(world, folder, train_pretrain, str(folder))
+        how = {} if world == 1 else {"recompute": ("full", "none", "selective")}
+        codes = run_ranks(world, folder, train_pretrain, str(folder), **how)
         assert set(codes) <= {0, -6}, (folder / "rank0.log").read_text()
     one = losses_of(tmp_path / "world1/base")
     assert len(one) >= 20 and len(one[-1]) == 1 + 3 + 1              # three MTP layers at the end
@@ -436,6 +437,27 @@ def test_recomputation_changes_nothing(kind):
         (trunk + sum(extra)).backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_recomputation_is_switched_on_and_off():
+    """How often a block's attention runs for one forward and backward: the second time is the recomputation."""
+    from scale_worker import SHAPE, batch_at
+
+    import mtp
+    rt, calls = distributed.setup(seed=1, device="cpu"), []
+    model = distributed.shard(mtp.build(SHAPE, "meta"), rt, checkpointing="full")
+    checkpoint.materialise(model, rt, seed=3)
+    for block in [*model.layers, *model.mtp_layers]:
+        block.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    b, found = batch_at(0, 0, 1, False), []
+    for kind in ("full", "none", "selective", "selective", "none"):
+        if found:
+            distributed.set_checkpointing(model, kind)
+        calls.clear()
+        trunk, extra = mtp.losses(model, b.ids, b.docs, b.positions, b.bounds, b.mask)
+        (trunk + sum(extra)).backward()
+        found.append(len(calls) / (SHAPE.n_layer + SHAPE.n_mtp))
+    assert found == [2, 1, 2, 2, 1]
 
 
 def test_compiled_blocks_give_the_same_losses(alone, tmp_path, monkeypatch):
