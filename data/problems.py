@@ -44,7 +44,7 @@ class Test:
 
     def __post_init__(self):
         if self.kind not in ("stdio", "call", "check"):
-            raise UserError(f"test kind {self.kind!r}: should be 'stdio', 'call' or 'check'")
+            raise UserError(f"test kind {self.kind!r}: should be 'check', 'stdio' or 'call'")
         for name, right in (("input", str), ("expected", str), ("difficulty", int)):
             if type(getattr(self, name)) is not right:
                 raise UserError(f"test {name} {getattr(self, name)!r:.60}: should be {right.__name__}"
@@ -71,7 +71,11 @@ class Test:
             return strict_json(text), True
         except ValueError as error:
             try:
-                return ast.parse(text.strip(), mode="eval").body, False
+                body = ast.parse(text.strip(), mode="eval").body
+                names = {node.id for node in ast.walk(body) if isinstance(node, ast.Name)}
+                if names & {"NaN", "Infinity", "true", "false", "null"}:        # JSON with a fault in it
+                    raise ValueError
+                return body, False
             except (SyntaxError, ValueError, RecursionError):
                 raise UserError(f"call test {self.input[:50]!r}, {self.expected[:50]!r}: {error}") from None
 
@@ -82,7 +86,7 @@ class Limits:
     seconds: float | None = None            # processor time per test, on the reference machine (judge/box.py)
     memory_mb: int | None = None            # address space of a program
     output_kb: int | None = None            # of each stream of a program
-    tolerance: float | None = None          # by which floats may differ, relative or absolute; stdio: numbers in the text
+    tolerance: float | None = None          # by which floats may differ; in stdio tests, numbers in the text
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -207,7 +211,7 @@ def from_row(row: dict) -> Problem:
         if not problem.tests:
             raise UserError(f"problem {problem.id} has no tests; a code problem needs at least one")
         if len({t.kind for t in problem.tests}) > 1:
-            raise UserError(f"problem {problem.id}: its tests should be all of one kind, 'call', 'stdio' or 'check'")
+            raise UserError(f"problem {problem.id}: its tests should be all 'call' or all 'stdio' or all 'check'")
         if problem.tests[0].kind != "stdio" and not problem.entry:
             raise UserError(f"problem {problem.id}: {problem.tests[0].kind} tests need `entry`, the function to call")
     return problem

@@ -28,6 +28,7 @@ import threading
 import traceback
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from itertools import chain
 
 from data.problems import Limits, Test
 from judge.box import LABEL, Bounds, Box, JudgeError, Run, choose_isolation
@@ -35,7 +36,8 @@ from judge.server import decode
 
 # accepted, wrong answer; time, memory, output limit exceeded; run-time error; judge error
 STATUSES = ("AC", "WA", "TLE", "MLE", "OLE", "RE", "JE")
-HURRY_AFTER, STOP_AFTER = 4, 8   # after so many TLE a program's other tests have a tenth of the time; are not run [ours]
+AS_THE_JUDGE = Limits()          # a problem that demands no limits of its own
+HURRY_AFTER, STOP_AFTER = 4, 8   # after so many TLE the other tests have a tenth of the time; are not run [ours]
 CHECK_SECONDS = 10               # processor time of the code of one check test, which is not the program's [ours]
 MAX_FAILED = 0.05                # share of programs with a JE, of at least 20, above which the judge raises [ours]
 
@@ -94,7 +96,7 @@ def place(test: Test) -> tuple[bytes, int]:
 @dataclass(frozen=True)
 class Call:
     """A test as one call, whose result this process compares. request: as server.run_calls reads it."""
-    request: tuple[str, str]
+    request: tuple[str, ...]
     expected: object
     strict: bool              # a tuple is not a list; without it they are alike, since JSON has no tuples
 
@@ -102,8 +104,9 @@ class Call:
 @functools.lru_cache(1 << 16)
 def as_call(test: Test, entry: str) -> Call | None:
     """
-    The call that a call test or a plain `assert f(..) == value` makes. None where the expected value is no literal or
-    the assert is of another kind: then the test is code that a process of its own runs (Judge._judge_check).
+    The call that a call test makes, or a check test that ends in `assert f(..) == value`: statements before the assert
+    run with the program, whose classes they may need. None where the expected value is no literal, or the assert is of
+    another kind: then the test is code that a process of its own runs (Judge._judge_check).
     """
     if test.kind == "call":
         (_, plain), (expected, from_json) = test.value("input"), test.value("expected")
@@ -111,12 +114,13 @@ def as_call(test: Test, entry: str) -> Call | None:
         if from_json:
             return Call(request, expected, strict=not plain)
     else:
-        body = ast.parse(test.input).body
-        asserted = body[0].test if len(body) == 1 and isinstance(body[0], ast.Assert) else None
+        *before, last = ast.parse(test.input).body
+        asserted = last.test if isinstance(last, ast.Assert) else None
         if not (isinstance(asserted, ast.Compare) and isinstance(asserted.ops[0], ast.Eq) and len(asserted.ops) == 1
                 and isinstance(asserted.left, ast.Call) and ast.unparse(asserted.left.func) in ("candidate", entry)):
             return None
-        request, expected = ("expression", ast.unparse(asserted.left)), asserted.comparators[0]
+        request = "expression", ast.unparse(asserted.left), "\n".join(map(ast.unparse, before))
+        expected = asserted.comparators[0]
     try:
         return Call(request, ast.literal_eval(expected), strict=True)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -138,7 +142,7 @@ def same_value(expected: object, got: object, tolerance: float = 1e-9, strict: b
         got = list(got)
     if type(expected) in (list, tuple):
         return type(got) is type(expected) and len(expected) == len(got) and all(
-            same_value(a, b, tolerance, strict) for a, b in zip(expected, got))
+            same_value(a, b, tolerance, strict) for a, b in zip(expected, got, strict=True))
     if type(expected) is dict:
         return type(got) is dict and expected.keys() == got.keys() and all(
             same_value(value, got[key], tolerance, strict) for key, value in expected.items())
@@ -166,9 +170,9 @@ def same_text(expected: str, got: str, tolerance: float = 0.0) -> bool:
     a, b = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (expected, got))
     if a == b or not tolerance:
         return a == b
-    words = [[line.split() for line in lines] for lines in (a, b)]
-    return [*map(len, words[0])] == [*map(len, words[1])] and all(
-        x == y or same_number(x, y, tolerance) for line, other in zip(*words) for x, y in zip(line, other))
+    a, b = ([line.split() for line in lines] for lines in (a, b))
+    return [*map(len, a)] == [*map(len, b)] and all(
+        x == y or same_number(x, y, tolerance) for x, y in zip(chain(*a), chain(*b), strict=True))
 
 
 def same_number(expected: str, got: str, tolerance: float) -> bool:
@@ -179,14 +183,15 @@ def same_number(expected: str, got: str, tolerance: float) -> bool:
         return False
 
 
-def how_it_ended(run: Run, cpu_total: float) -> Verdict:
+def how_it_ended(run: Run, cpu_total: float, share: float = 1.0) -> Verdict:
     """
     The verdict of the test that was running when the process ended without giving its result. cpu_total: processor
-    seconds after which the kernel kills the process.
+    seconds after which the kernel kills the process; share: of the time limit that it had.
     """
     message = run.err[-300:].decode("utf-8", "replace").strip()
     if run.end == "time":
         status, detail = "TLE", "time limit"
+        detail = detail if share == 1.0 else f"{share:g} of the {detail}, after {HURRY_AFTER} TLE"
     elif run.end == "output":
         status, detail = "OLE", "output limit"
     elif os.WIFSIGNALED(run.status):
@@ -208,7 +213,7 @@ def failure(error: str, seconds: float) -> Verdict:
 
 
 def compare(call: Call, test: Test, raw: object, tolerance: float, seconds: float) -> Verdict:
-    """The verdict of a call test that gave `raw`, as server.encode() writes it; a hostile process may write anything."""
+    """The verdict of a call test that gave `raw`: what server.encode() writes, or whatever a hostile process wrote."""
     try:
         right = same_value(call.expected, decode(raw), tolerance, call.strict)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
@@ -261,13 +266,14 @@ class Judge:
         self._queue, self._finished, self._running, self._closing = collections.deque(), [], 0, False
         # (program, tests, entry, limits) -> (verdicts, whether a second run gave the same), last used last
         self._cache = collections.OrderedDict()
-        self._boxes = [None] * 2 * workers                        # one for each worker, and one for code of check tests
+        self._boxes = [None] * workers
+        self._code_boxes = [None] * workers                       # for the code of check tests
         self._threads = [threading.Thread(target=self._work, args=(i,), daemon=True, name=f"judge {i}")
                          for i in range(workers)]
         for thread in self._threads:
             thread.start()
 
-    def run(self, program: str, tests: list[Test], entry: str = "f", limits: Limits = Limits()) -> list[Verdict]:
+    def run(self, program: str, tests: list[Test], entry: str = "f", limits: Limits = AS_THE_JUDGE) -> list[Verdict]:
         """Judge one program and wait for it. -> one verdict per test, in the order of `tests`. Raises as submit()."""
         job = self.submit(None, program, tests, entry, limits, done=threading.Event())
         job.done.wait()
@@ -276,11 +282,12 @@ class Judge:
         return [job.verdicts[i] for i in range(len(job.tests))]
 
     def submit(self, key: Hashable, program: str, tests: list[Test], entry: str = "f",
-               limits: Limits = Limits(), done: threading.Event | None = None) -> Job:
+               limits: Limits = AS_THE_JUDGE, done: threading.Event | None = None) -> Job:
         """
         Queue one program and return at once; poll() will give its verdicts under `key`. entry: the function that call
         and check tests call, "f" or "Class.method"; "f" is also a method of class Solution where there is no function
-        f. limits: the problem's. done: set when the verdicts are there; poll() leaves such a job out. ValueError for a program that cannot be judged; JudgeError after close().
+        f. limits: the problem's. done: set when the verdicts are there; poll() leaves such a job out. ValueError for
+        a program that cannot be judged; JudgeError after close().
         """
         job = Job(key, program, tuple(tests), entry, done, limits)
         if not isinstance(program, str):
@@ -288,7 +295,7 @@ class Judge:
         if not job.tests:
             raise ValueError("a program without tests cannot be judged")
         if len({test.kind for test in job.tests}) > 1:
-            raise ValueError("the tests of one program should be all of one kind, 'call', 'stdio' or 'check'")
+            raise ValueError("the tests of one program should be all 'call' or all 'stdio' or all 'check'")
         if job.tests[0].kind != "stdio" and not entry:
             raise ValueError(f"{job.tests[0].kind} tests need an entry, the name of the function to call")
         with self._change:
@@ -311,7 +318,7 @@ class Judge:
         with self._change:
             self._closing = True
             self._change.notify_all()
-            boxes = [box for box in self._boxes if box]
+            boxes = [box for box in self._boxes + self._code_boxes if box]
         for box in boxes:
             box.kill()
         for thread in self._threads:
@@ -348,7 +355,7 @@ class Judge:
                     break
                 try:
                     if job.tests[0].kind == "stdio":
-                        self._judge_stdio(self._box(worker), job)
+                        self._judge_stdio(worker, job)
                     else:
                         self._judge_calls(worker, job)
                 except Exception as e:
@@ -386,21 +393,21 @@ class Judge:
         if job.done:
             job.done.set()
 
-    def _box(self, place: int) -> Box:
-        """The box at a place of _boxes, started if there is none."""
-        if box := self._boxes[place]:
+    def _box(self, boxes: list[Box | None], worker: int) -> Box:
+        """The worker's box in _boxes or _code_boxes, started if there is none."""
+        if box := boxes[worker]:
             return box
         box = Box(self.isolation, self.drop_by)
         with self._change:
-            self._boxes[place] = box
+            boxes[worker] = box
             if self._closing:                    # close() has not seen this one
                 raise JudgeError("the judge was closed")
         return box
 
     def _drop_boxes(self, worker: int) -> None:
-        for place in (worker, worker + len(self._threads)):
+        for boxes in (self._boxes, self._code_boxes):
             with self._change:
-                box, self._boxes[place] = self._boxes[place], None
+                box, boxes[worker] = boxes[worker], None
             if box:
                 box.kill()
                 box.close()
@@ -446,10 +453,10 @@ class Judge:
             job.counts["processes"] += 1
             task = {"kind": "call", "program": job.program, "entry": job.entry,
                     "calls": [call.request for call in calls.values()]}
-            run = self._box(worker).execute(task, bounds, on_line)
+            run = self._box(self._boxes, worker).execute(task, bounds, on_line)
             if run.end != "stopped":             # it failed in the first of `lost`, or while loading: then in all
                 lost = [i for i in todo if i not in job.verdicts]
-                verdict = how_it_ended(run, bounds.cpu_total)
+                verdict = how_it_ended(run, bounds.cpu_total, share)
                 job.verdicts.update(dict.fromkeys(lost[:1] if run.loaded else lost, verdict))
 
     def _judge_check(self, worker: int, job: Job, i: int, share: float) -> None:
@@ -459,7 +466,7 @@ class Judge:
         and nothing else.
         """
         to_code, from_code, said = queue.SimpleQueue(), queue.SimpleQueue(), {}
-        code_box, program_box = self._box(worker + len(self._threads)), self._box(worker)
+        code_box, program_box = self._box(self._code_boxes, worker), self._box(self._boxes, worker)
 
         def run_code() -> None:
             def on_line(k: int, line: dict, seconds: float) -> bool | bytes:
@@ -501,22 +508,23 @@ class Judge:
             bounds = self._bounds(job, 1, share)
             run = program_box.execute(task, bounds, on_line)
             if run.end != "stopped":
-                job.verdicts[i] = how_it_ended(run, bounds.cpu_total)
+                job.verdicts[i] = how_it_ended(run, bounds.cpu_total, share)
         finally:
             to_code.put(None)
             thread.join()
 
-    def _judge_stdio(self, box: Box, job: Job) -> None:
+    def _judge_stdio(self, worker: int, job: Job) -> None:
         """One process per test: the program runs from its first line each time."""
         tolerance = self._tolerance(job, 0.0)
         while (todo := job.todo())[0]:
             (i, *_), share = todo
             test, bounds = job.tests[i], self._bounds(job, 1, share)
             job.counts["processes"] += 1
-            run = box.execute({"kind": "stdio", "program": job.program}, bounds, lambda *_: False,
-                              stdin=test.input.encode("utf-8", "surrogatepass"))
+            run = self._box(self._boxes, worker).execute(
+                {"kind": "stdio", "program": job.program}, bounds, lambda *_: False,
+                stdin=test.input.encode("utf-8", "surrogatepass"))
             if run.end != "exit" or run.status:
-                verdict = how_it_ended(run, bounds.cpu_total)
+                verdict = how_it_ended(run, bounds.cpu_total, share)
             elif same_text(test.expected, run.out.decode("utf-8", "replace"), tolerance):
                 verdict = Verdict("AC", run.wall)
             else:

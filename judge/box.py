@@ -14,6 +14,7 @@ What runs inside a box is in judge/server.py.
 """
 import importlib.util
 import json
+import marshal
 import os
 import platform
 import random
@@ -26,14 +27,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from configurator import UserError
 from data.jsonl import STRICT
 from judge import server
-
 
 PATIENCE = 64                 # reads of one program's streams before the judge begins to wait between them [ours]
 
@@ -46,7 +45,6 @@ class JudgeError(RuntimeError):
 
 PACKAGES = "numpy", "sortedcontainers"          # what programs may import beside the standard library, where installed
 SYSTEM_PATHS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store")
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}      # a fixed order of sets; one thread for numpy
 BOOT = "import sys; del sys.path[0]; exec(compile(open(sys.argv[1]).read(), 'server.py', 'exec'))"
 BWRAP = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
          "--hostname", "box", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL")
@@ -193,9 +191,9 @@ class Box:
         try:
             with theirs, memory_file(b"") as stdin:
                 # a program gets the streams that its interpreter made here, so they are of the kind it will have: a
-                # file and a pipe. bwrap shows its environment in /proc/1/environ: nothing of ours is in it
+                # file and a pipe. bwrap shows its environment in /proc/1/environ: it has but a fixed order of sets
                 self.process = subprocess.Popen(
-                    box_command(isolation, drop_by, theirs.fileno()), env=ENVIRONMENT, cwd="/", stdin=stdin,
+                    box_command(isolation, drop_by, theirs.fileno()), env={"PYTHONHASHSEED": "0"}, cwd="/", stdin=stdin,
                     stdout=stdout, stderr=self.stderr, pass_fds=(theirs.fileno(),), start_new_session=True)
             kind, _, _ = self._receive()
             if kind != b"Z":
@@ -259,7 +257,8 @@ class Box:
             for _ in range(3):        # stdout, stderr, results
                 fds += os.pipe()
             ours, theirs = fds[0::2], fds[1::2]
-            text, line = json.dumps(job).encode() + b"\n", None
+            text, line = marshal.dumps(job), None
+            text = len(text).to_bytes(8, "little") + text
             if job["live"]:
                 read_end, line = os.pipe()
                 fds += read_end, line

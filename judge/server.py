@@ -14,6 +14,7 @@ environment reads it, so it imports the standard library only. There are two kin
 A fork of a warm interpreter takes 1 to 2 ms, a fresh sandboxed interpreter about 30 ms. The server keeps one child
 forked ahead, so that most of that time passes while the program before it runs.
 """
+import _signal
 import atexit
 import builtins
 import collections
@@ -23,6 +24,7 @@ import gc
 import importlib.util
 import io
 import json
+import marshal
 import os
 import resource
 import select
@@ -199,11 +201,12 @@ def dress(packages: dict[str, str]) -> None:
     ours = 2 if sys.version_info >= (3, 12) else 4    # frames below a program: -c, this file; before 3.12 exec() twice
 
     def open(file, mode="r", *args, **kwargs):
-        if isinstance(file, str) and file in sources:
-            raw = io.BytesIO(sources[file])
+        name = file if type(file) is int else os.fspath(file)
+        if name in sources:
+            raw = io.BytesIO(sources[name])
             return raw if "b" in mode else io.TextIOWrapper(raw, "utf-8")
-        if isinstance(file, str) and file in DEVICES:
-            file = os.dup(DEVICES[file])
+        if name in DEVICES:
+            file = os.dup(DEVICES[name])
         return plain_open(file, mode, *args, **kwargs)
 
     def stack_size(size=0):
@@ -220,6 +223,7 @@ def dress(packages: dict[str, str]) -> None:
             return folder and importlib.util.spec_from_file_location(
                 name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder])
 
+    os.putenv("OPENBLAS_NUM_THREADS", "1")    # for the library of numpy; os.environ does not show it
     builtins.open = io.open = open
     _thread.stack_size = stack_size
     if "threading" in sys.modules:
@@ -230,11 +234,18 @@ def dress(packages: dict[str, str]) -> None:
     sys.meta_path.append(Packages)
 
 
+class Loader:
+    """Where inspect and traceback find the lines of a program."""
+    @staticmethod
+    def get_source(_: str) -> str:
+        return sources[MAIN].decode()
+
+
 def main_module(name: str, program: str) -> dict:
     """The fresh namespace of a program, in sys.modules under `name`."""
     sources[MAIN] = program.encode()    # as bytes, so that a coding line counts
     module = sys.modules[name] = types.ModuleType(name)
-    module.__dict__.update(__builtins__=builtins, __file__=MAIN, __cached__=None, __annotations__={})
+    module.__dict__.update(__builtins__=builtins, __file__=MAIN, __cached__=None, __annotations__={}, __loader__=Loader)
     return module.__dict__
 
 
@@ -257,7 +268,8 @@ def prepare(cfg: dict) -> None:
     """
     os.dup2(cfg["fd"], LINE)
     os.closerange(LINE + 1, max(256, min(1 << 20, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
-    for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ}:
+    theirs = {signal.SIGKILL, signal.SIGSTOP, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ}    # the last is Python's
+    for number in set(signal.valid_signals()) - theirs:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -268,8 +280,12 @@ def prepare(cfg: dict) -> None:
     if cfg["linux"]:
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)    # PR_SET_PDEATHSIG: no server without its judge
         libc.prctl(36, 1, 0, 0, 0)    # PR_SET_CHILD_SUBREAPER: orphans come back to us
+    # random would seed itself from the system after each fork, but verdicts must repeat
+    os.register_at_fork, hook = lambda **_: None, os.register_at_fork
     for name in WARM:
         __import__(name)
+    os.register_at_fork = hook
+    sys.modules["random"].seed(0)
     fill_prelude()
     dress(cfg["packages"])
     if cfg["isolation"] == "B":
@@ -323,6 +339,8 @@ def serve(cfg: dict) -> dict:
             line, theirs = socket.socketpair()
             ahead = os.fork()
             if not ahead:
+                sock.detach()    # child() closes them all by number
+                line.detach()
                 return child(cfg, theirs)
             theirs.close()
         ready, _, _ = select.select([sock, wake_r], [], [])
@@ -372,7 +390,7 @@ def sweep(pid: int, ahead: int) -> None:
     end(pid)
     children = f"/proc/self/task/{os.getpid()}/children"
     while os.path.exists(children):
-        with io.open(children) as file:
+        with open(children) as file:
             orphans = set(map(int, file.read().split())) - {ahead}
         if not orphans:
             break
@@ -403,16 +421,15 @@ def child(cfg: dict, line: socket.socket) -> dict:
     """
     try:
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)    # signal.signal() touches, and so copies, 60 pages of memory
         if cfg["isolation"] == "C":
-            os.setsid()    # a group of its own to be killed; the others cannot fork, and a session takes the kernel 2 ms
+            os.setsid()    # a group to be killed; programs in A and B cannot fork, and a session takes the kernel 2 ms
         if cfg["isolation"] == "A" and cfg["drop_by"] == "uid":
             change_user(cfg["libc"], cfg["uid"])
         if cfg["linux"]:
             cfg["libc"].prctl(1, signal.SIGKILL, 0, 0, 0)    # after the change of user, which clears it
         if os.getppid() != cfg["pid"]:
             os._exit(0)    # the server had died before that call
-        sys.modules["random"].seed(0)    # fork() has just seeded it from the system, but verdicts must repeat
         rehearse()
         message, fds, _, _ = socket.recv_fds(line, MESSAGE.size, 5, socket.MSG_WAITALL)
         if not message:
@@ -437,7 +454,6 @@ def rehearse() -> None:
     """
     scope = {}
     exec(compile("def f(n):\n    return [str(i) for i in range(n)]\nx = ' '.join(f(9)).split()", MAIN, "exec"), scope)
-    json.loads(json.dumps({"x": scope["x"], "n": [1, 2.5, None]}))
     scope = None
     gc.collect()
 
@@ -457,14 +473,12 @@ def confine(cfg: dict, cpu_seconds: int, memory: int) -> None:
 
 
 def read_job() -> dict:
-    """The job, one line of JSON on JOB. With "live" in it JOB stays open: the calls come one by one."""
+    """The job: its length in 8 bytes, then it, as marshal writes it. With "live" in it JOB stays open for the calls."""
+    size = int.from_bytes(os.read(JOB, 8), "little")
     data = b""
-    while not data.endswith(b"\n"):
-        block = os.read(JOB, 1 << 16)
-        if not block:
-            break
-        data += block
-    job = json.loads(data)
+    while len(data) < size:
+        data += os.read(JOB, size - len(data))
+    job = marshal.loads(data)
     if not job["live"]:
         os.close(JOB)
     return job
@@ -588,8 +602,9 @@ def entry_of(names: str, scope: dict) -> Callable:
 def run_calls(job: dict, scope: dict) -> None:
     """
     Run all call tests of one program; it does not run what stands under `if __name__ == "__main__"`. A call is
-    ["json", arguments as JSON text], ["expression", text that is evaluated in the program's names], or ["values",
-    arguments, keyword arguments] as encode() writes them. Each gives one line of JSON on RESULTS:
+    ["json", arguments as JSON text], ["expression", text that is evaluated in the program's names, perhaps statements
+    before it], or ["values", arguments, [names of keyword arguments, their values]] as encode() writes
+    them. Each gives one line of JSON on RESULTS:
 
         {"i": index, "v": value}, or with "e": error in place of "v"
 
@@ -611,6 +626,7 @@ def run_calls(job: dict, scope: dict) -> None:
                 value = entry_of(entry, scope)(*map(decode, what), **dict(zip(names, map(decode, values), strict=True)))
             else:
                 function = entry_of(entry, scope)
+                exec(*rest or ("",), scope)
                 value = eval(what, scope, {"candidate": function, entry: function})
             report({"i": i, "v": encode(value)})
         except BaseException as error:
@@ -690,7 +706,8 @@ def shut_down(status: int) -> None:
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
     sys.modules.pop("__main__", None)
     gc.collect()
-    os._exit(flushed(status))
+    flushed(status)    # where this fails the interpreter says nothing
+    os._exit(status)
 
 
 if __name__ == "__main__":
