@@ -127,6 +127,15 @@ def as_call(test: Test, entry: str) -> Call | None:
         return None
 
 
+def as_code(test: Test) -> str:
+    """The code of a check test; of a call test whose expected value is no literal, the assert that it stands for."""
+    if test.kind == "check":
+        return test.input
+    arguments, from_json = test.value("input")
+    given = repr(arguments) if from_json else test.input.strip()
+    return f"assert candidate(*({given})) == ({test.expected.strip()})"
+
+
 # ---- comparison, always in this process -----------------------------------------------------------------------------
 
 def same_value(expected: object, got: object, tolerance: float = 1e-9, strict: bool = False) -> bool:
@@ -476,7 +485,7 @@ class Judge:
                 answer = to_code.get()
                 return True if answer is None else json.dumps(answer).encode() + b"\n"
 
-            task = {"kind": "check", "program": job.tests[i].input, "entry": job.entry, "live": True}
+            task = {"kind": "check", "program": as_code(job.tests[i]), "entry": job.entry, "live": True}
             try:
                 run = code_box.execute(task, Bounds(CHECK_SECONDS, 60 + CHECK_SECONDS, 60, 512 << 20, 1 << 24), on_line)
                 from_code.put(["failed", "the test's own code did not end: " + how_it_ended(run, 60).detail])
@@ -509,6 +518,7 @@ class Judge:
             run = program_box.execute(task, bounds, on_line)
             if run.end != "stopped":
                 job.verdicts[i] = how_it_ended(run, bounds.cpu_total, share)
+            job.verdicts.setdefault(i, Verdict("OLE", run.wall, "arguments that do not fit into a pipe"))
         finally:
             to_code.put(None)
             thread.join()

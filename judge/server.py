@@ -589,9 +589,10 @@ def entry_of(names: str, scope: dict) -> Callable:
     where the program has no function f, as on LeetCode.
     """
     first, *rest = names.split(".")
-    if first not in scope and "Solution" in scope:
-        first, rest = "Solution", [first, *rest]
-    if first not in scope:
+    absent = scope.get(first, PRELUDE.get(first)) is PRELUDE.get(first)
+    if absent and "Solution" in scope:
+        first, rest, absent = "Solution", [first, *rest], False
+    if absent:
         raise NameError(f"the program has no {names}")
     value = scope[first]
     for name in rest:

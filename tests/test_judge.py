@@ -486,8 +486,40 @@ if len(fds) > 32:
     holes.append("%d descriptors" % len(fds))
 """,
     "inherited descriptors": """
-for fd in range(4, 1024):
+for fd in range(4, 4096):
     attempt("descriptor %d" % fd, lambda: os.fstat(fd))
+    attempt("write to %d" % fd, lambda: os.write(fd, b"E" + bytes(16)))
+""",
+    "metadata by other calls than stat": """
+for path in ("/etc/shadow", "/root", "/etc"):
+    attempt("access " + path, lambda: 1 / os.access(path, os.F_OK))
+    attempt("chdir " + path, lambda: os.chdir(path))
+    attempt("xattr " + path, lambda: os.listxattr(path))
+    attempt("statvfs " + path, lambda: os.statvfs(path))
+""",
+    "clocks and processors of other processes": """
+import time
+for pid in (os.getppid(), 1, 2, *range(100, 3000, 7)):
+    for kind in range(8):
+        attempt("clock", lambda: time.clock_gettime((~pid << 3) | kind))
+        attempt("resolution", lambda: time.clock_getres((~pid << 3) | kind))
+    attempt("affinity", lambda: os.sched_getaffinity(pid))
+    attempt("limits", lambda: __import__("resource").prlimit(pid, 0))
+""",
+    "threads without end": """
+import threading, _thread
+started = 0
+stop = _thread.allocate_lock()
+stop.acquire()
+threading.stack_size(1 << 16)
+try:
+    while started < 2000:
+        _thread.start_new_thread(stop.acquire, ())
+        started += 1
+except RuntimeError:
+    pass
+if started > 1100:
+    holes.append("%d threads" % started)
 """,
     "the x32 calls": """
 if os.uname().machine == "x86_64":
@@ -553,6 +585,14 @@ EXHAUSTION = {  # program, statuses that are right
     ),
     "negative clock": ("import time\ntime.process_time = lambda: -1e9\ndef f(n):\n    while True: pass", {"TLE"}),
     "stopped clock": ("import time\ntime.process_time = lambda: 0.0\ndef f(n):\n    while True: pass", {"TLE"}),
+    "lying clock and 1.7 times the limit": (
+        "import time\nreal = time.process_time\ntime.process_time = lambda: 5e5\n"
+        "def f(n):\n    end = real() + 0.43\n    while real() < end: pass\n    return n", {"TLE"}),
+    "keys that share their hashes": (
+        "import os\nos.write(3, b'{\"i\": -1}\\n{\"i\": 0, \"v\": {\"set\": [%s]}}\\n' "
+        "% b','.join(b'%d' % (k * (2**61 - 1)) for k in range(30000)))\ndef f(n): pass", {"RE"}),
+    "a byte at a time": ("import os\ndef f(n):\n    while True: os.write(1, b'x')", {"OLE", "TLE"}),
+    "a result of a byte at a time": ("import os\ndef f(n):\n    while True: os.write(3, b'x')", {"OLE", "TLE"}),
     "lying clock": ("import time\ntime.process_time = lambda: 1e5\ndef f(n):\n    while True: pass", {"TLE"}),
 }
 
@@ -636,6 +676,33 @@ def f():
             assert verdict.status == "AC", verdict
     finally:
         del os.environ["JUDGE_SECRET"]
+
+
+def test_bare_threads_are_counted(strict_judge):
+    """Threads made by clone() itself share one stack and cost no address space: the limit of the user holds them."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("x86_64 only")
+    program = """
+import ctypes, mmap, struct
+# int start(int n, struct timespec *wait, void *stack): n times clone(VM | FS | FILES | SIGHAND | THREAD, stack); each
+# thread sleeps for ever; the number of threads that came
+code = bytes.fromhex(
+    "534154415541564889fb4989f44989d54d31f6b838000000bf000f01004c89ee31d24531d24531c0"
+    "0f054885c0780a741349ffc64939de72da4c89f0415e415d415c5bc3b8230000004c89e731f60f05"
+    "ebf2"
+)
+area = mmap.mmap(-1, 1 << 16, prot=7)
+area.write(code)
+base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+area[8192:8208] = struct.pack("qq", 9999, 0)
+start = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)(base)
+def f(most):
+    made = start(3000, base + 8192, base + 60000)
+    return made if made > most else "few"
+"""
+    (verdict,) = strict_judge.run(program, [call([2 * server.THREADS * 8], "few")])
+    assert verdict.status == "AC", verdict
+    assert statuses(strict_judge.run(GOOD, SQUARES)) == "AC AC AC AC"
 
 
 def test_root_is_given_up(strict_judge):
@@ -726,6 +793,50 @@ def test_a_killed_judge_takes_its_boxes_along():
 
 
 @linux
+def test_the_state_of_the_judges_process_does_not_matter():
+    """150 descriptors, ignored and blocked signals, other limits: what the box is like does not depend on them."""
+    import subprocess
+
+    code = '''
+import os, resource, signal, sys
+held = [os.open("/dev/null", os.O_RDWR) for _ in range(150)]
+for fd in held: os.set_inheritable(fd, True)
+for s in (signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1): signal.signal(s, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGINT, signal.SIGTERM])
+resource.setrlimit(resource.RLIMIT_STACK, (4 << 20, 64 << 20))
+from data.problems import Test
+from judge import Judge
+PROGRAM = """
+import os, signal
+def f():
+    seen = []
+    for fd in range(4, 4096):
+        for act in (os.fstat, lambda fd: os.write(fd, b"E" + bytes(16))):
+            try:
+                act(fd)
+                seen.append(fd)
+            except OSError:
+                pass
+    ignored = [int(s) for s in signal.valid_signals() if signal.getsignal(s) == signal.SIG_IGN]
+    return seen, sorted(ignored), len(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+for isolation in "AB":
+    try:
+        judge = Judge(workers=1, isolation=isolation, quiet=True)
+    except ValueError:
+        continue
+    with judge:
+        for _ in range(3):
+            print(judge.run(PROGRAM, [Test("call", "[]", "[[], [13, 25], 0]")])[0])
+print("done")
+'''
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert lines[-1:] == ["done"], done.stderr
+    assert all(line.startswith("Verdict(status='AC'") for line in lines[:-1]), lines
+
+
+@linux
 def test_isolation_c_ends_what_a_program_forked():
     with open_judge("C") as judge:
         program = (
@@ -738,6 +849,40 @@ def test_isolation_c_ends_what_a_program_forked():
         assert len(descendants(os.getpid())) == len([p for p in descendants(os.getpid()) if alive(p)])
         (box,) = judge._boxes
         assert len(descendants(box.process.pid)) == 1     # the child that waits for the next program
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", ["A", "B"])
+def test_ten_thousand_programs_leave_nothing(isolation):
+    """No process, no descriptor and no file is left over, whatever the programs do."""
+    kinds = [("call", GOOD), ("call", "def f(n):\n    return 1 / 0"), ("call", "import os\ndef f(n):\n    os._exit(3)"),
+             ("call", "def f(n):\n    return [0] * 10 ** 10"), ("call", "x ="), ("stdio", "print(9)"),
+             ("stdio", "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()"),
+             ("stdio", "print('x' * 2000000)"), ("check", GOOD), ("call", "import os\nos.closerange(0, 64)")]
+    tests = {"call": SQUARES[:2], "stdio": [stdio("3", "9")], "check": [Test("check", "assert f(2) in (4, 5)")]}
+
+    def held():
+        files = sorted(os.listdir(tempfile.gettempdir()))
+        return sorted(os.listdir("/proc/self/fd")), files, len(descendants(os.getpid()))
+
+    with open_judge(isolation, workers=2, time_limit=1) as judge:
+        for kind, program in kinds * 4:                       # every box is up
+            judge.run(program, tests[kind])
+        before = held()
+        for i in range(10_000):
+            kind, program = kinds[i % len(kinds)]
+            judge.submit(i, program, tests[kind])
+        found = {}
+        while len(found) < 10_000:
+            found.update(judge.poll())
+            time.sleep(0.01)
+        assert judge.counts["JE"] == judge.counts["retries"] == 0
+        time.sleep(0.5)
+        after = held()
+    assert after[0] == before[0] and after[2] == before[2]
+    assert not [name for name in set(after[1]) - set(before[1]) if "judge" in name]
+    assert not [pid for pid in descendants(os.getpid()) if alive(pid)]
 
 
 # ---- the pool -------------------------------------------------------------------------------------------------------

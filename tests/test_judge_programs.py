@@ -1,4 +1,4 @@
-"""Whole programs: what the judge runs is what `python3 main.py < input` runs, idiom by idiom, with the same interpreter."""
+"""Whole programs: what the judge runs is what `python3 main.py < input` runs, idiom by idiom."""
 
 import os
 import subprocess
@@ -89,12 +89,20 @@ PROGRAMS = {
     "io.BytesIO": "import io, os\nf = io.BytesIO(os.read(0, 10**6)).readline\nprint(f(), f())",
     "mmap": "import mmap\nm = mmap.mmap(0, 0, prot=mmap.PROT_READ)\nprint(m.readline(), len(m))",
     "fileinput": "import fileinput\nfor line in fileinput.input(): print(fileinput.lineno(), line, end='')",
-    "seek and tell": "import sys\nsys.stdin.readline()\nsys.stdin.seek(0)\nprint(sys.stdin.read(3), sys.stdin.seekable())",
+    "seek and tell":
+        "import sys\nsys.stdin.readline()\nsys.stdin.seek(0)\n"
+        "print(sys.stdin.read(3), sys.stdin.seekable())",
     "stdin as buffer": "import sys\nsys.stdin = sys.stdin.buffer\nprint(sys.stdin.readline())",
-    "TextIOWrapper of stdin": "import sys, io\nsys.stdin = io.TextIOWrapper(sys.stdin.buffer, encoding='utf-8')\nprint(input())",
-    "StringIO and back": "import sys, io\nsys.stdin = io.StringIO('7')\nprint(input())\nsys.stdin = sys.__stdin__\nprint(input())",
+    "TextIOWrapper of stdin":
+        "import sys, io\nsys.stdin = io.TextIOWrapper(sys.stdin.buffer, encoding='utf-8')\n"
+        "print(input())",
+    "StringIO and back":
+        "import sys, io\nsys.stdin = io.StringIO('7')\nprint(input())\nsys.stdin = sys.__stdin__\n"
+        "print(input())",
     "reconfigure": "import sys\nsys.stdin.reconfigure(encoding='latin-1')\nprint(ascii(sys.stdin.read()))",
-    "names of the streams": "import sys\nprint(sys.stdin.name, sys.stdout.name, sys.stdin.mode, sys.stdin.encoding, sys.stdin.fileno())",
+    "names of the streams":
+        "import sys\n"
+        "print(sys.stdin.name, sys.stdout.name, sys.stdin.mode, sys.stdin.encoding, sys.stdin.fileno())",
     "isatty": "import sys, os\nprint(sys.stdin.isatty(), sys.stdout.isatty(), os.isatty(0), sys.stdout.seekable())",
     "closed stdin": "import sys\nsys.stdin.close()\nprint(1)",
     "select": "import select, sys\nprint(len(select.select([sys.stdin], [], [], 1)[0]))",
@@ -115,13 +123,19 @@ PROGRAMS = {
     "rebound to open(1)": READ + "import sys\nsys.stdout = open(1, 'w')\nprint(n * n)",
     "os.fdopen(1)": READ + "import sys, os\nsys.stdout = os.fdopen(1, 'w')\nprint(n * n)",
     "BufferedWriter": READ + "import io\nout = io.BufferedWriter(io.FileIO(1, 'w'))\nout.write(b'%d' % n)",
-    "TextIOWrapper": READ + "import sys, io\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')\nprint(n, 'ü')",
-    "TextIOWrapper of detach": READ + "import sys, io\nsys.stdout = io.TextIOWrapper(sys.stdout.detach(), 'utf-8')\nprint(n)",
+    "TextIOWrapper":
+        READ + "import sys, io\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')\n"
+        "print(n, 'ü')",
+    "TextIOWrapper of detach":
+        READ + "import sys, io\nsys.stdout = io.TextIOWrapper(sys.stdout.detach(), 'utf-8')\nprint(n)",
     "codecs": READ + "import sys, codecs\nsys.stdout = codecs.getwriter('utf-8')(sys.stdout.buffer)\nprint(n)",
     "StringIO, then real": READ + "import sys, io\nreal = sys.stdout\nsys.stdout = io.StringIO()\nprint(n)\n"
                            "real.write(sys.stdout.getvalue())",
-    "StringIO and __stdout__": READ + "import sys, io\nsys.stdout = io.StringIO()\nprint(1)\nsys.stdout = sys.__stdout__\nprint(n)",
-    "redirect_stdout": "import contextlib, io\nf = io.StringIO()\nwith contextlib.redirect_stdout(f): print(1)\nprint(f.getvalue() * 2)",
+    "StringIO and __stdout__":
+        READ + "import sys, io\nsys.stdout = io.StringIO()\nprint(1)\nsys.stdout = sys.__stdout__\nprint(n)",
+    "redirect_stdout":
+        "import contextlib, io\nf = io.StringIO()\nwith contextlib.redirect_stdout(f): print(1)\n"
+        "print(f.getvalue() * 2)",
     "stdout never given back": "import sys, io\nprint(1)\nsys.stdout = io.StringIO()\nprint(2)",
     "closed stdout": READ + "import sys\nprint(n)\nsys.stdout.close()",
     "print after close": READ + "import sys\nprint(n)\nsys.stdout.close()\nprint(n)",
@@ -131,10 +145,14 @@ PROGRAMS = {
     "stderr": "import sys\nprint('log', file=sys.stderr)\nprint(1)",
     "/dev/stdout": "with open('/dev/stdout', 'w') as f: f.write('out')",
     "/dev/null": "import sys\nsys.stderr = open('/dev/null', 'w')\nprint('x', file=sys.stderr)\nprint(1)",
-    "os.devnull": "import os, contextlib\nwith open(os.devnull, 'w') as f, contextlib.redirect_stdout(f): print(1)\nprint(2)",
+    "os.devnull":
+        "import os, contextlib\n"
+        "with open(os.devnull, 'w') as f, contextlib.redirect_stdout(f): print(1)\nprint(2)",
     "surrogates": "print('\\ud800')",
     "latin-1 bytes": "import sys\nsys.stdout.buffer.write(bytes(range(256)))",
-    "logging": "import logging, sys\nlogging.basicConfig(stream=sys.stdout, format='%(message)s')\nlogging.warning('w')",
+    "logging":
+        "import logging, sys\nlogging.basicConfig(stream=sys.stdout, format='%(message)s')\n"
+        "logging.warning('w')",
     "pprint": "import pprint\npprint.pprint({i: list(range(i)) for i in range(9)})",
     "line buffered": "import sys\nsys.stdout.reconfigure(line_buffering=True)\nprint(1)\nimport os\nos._exit(0)",
     "one million characters": "print('x' * 999000)",
@@ -169,30 +187,47 @@ PROGRAMS = {
     "__del__": "class A:\n    def __del__(self): print('gone')\na = A()",
     "__del__ in a cycle": "class A:\n    def __del__(self): print('gone')\na = A()\na.me = a",
     "__del__ uses a global": "word = 'w'\nclass A:\n    def __del__(self): print(word)\ndef f(): return a\na = A()",
-    "generator's finally": "def g():\n    try:\n        yield 1\n    finally:\n        print('finally')\nx = g()\nprint(next(x))",
-    "generator in a with": "import contextlib\n@contextlib.contextmanager\ndef c():\n    print('in')\n    yield\n    print('out')\n"
+    "generator's finally":
+        "def g():\n    try:\n        yield 1\n    finally:\n        print('finally')\nx = g()\n"
+        "print(next(x))",
+    "generator in a with": "import contextlib\n"
+                           "@contextlib.contextmanager\ndef c():\n    print('in')\n    yield\n    print('out')\n"
                            "with c(): print(1)",
     "weakref.finalize": "import weakref\nclass A: pass\na = A()\nweakref.finalize(a, print, 'finalized')",
     "thread joined at exit": READ + "import threading\nthreading.Thread(target=lambda: print(n * n)).start()",
-    "slow thread": "import threading, time\ndef f():\n    time.sleep(0.1)\n    print('late')\nthreading.Thread(target=f).start()\nprint(1)",
-    "daemon thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()\nprint(1)",
+    "slow thread":
+        "import threading, time\ndef f():\n    time.sleep(0.1)\n    print('late')\n"
+        "threading.Thread(target=f).start()\nprint(1)",
+    "daemon thread":
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n"
+        "print(1)",
     "thread raises": "import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()\nprint(1)",
     "exit in a thread": "import threading, sys\nt = threading.Thread(target=sys.exit)\nt.start()\nt.join()\nprint(1)",
     "big stack": "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(512 << 20)\n"
                  "def f(n): return n and 1 + f(n - 1)\ndef main(): print(f(50000))\n"
                  "t = threading.Thread(target=main)\nt.start()\nt.join()",
-    "stack size told": "import threading\nprint(threading.stack_size(1 << 26), threading.stack_size(), threading.stack_size(0))",
-    "executor": "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as p: print(list(p.map(abs, [-1, 2])))",
-    "queue": "import queue, threading\nq = queue.Queue()\nthreading.Thread(target=q.put, args=(3,)).start()\nprint(q.get())",
+    "stack size told":
+        "import threading\n"
+        "print(threading.stack_size(1 << 26), threading.stack_size(), threading.stack_size(0))",
+    "executor":
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(4) as p: print(list(p.map(abs, [-1, 2])))",
+    "queue":
+        "import queue, threading\nq = queue.Queue()\n"
+        "threading.Thread(target=q.put, args=(3,)).start()\nprint(q.get())",
     "timer": "import threading\nthreading.Timer(0.05, print, ['tick']).start()",
     # ---- the program and its interpreter
     "main guard": "def main():\n    print(int(input()))\nif __name__ == '__main__':\n    main()",
     "argv": "import sys\nprint(len(sys.argv), [a.split('/')[-1] for a in sys.argv])",
-    "argparse": "import argparse\np = argparse.ArgumentParser()\np.add_argument('-n', type=int, default=3)\nprint(p.parse_args().n, p.prog)",
+    "argparse":
+        "import argparse\np = argparse.ArgumentParser()\np.add_argument('-n', type=int, default=3)\n"
+        "print(p.parse_args().n, p.prog)",
     "__file__": "import os\nprint(os.path.basename(__file__), __name__, __doc__, __package__, __spec__)",
     "own source": "print(len(open(__file__).read()), open(__file__, 'rb').readline())",
     "docstring": "'''about'''\nprint(__doc__)",
-    "future import": "from __future__ import annotations\ndef f(x: unknown) -> None: print(x)\nf(1)\nprint(f.__annotations__)",
+    "future import":
+        "from __future__ import annotations\ndef f(x: unknown) -> None: print(x)\nf(1)\n"
+        "print(f.__annotations__)",
     "annotations": "x: int = 1\nprint(__annotations__)",
     "coding line": "# -*- coding: latin-1 -*-\nprint(len('é'))",
     "byte order mark": "\ufeffprint(1)",
@@ -201,47 +236,76 @@ PROGRAMS = {
     "sys.modules": "import sys\nprint(sys.modules['__main__'].__dict__ is globals())",
     "globals": "print(sorted(k for k in globals() if k.startswith('__')))",
     "builtins": "print(__builtins__.len([1]), type(__builtins__).__name__)",
-    "pickle of own class": "import pickle\nclass A:\n    def __init__(self, x): self.x = x\nprint(pickle.loads(pickle.dumps(A(3))).x)",
-    "dataclass": "from dataclasses import dataclass\n@dataclass(order=True)\nclass P:\n    x: int\n    y: int = 0\nprint(sorted([P(2), P(1)]))",
+    "pickle of own class":
+        "import pickle\nclass A:\n    def __init__(self, x): self.x = x\n"
+        "print(pickle.loads(pickle.dumps(A(3))).x)",
+    "dataclass":
+        "from dataclasses import dataclass\n@dataclass(order=True)\nclass P:\n    x: int\n"
+        "    y: int = 0\nprint(sorted([P(2), P(1)]))",
     "enum": "import enum\nclass C(enum.Enum):\n    A = 1\nprint(C.A, C(1).name)",
     "typing hints": "import typing\nclass A:\n    x: 'typing.List[int]'\nprint(typing.get_type_hints(A))",
-    "recursion limit": "import sys\nprint(sys.getrecursionlimit())\nsys.setrecursionlimit(5000)\nprint(sys.getrecursionlimit())",
+    "recursion limit":
+        "import sys\nprint(sys.getrecursionlimit())\nsys.setrecursionlimit(5000)\n"
+        "print(sys.getrecursionlimit())",
     "how deep": "def f(n):\n    try: return f(n + 1)\n    except RecursionError: return n\nprint(f(0))",
     "990 deep": "def f(n): return n and 1 + f(n - 1)\nprint(f(990))",
     "5000 deep": "import sys\nsys.setrecursionlimit(10**4)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(5000))",
-    "largest limit": "import sys\nsys.setrecursionlimit(2**31 - 1)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(9000))",
+    "largest limit":
+        "import sys\nsys.setrecursionlimit(2**31 - 1)\ndef f(n): return n and 1 + f(n - 1)\n"
+        "print(f(9000))",
     "RecursionError": "def f(): return f()\ntry: f()\nexcept RecursionError as e: print(type(e).__name__)",
     "call stack": "import sys\ndef f(): return sys._getframe(1).f_code.co_name\nprint(f())",
-    "traceback": "import traceback\ntry: 1 / 0\nexcept ZeroDivisionError: print(traceback.format_exc().split('\\n')[-2])",
+    "traceback":
+        "import traceback\ntry: 1 / 0\n"
+        "except ZeroDivisionError: print(traceback.format_exc().split('\\n')[-2])",
     "exec and eval": "exec('y = 3')\nprint(eval('y * 2'), compile('1', 'x', 'eval').co_name)",
     "inspect.getsource": "import inspect\ndef f(): return 1\nprint(inspect.signature(f), inspect.getsource(f))",
     "help in scope": "print(callable(help), callable(exit), repr(exit)[:8])",
     "walrus, match": "match (x := 3):\n    case 3: print('three')\n    case _: print(x)",
-    "time": "import time\nt = time.time()\ntime.sleep(0.01)\nprint(time.perf_counter() > 0, time.process_time() >= 0, time.time() > t)",
+    "time":
+        "import time\nt = time.time()\ntime.sleep(0.01)\n"
+        "print(time.perf_counter() > 0, time.process_time() >= 0, time.time() > t)",
     "datetime": "import datetime\nprint(datetime.date(2024, 2, 29) + datetime.timedelta(365))",
-    "decimal, fractions": "from decimal import Decimal, getcontext\nfrom fractions import Fraction\ngetcontext().prec = 50\n"
+    "decimal, fractions": "from decimal import Decimal, getcontext\nfrom fractions import Fraction\n"
+                          "getcontext().prec = 50\n"
                           "print(Decimal(1) / 7, Fraction(6, 4))",
-    "usual imports": "import math, heapq, bisect, itertools, functools, collections, string, re, operator, random, copy\n"
-                     "from collections import *\nfrom itertools import *\nfrom math import *\nprint(gcd(12, 18), Counter('aab'))",
-    "more imports": "import array, statistics, cmath, textwrap, hashlib, struct, types, abc, numbers, graphlib, zlib, secrets\n"
+    "usual imports": "import math, heapq, bisect, itertools, functools, collections, string, re, operator\n"
+                     "from collections import *\nfrom itertools import *\nfrom math import *\n"
+                     "print(gcd(12, 18), Counter('aab'))",
+    "more imports": "import array, statistics, cmath, textwrap, hashlib, struct, types, abc, numbers, graphlib\n"
                     "print(array.array('i', [1, 2]), statistics.median([1, 5, 2]), hashlib.md5(b'x').hexdigest())",
-    "lru_cache": "from functools import lru_cache\n@lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(300))",
+    "lru_cache":
+        "from functools import lru_cache\n@lru_cache(None)\n"
+        "def f(n): return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(300))",
     "big numbers": "print(2 ** 10000 % (10 ** 9 + 7), len(str(2 ** 10000)))",
     "too many digits": "print(10 ** 5000)",
     "set_int_max_str_digits": "import sys\nsys.set_int_max_str_digits(0)\nprint(len(str(10 ** 5000)))",
     "gc": "import gc\ngc.disable()\nprint(gc.isenabled())\ngc.enable()\nprint(gc.collect() >= 0)",
-    "resource": "import resource\nresource.setrlimit(resource.RLIMIT_STACK, resource.getrlimit(resource.RLIMIT_STACK))\nprint(1)",
-    "signal handler": "import signal\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nprint(signal.getsignal(signal.SIGTERM))",
-    "default signals": "import signal\nprint([signal.getsignal(s) for s in (signal.SIGINT, signal.SIGPIPE, signal.SIGCHLD)])",
+    "resource":
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_STACK, resource.getrlimit(resource.RLIMIT_STACK))\n"
+        "print(1)",
+    "signal handler":
+        "import signal\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "print(signal.getsignal(signal.SIGTERM))",
+    "default signals":
+        "import signal\n"
+        "print([signal.getsignal(s) for s in (signal.SIGINT, signal.SIGPIPE, signal.SIGCHLD)])",
     "asserts": "assert 1 == 1\ntry:\n    assert False, 'no'\nexcept AssertionError as e: print(e)",
     "warnings": "import warnings\nwarnings.warn('w')\nprint(1)",
-    "unittest": "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(1, 1)\nunittest.main(argv=['x'])",
+    "unittest":
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(1, 1)\n"
+        "unittest.main(argv=['x'])",
     "doctest": "import doctest\ndef f():\n    '''\n    >>> f()\n    1\n    '''\n    return 1\nprint(doctest.testmod())",
     "fast io template": FASTIO,
     "class Solution": "class Solution:\n    def f(self, n): return n * n\nprint(Solution().f(int(input())))",
-    "os and platform": "import os\nprint(os.sep, os.name, os.linesep == '\\n', os.environ.get('HOME'), os.getpid() > 0)",
+    "os and platform":
+        "import os\n"
+        "print(os.sep, os.name, os.linesep == '\\n', os.environ.get('HOME'), os.getpid() > 0)",
     "hash of a string": "print(hash('x'), list({'a', 'b', 'c'}))",
-    "locale": "import locale\nprint(locale.getpreferredencoding(False).lower(), __import__('sys').getdefaultencoding())",
+    "locale":
+        "import locale\n"
+        "print(locale.getpreferredencoding(False).lower(), __import__('sys').getdefaultencoding())",
 }
 UNLIKE = {  # what a sandbox without processes, sockets and files cannot do; docs/judge.md lists it
     "subprocess": "import subprocess\nprint(subprocess.run(['echo', 'x'], capture_output=True).stdout)",
@@ -300,7 +364,7 @@ def test_a_program_runs_as_the_interpreter_runs_it(run, plain, name):
 
 @pytest.mark.parametrize("name", UNLIKE)
 def test_what_a_sandbox_cannot_do_is_an_error(run, plain, name):
-    """The list of docs/judge.md: these run in the interpreter, and end with an error here, never with a wrong output."""
+    """The list of docs/judge.md: these run in the interpreter and end with an error here, not with a wrong output."""
     assert plain(UNLIKE[name])[1] == 0
     out, status, err = run(UNLIKE[name])
     assert status == 1 and b"Error" in err
