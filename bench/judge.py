@@ -141,7 +141,8 @@ def main(cfg: Config) -> None:
         for isolation in "AB":
             for workers in (1, 2):
                 try:
-                    ways[f"{kind:5s} judge {isolation}, {workers} workers"] = with_judge(isolation, workers, program, tests)
+                    name = f"{kind:5s} judge {isolation}, {workers} workers"
+                    ways[name] = with_judge(isolation, workers, program, tests)
                 except configurator.UserError as error:
                     print(f"isolation {isolation} does not hold here: {error}")
     if check := human_eval():

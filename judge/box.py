@@ -246,12 +246,14 @@ class Box:
         """
         Run one program in a fresh process and collect what it writes.
 
-        job: kind "stdio" (a whole program that reads `stdin` and writes no result lines), "call" or "check" (see
-        run_calls and run_check in server.py), program, entry, calls, and live: the process waits for the bytes that
-        on_line returns. on_line(k, {"v": value} or {"e": error}, seconds) is called for every result line, with k = -1
+        job: kind "stdio" (a whole program that reads `stdin`), "call" or "check" (see run_calls and run_check in
+        server.py), program, entry, calls, live: the process waits for the bytes that on_line returns, and compiled:
+        what the only result line of an earlier stdio process gave.
+
+        on_line(k, {"v": value} or {"e": error}, seconds) is called for every result line, with k = -1
         (loaded), 0, 1 ...; it returns True to end the process. JudgeError if the box fails.
         """
-        job = {"entry": "", "calls": [], "live": False} | job
+        job = {"entry": "", "calls": [], "live": False, "compiled": b""} | job
         fds, files = [], []
         try:
             for _ in range(3):        # stdout, stderr, results
