@@ -90,15 +90,15 @@ def visible_paths(isolation: str) -> tuple[dict[str, str], dict[str, str]]:
     return {path: inside for path, inside in paths.items() if os.path.exists(path)}, packages
 
 
-def box_command(isolation: str, drop_by: str, fd: int) -> list[str]:
+def box_command(isolation: str, drop_by: str, fds: tuple[int, ...]) -> list[str]:
     """
     The argv that starts a box. Nothing secret is in it: any process of the machine can read an argv. drop_by: see
-    open_isolation; fd: the server's end of the socket.
+    open_isolation; fds: the server's ends of its sockets.
     """
     (paths, packages), source = visible_paths(isolation), os.path.realpath(server.__file__)
     # programs of a box that runs as the user of the judge are counted together with all that this user runs
     own_user = drop_by in ("uid", "capabilities", "namespace")
-    cfg = {"isolation": isolation, "drop_by": drop_by, "fd": fd, "paths": [*paths], "packages": packages,
+    cfg = {"isolation": isolation, "drop_by": drop_by, "fds": fds, "paths": [*paths], "packages": packages,
            "uid": unused_uid() if drop_by in ("uid", "capabilities") else None,
            "threads": server.THREADS if own_user else threads_now() + 8 * server.THREADS}
     # no site-packages, no .pyc written; not -I, which would ignore PYTHONHASHSEED
@@ -185,16 +185,19 @@ class Box:
 
     def __init__(self, isolation: str, drop_by: str):
         self.sock, theirs = socket.socketpair()
+        (odd, their_odd), (even, their_even) = (socket.socketpair(type=socket.SOCK_DGRAM) for _ in range(2))
+        self.jobs = [odd, even]                # the next child waits at the first
         self.sock.settimeout(30)
         self.stderr, self.process = tempfile.TemporaryFile(), None
         closed, stdout = os.pipe()
         try:
-            with theirs, memory_file(b"") as stdin:
+            with theirs, their_odd, their_even, memory_file(b"") as stdin:
+                fds = theirs.fileno(), their_odd.fileno(), their_even.fileno()
                 # a program gets the streams that its interpreter made here, so they are of the kind it will have: a
                 # file and a pipe. bwrap shows its environment in /proc/1/environ: it has but a fixed order of sets
                 self.process = subprocess.Popen(
-                    box_command(isolation, drop_by, theirs.fileno()), env={"PYTHONHASHSEED": "0"}, cwd="/", stdin=stdin,
-                    stdout=stdout, stderr=self.stderr, pass_fds=(theirs.fileno(),), start_new_session=True)
+                    box_command(isolation, drop_by, fds), env={"PYTHONHASHSEED": "0"}, cwd="/", stdin=stdin,
+                    stdout=stdout, stderr=self.stderr, pass_fds=fds, start_new_session=True)
             kind, _, _ = self._receive()
             if kind != b"Z":
                 raise JudgeError(f"the box sent {kind!r} where b'Z' was due")
@@ -219,8 +222,13 @@ class Box:
         return server.MESSAGE.unpack(data)
 
     def _send(self, kind: bytes, number: int = 0, seconds: float = 0.0, fds: Iterable[int] = ()) -> None:
+        """A message to the server; with `fds` also one to the child that waits, which takes them and the numbers."""
         try:
-            socket.send_fds(self.sock, [server.MESSAGE.pack(kind, number, seconds)], list(fds))
+            message = server.MESSAGE.pack(kind, number, seconds)
+            if fds:
+                socket.send_fds(self.jobs[0], [message], list(fds))
+                self.jobs.reverse()
+            self.sock.sendall(message)
         except OSError as error:
             raise JudgeError(f"the box does not listen: {error}") from None
 
@@ -233,6 +241,8 @@ class Box:
     def close(self) -> None:
         """Close the socket, at which the server ends its child and itself; after a second, kill both."""
         self.sock.close()
+        for jobs in self.jobs:
+            jobs.close()
         if self.process:
             try:
                 self.process.wait(1)

@@ -15,6 +15,7 @@ A fork of a warm interpreter takes 1 to 2 ms, a fresh sandboxed interpreter abou
 forked ahead, so that most of that time passes while the program before it runs.
 """
 import _signal
+import _socket
 import atexit
 import builtins
 import collections
@@ -30,7 +31,6 @@ import os
 import resource
 import select
 import signal
-import socket
 import struct
 import sys
 import time
@@ -38,7 +38,10 @@ import types
 from collections.abc import Callable, Iterable
 
 MESSAGE = struct.Struct("<cqd")    # (operation, integer, seconds): the fixed-size message in both directions
-STDIN, STDOUT, STDERR, RESULTS, JOB, LINE = range(6)    # descriptors of a child, and the socket of the server
+STDIN, STDOUT, STDERR, RESULTS, JOB = range(5)    # descriptors of a child
+# sockets of the server: messages both ways; descriptors for the children, which take turns at two sockets, so that the
+# next child cannot take what is meant for the one before
+LINE, JOBS = 5, (6, 7)
 THREADS = 128                    # threads and processes of one box
 STACKS = 1 << 30                 # address space beyond the memory limit that threading.stack_size may claim
 MAIN = "/main.py"                # what a program finds as its own file
@@ -137,9 +140,8 @@ def pack_filter(code: list[tuple[int, int, int, int]]) -> ctypes.Structure:
 
 def landlock(libc: ctypes.CDLL, paths: list[str]) -> None:
     """
-    From now on this process can read `paths` and no other file, write none but /dev/null, use no TCP, and signal only
-    processes that it confined with itself; the last two if the kernel can (ABI 4 and 6). OSError if there is no
-    Landlock.
+    From now on this process can read `paths` and no other file, write only /dev/null, use no TCP, and signal only
+    processes that it confined with itself; the last two if the kernel can (ABI 4 and 6). OSError without Landlock.
     """
     abi = libc.syscall(444, None, 0, 1)
     if abi < 1:
@@ -267,8 +269,9 @@ def prepare(cfg: dict) -> None:
     linux (bool), libc, filter (for seccomp, or None) and pid (of the server). Whatever the judge's process is like
     (descriptors, signals it blocks or ignores, limits), nothing of it reaches a program.
     """
-    os.dup2(cfg["fd"], LINE)
-    os.closerange(LINE + 1, max(256, min(1 << 20, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+    for fd in [os.dup2(fd, 60 + i) for i, fd in enumerate(cfg["fds"])]:
+        os.dup2(fd, LINE + fd - 60)
+    os.closerange(JOBS[1] + 1, max(256, min(1 << 20, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
     theirs = {signal.SIGKILL, signal.SIGSTOP, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ}    # the last is Python's
     for number in set(signal.valid_signals()) - theirs:
         signal.signal(number, signal.SIG_DFL)
@@ -315,8 +318,7 @@ def serve(cfg: dict) -> dict:
     """
     Wait for messages until the socket closes, then end the process. A message is (kind, integer, seconds):
 
-        in    R   run a program; integer: its memory in bytes; seconds: its processor time; with the 5 descriptors of
-                  a child
+        in    R   the child that waits gets a program: what it needs comes on JOBS
               K   kill the child
               C   how much processor time has the child used?
         out   Z   ready
@@ -326,52 +328,42 @@ def serve(cfg: dict) -> dict:
     -> in a child, and only there: the job, as box.Box.execute sends it.
     """
     prepare(cfg)
-    sock = socket.socket(fileno=LINE)
     wake_r, wake_w = os.pipe()
     os.set_blocking(wake_r, False)
     os.set_blocking(wake_w, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_w)
     pid, before = 0, 0.0                          # the child that runs a program; processor time of it before that
-    ahead, line = 0, None                         # the child that waits for the next one; the socket to it
-    sock.sendall(MESSAGE.pack(b"Z", 0, 0.0))
+    ahead, turn = 0, 0                            # the child that waits for the next one, and at which socket
+    os.write(LINE, MESSAGE.pack(b"Z", 0, 0.0))
     while True:
         if not ahead:
-            line, theirs = socket.socketpair()
             ahead = os.fork()
             if not ahead:
-                sock.detach()    # child() closes them all by number
-                line.detach()
-                return child(cfg, theirs)
-            theirs.close()
-        ready, _, _ = select.select([sock, wake_r], [], [])
+                return child(cfg, JOBS[turn])
+            turn = 1 - turn
+        ready, _, _ = select.select([LINE, wake_r], [], [])
         if wake_r in ready:
             os.read(wake_r, 512)
-            done, status, usage = os.wait4(pid, os.WNOHANG) if pid else (0, 0, None)
-            if done:
-                pid = 0
-                if cfg["isolation"] == "C":
-                    sweep(done, ahead)
-                sock.sendall(MESSAGE.pack(b"E", status, usage.ru_utime + usage.ru_stime - before))
-        if sock in ready:
-            message, fds, _, _ = socket.recv_fds(sock, MESSAGE.size, 5, socket.MSG_WAITALL)
-            if not message:    # the judge has gone: end with it
+        if LINE in ready:
+            kind = os.read(LINE, MESSAGE.size)[:1]
+            if not kind:    # the judge has gone: end with it
                 end(pid)
                 end(ahead)
                 os._exit(0)
-            kind = message[:1]
             if kind == b"R":
-                pid, before = ahead, max(0.0, processor_time(ahead))
-                socket.send_fds(line, [message], fds)
-                line.close()
-                for fd in fds:
-                    os.close(fd)
-                ahead = 0
+                pid, before, ahead = ahead, max(0.0, processor_time(ahead)), 0
             elif kind == b"K":
                 end(pid)
             elif kind == b"C" and pid:    # no answer if it has ended: then the judge gets E instead
                 used = processor_time(pid)
-                sock.sendall(MESSAGE.pack(b"C", 0, used if used < 0 else used - before))
+                os.write(LINE, MESSAGE.pack(b"C", 0, used if used < 0 else used - before))
+        done, status, usage = os.wait4(pid, os.WNOHANG) if pid else (0, 0, None)
+        if done:
+            pid = 0
+            if cfg["isolation"] == "C":
+                sweep(done, ahead)
+            os.write(LINE, MESSAGE.pack(b"E", status, max(0.0, usage.ru_utime + usage.ru_stime - before)))
 
 
 def end(pid: int) -> None:
@@ -413,9 +405,10 @@ def processor_time(pid: int) -> float:
 
 # ---- the child ------------------------------------------------------------------------------------------------------
 
-def child(cfg: dict, line: socket.socket) -> dict:
+def child(cfg: dict, socket: int) -> dict:
     """
-    Wait for the descriptors of a program, confine this process for good, then read the job and return it.
+    Wait at a socket for the descriptors of a program and its limits (memory in bytes, processor seconds), confine this
+    process for good, then read the job and return it.
 
     The first line on RESULTS reports that the process is confined. It is written before a byte of the program is read,
     so that no program can make its own end look like a failure of the judge.
@@ -431,14 +424,14 @@ def child(cfg: dict, line: socket.socket) -> dict:
             cfg["libc"].prctl(1, signal.SIGKILL, 0, 0, 0)    # after the change of user, which clears it
         if os.getppid() != cfg["pid"]:
             os._exit(0)    # the server had died before that call
-        message, fds, _, _ = socket.recv_fds(line, MESSAGE.size, 5, socket.MSG_WAITALL)
-        if not message:
-            os._exit(0)
+        jobs = _socket.socket(fileno=socket)    # without what socket.socket adds: pages that would be copied
+        message, ((_, _, fds),), _, _ = jobs.recvmsg(MESSAGE.size, _socket.CMSG_LEN(20))
+        jobs.detach()
         _, memory, cpu_seconds = MESSAGE.unpack(message)
+        fds = struct.unpack("5i", fds)
         high = [os.dup2(fd, 40 + i) for i, fd in enumerate(fds)]    # out of the way of 0..4
         for i, fd in enumerate(high):
             os.dup2(fd, i)
-        line.detach()
         os.closerange(LINE, 64)    # there are none above: prepare() has closed them and set NOFILE
         confine(cfg, int(cpu_seconds), memory)
         os.write(RESULTS, b"{}\n")
