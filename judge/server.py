@@ -284,6 +284,8 @@ def prepare(cfg: dict) -> None:
     if cfg["linux"]:
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)    # PR_SET_PDEATHSIG: no server without its judge
         libc.prctl(36, 1, 0, 0, 0)    # PR_SET_CHILD_SUBREAPER: orphans come back to us
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-8, 1)    # M_ARENA_MAX: otherwise each thread claims 64 MB of a program's address space
     # random would seed itself from the system after each fork, but verdicts must repeat
     os.register_at_fork, hook = lambda **_: None, os.register_at_fork
     for name in WARM:
