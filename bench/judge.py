@@ -61,7 +61,8 @@ def with_judge(isolation: str, workers: int, program: str, tests: list[Test]) ->
         while len(finished) < n:
             finished += judge.poll()
             time.sleep(0.001)
-        right(all(verdict.status == "AC" for _, verdicts in finished for verdict in verdicts))
+        if wrong := [v for _, verdicts in finished for v in verdicts if v.status != "AC"]:
+            raise RuntimeError(f"a right program was not accepted: {wrong[0]}")
 
     run(4 * workers)                      # the boxes start
     return run

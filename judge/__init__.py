@@ -12,8 +12,8 @@ while the engine decodes. The report says no more, the design is ours (docs/judg
     with Judge(workers=2) as judge:
         verdicts = judge.run("def f(xs):\\n    return sum(xs)", [Test("call", "[[1, 2]]", "3")], entry="f")
 
-    python bench/judge.py          # prints the isolation, and how many programs a second it judges
-Expect 200 to 500 programs a second and worker on an idle core, with 12 call tests each.
+    python bench/judge.py          # how many programs a second it judges, beside other harnesses
+Expect 200 programs a second and worker on an idle core, with 12 call tests each; whole programs take a fork per test.
 """
 import ast
 import collections
