@@ -265,7 +265,7 @@ class Grader:
             self.ready.append((key, 0.0, {"passed": False, "verdicts": ["no program"]}))
         else:
             self.code[key] = problem
-            self.judge.submit(key, program, list(problem.tests), problem.entry)
+            self.judge.submit(key, program, list(problem.tests), problem.entry, problem.limits)
 
     def poll(self) -> list[tuple[tuple, float, dict]]:
         """
