@@ -698,8 +698,8 @@ class RolloutThread:
             while version != self.first and version not in self.weights and not self.stopping:
                 self.changed.wait()
             weights = self.weights.pop(version, None)
-        if weights is not None and not self.stopping:
-            self.engine.load(weights)
+        if version != self.first and not self.stopping:
+            self.engine.load(weights)                       # None: the trainer has written them into the engine's model
 
     def _hand_over(self, queue: list, result: Any) -> None:
         with self.changed:
