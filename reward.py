@@ -16,9 +16,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from functools import lru_cache
 
 from data.problems import Problem
 from judge import Judge, maths
+from judge.answers import normalise, same
 from tokenizer import Tokenizer
 
 # ---- the answer inside a response -----------------------------------------------------------------------------------
@@ -73,61 +75,52 @@ def last_boxed(response: str) -> str | None:
 
 # ---- maths ----------------------------------------------------------------------------------------------------------
 
-MAX_ANSWER = 200    # characters; a longer box is wrong without a look at it [ours]
-NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
-PLAIN_NUMBER = re.compile(rf"([+-]?)(?:({NUMBER})(?:/([0-9]+))?|\\[dt]?frac\{{([+-]?[0-9]+)\}}\{{([0-9]+)\}}"
-                          r"|\\[dt]?frac([0-9])([0-9]))", re.ASCII)
-NAME = re.compile(r"\A\\?[A-Za-z][A-Za-z0-9_{}()'\\]*=", re.ASCII)    # x=, x_1=, f(2)=, \theta= before a value
-DECORATION = re.compile(r"\\left|\\right|\\[,;:! ]|\\displaystyle|\\\$|[$\s]|~")
-THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", re.ASCII)
-UNIT = re.compile(r"(?:\\%|%|\^\{?\\circ\}?|\\(?:text|mathrm|mbox)\{[A-Za-z^ /.]*\})+$")
-
-
-def tidy(text: str) -> str:
-    """The same expression without spaces, dollar signs and thousands separators."""
-    text = DECORATION.sub("", text).replace("{,}", ",").replace("\u2212", "-").rstrip(".")
-    return text.replace(",", "") if THOUSANDS.fullmatch(text) else text
+MAX_ANSWER = 2000    # characters; a longer answer is right only if it is the reference, letter for letter [ours]
+BETWEEN_BOXES = re.compile(r"[\s$.,;]*(?:and|or|\\text\{ ?(?:and|or) ?\})?[\s$.,;]*")
+reference_form = lru_cache(maxsize=1 << 14)(normalise)
 
 
 def plain_number(text: str) -> Fraction | None:
-    r"""
-    Exact value of a plain number: an integer, a decimal, a/b, \frac{a}{b}, or any of them behind `x=`; else None.
-
-    No product, power or sum is plain: `17*23`, `2^5`, `--5` and `1 2` are None; "x = -\frac{1}{2}" is -1/2.
-    """
-    if re.search(r"[0-9]\s+[0-9]", text):
-        return None
-    match = PLAIN_NUMBER.fullmatch(UNIT.sub("", NAME.sub("", tidy(text))))
-    if not match:
-        return None
-    sign, number, under, a, b, c, d = match.groups()
-    top, bottom = (Fraction(number), int(under or 1)) if number else (Fraction(a or c), int(b or d))
-    return None if bottom == 0 else (-1 if sign == "-" else 1) * top / bottom
+    r"""Exact value of a plain number in any clothes: "x = 2\frac{1}{2}\text{ cm}" -> 5/2; None for all else."""
+    return reference_form(text).value
 
 
 def math_reward(response: str, answer: str) -> float:
     r"""
     1.0 if the last \boxed{} behind </think> equals the reference answer, else 0.0 (3.2: accuracy only).
 
-    A number is compared exactly (0.5 = 1/2 = \frac12) and has to be answered by a number. Everything else goes to
-    Math-Verify, in a process that is killed after maths.MATH_SECONDS: a time-out is a wrong answer, and is counted.
-    RuntimeError if Math-Verify is not installed, or fails on more than a tenth of at least 50 answers. Any thread may
-    call this.
+    Both go through the rules of judge/answers.py. A number is compared exactly (0.5 = 1/2 = \frac12) and has to be
+    answered by a number. Where rules cannot tell, Math-Verify does, in a process that is killed after
+    maths.MATH_SECONDS: a time-out is a wrong answer, and is counted. RuntimeError if Math-Verify is not installed, or
+    fails on more than a tenth of at least 50 answers. Any thread may call this.
     """
     box = last_boxed(response)
-    if box is None or not box.strip() or len(box) > MAX_ANSWER:
+    if box is None or not box.strip():
         return 0.0
-    if len(answer) <= MAX_ANSWER and (gold := plain_number(answer)) is not None:
-        maths.counts["fast"] += 1
-        names = {name[0] for text in (answer, box) if (name := NAME.match(tidy(text)))}
-        return float(plain_number(box) == gold and len(names) < 2)      # y = 2 does not answer x = 2
-    if tidy(box) == tidy(answer):
-        maths.counts["fast"] += 1
-        return 1.0
-    # Math-Verify takes the last side of a chain of equations, and merges equal items of a list: refuse both here
-    if box.count("=") > max(1, answer.count("=")) or box.count(",") > answer.count(",") + box.count("{,}"):
-        return 0.0
-    return float(maths.equal(answer, box))
+    if max(len(box), len(answer)) > MAX_ANSWER:
+        maths.counts["long"] += box.split() != answer.split()
+        return float(box.split() == answer.split())
+    reference = reference_form(answer)
+    paid = same(reference, normalise(box))
+    if not paid and reference.items and (boxes := last_boxes(response, len(reference.items))):
+        paid = same(reference, normalise(", ".join(boxes)))         # \boxed{1} and \boxed{2}
+    if paid is None:
+        return float(maths.equal(reference.text, normalise(box).text))
+    maths.counts["fast"] += 1
+    return float(paid)
+
+
+def last_boxes(response: str, n: int) -> list[str]:
+    r"""The contents of the last n > 1 boxes if only commas, `and` and `or` stand between them, and no more boxes; else []."""
+    boxes, text = [], response.rpartition("</think>")[2]
+    while n > 1 and len(boxes) <= n and (box := last_boxed(text)) is not None:
+        begin = text.rfind("\\boxed{")
+        after = text[begin + len("\\boxed{") + len(box) + 1:]
+        if boxes and not BETWEEN_BOXES.fullmatch(after):
+            break
+        boxes.insert(0, box)
+        text = text[:begin]
+    return boxes if len(boxes) == n else []
 
 
 # ---- code: difficulty levels and reward (3.3.1) ---------------------------------------------------------------------
