@@ -31,6 +31,7 @@ import distributed
 import kernels
 import mtp
 from configurator import UserError
+from data.filters import check_references
 from data.jsonl import whole_file, write_jsonl
 from data.loader import make_batch
 from data.problems import Problem, prompt_ids, read_problems, stop_ids
@@ -80,6 +81,8 @@ def main(cfg: Config) -> dict:
     tokenizer = Tokenizer.load(ckpt)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(ckpt), f"{ckpt}/model.json")
     problems = read_problems(cfg.problems) if {"problems", "mtp"} & set(cfg.tasks) else []
+    if problems:
+        check_references(cfg.problems, problems)
     model = checkpoint.materialise(mtp.build(shape, "meta"), rt, ckpt=ckpt).eval()
     chat = checkpoint.read_meta(ckpt).get("chat", False)
     path = configurator.writable(cfg.out or ckpt.parent / "eval.json")

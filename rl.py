@@ -47,6 +47,7 @@ import distributed
 import kernels
 import mtp
 from configurator import UserError
+from data.filters import check_references
 from data.problems import Problem, prompt_ids, read_problems, stop_ids
 from distributed import Runtime
 from engine import Engine, Request
@@ -55,7 +56,7 @@ from judge import Judge
 from kernels.linear_cross_entropy import logprob_entropy
 from metrics import Metrics, check_finite
 from model import MiMo, ModelConfig
-from reward import Grader
+from reward import Grader, nothing_learned
 from rollout import Batch, Group, RolloutThread, Scheduler, Task, hash64
 from tokenizer import Tokenizer
 
@@ -151,6 +152,8 @@ def main(cfg: Config) -> None:
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(start), f"{start}/model.json")
     tokenizer, problems = Tokenizer.load(start), read_problems(cfg.problems)
     held = read_problems(cfg.valid) if cfg.valid else []
+    if rt.is_main:
+        check_references(cfg.problems, problems)
     meta = checkpoint_meta(cfg, start, held)
     chat = meta["chat"]
     model = mtp.build(shape, "meta")
@@ -297,6 +300,8 @@ def log_iteration(metrics: Metrics, bar: tqdm, step: int, batch: Batch, failed: 
                         f"entropy {row.get('entropy', 0):.2f} length {row['length_mean']:.0f} pool {row['pool_size']}")
     if batch.note:
         bar.write("  " + batch.note)
+    if note := nothing_learned(row):
+        bar.write("  " + note)
     if failed:
         bar.write(f"  {failed} of {failed + len(batch.groups)} groups left out: the judge failed on them twice")
     g = next((g for g in batch.groups if g.rank == rt.rank), None)

@@ -42,7 +42,7 @@ FONT = (r"\\(?:math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|text(?:bf|rm|normal|i
 # (a character that the text must hold, pattern, replacement); in this order
 RULES = [(needs, re.compile(pattern), by) for needs, pattern, by in (
     ("\\", r"(?<!\\)\\[\[\]()]|\\(?:euro|pounds?)(?![a-zA-Z])", ""),                               # \(5\) -> 5
-    ("$", r"\\?\$", ""),                                                                           # $5$, \$5 -> 5
+    ("$", r"\\\$", ""), ("$", r"\$", " "),                                                          # \$5, $5$ -> 5
     ("*", r"\*\*", ""),                                                                            # **5** -> 5
     ("\\", r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![a-zA-Z]) *\.?", ""),     # \left( -> (; \leftarrow stays
     ("\\", r"\\(?:(?:display|text|script)style|[lL]arge|LARGE|[hH]uge|small|normalsize|bf|rm|it|tt|sf|em)(?![a-zA-Z])",
@@ -51,10 +51,10 @@ RULES = [(needs, re.compile(pattern), by) for needs, pattern, by in (
     ("\\", GROUPED % r",?\\[,;:!]", lambda m: re.sub("[^0-9]", "", m[0])),                         # 1\,234 -> 1234
     ("\\", r"\\!|\\(?:negthinspace|limits)(?![a-zA-Z])", ""),
     ("\\", r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|enspace|thinspace|hfill)(?![a-zA-Z]))", " "),           # 5\quad, 5\,cm
-    ("~", r"~", " "), (" ", r" +", " "),
+    ("~", "~", " "), (" ", " +", " "),
     ("\\", r"\\(?:[dtc]|nice|s)frac(?![a-zA-Z])", r"\\frac"),
-    ("\\", FONT, lambda m: font(m[1])),                                     # \mathbf{24} -> 24, \mathrm{cm} -> \text{cm}
-    ("\\", r"\\frac *(?:\{([^{}]*)\}|([0-9a-zA-Z])) *(?:\{([^{}]*)\}|([0-9a-zA-Z]))",              # \frac1{2}, \frac 1 2
+    ("\\", FONT, lambda m: font(m[1])),                                    # \mathbf{24} -> 24, \mathrm{cm} -> \text{cm}
+    ("\\", r"\\frac *(?:\{([^{}]*)\}|([0-9a-zA-Z])) *(?:\{([^{}]*)\}|([0-9a-zA-Z]))",            # \frac1{2}, \frac 1 2
      lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}"),
     ("\\", r"\{([^{}\\]*)\\over(?![a-zA-Z])([^{}\\]*)\}|^([^{}\\]*)\\over(?![a-zA-Z])([^{}\\]*)$",
      lambda m: rf"\frac{{{(m[1] or m[3] or '').strip()}}}{{{(m[2] or m[4] or '').strip()}}}"),     # 1\over 2
@@ -132,10 +132,9 @@ def bracketed(match: re.Match) -> bool:
 
 # ---- units and names ------------------------------------------------------------------------------------------------
 
-UNITS = {"m", "g", "s", "h", "L", "l", "N", "J", "W", "cm", "mm", "km", "dm", "nm", "kg", "lb", "lbs", "oz", "ft", "in",
-         "yd", "mi", "ml", "mL", "cl", "hr", "hrs", "min", "sec", "ms", "mph", "kph", "kmh", "Hz", "kW", "cc", "sq", "cu",
-         "am", "pm", "per", "of", "a", "the", "day", "men", "way", "ways", "deg", "rad", "ton", "box", "cup", "egg",
-         "pie", "car", "cow", "hen", "dog", "cat", "toy", "pen", "bag", "gal", "mile", "bit", "pts", "USD", "c"}
+UNITS = set("""m g s h L l N J W c cm mm km dm nm kg lb lbs oz ft in yd mi ml mL cl hr hrs min sec ms mph kph kmh Hz kW
+    cc sq cu am pm per of a the day men way ways deg rad ton box cup egg pie car cow hen dog cat toy pen bag gal mile bit
+    pts USD""".split())
 # words that change a value, or are not a unit
 NOT_UNITS = set("""and or not than minus plus times mod modulo choose over squared cubed factorial half halves third
     thirds fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths dozen hundred thousand million
@@ -174,7 +173,7 @@ def without_unit(text: str) -> str:
 
 LETTERS = r"(?:\\?[a-zA-Z]|['! ]|\\(?:text|overline|vec|hat|bar) ?\{[^{}=]*\})+"
 NAME = re.compile(rf" ?({LETTERS}(?:_ ?(?:[0-9a-zA-Z]|\{{[^{{}}=]*\}}))?[' ]*(?:\([^()=]*\)|\[[^][=]*\])?"
-                  r"|\|[^|=]+\||\([a-z, ]+\)) ?(?:=|(?<=[a-z) ])\\(?:in|equiv)(?![a-zA-Z])) ?(?=[^= ])")    # f(2) =, x\in
+                  r"|\|[^|=]+\||\([a-z, ]+\)) ?(?:=|(?<=[a-z) ])\\(?:in|equiv)(?![a-zA-Z])) ?(?=[^= ])")   # f(2)=, x\in
 SUM = re.compile(r" ?((?:\\?[a-zA-Z]|\^[0-9]|_[0-9a-zA-Z]|[-+*/ ])+)= ?(?=[^= ])")      # m+n = 35, before a number
 
 
@@ -228,7 +227,7 @@ def number(text: str) -> Fraction | None:
     return sign * (-result if m[1] == "-" else result)
 
 
-MAX_DEPTH = 6                                               # brackets and clothes around each other that are looked into
+MAX_DEPTH = 6               # brackets and clothes around each other that are looked into
 
 
 # ---- all together ---------------------------------------------------------------------------------------------------

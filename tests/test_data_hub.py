@@ -153,7 +153,8 @@ def test_proofs_and_choices_go_answers_stay_as_they_are():
             base | {"problem": "No answer?", "answer": None}, base | {"problem": "  find  X. ", "answer": "\\sqrt{2}"}]
     dropped = {}
     (p,) = hub.convert("openr1", rows, dropped)
-    assert p.answer == "\\sqrt{2}" and dropped == {"filtered": 5, "repeat": 1}
+    assert p.answer == "\\sqrt{2}" and dropped == {
+        "proof": 1, "multiple choice": 3, "no question or answer": 1, "repeat": 1}
 
 
 def test_dapo_template_and_hundredfold_repeats(tmp_path):
