@@ -133,8 +133,8 @@ def bracketed(match: re.Match) -> bool:
 # ---- units and names ------------------------------------------------------------------------------------------------
 
 UNITS = set("""m g s h L l N J W c cm mm km dm nm kg lb lbs oz ft in yd mi ml mL cl hr hrs min sec ms mph kph kmh Hz kW
-    cc sq cu am pm per of a the day men way ways deg rad ton box cup egg pie car cow hen dog cat toy pen bag gal mile bit
-    pts USD""".split())
+    cc sq cu am pm per of a the day men way ways deg rad ton box cup egg pie car cow hen dog cat toy pen bag gal mile
+    bit pts USD""".split())
 # words that change a value, or are not a unit
 NOT_UNITS = set("""and or not than minus plus times mod modulo choose over squared cubed factorial half halves third
     thirds fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths dozen hundred thousand million
