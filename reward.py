@@ -63,7 +63,7 @@ def fenced_blocks(text: str, strings: bool = True) -> list[tuple[str, list[str]]
     """
     blocks, lines, mark, language, quote = [], [], "", "", ""
     for line in text.split("\n"):        # not one regular expression: linear in a hostile text too
-        fence = FENCE.fullmatch(line)
+        fence = FENCE.fullmatch(line) if "```" in line or "~~~" in line else None
         if fence and (quote or not fence[1].startswith(mark)):
             fence = None
         if fence and "`" not in fence[2] and (not mark or PYTHON.match(fence[2])):

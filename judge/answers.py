@@ -171,10 +171,12 @@ def without_unit(text: str) -> str:
         text = head
 
 
-LETTERS = r"(?:\\?[a-zA-Z]|['! ]|\\(?:text|overline|vec|hat|bar) ?\{[^{}=]*\})+"
+GREEK = (r"\\(?:(?:var)?(?:alpha|beta|gamma|delta|epsilon|theta|kappa|rho|phi|sigma)|[zx]i|z?eta|iota|lambda|mu|nu|tau"
+         r"|chi|psi|omega|ell|angle|triangle|Delta|Gamma|Omega|Phi|Sigma|Theta|Lambda)(?![a-zA-Z])")
+LETTERS = rf"(?:[a-zA-Z]|{GREEK}|['! ]|\\(?:text|overline|vec|hat|bar) ?\{{[^{{}}=]*\}})+"
 NAME = re.compile(rf" ?({LETTERS}(?:_ ?(?:[0-9a-zA-Z]|\{{[^{{}}=]*\}}))?[' ]*(?:\([^()=]*\)|\[[^][=]*\])?"
                   r"|\|[^|=]+\||\([a-z, ]+\)) ?(?:=|(?<=[a-z) ])\\(?:in|equiv)(?![a-zA-Z])) ?(?=[^= ])")   # f(2)=, x\in
-SUM = re.compile(r" ?((?:\\?[a-zA-Z]|\^[0-9]|_[0-9a-zA-Z]|[-+*/ ])+)= ?(?=[^= ])")      # m+n = 35, before a number
+SUM = re.compile(rf" ?((?:[a-zA-Z]|{GREEK}|\^[0-9]|_[0-9a-zA-Z]|[-+*/ ])+)= ?(?=[^= ])")    # m+n = 35, before a number
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -338,6 +340,8 @@ def same(reference: Answer, given: Answer) -> bool | None:
     if reference.items and all(item.value is not None for item in reference.items):
         if given.items and all(item.value is not None for item in given.items):
             return equal_lists(reference, given)
+        if len(reference.items) == 1 and given.value is not None:
+            return equal_numbers(reference.items[0], given)                 # 2 for \{2\}
         return None if re.search(r"\\[lg]e|[<>]|\\in", given.text) and reference.brackets else False
     if given.percent != reference.percent:
         return False
