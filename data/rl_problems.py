@@ -51,8 +51,8 @@ class Config:
     max_maths_rate: float = 0.9                           # maths solved more often than this is dropped [paper 3.2]
     max_code_rate: float = 1.0                            # code solved this often or more is dropped [paper 3.2]
     levels: int = 3                                       # difficulty levels of the tests of a problem [paper Fig. 5]
-    rules_only: bool = False                              # stop before the filters that read answers: what is left is
-                                                          # to be answered by the models
+    rules_only: bool = False                              # stop before the filters that read answers (unsolved, too
+                                                          # easy): what is left is for the models to answer
     heldout: str = ""                                     # evaluation problems, .jsonl; "" = none
     dedup: bool = False                                   # drop copies; not in the tiny world, which repeats itself
     golden: bool = False                                  # golden solutions have to pass their tests
@@ -67,8 +67,6 @@ class Config:
                 raise UserError(f"{name} = {getattr(self, name)} should be in [0, 1]")
         if not self.answers:
             raise UserError("answers = []: difficulty is estimated from the answers of at least one model")
-        if self.rules_only and (self.strong or self.answers != ANSWERS):
-            raise UserError("rules_only reads no answers: leave out --answers and --strong")
 
 
 def read_answers(path: str) -> dict[str, list[dict]]:
@@ -138,14 +136,14 @@ def main(cfg: Config) -> None:
         missing = [path for path, found in zip(files, models, strict=True) if p.id not in found]
         if missing and not reason:
             raise UserError(f"{missing[0]} has no answers to problem {p.id} of {cfg.problems}")
-        if cfg.strong:
-            reason = reason or by_strong_model(p, models[-1][p.id])
-        if not cfg.rules_only:
-            reason = reason or by_pass_rate(p, models[len(cfg.answers) - 1][p.id], cfg)
+        if not reason and len(models) > len(cfg.answers):
+            reason = by_strong_model(p, models[-1][p.id])
+        if not reason and models:
+            reason = by_pass_rate(p, models[len(cfg.answers) - 1][p.id], cfg)
         if reason:
             gone.setdefault(reason, []).append(p)
             continue
-        if p.kind == "code" and not cfg.rules_only:
+        if p.kind == "code" and models:
             p = with_difficulty(p, [a for found in models[:len(cfg.answers)] for a in found[p.id]], cfg.levels)
             spread[len({t.difficulty for t in p.tests})] += 1
         kept.append(p)
