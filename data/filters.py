@@ -49,20 +49,16 @@ def reference_fault(problem: Problem) -> str:
     return f"Math-Verify cannot read the answer {answer[:40]!r}; only the same text is paid"
 
 
-def reference_faults(problems: Sequence[Problem]) -> list[str]:
-    """reference_fault of each problem."""
+def check_references(path: str, problems: Sequence[Problem], max_share: float = 0.05) -> list[str]:
+    """
+    -> reference_fault of each problem of a file. Prints how many there are and the first ones with their lines.
+    UserError above max_share of the problems.
+    """
     with ThreadPoolExecutor(maths.MATH_WORKERS) as pool:
-        return list(pool.map(reference_fault, problems))
-
-
-def check_references(path: str, problems: Sequence[Problem], max_share: float = 0.05) -> None:
-    """
-    Look for references of a problems file that nobody can match: their share is printed, the first ones with their
-    lines. UserError above max_share of the problems, or if it is all of them.
-    """
-    faults = {p.id: fault for p, fault in zip(problems, reference_faults(problems), strict=True) if fault}
+        found = list(pool.map(reference_fault, problems))
+    faults = {p.id: fault for p, fault in zip(problems, found, strict=True) if fault}
     if not faults:
-        return
+        return found
     lines = {row.get("id"): n for n, row in read_jsonl(path)} if str(path).endswith(".jsonl") else {}
     named = [f"{path}:{lines[key]}: " if key in lines else f"{path}: " for key in faults]
     shown = [f"{where}problem {key}: {fault}" for where, (key, fault) in zip(named[:3], faults.items(), strict=False)]
@@ -70,6 +66,7 @@ def check_references(path: str, problems: Sequence[Problem], max_share: float = 
     if len(faults) > max_share * len(problems):
         raise UserError(f"{count}, more than {max_share:.0%}. " + "; ".join(shown))
     print(f"warning: {count}: " + "; ".join(shown), file=sys.stderr)
+    return found
 
 
 # ---- copies and held-out problems -----------------------------------------------------------------------------------

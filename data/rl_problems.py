@@ -33,7 +33,7 @@ from pathlib import Path
 
 import configurator
 from configurator import UserError
-from data.filters import check_references, copies, golden_faults, reference_faults
+from data.filters import check_references, copies, golden_faults
 from data.jsonl import line_of, read_jsonl, whole_file
 from data.problems import Problem, read_problems, write_problems
 from judge import Judge
@@ -101,8 +101,7 @@ def by_rules(problems: list[Problem], cfg: Config) -> list[str]:
     reasons = copies([p.question for p in problems], heldout) if heldout or cfg.dedup else [""] * len(problems)
     if not cfg.dedup:
         reasons = ["" if reason == "copy" else reason for reason in reasons]
-    check_references(cfg.problems, problems, cfg.max_faults)
-    faults = reference_faults(problems)
+    faults = check_references(cfg.problems, problems, cfg.max_faults)
     reasons = [reason or fault and "reference" for reason, fault in zip(reasons, faults, strict=True)]
     if cfg.golden:
         with Judge(workers=cfg.judge_workers) as judge:

@@ -53,20 +53,24 @@ RULES = [(needs, re.compile(pattern), by) for needs, pattern, by in (
     ("\\", r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|enspace|thinspace|hfill)(?![a-zA-Z]))", " "),           # 5\quad, 5\,cm
     ("~", "~", " "), (" ", " +", " "),
     ("\\", r"\\(?:[dtc]|nice|s)frac(?![a-zA-Z])", r"\\frac"),
+    ("\\", r"\\math(?:rm|bf|it|sf) ([a-zA-Z])(?![a-zA-Z])", r"\1"),
     ("\\", FONT, lambda m: font(m[1])),                                    # \mathbf{24} -> 24, \mathrm{cm} -> \text{cm}
     ("\\", r"\\frac *(?:\{([^{}]*)\}|([0-9a-zA-Z])) *(?:\{([^{}]*)\}|([0-9a-zA-Z]))",            # \frac1{2}, \frac 1 2
      lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}"),
     ("\\", r"\{([^{}\\]*)\\over(?![a-zA-Z])([^{}\\]*)\}|^([^{}\\]*)\\over(?![a-zA-Z])([^{}\\]*)$",
      lambda m: rf"\frac{{{(m[1] or m[3] or '').strip()}}}{{{(m[2] or m[4] or '').strip()}}}"),     # 1\over 2
-    ("{", r"(?<![a-zA-Z_^}\]\\])\{ *([0-9.]+) *\}", r"\1"),                                        # {1}/{2} -> 1/2
+    ("{", r"(?<![a-zA-Z_^}\]\\])\{ *([0-9.]+|\\text\{[^{}]*\}) *\}", r"\1"),                       # {1}/{2} -> 1/2
     ("{", r"([_^]) ?\{ ?([0-9a-zA-Z]) ?\}", r"\1\2"),                                              # x^{2} -> x^2
     ("%", r"\\?%(?: points?(?![a-zA-Z]))?", r"\\%"),
     ("p", r"(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?: points?)?(?![a-zA-Z])", r"\\%"),             # 28 percent
+    ("\\", r"\\(?:color|textcolor) *\{[a-z]+\}", ""), ("\\", r"\\lbrace(?![a-zA-Z])", r"\\{"),
+    ("\\", r"\\rbrace(?![a-zA-Z])", r"\\}"),
     ("\\", r"\\(g|l)eq(?:slant)?(?![a-zA-Z])", r"\\\1e"),
     ("\\", r"\\varnothing(?![a-zA-Z])", r"\\emptyset"), ("\\", r"\\mathbb *([A-Z])", r"\\mathbb{\1}"),
     ("\\", r"\\(sqrt|overline) *([0-9a-zA-Z])", r"\\\1{\2}"),
 )]
-PREFIX = re.compile(r"(?:the )?(?:final |correct )?answer(?: is|:| =)+ *|(?:US|USD|Rs\.?) ?(?=[0-9.])", re.I)
+PREFIX = re.compile(r"(?:\\text\{ ?)?(?:the )?(?:final |correct )?answer(?: is|:| =)+ ?\}? *|= ?"
+                    r"|(?:US|USD|Rs\.?) ?(?=[0-9.])", re.I)
 
 
 def font(inside: str) -> str:
@@ -77,7 +81,7 @@ def font(inside: str) -> str:
     word = inside.strip()
     if re.fullmatch(r",? ?(?:and|or),?", word):
         return f" {word.strip(', ')} "
-    unit = word[:1].isalpha() and (len(word) > 1 or word in UNITS)
+    unit = word[:1].isalpha() and (len(word) > 1 or word in UNITS or word in "NJWVAKltc")
     return rf"\text{{{word}}}" if unit and not re.search(r"[=0-9]{2}|[=(]", word) else f" {inside} "
 
 
@@ -87,7 +91,7 @@ def clean(text: str) -> str:
     for needs, pattern, by in RULES:
         if needs in text:
             text = pattern.sub(by, text)
-    return text.strip()
+    return " ".join(text.split()).replace(" ^", "^")
 
 
 # ---- brackets and lists ---------------------------------------------------------------------------------------------
@@ -132,9 +136,10 @@ def bracketed(match: re.Match) -> bool:
 
 # ---- units and names ------------------------------------------------------------------------------------------------
 
-UNITS = set("""m g s h L l N J W c cm mm km dm nm kg lb lbs oz ft in yd mi ml mL cl hr hrs min sec ms mph kph kmh Hz kW
-    cc sq cu am pm per of a the day men way ways deg rad ton box cup egg pie car cow hen dog cat toy pen bag gal mile
-    bit pts USD""".split())
+UNITS = set("""m g s h L cm mm km dm nm kg lb lbs oz ft in yd mi ml mL cl hr hrs min sec ms mph kph kmh Hz kW
+    cc sq cu am pm day men way ways deg rad ton box cup egg pie car cow hen dog cat toy pen bag gal mile bit pts
+    USD""".split())
+CONNECTING = {"per", "of", "a", "the"}
 # words that change a value, or are not a unit
 NOT_UNITS = set("""and or not than minus plus times mod modulo choose over squared cubed factorial half halves third
     thirds fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths dozen hundred thousand million
@@ -160,7 +165,8 @@ def without_unit(text: str) -> str:
         head = text[:m.start()] if m else ""
         if not m and text[-1:].isalnum() and (m := BARE_UNIT.fullmatch(text)):
             head, words = m[1], re.findall("[A-Za-z]+", m[2])
-            known = all(w in UNITS or len(w) > 3 and w.lower() not in NOT_UNITS for w in words) and len(words) < 6
+            known = len(words) < 6 and not CONNECTING.issuperset(words) and all(
+                w in UNITS | CONNECTING or len(w) > 3 and w.lower() not in NOT_UNITS for w in words)
             apart = head.endswith(" ") or len(words[0]) > 1 and words[0] in UNITS       # 24 m, 24cm; but not 24m
             tail = re.sub(rf"(?<=[a-zA-Z]){EXPONENT}", "", m[2])
             if not known or not apart or not head or re.search(r"[0-9^{}]", tail) or number(head.rstrip()) is None:
@@ -176,7 +182,6 @@ GREEK = (r"\\(?:(?:var)?(?:alpha|beta|gamma|delta|epsilon|theta|kappa|rho|phi|si
 LETTERS = rf"(?:[a-zA-Z]|{GREEK}|['! ]|\\(?:text|overline|vec|hat|bar) ?\{{[^{{}}=]*\}})+"
 NAME = re.compile(rf" ?({LETTERS}(?:_ ?(?:[0-9a-zA-Z]|\{{[^{{}}=]*\}}))?[' ]*(?:\([^()=]*\)|\[[^][=]*\])?"
                   r"|\|[^|=]+\||\([a-z, ]+\)) ?(?:=|(?<=[a-z) ])\\(?:in|equiv)(?![a-zA-Z])) ?(?=[^= ])")   # f(2)=, x\in
-SUM = re.compile(rf" ?((?:[a-zA-Z]|{GREEK}|\^[0-9]|_[0-9a-zA-Z]|[-+*/ ])+)= ?(?=[^= ])")    # m+n = 35, before a number
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -243,7 +248,7 @@ def normalise(text: str) -> Answer:
 
 def parse(text: str, depth: int = 0) -> Answer:
     """Answer of a text that went through clean(). depth: brackets around it; inside of them `1,234` is a pair."""
-    text = text.strip().rstrip(".").strip()
+    text = text.strip().rstrip("." if text.endswith("\\}") else ".\\ ")
     for _ in range(MAX_DEPTH):                              # clothes around the whole
         before = text
         text = text[m.end():].strip() if (m := PREFIX.match(text)) else text
@@ -294,10 +299,7 @@ def one(text: str, depth: int = 0) -> Answer:
         if not name and (m := NAME.match(text)) and "=" not in text[m.end():]:      # a chain x=y=2 keeps its parts
             name, text = m[1].strip(), text[m.end():].strip()
             if depth < MAX_DEPTH and (pair := outer(text)) and len(split(pair[0])) > 1:
-                return replace(parse(text, depth + 1), name=name)                              # x\\in(-2,7)
-        elif not name and (m := SUM.match(text)) and "=" not in text[m.end():]:
-            if (rest := one(text[m.end():])).value is not None:
-                return replace(rest, name=m[1].replace(" ", ""))
+                return replace(parse(text, depth + 1), name=name)                           # x\in(-2,7)
         if m := MODULUS.search(text):
             modulus, text = m[1], text[:m.start()].strip()
         if not percent and text.endswith(r"\%") and len(text) > 2:
@@ -316,9 +318,7 @@ def one(text: str, depth: int = 0) -> Answer:
     if value is not None and percent:
         value /= 100
     text = re.sub(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ", "", text)
-    if value is not None and not percent:
-        text = MIXED.sub("_", text) if value.denominator == 1 else text
-    return Answer(text, re.sub(r" ", "", name), percent, modulus, value)
+    return Answer(text, name.replace(" ", ""), percent, modulus, value)
 
 
 # ---- the comparison -------------------------------------------------------------------------------------------------
@@ -336,6 +336,10 @@ def same(reference: Answer, given: Answer) -> bool | None:
     if reference.modulus and given.modulus and reference.modulus != given.modulus:
         return False
     if reference.value is not None:
+        left, _, right = given.text.partition("=")
+        named = re.search("[a-zA-Z]", re.sub(r"\\(?:times|cdot|frac|sqrt|div|text)(?![a-zA-Z])", "", left))
+        if named and right and "=" not in right:
+            given = one(right)                              # m+n=35, \gcd(a,b)=6; but not 17\times23=391
         return equal_numbers(reference, given)
     if reference.items and all(item.value is not None for item in reference.items):
         if given.items and all(item.value is not None for item in given.items):
