@@ -29,7 +29,7 @@ FENCE = re.compile(r"(?:\s|[-*+>] |[0-9]{1,3}[.)] )*(`{3,}|~{3,})[ \t]*(.*)", re
 PYTHON = re.compile(r"[{.\s]*(?:python[0-9.]*|py3?)\b", re.I)
 DEFINES = re.compile(r"(?:async )?def \w+ ?\(|class \w+.*:|(?:import|from) [\w.]+(?:,| as | import |\s*(?:#.*)?$)"
                      r"|.*\b(?:input|open)\(|.*\bstdin\b")
-BEGINS = re.compile(r"#|@\w|\"\"\"|'''|print\(|\w+(?:, ?\w+)* ?= ?\S|(?:for .+ in|while|if|with|try)\b.*:\s*(?:#.*)?$")
+BEGINS = re.compile(r"#|@\w|\"\"\"|'''|print\(|\w+(?:, ?\w+)* ?= ?\S|(?:for|while|if|with|try)\b[^#]*:")
 STRINGS = re.compile(r"\"\"\"|'''|\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|#.*|\\.")
 
 

@@ -233,7 +233,8 @@ def test_last_boxed(response, box):
 
 
 @pytest.mark.parametrize(
-    "hostile", ["```a\n" * 40000, "<think>" * 40000, "\\boxed{" * 40000, "{" * 200000, "`" * 200000]
+    "hostile",
+    ["```a\n" * 40000, "for" + " in" * 60000, "<think>" * 40000, "\\boxed{" * 40000, "{" * 200000, "`" * 200000],
 )
 def test_hostile_text_takes_linear_time(hostile):
     """A regular expression takes minutes on 40,000 open fences; twenty texts of each kind pass unnoticed."""
