@@ -44,6 +44,7 @@ import distributed
 import kernels
 import mtp
 from configurator import UserError
+from data.filters import check_references
 from data.jsonl import whole_file
 from data.loader import make_batch
 from data.problems import Problem, prompt_ids, read_problems, stop_ids
@@ -107,13 +108,16 @@ def main(cfg: Config) -> dict:
     tokenizer = Tokenizer.load(ckpt)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(ckpt), f"{ckpt}/model.json")
     problems = read_problems(cfg.problems) if {"problems", "mtp"} & set(cfg.tasks) else []
+    if problems and rt.is_main:
+        check_references(cfg.problems, problems, at_most=1000)
     chat = checkpoint.read_meta(ckpt).get("chat", False)
     if not cfg.n_draft <= shape.n_mtp:
         raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {ckpt}")
     n_read = len(problems)
     problems, prompts = fitting(cfg.problems, problems, tokenizer, chat, shape.max_seq_len - cfg.max_new_tokens,
                                 f"max_new_tokens {cfg.max_new_tokens} of max_seq_len = {shape.max_seq_len}", rt)
-    model = checkpoint.materialise(mtp.build(shape, "meta").to(rt.dtype), rt, ckpt=ckpt).to(rt.device).eval()
+    model = mtp.build(shape, "meta").to(checkpoint.inference_dtype(ckpt, rt))
+    model = checkpoint.materialise(model, rt, ckpt=ckpt).to(rt.device).eval()
     path = configurator.writable(cfg.out or ckpt.parent / "eval.json")
     probes_asked = make_probes(tokenizer, shape.max_seq_len, cfg) if "probes" in cfg.tasks else {}
 

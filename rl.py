@@ -51,6 +51,7 @@ import distributed
 import kernels
 import mtp
 from configurator import UserError
+from data.filters import check_references
 from data.problems import Problem, read_problems, stop_ids
 from distributed import Runtime
 from engine import Engine, Request
@@ -59,7 +60,7 @@ from judge import Judge
 from kernels.linear_cross_entropy import logprob_entropy
 from metrics import Metrics, check_finite, read_rows
 from model import MiMo, ModelConfig
-from reward import Grader
+from reward import Grader, nothing_learned
 from rollout import Batch, Group, RolloutThread, Scheduler, Task, hash64
 from tokenizer import Tokenizer
 
@@ -173,6 +174,8 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(start), f"{start}/model.json")
     tokenizer = Tokenizer.load(start)
     (problems, prompts), (held, held_prompts) = read_all(cfg, shape, start, tokenizer, rt)
+    if rt.is_main:
+        check_references(cfg.problems, problems, at_most=1000)
     meta = checkpoint_meta(cfg, start, held)
     chat = meta["chat"]
     model = mtp.build(shape, "meta")
@@ -350,6 +353,8 @@ def log_iteration(metrics: Metrics, bar: tqdm, step: int, batch: Batch, failed: 
                         f"entropy {row.get('entropy', 0):.2f} length {row['length_mean']:.0f} pool {row['pool_size']}")
     if batch.note:
         bar.write("  " + batch.note)
+    if note := nothing_learned(row):
+        bar.write("  " + note)
     if failed:
         bar.write(f"  {failed} of {failed + len(batch.groups)} groups left out: the judge failed on them twice")
     if timing["judge_wait_s"] > max(1.0, 0.1 * timing["rollout_s"]):

@@ -24,8 +24,8 @@ FLOORS = [
      "data.tiny.world", "data.tiny.pages", "data.tiny.web"],
     ["metrics", "checkpoint", "judge", "judge.*", "data.*", "data.tiny.*"],
     ["reward", "runner"],
-    ["engine", "rollout"],
-    ["eval", "data.rl_problems"],
+    ["engine", "rollout", "data.filters"],
+    ["eval", "data.rl_problems", "data.hub"],
     ["pretrain", "sft", "rl", "sample", "hf"],
     ["plan", "demo", "paper.*", "bench.*", "docs.*"],
 ]
