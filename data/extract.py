@@ -4,40 +4,45 @@ HTML to text that keeps what reasoning data is made of: formulas, code with its 
 Report section 2.1: common extractors lose equations and snippets, so MiMo wrote its own for maths, code and forum
 pages. This is such an extractor on lxml alone. The order matters:
 
-    1  delete the drawn twins of formulas (what a browser shows beside the TeX source)
-    2  put placeholders in the place of formulas and code
-    3  remove boilerplate, unless it holds a placeholder
-    4  choose the posts of a thread, or the article
-    5  render as text
-    6  put formulas and code back
+    1  hold formulas and code: their text is fixed before anything is removed; what a browser draws beside it goes
+    2  measure every element: how much text, how much of it links, how much prose
+    3  remove boilerplate, unless it holds a formula or code, or too much of the page's prose
+    4  choose the posts of a thread, or the smallest element that holds the article
+    5  render as text; when little of the page's prose is left, once more with the careful rules off
 
-Not covered, against the report: PDF; against larger extractors: AsciiMath, custom MathJax delimiters, nested tables.
+The page is a list of elements in document order with the end of each (`Page`): every step is one pass over it, and so
+takes time in proportion to the page, however it is nested. Formulas: data/formulas.py. Charsets: data/charset.py.
+Not covered, against the report: PDF; against larger extractors: AsciiMath, custom MathJax delimiters.
 
-    python -m data.extract page.html        # prints the text
+    python -m data.extract page.html        # prints the text, and on stderr what was counted
 
-1,000 to 2,000 small pages a second on one slow core; docs/data.md compares it with other extractors.
+docs/data.md compares it with other extractors on four public page sets.
 """
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import lxml.etree
 import lxml.html
 from lxml.html import HtmlElement
 
 import configurator
+from data.charset import decode
+from data.formulas import formula, name_of
 
 # one character each, from the private use area: the borders of a placeholder, then the four kinds of break
 OPEN, CLOSE, PARA, LINE, FENCE, BR = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
-PARSER = lxml.etree.HTMLParser(encoding="utf-8", remove_comments=True)
+PARSER = lxml.etree.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
+DEEPEST = 2040                            # libxml2 drops what is nested deeper than 2,048
 LANGUAGES = set("python c cpp java javascript js rust go bash sql html json text".split())
-DROP_TAGS = set("script style nav footer aside form button noscript iframe svg select head title".split())
-BLOCKS = set("p div section article main h1 h2 h3 h4 h5 h6 ul ol table blockquote header figure dl body "
-             "details".split())
-SYMBOLS = {"×": "\\times", "÷": "\\div", "·": "\\cdot", "−": "-", "≤": "\\le", "≥": "\\ge", "≠": "\\ne", "π": "\\pi",
-           "∑": "\\sum", "∫": "\\int", "∞": "\\infty", "≡": "\\equiv", "→": "\\to", "\u2062": "", "\u2061": ""}
+NEVER = set("script style svg iframe select head title template textarea object canvas datalist".split())
+CHROME = set("nav footer aside form button noscript dialog".split())
+BLOCKS = set("p div section article main h1 h2 h3 h4 h5 h6 ul ol table blockquote header figure dl body details form "
+             "nav footer aside center fieldset address hr dialog figcaption".split())
+LINES = {"li", "tr", "dt", "dd", "caption", "option"}
 # words in class, id or role: of boilerplate, of the posts of a thread, of line numbers, of drawn formulas
 BOILERPLATE = re.compile(
     r"(?:^|[\s_-])(?:nav|navbar|navigation|skip-?nav|menu|sidebar|footer|cookies?|banner|share|social|"
@@ -47,6 +52,10 @@ POST = re.compile(r"(?:^|\s)(?:postbody|post-text|post-content|comment-body|s-pr
 GUTTER = re.compile(
     r"(?:^|\s)(?:linenos?|linenodiv|blob-num|line-numbers?-rows|gutter|hljs-ln-numbers|copy-?button)(?:$|\s)")
 TWIN = re.compile(r"(?:^|\s)(?:MathJax(?:_\w+)?|katex-html|MJX_Assistive_MathML)(?:$|\s)")
+HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
+PHRASE = re.compile(r"(?:- )?(?:log in|sign in|sign up|register|share|tweet|reply|print|read more|advertisement)", re.I)
+CODE_ROW = re.compile(r"(?:^|\s)(?:blob-code|hljs-ln-code)")                # a cell with one line of code
+CODE_CELL = re.compile(r"(?:^|\s)(?:code|rouge-code|crayon-code)(?:$|\s)")  # a cell with all lines, beside the numbers
 
 
 @dataclass(frozen=True)
@@ -55,255 +64,437 @@ class Config:
     page: str = ""                        # an HTML file
 
 
-def extract(html: str | bytes) -> str:
+@dataclass
+class Page:
+    """A page's elements in document order, and what the steps find out about each. Node i holds nodes[i + 1:end[i]]."""
+    nodes: list[HtmlElement]
+    parent: list[int]
+    end: list[int]
+    held: dict[int, str] = field(default_factory=dict)       # node -> its text: formulas and code
+    blocks: set[int] = field(default_factory=set)            # held nodes with a line of their own
+    gone: dict[int, str] = field(default_factory=dict)       # removed with all inside -> what stands there instead
+    size: list[int] = field(default_factory=list)            # characters of text
+    links: list[int] = field(default_factory=list)           # of these in links
+    prose: list[int] = field(default_factory=list)           # of these in paragraphs
+    anchors: list[int] = field(default_factory=list)         # number of links
+    kept: list[int] = field(default_factory=list)            # number of held nodes
+
+    def name(self, i: int) -> str:
+        """What the page calls the element: its class, id and role."""
+        node = self.nodes[i]
+        return f"{node.get('class', '')} {node.get('id', '')} {node.get('role', '')}"
+
+    def outermost(self, start: int = 0) -> Iterator[int]:
+        """The node and all inside it, in order; what is held or gone comes without what is inside it."""
+        i, stop = start, self.end[start]
+        while i < stop:
+            yield i
+            i = self.end[i] if i in self.held or i in self.gone else i + 1
+
+    def walk(self, start: int) -> Iterator[tuple[bool, int]]:
+        """(True, i) where node i opens, (False, i) where it closes; not into what is held or gone."""
+        opened: list[int] = []
+        for i in self.outermost(start):
+            while opened and self.end[opened[-1]] <= i:
+                yield False, opened.pop()
+            yield True, i
+            opened.append(i)
+        while opened:
+            yield False, opened.pop()
+
+
+# thresholds, chosen on one half of four public page sets (bench/extract.py --half=dev); docs/data.md has the other half
+SPARED = 0.25       # an element with more of the page's prose than this is not removed for its tag or name
+LINKED = 0.5        # ... unless more of its text than this is links
+MENU = 0.7          # share of links over which a block is a menu, whatever its name
+HOLDS = 0.6         # share of the prose that the chosen part must hold
+ENOUGH = 0.3        # with less of the prose than this in the end, the careful rules are tried
+DESCEND = 0.85      # a child with this share of the prose takes its parent's place
+PROSE = 60          # characters from which a paragraph counts as prose
+
+
+def extract(html: str | bytes, charset: str = "", counts: Counter | None = None) -> str:
     """
     The main text of a page: paragraphs with an empty line between them, `# title`, fenced code, $TeX$; "" for a page
-    without text. Bytes that are not UTF-8 become replacement characters: a crawl holds such pages.
+    without text. Never raises.
+
+    charset   what the HTTP header says, for bytes; data/charset.py decides
+    counts    grows by what happened: how often a rule was refused, or a page was taken whole
     """
-    html = html.decode("utf-8", "replace") if isinstance(html, bytes) else html
-    html = re.sub("[\ue000-\ue005\x00-\x08\x0b\x0e-\x1f]", "", html)     # a page must not hold our own marks
-    if not html.strip():
+    counts = Counter() if counts is None else counts
+    page = parse(decode(html, charset) if isinstance(html, bytes) else html, counts)
+    if page is None:
         return ""
-    root = lxml.html.document_fromstring(html.encode("utf-8", "replace"), parser=PARSER)
-    root = root.find("body") if root.find("body") is not None else root
-    for node in twins(root):
-        if node.getparent() is not None:
-            replace(node, "")
-    held: list[str] = []
-    hold(root, held)
-    drop_boilerplate(root)
-    pieces: list[str] = []
-    for part in main_parts(root):
-        pieces.append(PARA)
-        render(part, pieces)
-        pieces.append(PARA)
-    text = layout("".join(pieces))
-    for _ in range(3):                                   # the text of a placeholder may hold a placeholder itself
-        text = re.sub(f"{OPEN}(\\d+){CLOSE}", lambda m: held[int(m.group(1))], text)
+    hold(page)
+    measure(page)
+    fixed, total = dict(page.gone), page.prose[0]
+    counts.update(drop_boilerplate(page))
+    measure(page)
+    text = render(page, main_parts(page))
+    if page.prose[0] < ENOUGH * total or not text:
+        page.gone = fixed
+        measure(page)
+        careful = render(page, [0])
+        if careful:
+            counts["taken whole: the rules left too little"] += 1
+            text = careful
     return text
 
 
-# ---- formulas -------------------------------------------------------------------------------------------------------
+# ---- the page -------------------------------------------------------------------------------------------------------
 
-def mathml_to_tex(node: HtmlElement) -> str:
-    """MathML -> TeX: <mfrac><mn>1</mn><mi>x</mi></mfrac> -> \\frac{1}{x}. An unknown tag gives its children."""
-    tag = node.tag.rsplit(":")[-1] if isinstance(node.tag, str) else ""
-    kids = [mathml_to_tex(k) for k in node if isinstance(k.tag, str) and "annotation" not in k.tag]
-    text = (node.text or "").strip()
-    if tag in ("mi", "mn", "mo", "mtext"):
-        text = SYMBOLS.get(text, text)
-        operator = tag == "mo" and text not in "()[]|,!'"        # "a + b", but "f(x)"
-        return f" {text} " if operator else text
-    if tag == "mfrac" and len(kids) == 2:
-        return f"\\frac{{{kids[0].strip()}}}{{{kids[1].strip()}}}"
-    if tag in ("msup", "msub", "munder", "mover") and len(kids) == 2:
-        return f"{kids[0].strip()}{'^' if tag in ('msup', 'mover') else '_'}{{{kids[1].strip()}}}"
-    if tag in ("msubsup", "munderover") and len(kids) == 3:
-        return f"{kids[0].strip()}_{{{kids[1].strip()}}}^{{{kids[2].strip()}}}"
-    if tag == "msqrt":
-        return f"\\sqrt{{{''.join(kids).strip()}}}"
-    if tag == "menclose":
-        return f"\\boxed{{{''.join(kids).strip()}}}"
-    if tag == "mtr":
-        return " & ".join(k.strip() for k in kids) + " \\\\ "
-    return (text if not kids else "") + "".join(kids)
+def parse(html: str, counts: Counter) -> Page | None:
+    """The page as a list of elements; None without any."""
+    html = re.sub("[\ue000-\ue005\x00-\x08\x0b\x0e-\x1f\ufffe\uffff\ud800-\udfff]", "", html)    # ours, and what XML has not
+    html = re.sub(r"&#(?:(\d{1,9})|[xX]([0-9a-fA-F]{1,8}));?", entity, html)
+    root = tree(html)
+    if root is not None and too_deep(root):
+        counts["nested too deep: flattened"] += 1
+        root = tree(re.sub(r"<(/?)(font|b|i|u|s|em|strong|span|small|big|center|tt)\b[^<>]*>", "", html, flags=re.I))
+        if root is not None and too_deep(root):
+            root = tree(re.sub(r"<(?:div|section|blockquote|table|tr|td|th|ul|ol|li|dl|form|fieldset|a)\b[^<>]*>", "<p>",
+                               re.sub(r"</?[\w:-]*[^\w\s<>/:-][^<>]*>", "", html), flags=re.I))
+    if root is None:
+        return None
+    body = root.find("body")
+    nodes = [node for node in (root if body is None else body).iter() if isinstance(node.tag, str)]
+    place = {node: i for i, node in enumerate(nodes)}
+    parent = [0, *(place[node.getparent()] for node in nodes[1:])]
+    end = list(range(1, len(nodes) + 1))
+    for i in range(len(nodes) - 1, 0, -1):
+        end[parent[i]] = max(end[parent[i]], end[i])
+    return Page(nodes, parent, end)
 
 
-def dollars(tex: str, display: bool = False) -> str:
+def tree(html: str) -> HtmlElement | None:
+    """lxml's tree, None for a page without an element."""
+    try:
+        return lxml.html.document_fromstring(html.encode("utf-8", "replace"), parser=PARSER) if html.strip() else None
+    except lxml.etree.LxmlError:
+        return None
+
+
+def too_deep(root: HtmlElement) -> bool:
+    """Whether libxml2 may have dropped something."""
+    depth = {root: 0}
+    for node in root.iterdescendants():
+        depth[node] = depth[node.getparent()] + 1
+    return max(depth.values()) >= DEEPEST
+
+
+def entity(match: re.Match) -> str:
+    """A numeric entity as a browser reads it: &#146; is cp1252's quote; none gives a control character or our marks."""
+    code = int(match[1]) if match[1] else int(match[2], 16)
+    if 0x80 <= code < 0xa0:
+        return bytes([code]).decode("cp1252", "ignore")
+    bad = code < 0x20 and code not in (9, 10, 13) or 0xd800 <= code < 0xe006 or code & 0xfffe == 0xfffe or code > 0x10ffff
+    return "" if bad or code == 0x7f else match[0]
+
+
+# ---- formulas and code ----------------------------------------------------------------------------------------------
+
+def hold(page: Page) -> None:
     """
-    TeX in the form it has in our text, $TeX$ or $$TeX$$. A lone \\boxed{...} marks an answer and gets no dollars, since
-    verifiers look for it in this form.
+    Step 1: the text of every formula and code element is fixed, in page.held. No later step can break it. What a
+    browser draws beside the source of a formula is gone.
     """
-    tex = " ".join(tex.split())
-    if re.fullmatch(r"\\boxed\{(?:[^{}]|\{[^{}]*\})*\}", tex):
-        return tex
-    return f"$${tex}$$" if display else f"${tex}$"
+    drop_twins(page)
+    code_tables(page)
+    for i in page.outermost():
+        node = page.nodes[i]
+        if i in page.held or i in page.gone:
+            continue
+        if node.tag == "pre":
+            drop_gutters(page, i)
+            put(page, i, fence(page, i, code_text(page, i)), block=True)
+        elif node.tag in ("code", "tt", "kbd"):
+            drop_gutters(page, i)
+            text = code_text(page, i).strip("\n")
+            block = text.count("\n") > 1 and node.tag == "code"     # several lines: a block whose <pre> is missing
+            put(page, i, fence(page, i, text) if block else f"`{text.strip()}`" if text.strip() else "", block)
+        elif text := formula(node):
+            put(page, i, text)
+        elif node.tag in NEVER:
+            page.gone[i] = " "
+    for i in page.outermost():                           # after the formulas, which may stand inside
+        if page.nodes[i].tag in ("sup", "sub") and i not in page.held and i not in page.gone:
+            text = "".join(text_of(page, i)).strip()
+            if text:
+                mark = "^" if page.nodes[i].tag == "sup" else "_"
+                put(page, i, mark + (text if len(text) == 1 else f"{{{text}}}"))
 
 
-def displayed(node: HtmlElement) -> bool:
-    """Whether a formula has a line of its own: <math display=block>, the wrappers of KaTeX and MathJax 3."""
-    near = [node, *list(node.iterancestors())[:4]]
-    return any(n.get("display") in ("block", "true") or "katex-display" in n.get("class", "") for n in near)
+def put(page: Page, i: int, text: str, block: bool = False) -> None:
+    """Fixes the text of node i."""
+    page.held[i] = text
+    if block:
+        page.blocks.add(i)
 
 
-def formula(node: HtmlElement) -> str | None:
-    """The TeX of a <script type=math/tex>, <math> or image of a formula, with dollars; None for any other element."""
-    if node.tag == "script":
-        kind = node.get("type", "")
-        return dollars(node.text or "", "mode=display" in kind) if kind.startswith("math/tex") else None
-    if node.tag == "math":
-        for note in node.iter("annotation"):             # KaTeX, MathJax and Wikipedia keep the TeX source here
-            if "tex" in note.get("encoding", ""):
-                tex = re.sub(r"^\{\\displaystyle (.*)\}$", r"\1", (note.text or "").strip(), flags=re.S)
-                return dollars(tex, displayed(node))
-        return dollars(node.get("alttext") or mathml_to_tex(node), displayed(node))
-    if node.tag == "img":
-        src, alt = node.get("src", ""), node.get("alt", "")
-        if "codecogs" in src or "latex.php" in src:
-            query = urlsplit(src).query
-            return dollars(alt or (parse_qs(query).get("latex") or [unquote(query)])[0])
-        if re.search(r"(?:^|\s)(?:tex|latex|mwe-math\S*)(?:$|\s)", node.get("class", "")):
-            return dollars(alt)
-    return None
+def drop_twins(page: Page) -> None:
+    """Drawn forms of formulas. MathJax 3 keeps up to three forms; the TeX for copying is the best of them."""
+    i, nodes = 0, page.nodes
+    while i < len(nodes):
+        node, last = nodes[i], page.end[i]
+        if node.tag == "mjx-container":
+            inside = nodes[i:last]
+            copied = any("mjx-copytext" in n.get("class", "") for n in inside)
+            twice = copied or any(name_of(n) == "math" for n in inside)
+            for j in range(i + 1, last):
+                if nodes[j].tag == "mjx-assistive-mml" and copied or nodes[j].tag in ("mjx-math", "svg") and twice:
+                    page.gone[j] = ""
+            i = last
+        elif "mwe-math-element" in node.get("class", "") and any(name_of(n) == "math" for n in nodes[i:last]):
+            page.gone |= {j: "" for j in range(i, last) if nodes[j].tag in ("img", "meta")}
+            i = last
+        elif TWIN.search(node.get("class", "")) and node.tag != "body" and last - i < 2000:
+            page.gone[i] = ""
+            i = last
+        else:
+            i += 1
 
 
-# ---- code -----------------------------------------------------------------------------------------------------------
+def code_tables(page: Page) -> None:
+    """Tables that show code with line numbers: one cell beside the numbers (Pygments), or one row per line."""
+    table, cells = [-1] * len(page.nodes), {}
+    for i, node in enumerate(page.nodes):
+        table[i] = i if node.tag == "table" else table[page.parent[i]]
+        if node.tag == "td" and table[i] >= 0 and (CODE_ROW.search(c := node.get("class", "")) or CODE_CELL.search(c)):
+            cells.setdefault(table[i], []).append(i)
+    for i, found in cells.items():
+        drop_gutters(page, i)
+        rows = [c for c in found if CODE_ROW.search(page.nodes[c].get("class", ""))]
+        pres = [j for c in found for j in [k for k in range(c, page.end[c]) if page.nodes[k].tag == "pre"] or [c]]
+        text = "\n".join(code_text(page, j).strip("\n") if rows else code_text(page, j) for j in rows or pres)
+        put(page, i, fence(page, i, text), block=True)
 
-def code_text(node: HtmlElement) -> str:
-    """The characters of a code element; <br> is a line break, gutters (line numbers) are left out."""
-    if not isinstance(node.tag, str) or GUTTER.search(node.get("class", "")):
-        return ""
-    parts = ["\n" if node.tag == "br" else node.text or ""]
-    for kid in node:
-        parts += [code_text(kid), kid.tail or ""]
+
+def drop_gutters(page: Page, start: int) -> None:
+    """Line numbers and copy buttons inside a code element are gone."""
+    page.gone |= {i: "" for i in range(start + 1, page.end[start])
+                  if page.nodes[i].tag == "button" or GUTTER.search(page.nodes[i].get("class", ""))}
+
+
+def text_of(page: Page, start: int) -> Iterator[str]:
+    """The pieces of text inside a node, in order."""
+    for opens, i in page.walk(start):
+        if opens and i not in page.gone:
+            yield page.held.get(i, page.nodes[i].text or "")
+        elif not opens and i != start:
+            yield page.nodes[i].tail or ""
+
+
+def code_text(page: Page, start: int) -> str:
+    """The characters of a code element; <br> is a line break, and so are the borders of blocks: <div class=line>."""
+    parts: list[str] = []
+    border = False
+    for opens, i in page.walk(start):
+        node = page.nodes[i]
+        text = node.tail if not opens and i != start else node.text if opens and i not in page.gone else ""
+        text = "\n" if opens and node.tag == "br" else text or ""
+        block = i != start and (node.tag in BLOCKS or node.tag in LINES)
+        if block and not opens and page.end[i] == i + 1 and not node.text:
+            text = "\n" + text                          # an empty line
+        border = border or block
+        if text:
+            if border and parts and not parts[-1].endswith("\n") and not text.startswith("\n"):
+                parts.append("\n")
+            parts.append(text)
+            border = False
     return "".join(parts)
 
 
-def language(node: HtmlElement) -> str:
+def language(page: Page, start: int) -> str:
     """
     The language that a class of the element, of its <code> child or of a parent names; "" if none. Only LANGUAGES
     count: a class "code" names no language.
     """
-    for element in [*node.iter("table", "div", "pre", "code"), *list(node.iterancestors())[:3]]:
-        for word in re.split(r"[\s_]+", element.get("class", "")):
+    around = [start]
+    while len(around) < 4 and around[-1]:
+        around.append(page.parent[around[-1]])
+    inside = [i for i in range(start, page.end[start]) if page.nodes[i].tag in ("table", "div", "pre", "code")]
+    for i in [*inside, *around[1:]]:
+        for word in re.split(r"[\s_]+", page.nodes[i].get("class", "")):
             word = re.sub(r"^(?:language|lang|highlight-source|brush:?|source)-?", "", word).lower()
             if word in LANGUAGES:
                 return word
     return ""
 
 
-def fence(node: HtmlElement, code: str) -> str:
+def fence(page: Page, start: int, code: str) -> str:
     """A fenced block with the code of the element; blanks at the ends of its lines are removed."""
     body = "\n".join(line.rstrip() for line in code.replace("\xa0", " ").split("\n")).strip("\n")
-    return f"```{language(node)}\n{body}\n```"
+    return f"```{language(page, start)}\n{body}\n```" if body.strip() else ""
 
 
-# ---- the tree -------------------------------------------------------------------------------------------------------
+# ---- what is text, and what is boilerplate --------------------------------------------------------------------------
 
-def replace(node: HtmlElement, text: str) -> None:
+def measure(page: Page) -> None:
+    """Step 2: size, links, prose, anchors and kept of every node, without what is gone."""
+    n = len(page.nodes)
+    size, links, prose, anchors, kept = ([0] * n for _ in range(5))
+    run, run_links = [0] * n, [0] * n                    # of the text between the borders of one block
+    block, linked, dead = list(range(n)), [False] * n, [False] * n
+
+    def add(i: int, text: str | None) -> None:
+        text = text.strip() if text else ""
+        k = len(text) if text.isascii() or max(text) < "\u2e80" else 2 * len(text)     # a Han character is half a word
+        size[i] += k
+        run[block[i]] += k
+        if linked[i]:
+            links[i] += k
+            run_links[block[i]] += k
+
+    for i, node in enumerate(page.nodes):
+        p = page.parent[i]
+        dead[i] = i in page.gone or (i > 0 and (dead[p] or p in page.held))
+        if i:
+            block[i] = i if node.tag in BLOCKS or node.tag in LINES or node.tag == "td" or i in page.blocks else block[p]
+            linked[i] = linked[p] or node.tag == "a"
+        if not dead[i]:
+            anchors[i] += node.tag == "a"
+            kept[i] += i in page.held
+            add(i, page.held.get(i, node.text))
+        if i and not (dead[p] or p in page.held):
+            add(p, node.tail)
+    for i in range(n):
+        if run[i] >= PROSE and run_links[i] < run[i] / 2:
+            prose[i] = run[i] - run_links[i]
+    for i in range(n - 1, 0, -1):
+        p = page.parent[i]
+        for values in (size, links, prose, anchors, kept):
+            values[p] += values[i]
+    page.size, page.links, page.prose, page.anchors, page.kept = size, links, prose, anchors, kept
+
+
+def link_share(page: Page, i: int) -> float:
+    """Share of the text that is links, 0 for fewer than three links."""
+    return page.links[i] / max(1, page.size[i]) if page.anchors[i] >= 3 else 0.0
+
+
+def drop_boilerplate(page: Page) -> Counter:
     """
-    Puts text in the place of the element. lxml keeps the text that follows an element in its `tail`, which has to stay
-    in the tree when the element goes.
+    Step 3. -> how often each rule was refused. An element that holds a formula or code stays, whatever its class,
+    unless half of its text is links (a menu may name a formula). So does one with much of the page's prose.
     """
-    parent, before = node.getparent(), node.getprevious()
-    text += node.tail or ""
-    if before is not None:
-        before.tail = (before.tail or "") + text
-    else:
-        parent.text = (parent.text or "") + text
-    parent.remove(node)
-
-
-def twins(root: HtmlElement) -> list[HtmlElement]:
-    """Step 1: drawn forms of formulas. MathJax 3 keeps up to three forms; the TeX for copying is the best of them."""
-    drawn = []
-    for node in root.iter():
-        if node.tag == "mjx-container":
-            copy = any("mjx-copytext" in el.get("class", "") for el in node.iter("span"))
-            drawn += [el for el in node if el.tag == "mjx-math" or (copy and el.tag == "mjx-assistive-mml")]
-        elif isinstance(node.tag, str) and TWIN.search(node.get("class", "")):
-            drawn.append(node)
-    return drawn
-
-
-def hold(root: HtmlElement, held: list[str]) -> None:
-    """
-    Step 2: formula or code number n becomes the placeholder OPEN n CLOSE, and its text is appended to `held`. No later
-    step can break it.
-    """
-    def put(node: HtmlElement, text: str, block: bool = False) -> None:
-        mark = f"{OPEN}{len(held)}{CLOSE}"
-        held.append(text)
-        replace(node, f"{FENCE}{mark}{FENCE}" if block else mark)
-
-    for node in list(root.iter("table")):                # code with line numbers
-        if node.getparent() is None:
+    refused, total, article = Counter(), page.prose[0], -1
+    for i in page.outermost():
+        node = page.nodes[i]
+        if i == 0 or i in page.held or i in page.gone:
             continue
-        rows = list(cells(node, r"(?:^|\s)(?:blob-code|hljs-ln-code)"))         # one row per line
-        code = list(cells(node, r"(?:^|\s)(?:code|rouge-code)(?:$|\s)"))        # one cell beside the numbers (Pygments)
-        if rows:
-            put(node, fence(node, "\n".join(code_text(c).strip("\n") for c in rows)), block=True)
-        elif code:
-            blocks = [code_text(pre) for c in code for pre in (c.findall(".//pre") or [c])]
-            put(node, fence(node, "\n".join(blocks)), block=True)
-    for node in list(root.iter("pre")):
-        put(node, fence(node, code_text(node)), block=True)
-    for node in list(root.iter("code", "tt", "kbd")):
-        put(node, f"`{code_text(node).strip()}`")
-    for node in list(root.iter("script", "math", "img")):
-        text = formula(node) if node.getparent() is not None else None
-        if text:
-            put(node, text)
-    for node in list(root.iter("sup", "sub")):
-        text = "".join(node.itertext()).strip()
-        if text:
-            put(node, ("^" if node.tag == "sup" else "_") + (text if len(text) == 1 else f"{{{text}}}"))
-
-
-def cells(table: HtmlElement, classes: str) -> Iterator[HtmlElement]:
-    """The <td> of a table whose class matches."""
-    return (c for c in table.iter("td") if re.search(classes, c.get("class", "")))
-
-
-def link_share(node: HtmlElement) -> float:
-    """Share of the text that is links, 0 for fewer than three links. Over .7 it is a menu, whatever its class."""
-    links = node.findall(".//a")
-    if len(links) < 3:
-        return 0.0
-    size = lambda el: len("".join("".join(el.itertext()).split()))
-    return sum(map(size, links)) / max(1, size(node))
-
-
-def drop_boilerplate(root: HtmlElement) -> None:
-    """
-    Step 3. An element that holds a placeholder stays, whatever its class, unless half of its text is links (a menu may
-    name a formula). A header inside an article stays too.
-    """
-    blocks = ("div", "ul", "ol", "table", "section")
-    for node in list(root.iter(*blocks, "header", "span", "p", "h2", "h3", "a", "td", *DROP_TAGS)):
-        if node.getparent() is None:
+        if node.tag in ("article", "main"):
+            article = max(article, page.end[i])
+        rule = boilerplate(page, i, inside_article=i < article)
+        if not rule:
             continue
-        named = BOILERPLATE.search(f"{node.get('class', '')} {node.get('id', '')} {node.get('role', '')}")
-        header = node.tag == "header" and not any(a.tag in ("article", "main") for a in node.iterancestors())
-        named = named or header or node.tag in DROP_TAGS or "hidden" in node.attrib
-        if not named and not (node.tag in blocks and link_share(node) > 0.7):
+        if page.kept[i] and (rule == "links" or link_share(page, i) <= LINKED):
             continue
-        protected = OPEN in "".join(node.itertext()) and node.tag not in ("script", "style", "head")
-        if not protected or (named and link_share(node) > 0.5):
-            replace(node, " ")
+        if total and page.prose[i] > SPARED * total and link_share(page, i) <= LINKED:
+            refused[f"not removed, much of the page: {rule}"] += 1
+            continue
+        page.gone[i] = " "
+    return refused
 
 
-def main_parts(root: HtmlElement) -> list[HtmlElement]:
-    """Step 4: the title and the posts of a thread; else the article; else the body."""
-    posts = [n for n in root.iter() if n.get("itemprop") in ("text", "articleBody") or POST.search(n.get("class", ""))]
-    posts = [p for p in posts if not any(a in posts for a in p.iterancestors())]
-    if len(posts) >= 2:
-        return [*list(root.iter("h1"))[:1], *posts]
-    articles = [n for n in root.iter() if n.tag in ("article", "main") or n.get("role") == "main"]
-    return articles[:1] or [root]
+def boilerplate(page: Page, i: int, inside_article: bool) -> str:
+    """The rule by which node i is boilerplate, "" by none."""
+    node = page.nodes[i]
+    if node.tag in CHROME or (node.tag == "header" and not inside_article):
+        return "tag"
+    if "hidden" in node.attrib or HIDDEN.search(node.get("style", "")):
+        return "hidden"
+    if node.tag not in ("body", "main", "article") and BOILERPLATE.search(page.name(i)):
+        return "name"
+    if node.tag in ("div", "ul", "ol", "table", "section") and link_share(page, i) > MENU:
+        return "links"
+    return ""
+
+
+def main_parts(page: Page) -> list[int]:
+    """Step 4: the title and the posts of a thread; else the smallest element that holds most of the prose."""
+    total, posts, headings, hints = page.prose[0], [], [], []
+    i = 0
+    for i in page.outermost():
+        node = page.nodes[i]
+        if i in page.gone or i in page.held:
+            continue
+        if node.tag == "h1":
+            headings.append(i)
+        if node.get("itemprop") == "text" or POST.search(node.get("class", "")):
+            if not posts or i >= page.end[posts[-1]]:
+                posts.append(i)
+        if node.tag in ("article", "main") or node.get("role") == "main" or node.get("itemprop") == "articleBody":
+            hints.append(i)
+    if len(posts) >= 2 and sum(page.prose[p] for p in posts) >= HOLDS * total:
+        return [*headings[:1], *posts]
+    hints = [h for h in hints if page.prose[h] >= HOLDS * total]
+    if not total:
+        return [max(hints, key=lambda h: page.size[h])] if hints else [0]
+    best = hints[-1] if hints else 0
+    while True:
+        kids, j = [], best + 1
+        while j < page.end[best]:
+            kids.append(j)
+            j = page.end[j]
+        top = max(kids, key=lambda k: page.prose[k], default=0)
+        if not top or top in page.held or page.nodes[top].tag not in ("div", "section", "article", "main", "td", "table", "tbody", "tr", "form", "center") \
+                or page.prose[top] < DESCEND * page.prose[best]:
+            return [best]
+        best = top
 
 
 # ---- the text -------------------------------------------------------------------------------------------------------
 
-def render(node: HtmlElement, pieces: list[str]) -> None:
-    """Step 5: appends the element's text with break marks, which layout() turns into newlines."""
-    edge = PARA if node.tag in BLOCKS else LINE if node.tag in ("li", "tr", "dt", "dd") else ""
-    start = "# " if node.tag == "h1" else "## " if node.tag in ("h2", "h3") else "- " if node.tag == "li" else ""
-    pieces += [edge, start, BR if node.tag == "br" else node.text or ""]
-    for kid in node:
-        if isinstance(kid.tag, str):
-            render(kid, pieces)
-            pieces.append(" | " if kid.tag in ("td", "th") and kid.getnext() is not None else "")
-        pieces.append(kid.tail or "")
-    pieces.append(edge)
+def render(page: Page, parts: list[int]) -> str:
+    """Step 5: the text of these parts."""
+    pieces, texts = [], []
+    for part in parts:
+        pieces.append(PARA)
+        for opens, i in page.walk(part):
+            if opens:
+                open_tag(page, i, pieces, texts)
+            else:
+                close_tag(page, i, pieces)
+                pieces.append((page.nodes[i].tail or "") if i != part else "")
+        pieces.append(PARA)
+    text = "\n".join(line for line in layout("".join(pieces)).split("\n") if not PHRASE.fullmatch(line))
+    return re.sub(f"{OPEN}(\\d+){CLOSE}", lambda m: texts[int(m.group(1))], re.sub("\n{3,}", "\n\n", text)).strip()
+
+
+def open_tag(page: Page, i: int, pieces: list[str], texts: list[str]) -> None:
+    """What stands before the children of an element."""
+    tag = page.nodes[i].tag
+    if i in page.gone:
+        pieces.append(page.gone[i])
+    elif i in page.held:
+        if page.held[i]:
+            mark = f"{OPEN}{len(texts)}{CLOSE}"
+            texts.append(page.held[i])
+            pieces.append(f"{FENCE}{mark}{FENCE}" if i in page.blocks else mark)
+    else:
+        start = "# " if tag == "h1" else "## " if tag in ("h2", "h3") else "- " if tag == "li" else ""
+        pieces += [edge(tag), start, BR if tag == "br" else page.nodes[i].text or ""]
+
+
+def close_tag(page: Page, i: int, pieces: list[str]) -> None:
+    """What stands after the children of an element."""
+    node = page.nodes[i]
+    if i not in page.gone and i not in page.held:
+        pieces.append(edge(node.tag))
+        pieces.append(" | " if node.tag in ("td", "th") and node.getnext() is not None else "")
+
+
+def edge(tag: str) -> str:
+    """The break mark at both ends of an element."""
+    return PARA if tag in BLOCKS else LINE if tag in LINES else ""
 
 
 def layout(text: str) -> str:
     """Break marks -> newlines; white space as HTML means it; \\(TeX\\) and \\[TeX\\] -> dollars."""
     text = re.sub(r"[ \t\r\n\f]+", " ", text)            # HTML white space; a no-break space is text and stays
     text = re.sub(f" ?[{PARA}{LINE}{FENCE}{BR}][ {PARA}{LINE}{FENCE}{BR}]*", newlines, text)
-    text = re.sub(r"\\\(([^\n]{1,1000}?)\\\)", r"$\1$", text)    # one way to write TeX in the corpus, not three
-    text = re.sub(r"\\\[(.{1,2000}?)\\\]", r"$$\1$$", text)
+    text = re.sub(r"(?<!\\)\\\(((?:[^\\\n]|\\[^()\n]){1,1000})\\\)", r"$\1$", text)    # one way to write TeX, not three
+    text = re.sub(r"(?<!\\)\\\[((?:[^\\\n]|\\[^\[\]\n]){1,2000})\\\]", r"$$\1$$", text)
     return text.replace("\xa0", " ").strip()
 
 
@@ -316,7 +507,10 @@ def newlines(match: re.Match) -> str:
 
 
 def main(cfg: Config) -> None:
-    print(extract(Path(cfg.page).read_bytes()))
+    counts = Counter()
+    print(extract(Path(cfg.page).read_bytes(), counts=counts))
+    for what, n in counts.items():
+        print(f"{n} x {what}", file=sys.stderr)
 
 
 if __name__ == "__main__":
