@@ -42,12 +42,24 @@ NEVER = set("script style svg iframe select head title template textarea object 
 CHROME = set("nav footer aside form button noscript dialog".split())
 BLOCKS = set("p div section article main h1 h2 h3 h4 h5 h6 ul ol table blockquote header figure dl body details form "
              "nav footer aside center fieldset address hr dialog figcaption".split())
+CONTAINERS = set("div section article main td table tbody tr form center".split())
 LINES = {"li", "tr", "dt", "dd", "caption", "option"}
 # words in class, id or role: of boilerplate, of the posts of a thread, of line numbers, of drawn formulas
 BOILERPLATE = re.compile(
-    r"(?:^|[\s_-])(?:nav|navbar|navigation|skip-?nav|menu|sidebar|footer|cookies?|banner|share|social|"
-    r"breadcrumbs?|related|ads?|advert|promo|sponsor|newsletter|signature|votes?|tags|user-?info|profile|"
-    r"subscribe|popup|pager|toc|edit-?link|post-?menu|reputation|timestamp)(?:$|[\s_-])", re.I)
+    r"(?:^|[\s_-])(?:nav|navbar|navigation|skip-?nav|menu|sidebar|footer|cookies?|banner|share|sharing|sharedaddy|social|"
+    r"breadcrumbs?|related|ads?|advert|advertisement|promo|promotion|sponsor|sponsored|newsletter|signature|votes?|tags|"
+    r"user-?info|profile|subscribe|subscription|popup|modal|overlay|pager|pagination|toc|edit-?link|editsection|"
+    r"post-?menu|reputation|timestamp|recommended|recommendations?|trending|popular|most-?read|outbrain|taboola|"
+    r"byline|author|author-?(?:box|bio|info)|meta|widget|login|signup|sr-only|visually-?hidden|screen-?reader-?text|"
+    r"donate|paywall|consent|gdpr|player|gallery|carousel|slideshow|disclaimer|copyright|read-?more|see-?also-?box|"
+    r"teasers?|jp-relatedposts|more-?stories|likes?|reactions?|rating|toolbar|masthead|topbar)(?:$|[\s_-])", re.I)
+COMMENTS = re.compile(
+    r"(?:^|\s)(?:comments?|comment-?list|comments?[-_]?(?:area|section|container|wrapper|block|box)|respond|disqus_thread|"
+    r"disqus|discussion)(?:$|\s)", re.I)
+ARTICLE = re.compile(
+    r"(?:^|[\s_-])(?:article|story|entry|post|blog|news|page|main)[_-]?(?:body|content|text|inner)(?:$|[\s_-])|"
+    r"(?:^|\s)(?:content|article|story|hentry|entry)(?:$|\s)", re.I)
+CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")              # relatedLinks -> related-Links
 POST = re.compile(r"(?:^|\s)(?:postbody|post-text|post-content|comment-body|s-prose|message-body)(?:$|\s)")
 GUTTER = re.compile(
     r"(?:^|\s)(?:linenos?|linenodiv|blob-num|line-numbers?-rows|gutter|hljs-ln-numbers|copy-?button)(?:$|\s)")
@@ -109,6 +121,9 @@ LINKED = 0.5        # ... unless more of its text than this is links
 MENU = 0.7          # share of links over which a block is a menu, whatever its name
 HOLDS = 0.6         # share of the prose that the chosen part must hold
 ENOUGH = 0.3        # with less of the prose than this in the end, the careful rules are tried
+NAMED = 0.5         # ... if its name says article and no other's does
+THREAD = 0.75       # share of the prose that the posts of a thread must hold
+RATHER = 0.5        # comments go when the rest has this share
 DESCEND = 0.85      # a child with this share of the prose takes its parent's place
 PROSE = 60          # characters from which a paragraph counts as prose
 
@@ -127,18 +142,20 @@ def extract(html: str | bytes, charset: str = "", counts: Counter | None = None)
         return ""
     hold(page)
     measure(page)
-    fixed, total = dict(page.gone), page.prose[0]
-    counts.update(drop_boilerplate(page))
-    measure(page)
-    text = render(page, main_parts(page))
-    if page.prose[0] < ENOUGH * total or not text:
-        page.gone = fixed
-        measure(page)
-        careful = render(page, [0])
-        if careful:
-            counts["taken whole: the rules left too little"] += 1
-            text = careful
-    return text
+    fixed, total, best = dict(page.gone), page.prose[0], (0, "")
+    for rules in ("all", "careful", "none"):
+        page.gone = dict(fixed)
+        refused = drop_boilerplate(page, rules)
+        parts = main_parts(page)
+        found = sum(page.prose[part] for part in parts)
+        if found > 2 * best[0] or not best[1]:           # fewer rules only when they find far more
+            best = (found, render(page, parts))
+            counts.update(refused)
+            if rules != "all" and best[1]:
+                counts[f"rules left too little, taken with rules: {rules}"] += 1
+        if best[1] and best[0] >= ENOUGH * total:
+            break
+    return best[1]
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -372,20 +389,22 @@ def link_share(page: Page, i: int) -> float:
     return page.links[i] / max(1, page.size[i]) if page.anchors[i] >= 3 else 0.0
 
 
-def drop_boilerplate(page: Page) -> Counter:
+def drop_boilerplate(page: Page, rules: str) -> Counter:
     """
     Step 3. -> how often each rule was refused. An element that holds a formula or code stays, whatever its class,
     unless half of its text is links (a menu may name a formula). So does one with much of the page's prose.
     """
-    refused, total, article = Counter(), page.prose[0], -1
+    refused, total, article, comments = Counter(), page.prose[0], -1, []
     for i in page.outermost():
         node = page.nodes[i]
-        if i == 0 or i in page.held or i in page.gone:
+        if i == 0 or i in page.held or i in page.gone or rules == "none":
             continue
         if node.tag in ("article", "main"):
             article = max(article, page.end[i])
-        rule = boilerplate(page, i, inside_article=i < article)
+        rule = boilerplate(page, i, rules, inside_article=i < article)
         if not rule:
+            if rules == "all" and COMMENTS.search(page.name(i)) and (not comments or i >= page.end[comments[-1]]):
+                comments.append(i)
             continue
         if page.kept[i] and (rule == "links" or link_share(page, i) <= LINKED):
             continue
@@ -393,17 +412,26 @@ def drop_boilerplate(page: Page) -> Counter:
             refused[f"not removed, much of the page: {rule}"] += 1
             continue
         page.gone[i] = " "
+    measure(page)
+    if comments:
+        rest = page.prose[0] - sum(page.prose[i] for i in comments)
+        if rest >= RATHER * page.prose[0]:
+            page.gone |= {i: " " for i in comments if not page.kept[i]}
+            measure(page)
+        else:
+            refused["not removed, much of the page: comments"] += 1
     return refused
 
 
-def boilerplate(page: Page, i: int, inside_article: bool) -> str:
+def boilerplate(page: Page, i: int, rules: str, inside_article: bool) -> str:
     """The rule by which node i is boilerplate, "" by none."""
     node = page.nodes[i]
     if node.tag in CHROME or (node.tag == "header" and not inside_article):
         return "tag"
     if "hidden" in node.attrib or HIDDEN.search(node.get("style", "")):
         return "hidden"
-    if node.tag not in ("body", "main", "article") and BOILERPLATE.search(page.name(i)):
+    name = CAMEL.sub("-", page.name(i))
+    if rules == "all" and node.tag not in ("body", "main", "article") and BOILERPLATE.search(name):
         return "name"
     if node.tag in ("div", "ul", "ol", "table", "section") and link_share(page, i) > MENU:
         return "links"
@@ -413,7 +441,6 @@ def boilerplate(page: Page, i: int, inside_article: bool) -> str:
 def main_parts(page: Page) -> list[int]:
     """Step 4: the title and the posts of a thread; else the smallest element that holds most of the prose."""
     total, posts, headings, hints = page.prose[0], [], [], []
-    i = 0
     for i in page.outermost():
         node = page.nodes[i]
         if i in page.gone or i in page.held:
@@ -425,7 +452,7 @@ def main_parts(page: Page) -> list[int]:
                 posts.append(i)
         if node.tag in ("article", "main") or node.get("role") == "main" or node.get("itemprop") == "articleBody":
             hints.append(i)
-    if len(posts) >= 2 and sum(page.prose[p] for p in posts) >= HOLDS * total:
+    if len(posts) >= 2 and sum(page.prose[p] for p in posts) >= THREAD * total:
         return [*headings[:1], *posts]
     hints = [h for h in hints if page.prose[h] >= HOLDS * total]
     if not total:
@@ -436,11 +463,15 @@ def main_parts(page: Page) -> list[int]:
         while j < page.end[best]:
             kids.append(j)
             j = page.end[j]
-        top = max(kids, key=lambda k: page.prose[k], default=0)
-        if not top or top in page.held or page.nodes[top].tag not in ("div", "section", "article", "main", "td", "table", "tbody", "tr", "form", "center") \
-                or page.prose[top] < DESCEND * page.prose[best]:
+        kids.sort(key=lambda k: -page.prose[k])
+        if not kids or page.nodes[kids[0]].tag not in CONTAINERS or kids[0] in page.held:
             return [best]
-        best = top
+        share = page.prose[kids[0]] / page.prose[best]
+        rival = any(page.prose[k] > 0.1 * page.prose[best] and ARTICLE.search(page.name(k)) for k in kids[1:])
+        named = ARTICLE.search(page.name(kids[0])) and not rival
+        if share < (NAMED if named else DESCEND):
+            return [best]
+        best = kids[0]
 
 
 # ---- the text -------------------------------------------------------------------------------------------------------
