@@ -50,16 +50,17 @@ BOILERPLATE = re.compile(
     r"breadcrumbs?|related|ads?|advert|advertisement|promo|promotion|sponsor|sponsored|newsletter|signature|votes?|tags|"
     r"user-?info|profile|subscribe|subscription|popup|modal|overlay|pager|pagination|toc|edit-?link|editsection|"
     r"post-?menu|reputation|timestamp|recommended|recommendations?|trending|popular|most-?read|outbrain|taboola|"
-    r"byline|author|author-?(?:box|bio|info)|meta|widget|login|signup|sr-only|visually-?hidden|screen-?reader-?text|"
-    r"donate|paywall|consent|gdpr|player|gallery|carousel|slideshow|disclaimer|copyright|read-?more|see-?also-?box|"
+    r"byline|author|author-?(?:box|bio|info)|meta|login|signup|sr-only|visually-?hidden|screen-?reader-?text|"
+    r"donate|consent|gdpr|player|gallery|carousel|slideshow|disclaimer|copyright|read-?more|see-?also-?box|"
     r"teasers?|jp-relatedposts|more-?stories|likes?|reactions?|rating|toolbar|masthead|topbar)(?:$|[\s_-])", re.I)
 COMMENTS = re.compile(
     r"(?:^|\s)(?:comments?|comment-?list|comments?[-_]?(?:area|section|container|wrapper|block|box)|respond|disqus_thread|"
     r"disqus|discussion)(?:$|\s)", re.I)
 ARTICLE = re.compile(
-    r"(?:^|[\s_-])(?:article|story|entry|post|blog|news|page|main)[_-]?(?:body|content|text|inner)(?:$|[\s_-])|"
+    r"(?:^|[\s_-])(?:article|story|entry|post|blog|news|page|main)[_-]{0,2}(?:body|content|text|inner)(?:$|[\s_-])|"
     r"(?:^|\s)(?:content|article|story|hentry|entry)(?:$|\s)", re.I)
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")              # relatedLinks -> related-Links
+STRONG = re.compile(r"(?:^|[\s_-])(?:article|story|entry|post)[_-]{0,2}(?:body|content|text)(?:$|[\s_-])", re.I)
 POST = re.compile(r"(?:^|\s)(?:postbody|post-text|post-content|comment-body|s-prose|message-body)(?:$|\s)")
 GUTTER = re.compile(
     r"(?:^|\s)(?:linenos?|linenodiv|blob-num|line-numbers?-rows|gutter|hljs-ln-numbers|copy-?button)(?:$|\s)")
@@ -88,6 +89,7 @@ class Page:
     size: list[int] = field(default_factory=list)            # characters of text
     links: list[int] = field(default_factory=list)           # of these in links
     prose: list[int] = field(default_factory=list)           # of these in paragraphs
+    comments: list[int] = field(default_factory=list)        # nodes that hold readers' comments and stay
     anchors: list[int] = field(default_factory=list)         # number of links
     kept: list[int] = field(default_factory=list)            # number of held nodes
 
@@ -124,6 +126,8 @@ ENOUGH = 0.3        # with less of the prose than this in the end, the careful r
 NAMED = 0.5         # ... if its name says article and no other's does
 THREAD = 0.75       # share of the prose that the posts of a thread must hold
 RATHER = 0.5        # comments go when the rest has this share
+LITTLE = 200        # characters of prose below which an element is no article
+ALONE = 0.1         # share of the prose that the only element called article-body, entry-content ... must hold
 DESCEND = 0.85      # a child with this share of the prose takes its parent's place
 PROSE = 60          # characters from which a paragraph counts as prose
 
@@ -162,7 +166,7 @@ def extract(html: str | bytes, charset: str = "", counts: Counter | None = None)
 
 def parse(html: str, counts: Counter) -> Page | None:
     """The page as a list of elements; None without any."""
-    html = re.sub("[\ue000-\ue005\x00-\x08\x0b\x0e-\x1f\ufffe\uffff\ud800-\udfff]", "", html)    # ours, and what XML has not
+    html = re.sub("[\ue000-\ue005\x00-\x08\x0b\x0e-\x1f\xad\u200b\ufeff\ufffe\uffff\ud800-\udfff]", "", html)    # ours, and what XML has not
     html = re.sub(r"&#(?:(\d{1,9})|[xX]([0-9a-fA-F]{1,8}));?", entity, html)
     root = tree(html)
     if root is not None and too_deep(root):
@@ -394,7 +398,8 @@ def drop_boilerplate(page: Page, rules: str) -> Counter:
     Step 3. -> how often each rule was refused. An element that holds a formula or code stays, whatever its class,
     unless half of its text is links (a menu may name a formula). So does one with much of the page's prose.
     """
-    refused, total, article, comments = Counter(), page.prose[0], -1, []
+    refused, article, comments = Counter(), -1, named_comments(page) if rules == "all" else []
+    total = page.prose[0] - sum(page.prose[i] for i in comments)
     for i in page.outermost():
         node = page.nodes[i]
         if i == 0 or i in page.held or i in page.gone or rules == "none":
@@ -402,25 +407,30 @@ def drop_boilerplate(page: Page, rules: str) -> Counter:
         if node.tag in ("article", "main"):
             article = max(article, page.end[i])
         rule = boilerplate(page, i, rules, inside_article=i < article)
-        if not rule:
-            if rules == "all" and COMMENTS.search(page.name(i)) and (not comments or i >= page.end[comments[-1]]):
-                comments.append(i)
+        if not rule or page.kept[i] and (rule == "links" or link_share(page, i) <= LINKED):
             continue
-        if page.kept[i] and (rule == "links" or link_share(page, i) <= LINKED):
-            continue
-        if total and page.prose[i] > SPARED * total and link_share(page, i) <= LINKED:
+        if total and page.prose[i] > SPARED * total and (rule == "links" or link_share(page, i) <= LINKED):
             refused[f"not removed, much of the page: {rule}"] += 1
             continue
         page.gone[i] = " "
     measure(page)
-    if comments:
-        rest = page.prose[0] - sum(page.prose[i] for i in comments)
-        if rest >= RATHER * page.prose[0]:
-            page.gone |= {i: " " for i in comments if not page.kept[i]}
-            measure(page)
-        else:
-            refused["not removed, much of the page: comments"] += 1
+    page.comments = comments
+    if comments and page.prose[0] - sum(page.prose[i] for i in comments) >= RATHER * page.prose[0]:
+        page.comments = [i for i in comments if page.kept[i]]
+        page.gone |= {i: " " for i in comments if not page.kept[i]}
+        measure(page)
+    elif comments:
+        refused["not removed, much of the page: comments"] += 1
     return refused
+
+
+def named_comments(page: Page) -> list[int]:
+    """The outermost elements that are called comments."""
+    found: list[int] = []
+    for i in page.outermost():
+        if i and (not found or i >= page.end[found[-1]]) and COMMENTS.search(page.name(i)):
+            found.append(i)
+    return found
 
 
 def boilerplate(page: Page, i: int, rules: str, inside_article: bool) -> str:
@@ -440,7 +450,7 @@ def boilerplate(page: Page, i: int, rules: str, inside_article: bool) -> str:
 
 def main_parts(page: Page) -> list[int]:
     """Step 4: the title and the posts of a thread; else the smallest element that holds most of the prose."""
-    total, posts, headings, hints = page.prose[0], [], [], []
+    total, posts, headings, hints, strong = page.prose[0], [], [], [], []
     for i in page.outermost():
         node = page.nodes[i]
         if i in page.gone or i in page.held:
@@ -452,8 +462,17 @@ def main_parts(page: Page) -> list[int]:
                 posts.append(i)
         if node.tag in ("article", "main") or node.get("role") == "main" or node.get("itemprop") == "articleBody":
             hints.append(i)
+        if page.prose[i] >= LITTLE and (not strong or i >= page.end[strong[-1]]) and (
+                STRONG.search(page.name(i)) or node.get("itemprop") == "articleBody"):
+            strong.append(i)
+    strong = [i for i in strong if not any(c <= i < page.end[c] for c in page.comments)]
     if len(posts) >= 2 and sum(page.prose[p] for p in posts) >= THREAD * total:
+        if len(strong) == 1 and not any(strong[0] <= p < page.end[strong[0]] or p <= strong[0] < page.end[p] for p in posts):
+            posts = [strong[0], *posts]
         return [*headings[:1], *posts]
+    if len(strong) == 1 and page.prose[strong[0]] >= ALONE * (total - sum(page.prose[c] for c in page.comments)):
+        inside = lambda c: strong[0] <= c < page.end[strong[0]] or c <= strong[0] < page.end[c]
+        return strong + [c for c in page.comments if not inside(c)]
     hints = [h for h in hints if page.prose[h] >= HOLDS * total]
     if not total:
         return [max(hints, key=lambda h: page.size[h])] if hints else [0]
