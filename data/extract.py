@@ -52,7 +52,7 @@ BOILERPLATE = re.compile(
     r"post-?menu|reputation|timestamp|recommended|recommendations?|trending|popular|most-?read|outbrain|taboola|"
     r"byline|author|author-?(?:box|bio|info)|meta|login|signup|sr-only|visually-?hidden|screen-?reader-?text|"
     r"donate|consent|gdpr|player|gallery|carousel|slideshow|disclaimer|copyright|read-?more|see-?also-?box|"
-    r"teasers?|jp-relatedposts|more-?stories|likes?|reactions?|rating|toolbar|masthead|topbar)(?:$|[\s_-])", re.I)
+    r"jp-relatedposts|more-?stories|likes?|reactions?|rating|toolbar|masthead|topbar)(?:$|[\s_-])", re.I)
 COMMENTS = re.compile(
     r"(?:^|\s)(?:comments?|comment-?list|comments?[-_]?(?:area|section|container|wrapper|block|box)|respond|disqus_thread|"
     r"disqus|discussion)(?:$|\s)", re.I)
@@ -128,6 +128,8 @@ THREAD = 0.75       # share of the prose that the posts of a thread must hold
 RATHER = 0.5        # comments go when the rest has this share
 LITTLE = 200        # characters of prose below which an element is no article
 ALONE = 0.1         # share of the prose that the only element called article-body, entry-content ... must hold
+LEAD = 0.5
+TITLE = True
 DESCEND = 0.85      # a child with this share of the prose takes its parent's place
 PROSE = 60          # characters from which a paragraph counts as prose
 
@@ -472,7 +474,7 @@ def main_parts(page: Page) -> list[int]:
         return [*headings[:1], *posts]
     if len(strong) == 1 and page.prose[strong[0]] >= ALONE * (total - sum(page.prose[c] for c in page.comments)):
         inside = lambda c: strong[0] <= c < page.end[strong[0]] or c <= strong[0] < page.end[c]
-        return strong + [c for c in page.comments if not inside(c)]
+        return with_lead(page, strong[0]) + [c for c in page.comments if not inside(c)]
     hints = [h for h in hints if page.prose[h] >= HOLDS * total]
     if not total:
         return [max(hints, key=lambda h: page.size[h])] if hints else [0]
@@ -484,13 +486,30 @@ def main_parts(page: Page) -> list[int]:
             j = page.end[j]
         kids.sort(key=lambda k: -page.prose[k])
         if not kids or page.nodes[kids[0]].tag not in CONTAINERS or kids[0] in page.held:
-            return [best]
+            return with_lead(page, best)
         share = page.prose[kids[0]] / page.prose[best]
         rival = any(page.prose[k] > 0.1 * page.prose[best] and ARTICLE.search(page.name(k)) for k in kids[1:])
         named = ARTICLE.search(page.name(kids[0])) and not rival
         if share < (NAMED if named else DESCEND):
-            return [best]
+            return with_lead(page, best)
         best = kids[0]
+
+
+def with_lead(page: Page, best: int) -> list[int]:
+    """The chosen element, after the title and the first paragraphs that stand between the title and it."""
+    titles = [i for i in page.outermost() if i < best and page.nodes[i].tag == "h1" and i not in page.gone]
+    article = [i for i in page.outermost() if i < best < page.end[i] and page.nodes[i].tag == "article"]
+    start = (titles[-1:] or article[-1:] or [best])[0]
+    found, i = titles[-1:] if TITLE else [], start + 1
+    if titles: i = page.end[start]
+    while i < best:
+        if page.end[i] > best and i not in page.gone:                            # around the chosen element
+            i += 1
+            continue
+        if page.prose[i] and i not in page.gone:
+            found.append(i)
+        i = page.end[i]
+    return [*found, best] if sum(page.prose[i] for i in found) <= LEAD * page.prose[best] else [best]
 
 
 # ---- the text -------------------------------------------------------------------------------------------------------
