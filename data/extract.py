@@ -66,7 +66,13 @@ GUTTER = re.compile(
     r"(?:^|\s)(?:linenos?|linenodiv|blob-num|line-numbers?-rows|gutter|hljs-ln-numbers|copy-?button)(?:$|\s)")
 TWIN = re.compile(r"(?:^|\s)(?:MathJax(?:_\w+)?|katex-html|MJX_Assistive_MathML)(?:$|\s)")
 HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
-PHRASE = re.compile(r"(?:- )?(?:log in|sign in|sign up|register|share|tweet|reply|print|read more|advertisement)", re.I)
+PHRASE = re.compile(
+    r"[\W_]*(?:log ?in|sign ?in|sign ?up|log ?out|register|subscribe|share(?: (?:this|on|it)(?: \w+)?)?|tweet|reply|print|email|"
+    r"home|menu|search|close|comments?|advert(?:isement)?|newsletter|follow(?: us)?|like|facebook|twitter|whatsapp|pinterest|"
+    r"linkedin|read more|see also|skip to (?:main )?content|related (?:articles|posts|stories|topics)|back to top|(?:leave|post|add)"
+    r" a (?:comment|reply)|cancel reply|(?:privacy|cookie) policy|terms of (?:use|service)|contact us|all rights reserved|"
+    r"anzeige|werbung|teilen|drucken|impressum|datenschutz|anmelden|suche|startseite|kommentare?|mehr zum thema|"
+    r"compartir|publicidad|inicio|partager|publicité|accueil|imprimer)[\W_]*", re.I)
 CODE_ROW = re.compile(r"(?:^|\s)(?:blob-code|hljs-ln-code)")                # a cell with one line of code
 CODE_CELL = re.compile(r"(?:^|\s)(?:code|rouge-code|crayon-code)(?:$|\s)")  # a cell with all lines, beside the numbers
 
@@ -130,6 +136,7 @@ LITTLE = 200        # characters of prose below which an element is no article
 ALONE = 0.1         # share of the prose that the only element called article-body, entry-content ... must hold
 LEAD = 0.5
 TITLE = True
+TEASER = 0.8        # share of links over which a paragraph only points elsewhere
 DESCEND = 0.85      # a child with this share of the prose takes its parent's place
 PROSE = 60          # characters from which a paragraph counts as prose
 
@@ -447,6 +454,8 @@ def boilerplate(page: Page, i: int, rules: str, inside_article: bool) -> str:
         return "name"
     if node.tag in ("div", "ul", "ol", "table", "section") and link_share(page, i) > MENU:
         return "links"
+    if node.tag in ("p", "div", "h4", "h5", "h6") and page.anchors[i] and page.links[i] > TEASER * page.size[i]:
+        return "links"
     return ""
 
 
@@ -526,7 +535,7 @@ def render(page: Page, parts: list[int]) -> str:
                 close_tag(page, i, pieces)
                 pieces.append((page.nodes[i].tail or "") if i != part else "")
         pieces.append(PARA)
-    text = "\n".join(line for line in layout("".join(pieces)).split("\n") if not PHRASE.fullmatch(line))
+    text = "\n".join(s for s in layout("".join(pieces)).split("\n") if len(s) > 60 or not PHRASE.fullmatch(s))
     return re.sub(f"{OPEN}(\\d+){CLOSE}", lambda m: texts[int(m.group(1))], re.sub("\n{3,}", "\n\n", text)).strip()
 
 
