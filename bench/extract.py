@@ -104,7 +104,7 @@ def truth_of_markup(raw: bytes) -> dict[str, list[str]]:
     """kind -> what the page's own markup says must be in the text; formulas without their delimiters."""
     root = parse(raw)
     blocks = [code_of(pre) for pre in root.iter("pre") if not pre.xpath("ancestor::td[contains(@class,'linenos')]")]
-    images = [squeeze(img.get("alt")) for img in root.xpath(
+    images = [squeeze(re.sub(r"<br\s*/?>", " ", img.get("alt"))) for img in root.xpath(
         "//img[contains(@src,'latex') or contains(@class,'latex') or contains(@class,'tex')][@alt]")
         if not img.xpath("ancestor::*[contains(@class,'mwe-math')]")]
     notes = [re.sub(r"^\{\\displaystyle (.*)\}$", r"\1", squeeze(note.text_content()))
@@ -134,8 +134,9 @@ def parse(raw: bytes) -> lxml.html.HtmlElement:
 
 def code_of(pre: lxml.html.HtmlElement) -> str:
     """The characters of a <pre>, blanks at the ends of its lines and empty lines around it removed."""
-    for br in pre.xpath(".//br"):
-        br.tail = "\n" + (br.tail or "")
+    for line in pre.xpath(".//br | .//div[following-sibling::*] | .//li[following-sibling::*]"):
+        if not (line.tail or "").startswith("\n") and not line.text_content().endswith("\n"):
+            line.tail = "\n" + (line.tail or "")
     return "\n".join(line.rstrip() for line in pre.text_content().replace("\xa0", " ").split("\n")).strip("\n")
 
 

@@ -134,8 +134,8 @@ THREAD = 0.75       # share of the prose that the posts of a thread must hold
 RATHER = 0.5        # comments go when the rest has this share
 LITTLE = 200        # characters of prose below which an element is no article
 ALONE = 0.1         # share of the prose that the only element called article-body, entry-content ... must hold
-LEAD = 0.5
-TITLE = True
+LEAD = 0.5          # of the chosen part's prose may stand between the title and it
+PRECIOUS = 0.9      # share of the formulas and code that the chosen part must hold
 TEASER = 0.8        # share of links over which a paragraph only points elsewhere
 DESCEND = 0.85      # a child with this share of the prose takes its parent's place
 PROSE = 60          # characters from which a paragraph counts as prose
@@ -317,7 +317,7 @@ def text_of(page: Page, start: int) -> Iterator[str]:
 def code_text(page: Page, start: int) -> str:
     """The characters of a code element; <br> is a line break, and so are the borders of blocks: <div class=line>."""
     parts: list[str] = []
-    border = False
+    border = begun = written = False                     # a block ends or begins here; the line has more than blanks
     for opens, i in page.walk(start):
         node = page.nodes[i]
         text = node.tail if not opens and i != start else node.text if opens and i not in page.gone else ""
@@ -325,12 +325,13 @@ def code_text(page: Page, start: int) -> str:
         block = i != start and (node.tag in BLOCKS or node.tag in LINES)
         if block and not opens and page.end[i] == i + 1 and not node.text:
             text = "\n" + text                          # an empty line
-        border = border or block
+        border, begun = border or block, begun or block and opens
         if text:
-            if border and parts and not parts[-1].endswith("\n") and not text.startswith("\n"):
+            if written and (begun or border and not text.startswith("\n")):
                 parts.append("\n")
             parts.append(text)
-            border = False
+            line = text.rpartition("\n")[2]
+            border, begun, written = False, False, bool(line.strip()) or written and "\n" not in text
     return "".join(parts)
 
 
@@ -481,10 +482,11 @@ def main_parts(page: Page) -> list[int]:
         if len(strong) == 1 and not any(strong[0] <= p < page.end[strong[0]] or p <= strong[0] < page.end[p] for p in posts):
             posts = [strong[0], *posts]
         return [*headings[:1], *posts]
-    if len(strong) == 1 and page.prose[strong[0]] >= ALONE * (total - sum(page.prose[c] for c in page.comments)):
+    if len(strong) == 1 and page.prose[strong[0]] >= ALONE * (total - sum(page.prose[c] for c in page.comments)) \
+            and page.kept[strong[0]] + sum(page.kept[c] for c in page.comments) >= PRECIOUS * page.kept[0]:
         inside = lambda c: strong[0] <= c < page.end[strong[0]] or c <= strong[0] < page.end[c]
         return with_lead(page, strong[0]) + [c for c in page.comments if not inside(c)]
-    hints = [h for h in hints if page.prose[h] >= HOLDS * total]
+    hints = [h for h in hints if page.prose[h] >= HOLDS * total and page.kept[h] >= PRECIOUS * page.kept[0]]
     if not total:
         return [max(hints, key=lambda h: page.size[h])] if hints else [0]
     best = hints[-1] if hints else 0
@@ -499,7 +501,7 @@ def main_parts(page: Page) -> list[int]:
         share = page.prose[kids[0]] / page.prose[best]
         rival = any(page.prose[k] > 0.1 * page.prose[best] and ARTICLE.search(page.name(k)) for k in kids[1:])
         named = ARTICLE.search(page.name(kids[0])) and not rival
-        if share < (NAMED if named else DESCEND):
+        if share < (NAMED if named else DESCEND) or page.kept[kids[0]] < PRECIOUS * page.kept[best]:
             return with_lead(page, best)
         best = kids[0]
 
@@ -509,7 +511,7 @@ def with_lead(page: Page, best: int) -> list[int]:
     titles = [i for i in page.outermost() if i < best and page.nodes[i].tag == "h1" and i not in page.gone]
     article = [i for i in page.outermost() if i < best < page.end[i] and page.nodes[i].tag == "article"]
     start = (titles[-1:] or article[-1:] or [best])[0]
-    found, i = titles[-1:] if TITLE else [], start + 1
+    found, i = titles[-1:], start + 1
     if titles: i = page.end[start]
     while i < best:
         if page.end[i] > best and i not in page.gone:                            # around the chosen element

@@ -236,8 +236,7 @@ def dollars(tex: str, display: bool = False) -> str:
 def bare(tex: str) -> str:
     """TeX without what was added for the page: {\\displaystyle ...}, comment lines of kramdown, <br> in an alt text."""
     tex = re.sub(r"%\s*<!\[CDATA\[|%\s*\]\]>", "", re.sub(r"<br\s*/?>", " ", tex)).strip()
-    wrapped = re.fullmatch(r"\{\\(?:display|text)style (.*)\}", tex, flags=re.S)
-    return wrapped[1].strip() if wrapped else re.sub(r"^\\displaystyle\b\s*", "", tex)
+    return re.sub(r"^\{\\displaystyle (.*)\}$", r"\1", tex, flags=re.S)
 
 
 def displayed(node: HtmlElement) -> bool:
