@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import lxml.etree
@@ -87,11 +88,17 @@ class Config:
 class Page:
     """A page's elements in document order, and what the steps find out about each. Node i holds nodes[i + 1:end[i]]."""
     nodes: list[HtmlElement]
+    tags: list[str]
+    names: list[str]                                         # what the page calls the element: class, id and role
     parent: list[int]
     end: list[int]
     held: dict[int, str] = field(default_factory=dict)       # node -> its text: formulas and code
     blocks: set[int] = field(default_factory=set)            # held nodes with a line of their own
     gone: dict[int, str] = field(default_factory=dict)       # removed with all inside -> what stands there instead
+    own: list[int] = field(default_factory=list)             # characters of its first text, and of the text behind it
+    after: list[int] = field(default_factory=list)
+    block: list[int] = field(default_factory=list)           # the block whose text this is
+    linked: list[bool] = field(default_factory=list)         # inside a link
     size: list[int] = field(default_factory=list)            # characters of text
     links: list[int] = field(default_factory=list)           # of these in links
     prose: list[int] = field(default_factory=list)           # of these in paragraphs
@@ -99,17 +106,12 @@ class Page:
     anchors: list[int] = field(default_factory=list)         # number of links
     kept: list[int] = field(default_factory=list)            # number of held nodes
 
-    def name(self, i: int) -> str:
-        """What the page calls the element: its class, id and role."""
-        node = self.nodes[i]
-        return f"{node.get('class', '')} {node.get('id', '')} {node.get('role', '')}"
-
     def outermost(self, start: int = 0) -> Iterator[int]:
         """The node and all inside it, in order; what is held or gone comes without what is inside it."""
-        i, stop = start, self.end[start]
+        i, stop, end, held, gone = start, self.end[start], self.end, self.held, self.gone
         while i < stop:
             yield i
-            i = self.end[i] if i in self.held or i in self.gone else i + 1
+            i = end[i] if i in held or i in gone else i + 1
 
     def walk(self, start: int) -> Iterator[tuple[bool, int]]:
         """(True, i) where node i opens, (False, i) where it closes; not into what is held or gone."""
@@ -151,9 +153,8 @@ def extract(html: str | bytes, charset: str = "", counts: Counter | None = None)
     """
     counts = Counter() if counts is None else counts
     page = parse(decode(html, charset) if isinstance(html, bytes) else html, counts)
-    if page is None:
-        return ""
     hold(page)
+    weigh(page)
     measure(page)
     fixed, total, best = dict(page.gone), page.prose[0], (0, "")
     for rules in ("all", "careful", "none"):
@@ -173,43 +174,44 @@ def extract(html: str | bytes, charset: str = "", counts: Counter | None = None)
 
 # ---- the page -------------------------------------------------------------------------------------------------------
 
-def parse(html: str, counts: Counter) -> Page | None:
-    """The page as a list of elements; None without any."""
+def parse(html: str, counts: Counter) -> Page:
+    """The page as a list of elements, cleaned of what no browser shows."""
     html = re.sub("[\ue000-\ue005\x00-\x08\x0b\x0e-\x1f\xad\u200b\ufeff\ufffe\uffff\ud800-\udfff]", "", html)    # ours, and what XML has not
     html = re.sub(r"&#(?:(\d{1,9})|[xX]([0-9a-fA-F]{1,8}));?", entity, html)
+    page = listed(html)
+    if page is None:
+        counts["nested too deep: inline tags removed"] += 1
+        page = listed(re.sub(r"</?(?:font|b|i|u|s|em|strong|span|small|big|center|tt)\b[^<>]*>", "", html, flags=re.I))
+    if page is None:
+        counts["nested too deep: taken as paragraphs"] += 1
+        page = listed(re.sub(r"<[a-z][^<>]*>", "<p>", html, flags=re.I))
+    return page
+
+
+def listed(html: str) -> Page | None:
+    """The elements of the body in document order. None when they are nested so deep that libxml2 drops some."""
     root = tree(html)
-    if root is not None and too_deep(root):
-        counts["nested too deep: flattened"] += 1
-        root = tree(re.sub(r"<(/?)(font|b|i|u|s|em|strong|span|small|big|center|tt)\b[^<>]*>", "", html, flags=re.I))
-        if root is not None and too_deep(root):
-            root = tree(re.sub(r"<(?:div|section|blockquote|table|tr|td|th|ul|ol|li|dl|form|fieldset|a)\b[^<>]*>", "<p>",
-                               re.sub(r"</?[\w:-]*[^\w\s<>/:-][^<>]*>", "", html), flags=re.I))
-    if root is None:
-        return None
     body = root.find("body")
     nodes = [node for node in (root if body is None else body).iter() if isinstance(node.tag, str)]
     place = {node: i for i, node in enumerate(nodes)}
     parent = [0, *(place[node.getparent()] for node in nodes[1:])]
-    end = list(range(1, len(nodes) + 1))
+    end, depth = list(range(1, len(nodes) + 1)), [0] * len(nodes)
+    for i in range(1, len(nodes)):
+        depth[i] = depth[parent[i]] + 1
+    if max(depth) >= DEEPEST:
+        return None
     for i in range(len(nodes) - 1, 0, -1):
         end[parent[i]] = max(end[parent[i]], end[i])
-    return Page(nodes, parent, end)
+    names = [f"{n.get('class', '')} {n.get('id', '')} {n.get('role', '')}"[:300].strip() if n.keys() else "" for n in nodes]
+    return Page(nodes, [node.tag for node in nodes], names, parent, end)
 
 
-def tree(html: str) -> HtmlElement | None:
-    """lxml's tree, None for a page without an element."""
+def tree(html: str) -> HtmlElement:
+    """lxml's tree, an empty one for a page without an element."""
     try:
-        return lxml.html.document_fromstring(html.encode("utf-8", "replace"), parser=PARSER) if html.strip() else None
+        return lxml.html.document_fromstring(html.encode("utf-8", "replace"), parser=PARSER)
     except lxml.etree.LxmlError:
-        return None
-
-
-def too_deep(root: HtmlElement) -> bool:
-    """Whether libxml2 may have dropped something."""
-    depth = {root: 0}
-    for node in root.iterdescendants():
-        depth[node] = depth[node.getparent()] + 1
-    return max(depth.values()) >= DEEPEST
+        return lxml.html.document_fromstring("<p></p>")
 
 
 def entity(match: re.Match) -> str:
@@ -231,27 +233,25 @@ def hold(page: Page) -> None:
     drop_twins(page)
     code_tables(page)
     for i in page.outermost():
-        node = page.nodes[i]
+        node, tag = page.nodes[i], page.tags[i]
         if i in page.held or i in page.gone:
             continue
-        if node.tag == "pre":
+        if tag == "pre":
             drop_gutters(page, i)
             put(page, i, fence(page, i, code_text(page, i)), block=True)
-        elif node.tag in ("code", "tt", "kbd"):
+        elif tag in ("code", "tt", "kbd"):
             drop_gutters(page, i)
             text = code_text(page, i).strip("\n")
-            block = text.count("\n") > 1 and node.tag == "code"     # several lines: a block whose <pre> is missing
+            block = text.count("\n") > 1 and tag == "code"     # several lines: a block whose <pre> is missing
             put(page, i, fence(page, i, text) if block else f"`{text.strip()}`" if text.strip() else "", block)
-        elif text := formula(node):
-            put(page, i, text)
-        elif node.tag in NEVER:
+        elif tag.endswith("math") or (node.keys() and formula(node)):
+            put(page, i, formula(node))
+        elif tag in NEVER:
             page.gone[i] = " "
     for i in page.outermost():                           # after the formulas, which may stand inside
-        if page.nodes[i].tag in ("sup", "sub") and i not in page.held and i not in page.gone:
-            text = "".join(text_of(page, i)).strip()
-            if text:
-                mark = "^" if page.nodes[i].tag == "sup" else "_"
-                put(page, i, mark + (text if len(text) == 1 else f"{{{text}}}"))
+        if page.tags[i] in ("sup", "sub") and i not in page.held and i not in page.gone:
+            text, mark = "".join(text_of(page, i)).strip(), "^" if page.tags[i] == "sup" else "_"
+            put(page, i, mark + (text if len(text) == 1 else f"{{{text}}}") if text else "")
 
 
 def put(page: Page, i: int, text: str, block: bool = False) -> None:
@@ -263,46 +263,45 @@ def put(page: Page, i: int, text: str, block: bool = False) -> None:
 
 def drop_twins(page: Page) -> None:
     """Drawn forms of formulas. MathJax 3 keeps up to three forms; the TeX for copying is the best of them."""
-    i, nodes = 0, page.nodes
+    i, nodes, tags = 0, page.nodes, page.tags
     while i < len(nodes):
-        node, last = nodes[i], page.end[i]
-        if node.tag == "mjx-container":
-            inside = nodes[i:last]
-            copied = any("mjx-copytext" in n.get("class", "") for n in inside)
-            twice = copied or any(name_of(n) == "math" for n in inside)
-            for j in range(i + 1, last):
-                if nodes[j].tag == "mjx-assistive-mml" and copied or nodes[j].tag in ("mjx-math", "svg") and twice:
-                    page.gone[j] = ""
-            i = last
-        elif "mwe-math-element" in node.get("class", "") and any(name_of(n) == "math" for n in nodes[i:last]):
-            page.gone |= {j: "" for j in range(i, last) if nodes[j].tag in ("img", "meta")}
-            i = last
-        elif TWIN.search(node.get("class", "")) and node.tag != "body" and last - i < 2000:
-            page.gone[i] = ""
-            i = last
-        else:
-            i += 1
+        name, last = page.names[i], page.end[i]
+        inside, drawn = range(i + 1, last), None
+        if tags[i] == "mjx-container":
+            copied = any("mjx-copytext" in page.names[j] for j in inside)
+            twice = copied or any(name_of(nodes[j]) == "math" for j in inside)
+            drawn = [j for j in inside if tags[j] == "mjx-assistive-mml" and copied
+                     or tags[j] in ("mjx-math", "svg") and twice]
+        elif "mwe-math-element" in name and last - i < 5000 and any(name_of(nodes[j]) == "math" for j in inside):
+            drawn = [j for j in inside if tags[j] in ("img", "meta")]        # Wikipedia: MathML and its image
+        elif name and TWIN.search(name) and i and last - i < 2000:
+            drawn = [i]
+        page.gone |= {j: "" for j in drawn or []}
+        i = i + 1 if drawn is None else last
 
 
 def code_tables(page: Page) -> None:
     """Tables that show code with line numbers: one cell beside the numbers (Pygments), or one row per line."""
-    table, cells = [-1] * len(page.nodes), {}
-    for i, node in enumerate(page.nodes):
-        table[i] = i if node.tag == "table" else table[page.parent[i]]
-        if node.tag == "td" and table[i] >= 0 and (CODE_ROW.search(c := node.get("class", "")) or CODE_CELL.search(c)):
+    table, cells, done = [-1] * len(page.nodes), {}, 0
+    for i, tag in enumerate(page.tags):
+        table[i] = i if tag == "table" else table[page.parent[i]]
+        if tag == "td" and table[i] >= 0 and (CODE_ROW.search(page.names[i]) or CODE_CELL.search(page.names[i])):
             cells.setdefault(table[i], []).append(i)
-    for i, found in cells.items():
+    for i in sorted(cells):
+        if i < done:                                     # inside such a table
+            continue
         drop_gutters(page, i)
-        rows = [c for c in found if CODE_ROW.search(page.nodes[c].get("class", ""))]
-        pres = [j for c in found for j in [k for k in range(c, page.end[c]) if page.nodes[k].tag == "pre"] or [c]]
+        rows = [c for c in cells[i] if CODE_ROW.search(page.names[c])]
+        pres = [j for c in cells[i] for j in [k for k in range(c, page.end[c]) if page.tags[k] == "pre"] or [c]]
         text = "\n".join(code_text(page, j).strip("\n") if rows else code_text(page, j) for j in rows or pres)
         put(page, i, fence(page, i, text), block=True)
+        done = page.end[i]
 
 
 def drop_gutters(page: Page, start: int) -> None:
     """Line numbers and copy buttons inside a code element are gone."""
     page.gone |= {i: "" for i in range(start + 1, page.end[start])
-                  if page.nodes[i].tag == "button" or GUTTER.search(page.nodes[i].get("class", ""))}
+                  if page.tags[i] == "button" or GUTTER.search(page.names[i])}
 
 
 def text_of(page: Page, start: int) -> Iterator[str]:
@@ -343,7 +342,7 @@ def language(page: Page, start: int) -> str:
     around = [start]
     while len(around) < 4 and around[-1]:
         around.append(page.parent[around[-1]])
-    inside = [i for i in range(start, page.end[start]) if page.nodes[i].tag in ("table", "div", "pre", "code")]
+    inside = [i for i in range(start, page.end[start]) if page.tags[i] in ("table", "div", "pre", "code")]
     for i in [*inside, *around[1:]]:
         for word in re.split(r"[\s_]+", page.nodes[i].get("class", "")):
             word = re.sub(r"^(?:language|lang|highlight-source|brush:?|source)-?", "", word).lower()
@@ -360,41 +359,58 @@ def fence(page: Page, start: int, code: str) -> str:
 
 # ---- what is text, and what is boilerplate --------------------------------------------------------------------------
 
+def weigh(page: Page) -> None:
+    """What measure() adds up, which does not change when elements go: lengths of texts, their blocks, their links."""
+    held, blocks = page.held, page.blocks
+    for i, (node, tag, p) in enumerate(zip(page.nodes, page.tags, page.parent, strict=True)):
+        page.own.append(weight(held[i] if i in held else node.text))
+        page.after.append(weight(node.tail))
+        border = i == 0 or tag in BLOCKS or tag in LINES or tag == "td" or i in blocks
+        page.block.append(i if border else page.block[p])
+        page.linked.append(tag == "a" or i > 0 and page.linked[p])
+
+
+def weight(text: str | None) -> int:
+    """Length without the blanks around; a Han character is half a word, and counts for two."""
+    text = text.strip() if text else ""
+    return len(text) if text.isascii() or max(text) < "\u2e80" else 2 * len(text)
+
+
 def measure(page: Page) -> None:
     """Step 2: size, links, prose, anchors and kept of every node, without what is gone."""
-    n = len(page.nodes)
-    size, links, prose, anchors, kept = ([0] * n for _ in range(5))
-    run, run_links = [0] * n, [0] * n                    # of the text between the borders of one block
-    block, linked, dead = list(range(n)), [False] * n, [False] * n
-
-    def add(i: int, text: str | None) -> None:
-        text = text.strip() if text else ""
-        k = len(text) if text.isascii() or max(text) < "\u2e80" else 2 * len(text)     # a Han character is half a word
-        size[i] += k
-        run[block[i]] += k
-        if linked[i]:
-            links[i] += k
-            run_links[block[i]] += k
-
-    for i, node in enumerate(page.nodes):
-        p = page.parent[i]
-        dead[i] = i in page.gone or (i > 0 and (dead[p] or p in page.held))
-        if i:
-            block[i] = i if node.tag in BLOCKS or node.tag in LINES or node.tag == "td" or i in page.blocks else block[p]
-            linked[i] = linked[p] or node.tag == "a"
-        if not dead[i]:
-            anchors[i] += node.tag == "a"
-            kept[i] += i in page.held
-            add(i, page.held.get(i, node.text))
-        if i and not (dead[p] or p in page.held):
-            add(p, node.tail)
-    for i in range(n):
+    n, parent, gone, held = len(page.nodes), page.parent, page.gone, page.held
+    size, links, prose, anchors, kept, run, run_links = ([0] * n for _ in range(7))
+    dead = [False] * n                                   # inside what is gone or held
+    for i, (own, after, block, linked, p) in enumerate(
+            zip(page.own, page.after, page.block, page.linked, parent, strict=True)):
+        dead[i] = i > 0 and (dead[p] or p in held or p in gone)
+        if dead[i]:
+            continue
+        if i not in gone:
+            size[i] += own
+            run[block] += own
+            anchors[i] = int(page.tags[i] == "a")
+            kept[i] = int(i in held)
+            if linked:
+                links[i] += own
+                run_links[block] += own
+        if i and after:
+            size[p] += after
+            run[page.block[p]] += after
+            if page.linked[p]:
+                links[p] += after
+                run_links[page.block[p]] += after
+    for i in range(n):                                   # run: text between the borders of one block
         if run[i] >= PROSE and run_links[i] < run[i] / 2:
             prose[i] = run[i] - run_links[i]
     for i in range(n - 1, 0, -1):
-        p = page.parent[i]
-        for values in (size, links, prose, anchors, kept):
-            values[p] += values[i]
+        if size[i]:
+            p = parent[i]
+            size[p] += size[i]
+            links[p] += links[i]
+            prose[p] += prose[i]
+            anchors[p] += anchors[i]
+            kept[p] += kept[i]
     page.size, page.links, page.prose, page.anchors, page.kept = size, links, prose, anchors, kept
 
 
@@ -411,10 +427,9 @@ def drop_boilerplate(page: Page, rules: str) -> Counter:
     refused, article, comments = Counter(), -1, named_comments(page) if rules == "all" else []
     total = page.prose[0] - sum(page.prose[i] for i in comments)
     for i in page.outermost():
-        node = page.nodes[i]
         if i == 0 or i in page.held or i in page.gone or rules == "none":
             continue
-        if node.tag in ("article", "main"):
+        if page.tags[i] in ("article", "main"):
             article = max(article, page.end[i])
         rule = boilerplate(page, i, rules, inside_article=i < article)
         if not rule or page.kept[i] and (rule == "links" or link_share(page, i) <= LINKED):
@@ -438,44 +453,50 @@ def named_comments(page: Page) -> list[int]:
     """The outermost elements that are called comments."""
     found: list[int] = []
     for i in page.outermost():
-        if i and (not found or i >= page.end[found[-1]]) and COMMENTS.search(page.name(i)):
+        if i and (not found or i >= page.end[found[-1]]) and page.names[i] and COMMENTS.search(page.names[i]):
             found.append(i)
     return found
 
 
 def boilerplate(page: Page, i: int, rules: str, inside_article: bool) -> str:
     """The rule by which node i is boilerplate, "" by none."""
-    node = page.nodes[i]
-    if node.tag in CHROME or (node.tag == "header" and not inside_article):
+    node, tag = page.nodes[i], page.tags[i]
+    if tag in CHROME or (tag == "header" and not inside_article):
         return "tag"
-    if "hidden" in node.attrib or HIDDEN.search(node.get("style", "")):
+    if node.get("hidden") is not None or HIDDEN.search(node.get("style", "")[:1000]):
         return "hidden"
-    name = CAMEL.sub("-", page.name(i))
-    if rules == "all" and node.tag not in ("body", "main", "article") and BOILERPLATE.search(name):
+    if rules == "all" and page.names[i] and tag not in ("body", "main", "article") and is_boilerplate(page.names[i]):
         return "name"
-    if node.tag in ("div", "ul", "ol", "table", "section") and link_share(page, i) > MENU:
+    if tag in ("div", "ul", "ol", "table", "section") and link_share(page, i) > MENU:
         return "links"
-    if node.tag in ("p", "div", "h4", "h5", "h6") and page.anchors[i] and page.links[i] > TEASER * page.size[i]:
+    if tag in ("p", "div", "h4", "h5", "h6") and page.anchors[i] and page.links[i] > TEASER * page.size[i]:
         return "links"
     return ""
+
+
+@lru_cache(maxsize=10_000)
+def is_boilerplate(name: str) -> bool:
+    """Whether a class, id or role says boilerplate; relatedLinks is read as related-Links."""
+    return bool(BOILERPLATE.search(CAMEL.sub("-", name)))
 
 
 def main_parts(page: Page) -> list[int]:
     """Step 4: the title and the posts of a thread; else the smallest element that holds most of the prose."""
     total, posts, headings, hints, strong = page.prose[0], [], [], [], []
     for i in page.outermost():
-        node = page.nodes[i]
+        tag, name = page.tags[i], page.names[i]
         if i in page.gone or i in page.held:
             continue
-        if node.tag == "h1":
+        if tag == "h1":
             headings.append(i)
-        if node.get("itemprop") == "text" or POST.search(node.get("class", "")):
+        prop = page.nodes[i].get("itemprop")
+        if prop == "text" or name and POST.search(name):
             if not posts or i >= page.end[posts[-1]]:
                 posts.append(i)
-        if node.tag in ("article", "main") or node.get("role") == "main" or node.get("itemprop") == "articleBody":
+        if tag in ("article", "main") or prop == "articleBody" or name.endswith(" main"):
             hints.append(i)
-        if page.prose[i] >= LITTLE and (not strong or i >= page.end[strong[-1]]) and (
-                STRONG.search(page.name(i)) or node.get("itemprop") == "articleBody"):
+        if (prop == "articleBody" or name and STRONG.search(name)) and page.prose[i] >= LITTLE and (
+                not strong or i >= page.end[strong[-1]]):
             strong.append(i)
     strong = [i for i in strong if not any(c <= i < page.end[c] for c in page.comments)]
     if len(posts) >= 2 and sum(page.prose[p] for p in posts) >= THREAD * total:
@@ -496,11 +517,11 @@ def main_parts(page: Page) -> list[int]:
             kids.append(j)
             j = page.end[j]
         kids.sort(key=lambda k: -page.prose[k])
-        if not kids or page.nodes[kids[0]].tag not in CONTAINERS or kids[0] in page.held:
+        if not kids or page.tags[kids[0]] not in CONTAINERS or kids[0] in page.held:
             return with_lead(page, best)
         share = page.prose[kids[0]] / page.prose[best]
-        rival = any(page.prose[k] > 0.1 * page.prose[best] and ARTICLE.search(page.name(k)) for k in kids[1:])
-        named = ARTICLE.search(page.name(kids[0])) and not rival
+        rival = any(page.prose[k] > 0.1 * page.prose[best] and ARTICLE.search(page.names[k]) for k in kids[1:])
+        named = ARTICLE.search(page.names[kids[0]]) and not rival
         if share < (NAMED if named else DESCEND) or page.kept[kids[0]] < PRECIOUS * page.kept[best]:
             return with_lead(page, best)
         best = kids[0]
@@ -508,8 +529,8 @@ def main_parts(page: Page) -> list[int]:
 
 def with_lead(page: Page, best: int) -> list[int]:
     """The chosen element, after the title and the first paragraphs that stand between the title and it."""
-    titles = [i for i in page.outermost() if i < best and page.nodes[i].tag == "h1" and i not in page.gone]
-    article = [i for i in page.outermost() if i < best < page.end[i] and page.nodes[i].tag == "article"]
+    titles = [i for i in page.outermost() if i < best and page.tags[i] == "h1" and i not in page.gone]
+    article = [i for i in page.outermost() if i < best < page.end[i] and page.tags[i] == "article"]
     start = (titles[-1:] or article[-1:] or [best])[0]
     found, i = titles[-1:], start + 1
     if titles: i = page.end[start]
