@@ -37,6 +37,7 @@ from data.formulas import formula, name_of
 # one character each, from the private use area: the borders of a placeholder, then the four kinds of break
 OPEN, CLOSE, PARA, LINE, FENCE, BR = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
 PARSER = lxml.etree.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
+MANY = 50_000                             # tags; a page has one in 30 characters, a bomb one in 4
 DEEPEST = 2040                            # libxml2 drops what is nested deeper than 2,048
 LANGUAGES = set("python c cpp java javascript js rust go bash sql html json text".split())
 NEVER = set("script style svg iframe select head title template textarea object canvas datalist".split())
@@ -105,6 +106,7 @@ class Page:
     comments: list[int] = field(default_factory=list)        # nodes that hold readers' comments and stay
     anchors: list[int] = field(default_factory=list)         # number of links
     kept: list[int] = field(default_factory=list)            # number of held nodes
+    floor: int = 60                                          # characters from which a block counts as prose
 
     def outermost(self, start: int = 0) -> Iterator[int]:
         """The node and all inside it, in order; what is held or gone comes without what is inside it."""
@@ -140,7 +142,6 @@ LEAD = 0.5          # of the chosen part's prose may stand between the title and
 PRECIOUS = 0.9      # share of the formulas and code that the chosen part must hold
 TEASER = 0.8        # share of links over which a paragraph only points elsewhere
 DESCEND = 0.85      # a child with this share of the prose takes its parent's place
-PROSE = 60          # characters from which a paragraph counts as prose
 
 
 def extract(html: str | bytes, charset: str = "", counts: Counter | None = None) -> str:
@@ -156,6 +157,9 @@ def extract(html: str | bytes, charset: str = "", counts: Counter | None = None)
     hold(page)
     weigh(page)
     measure(page)
+    if not page.prose[0]:                                # a page of short lines only: all its text counts
+        page.floor = 1
+        measure(page)
     fixed, total, best = dict(page.gone), page.prose[0], (0, "")
     for rules in ("all", "careful", "none"):
         page.gone = dict(fixed)
@@ -167,7 +171,7 @@ def extract(html: str | bytes, charset: str = "", counts: Counter | None = None)
             counts.update(refused)
             if rules != "all" and best[1]:
                 counts[f"rules left too little, taken with rules: {rules}"] += 1
-        if best[1] and best[0] >= ENOUGH * total:
+        if best[1] and (best[0] >= ENOUGH * total or page.floor == 1):
             break
     return best[1]
 
@@ -178,6 +182,9 @@ def parse(html: str, counts: Counter) -> Page:
     """The page as a list of elements, cleaned of what no browser shows."""
     html = re.sub("[\ue000-\ue005\x00-\x08\x0b\x0e-\x1f\xad\u200b\ufeff\ufffe\uffff\ud800-\udfff]", "", html)    # ours, and what XML has not
     html = re.sub(r"&#(?:(\d{1,9})|[xX]([0-9a-fA-F]{1,8}));?", entity, html)
+    if html.count("<") > MANY and html.count("<") * 8 > len(html):
+        counts["hardly anything but tags: taken as one paragraph"] += 1
+        html = re.sub(r"<[^<>]*>", " ", html)
     page = listed(html)
     if page is None:
         counts["nested too deep: inline tags removed"] += 1
@@ -244,8 +251,8 @@ def hold(page: Page) -> None:
             text = code_text(page, i).strip("\n")
             block = text.count("\n") > 1 and tag == "code"     # several lines: a block whose <pre> is missing
             put(page, i, fence(page, i, text) if block else f"`{text.strip()}`" if text.strip() else "", block)
-        elif tag.endswith("math") or (node.keys() and formula(node)):
-            put(page, i, formula(node))
+        elif tag.endswith("math") or node.keys() and (tex := formula(node)):
+            put(page, i, formula(node) if tag.endswith("math") else tex)
         elif tag in NEVER:
             page.gone[i] = " "
     for i in page.outermost():                           # after the formulas, which may stand inside
@@ -401,7 +408,7 @@ def measure(page: Page) -> None:
                 links[p] += after
                 run_links[page.block[p]] += after
     for i in range(n):                                   # run: text between the borders of one block
-        if run[i] >= PROSE and run_links[i] < run[i] / 2:
+        if run[i] >= page.floor and run_links[i] < run[i] / 2:
             prose[i] = run[i] - run_links[i]
     for i in range(n - 1, 0, -1):
         if size[i]:
@@ -434,7 +441,8 @@ def drop_boilerplate(page: Page, rules: str) -> Counter:
         rule = boilerplate(page, i, rules, inside_article=i < article)
         if not rule or page.kept[i] and (rule == "links" or link_share(page, i) <= LINKED):
             continue
-        if total and page.prose[i] > SPARED * total and (rule == "links" or link_share(page, i) <= LINKED):
+        much = page.prose[i] > (SPARED if page.floor > 1 else 0.5) * max(1, total)
+        if much and (rule == "links" or link_share(page, i) <= LINKED):
             refused[f"not removed, much of the page: {rule}"] += 1
             continue
         page.gone[i] = " "
@@ -500,9 +508,8 @@ def main_parts(page: Page) -> list[int]:
             strong.append(i)
     strong = [i for i in strong if not any(c <= i < page.end[c] for c in page.comments)]
     if len(posts) >= 2 and sum(page.prose[p] for p in posts) >= THREAD * total:
-        if len(strong) == 1 and not any(strong[0] <= p < page.end[strong[0]] or p <= strong[0] < page.end[p] for p in posts):
-            posts = [strong[0], *posts]
-        return [*headings[:1], *posts]
+        apart = [h for h in [*hints, *strong] if not any(h <= p < page.end[h] or p <= h < page.end[p] for p in posts)]
+        return [*headings[:1], *apart[:1], *posts]       # readers' comments under an article: the article too
     if len(strong) == 1 and page.prose[strong[0]] >= ALONE * (total - sum(page.prose[c] for c in page.comments)) \
             and page.kept[strong[0]] + sum(page.kept[c] for c in page.comments) >= PRECIOUS * page.kept[0]:
         inside = lambda c: strong[0] <= c < page.end[strong[0]] or c <= strong[0] < page.end[c]

@@ -196,7 +196,8 @@ def special(node: HtmlElement, tag: str, children: list[HtmlElement]) -> str:
     if tag == "mfenced":
         marks = "".join(node.get("separators", ",").split()) or " "
         parts = [convert(k).strip() for k in children]
-        if len(children) == 1 and name_of(inner(children[0])) == "mfrac" and " \\atop " in parts[0]:
+        round_ = (node.get("open", "("), node.get("close", ")")) == ("(", ")")
+        if round_ and len(children) == 1 and name_of(inner(children[0])) == "mfrac" and " \\atop " in parts[0]:
             return "\\binom" + "".join(f"{{{convert(k).strip()}}}" for k in inner(children[0]))
         text = "".join(p + (symbols(marks[min(i, len(marks) - 1)]) if i < len(parts) - 1 else "")
                        for i, p in enumerate(parts))
