@@ -42,13 +42,13 @@ from data.extract import extract  # noqa: E402
 from data.jsonl import whole_file  # noqa: E402
 
 # lines that are never part of a text, in the languages of the four sets; a whole line must be one of them
-BOILERPLATE = set("""log in|login|sign in|sign up|register|share|share this|tweet|facebook|twitter|pinterest|whatsapp|linkedin|
-email|print|menu|search|home|reply|subscribe|newsletter|advertisement|skip to content|skip to main content|read more|
-related articles|related posts|privacy policy|terms of service|terms of use|contact us|cookie policy|all rights reserved|
-back to top|follow us|leave a comment|leave a reply|cancel reply|improve this answer|improve this question|follow|
-previous topic|next topic|show source|quick search|created using sphinx|table of contents|anzeige|teilen|drucken|impressum|
-datenschutz|anmelden|suche|startseite|mehr zum thema|compartir|inicio|iniciar sesión|partager|accueil|se connecter""".replace(
-    "\n", "").split("|"))
+BOILERPLATE = set("""log in|login|sign in|sign up|register|share|share this|tweet|facebook|twitter|pinterest|whatsapp|
+linkedin|email|print|menu|search|home|reply|subscribe|newsletter|advertisement|skip to content|skip to main content|
+read more|related articles|related posts|privacy policy|terms of service|terms of use|contact us|cookie policy|
+all rights reserved|back to top|follow us|leave a comment|leave a reply|cancel reply|improve this answer|follow|
+improve this question|previous topic|next topic|show source|quick search|created using sphinx|table of contents|anzeige|
+teilen|drucken|impressum|datenschutz|anmelden|suche|startseite|mehr zum thema|compartir|inicio|iniciar sesión|partager|
+accueil|se connecter""".replace("\n", "").split("|"))
 SPECIAL = ".//*[contains(@class,'math')] | .//code | .//tt | .//sup | .//sub | .//img | .//br"
 
 
@@ -114,7 +114,8 @@ def truth_of_markup(raw: bytes) -> dict[str, list[str]]:
     scripts = [squeeze(s.text or "") for s in root.xpath("//script[starts-with(@type,'math/tex')]")]
     for node in root.xpath("//script | //style | //pre | //code | //noscript | //head | //textarea"):
         node.drop_tree()
-    delimited = re.findall(r"\$\$([^$]{3,1000})\$\$|\\\((.{1,500}?)\\\)|\\\[(.{1,1000}?)\\\]", root.text_content(), re.S)
+    delimiters = r"\$\$([^$]{3,1000})\$\$|\\\((.{1,500}?)\\\)|\\\[(.{1,1000}?)\\\]"
+    delimited = re.findall(delimiters, root.text_content(), re.S)
     main = root.xpath("//div[@role='main'] | //div[@class='body'] | //main | //article") or [root]
     paragraphs = [squeeze(p.text_content()) for p in main[0].iter("p") if not p.xpath(SPECIAL)]
     lines = [line for block in blocks for line in block.split("\n")]
@@ -128,8 +129,8 @@ def truth_of_markup(raw: bytes) -> dict[str, list[str]]:
 
 def parse(raw: bytes) -> lxml.html.HtmlElement:
     """The tree of a page; an empty one for a page that is none."""
-    return lxml.html.document_fromstring(decode(raw).replace("\0", "").encode() or b"<p></p>", parser=lxml.html.HTMLParser(
-        encoding="utf-8", huge_tree=True))
+    parser = lxml.html.HTMLParser(encoding="utf-8", huge_tree=True)
+    return lxml.html.document_fromstring(decode(raw).replace("\0", "").encode() or b"<p></p>", parser=parser)
 
 
 def code_of(pre: lxml.html.HtmlElement) -> str:
@@ -217,8 +218,8 @@ def score(pages: list[Page], texts: list[str]) -> tuple[dict[str, float], set[st
         hits = [[squeeze(s) in t for s in p.wanted] for p, t in marked]
         lost |= {p.name for (p, _), h in zip(marked, hits, strict=True) if h and not any(h)}
         good, wanted = sum(map(sum, hits)), sum(map(len, hits))
-        bad, unwanted = sum(squeeze(s) in t for p, t in marked for s in p.unwanted), sum(len(p.unwanted) for p, _ in marked)
-        row |= {"wanted kept": good / wanted, "unwanted leaked": bad / unwanted,
+        bad = sum(squeeze(s) in t for p, t in marked for s in p.unwanted)
+        row |= {"wanted kept": good / wanted, "unwanted leaked": bad / sum(len(p.unwanted) for p, _ in marked),
                 "F1": 2 * good / max(1, wanted + good + bad)}
     kinds = next((list(p.markup) for p in pages if p.markup), [])
     kept = [kept_of(t, p.markup) for p, t in zip(pages, texts, strict=True)] if kinds else []

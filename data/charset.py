@@ -71,7 +71,7 @@ def wide_by_zeros(start: bytes) -> str:
 
 
 def mostly_utf8(raw: bytes) -> bool:
-    """UTF-8 with a few broken places: five good letters outside ASCII for each of them. Other charsets have hardly any."""
+    """UTF-8 with a few broken places: over five good letters outside ASCII for each. Other charsets have hardly any."""
     text = raw.decode("utf-8", "replace")
     broken = text.count("\ufffd")
     return len(text) - len(text.encode("ascii", "ignore")) - broken > 5 * broken

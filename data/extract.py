@@ -8,10 +8,10 @@ pages. This is such an extractor on lxml alone. The order matters:
     2  measure every element: how much text, how much of it links, how much prose
     3  remove boilerplate, unless it holds a formula or code, or too much of the page's prose
     4  choose the posts of a thread, or the smallest element that holds the article
-    5  render as text; when little of the page's prose is left, once more with the careful rules off
+    5  render as text; when too little of the page's prose is left, again with fewer rules
 
-The page is a list of elements in document order with the end of each (`Page`): every step is one pass over it, and so
-takes time in proportion to the page, however it is nested. Formulas: data/formulas.py. Charsets: data/charset.py.
+The page as a list and its measures: data/page.py; formulas: data/formulas.py; charsets: data/charset.py. Every deletion
+looks at how much of the page it takes, and whatever is refused or undone is counted.
 Not covered, against the report: PDF; against larger extractors: AsciiMath, custom MathJax delimiters.
 
     python -m data.extract page.html        # prints the text, and on stderr what was counted
@@ -20,44 +20,36 @@ docs/data.md compares it with other extractors on four public page sets.
 """
 import re
 import sys
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import lxml.etree
-import lxml.html
-from lxml.html import HtmlElement
 
 import configurator
 from data.charset import decode
 from data.formulas import formula, name_of
+from data.page import BLOCKS, LINES, Page, measure, parse, weigh
 
 # one character each, from the private use area: the borders of a placeholder, then the four kinds of break
 OPEN, CLOSE, PARA, LINE, FENCE, BR = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
-PARSER = lxml.etree.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
-MANY = 50_000                             # tags; a page has one in 30 characters, a bomb one in 4
-DEEPEST = 2040                            # libxml2 drops what is nested deeper than 2,048
 LANGUAGES = set("python c cpp java javascript js rust go bash sql html json text".split())
 NEVER = set("script style svg iframe select head title template textarea object canvas datalist".split())
 CHROME = set("nav footer aside form button noscript dialog".split())
-BLOCKS = set("p div section article main h1 h2 h3 h4 h5 h6 ul ol table blockquote header figure dl body details form "
-             "nav footer aside center fieldset address hr dialog figcaption".split())
 CONTAINERS = set("div section article main td table tbody tr form center".split())
-LINES = {"li", "tr", "dt", "dd", "caption", "option"}
 # words in class, id or role: of boilerplate, of the posts of a thread, of line numbers, of drawn formulas
 BOILERPLATE = re.compile(
-    r"(?:^|[\s_-])(?:nav|navbar|navigation|skip-?nav|menu|sidebar|footer|cookies?|banner|share|sharing|sharedaddy|social|"
-    r"breadcrumbs?|related|ads?|advert|advertisement|promo|promotion|sponsor|sponsored|newsletter|signature|votes?|tags|"
+    r"(?:^|[\s_-])(?:nav|navbar|navigation|skip-?nav|menu|sidebar|footer|cookies?|banner|share|sharing|sharedaddy|"
+    r"social|breadcrumbs?|related|ads?|advert|advertisement|promo|promotion|sponsor|sponsored|newsletter|signature|votes?|tags|"
     r"user-?info|profile|subscribe|subscription|popup|modal|overlay|pager|pagination|toc|edit-?link|editsection|"
     r"post-?menu|reputation|timestamp|recommended|recommendations?|trending|popular|most-?read|outbrain|taboola|"
     r"byline|author|author-?(?:box|bio|info)|meta|login|signup|sr-only|visually-?hidden|screen-?reader-?text|"
     r"donate|consent|gdpr|player|gallery|carousel|slideshow|disclaimer|copyright|read-?more|see-?also-?box|"
     r"jp-relatedposts|more-?stories|likes?|reactions?|rating|toolbar|masthead|topbar)(?:$|[\s_-])", re.I)
 COMMENTS = re.compile(
-    r"(?:^|\s)(?:comments?|comment-?list|comments?[-_]?(?:area|section|container|wrapper|block|box)|respond|disqus_thread|"
-    r"disqus|discussion)(?:$|\s)", re.I)
+    r"(?:^|\s)(?:comments?|comment-?list|comments?[-_]?(?:area|section|container|wrapper|block|box)|respond|"
+    r"disqus_thread|disqus|discussion)(?:$|\s)", re.I)
 ARTICLE = re.compile(
     r"(?:^|[\s_-])(?:article|story|entry|post|blog|news|page|main)[_-]{0,2}(?:body|content|text|inner)(?:$|[\s_-])|"
     r"(?:^|\s)(?:content|article|story|hentry|entry)(?:$|\s)", re.I)
@@ -68,80 +60,41 @@ GUTTER = re.compile(
     r"(?:^|\s)(?:linenos?|linenodiv|blob-num|line-numbers?-rows|gutter|hljs-ln-numbers|copy-?button)(?:$|\s)")
 TWIN = re.compile(r"(?:^|\s)(?:MathJax(?:_\w+)?|katex-html|MJX_Assistive_MathML)(?:$|\s)")
 HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
+# a line that is nothing but a button's label or a heading of what was removed
 PHRASE = re.compile(
-    r"[\W_]*(?:log ?in|sign ?in|sign ?up|log ?out|register|subscribe|share(?: (?:this|on|it)(?: \w+)?)?|tweet|reply|print|email|"
-    r"home|menu|search|close|comments?|advert(?:isement)?|newsletter|follow(?: us)?|like|facebook|twitter|whatsapp|pinterest|"
-    r"linkedin|read more|see also|skip to (?:main )?content|related (?:articles|posts|stories|topics)|back to top|(?:leave|post|add)"
-    r" a (?:comment|reply)|cancel reply|(?:privacy|cookie) policy|terms of (?:use|service)|contact us|all rights reserved|"
+    r"[\W_]*(?:log ?in|sign ?in|sign ?up|log ?out|register|subscribe|share(?: (?:this|on|it)(?: \w+)?)?|tweet|reply|"
+    r"print|email|home|menu|search|close|comments?|advert(?:isement)?|newsletter|follow(?: us)?|like|facebook|twitter|"
+    r"whatsapp|pinterest|linkedin|read more|see also|skip to (?:main )?content|related (?:articles|posts|stories|topics)|"
+    r"back to top|(?:leave|post|add) a (?:comment|reply)|cancel reply|(?:privacy|cookie) policy|"
+    r"terms of (?:use|service)|contact us|all rights reserved|improve this (?:answer|question)|"
     r"anzeige|werbung|teilen|drucken|impressum|datenschutz|anmelden|suche|startseite|kommentare?|mehr zum thema|"
     r"compartir|publicidad|inicio|partager|publicité|accueil|imprimer)[\W_]*", re.I)
 CODE_ROW = re.compile(r"(?:^|\s)(?:blob-code|hljs-ln-code)")                # a cell with one line of code
 CODE_CELL = re.compile(r"(?:^|\s)(?:code|rouge-code|crayon-code)(?:$|\s)")  # a cell with all lines, beside the numbers
 
 
+# Thresholds, chosen on one half of four public page sets (bench/extract.py --half=dev); docs/data.md has the other half.
+# Prose: text in blocks of 60 characters or more, less than half of it links.
+SPARED = 0.25       # an element with more of the page's prose than this is not removed for its tag or name ...
+LINKED = 0.5        # ... unless more of its text than this is links
+MENU = 0.7          # share of links over which a block is a menu, whatever its name
+TEASER = 0.8        # share of links over which a paragraph only points elsewhere
+RATHER = 0.5        # readers' comments go when the rest has this share of the prose
+THREAD = 0.75       # share of the prose that the posts of a thread must hold
+LITTLE = 200        # characters of prose below which an element is no article
+ALONE = 0.1         # share of the prose that the only element called article-body, entry-content ... must hold
+HOLDS = 0.6         # share of the prose that an <article> or <main> must hold
+DESCEND = 0.85      # a child with this share of the prose takes its parent's place ...
+NAMED = 0.5         # ... or with this share, if its name says article and no other's does
+PRECIOUS = 0.9      # share of the formulas and code that the chosen part must hold
+LEAD = 0.5          # of the chosen part's prose may stand between the title and it
+ENOUGH = 0.3        # with less of the prose than this in the end, the page is tried with fewer rules
+
+
 @dataclass(frozen=True)
 class Config:
     POSITIONAL = ("page",)
     page: str = ""                        # an HTML file
-
-
-@dataclass
-class Page:
-    """A page's elements in document order, and what the steps find out about each. Node i holds nodes[i + 1:end[i]]."""
-    nodes: list[HtmlElement]
-    tags: list[str]
-    names: list[str]                                         # what the page calls the element: class, id and role
-    parent: list[int]
-    end: list[int]
-    held: dict[int, str] = field(default_factory=dict)       # node -> its text: formulas and code
-    blocks: set[int] = field(default_factory=set)            # held nodes with a line of their own
-    gone: dict[int, str] = field(default_factory=dict)       # removed with all inside -> what stands there instead
-    own: list[int] = field(default_factory=list)             # characters of its first text, and of the text behind it
-    after: list[int] = field(default_factory=list)
-    block: list[int] = field(default_factory=list)           # the block whose text this is
-    linked: list[bool] = field(default_factory=list)         # inside a link
-    size: list[int] = field(default_factory=list)            # characters of text
-    links: list[int] = field(default_factory=list)           # of these in links
-    prose: list[int] = field(default_factory=list)           # of these in paragraphs
-    comments: list[int] = field(default_factory=list)        # nodes that hold readers' comments and stay
-    anchors: list[int] = field(default_factory=list)         # number of links
-    kept: list[int] = field(default_factory=list)            # number of held nodes
-    floor: int = 60                                          # characters from which a block counts as prose
-
-    def outermost(self, start: int = 0) -> Iterator[int]:
-        """The node and all inside it, in order; what is held or gone comes without what is inside it."""
-        i, stop, end, held, gone = start, self.end[start], self.end, self.held, self.gone
-        while i < stop:
-            yield i
-            i = end[i] if i in held or i in gone else i + 1
-
-    def walk(self, start: int) -> Iterator[tuple[bool, int]]:
-        """(True, i) where node i opens, (False, i) where it closes; not into what is held or gone."""
-        opened: list[int] = []
-        for i in self.outermost(start):
-            while opened and self.end[opened[-1]] <= i:
-                yield False, opened.pop()
-            yield True, i
-            opened.append(i)
-        while opened:
-            yield False, opened.pop()
-
-
-# thresholds, chosen on one half of four public page sets (bench/extract.py --half=dev); docs/data.md has the other half
-SPARED = 0.25       # an element with more of the page's prose than this is not removed for its tag or name
-LINKED = 0.5        # ... unless more of its text than this is links
-MENU = 0.7          # share of links over which a block is a menu, whatever its name
-HOLDS = 0.6         # share of the prose that the chosen part must hold
-ENOUGH = 0.3        # with less of the prose than this in the end, the careful rules are tried
-NAMED = 0.5         # ... if its name says article and no other's does
-THREAD = 0.75       # share of the prose that the posts of a thread must hold
-RATHER = 0.5        # comments go when the rest has this share
-LITTLE = 200        # characters of prose below which an element is no article
-ALONE = 0.1         # share of the prose that the only element called article-body, entry-content ... must hold
-LEAD = 0.5          # of the chosen part's prose may stand between the title and it
-PRECIOUS = 0.9      # share of the formulas and code that the chosen part must hold
-TEASER = 0.8        # share of links over which a paragraph only points elsewhere
-DESCEND = 0.85      # a child with this share of the prose takes its parent's place
 
 
 def extract(html: str | bytes, charset: str = "", counts: Counter | None = None) -> str:
@@ -170,64 +123,11 @@ def extract(html: str | bytes, charset: str = "", counts: Counter | None = None)
             best = (found, render(page, parts))
             counts.update(refused)
             if rules != "all" and best[1]:
-                counts[f"rules left too little, taken with rules: {rules}"] += 1
+                counts[f"too little left, taken with rules: {rules}"] += 1
         if best[1] and (best[0] >= ENOUGH * total or page.floor == 1):
             break
+    counts["chosen part with under half of the prose"] += 2 * best[0] < total
     return best[1]
-
-
-# ---- the page -------------------------------------------------------------------------------------------------------
-
-def parse(html: str, counts: Counter) -> Page:
-    """The page as a list of elements, cleaned of what no browser shows."""
-    html = re.sub("[\ue000-\ue005\x00-\x08\x0b\x0e-\x1f\xad\u200b\ufeff\ufffe\uffff\ud800-\udfff]", "", html)    # ours, and what XML has not
-    html = re.sub(r"&#(?:(\d{1,9})|[xX]([0-9a-fA-F]{1,8}));?", entity, html)
-    if html.count("<") > MANY and html.count("<") * 8 > len(html):
-        counts["hardly anything but tags: taken as one paragraph"] += 1
-        html = re.sub(r"<[^<>]*>", " ", html)
-    page = listed(html)
-    if page is None:
-        counts["nested too deep: inline tags removed"] += 1
-        page = listed(re.sub(r"</?(?:font|b|i|u|s|em|strong|span|small|big|center|tt)\b[^<>]*>", "", html, flags=re.I))
-    if page is None:
-        counts["nested too deep: taken as paragraphs"] += 1
-        page = listed(re.sub(r"<[a-z][^<>]*>", "<p>", html, flags=re.I))
-    return page
-
-
-def listed(html: str) -> Page | None:
-    """The elements of the body in document order. None when they are nested so deep that libxml2 drops some."""
-    root = tree(html)
-    body = root.find("body")
-    nodes = [node for node in (root if body is None else body).iter() if isinstance(node.tag, str)]
-    place = {node: i for i, node in enumerate(nodes)}
-    parent = [0, *(place[node.getparent()] for node in nodes[1:])]
-    end, depth = list(range(1, len(nodes) + 1)), [0] * len(nodes)
-    for i in range(1, len(nodes)):
-        depth[i] = depth[parent[i]] + 1
-    if max(depth) >= DEEPEST:
-        return None
-    for i in range(len(nodes) - 1, 0, -1):
-        end[parent[i]] = max(end[parent[i]], end[i])
-    names = [f"{n.get('class', '')} {n.get('id', '')} {n.get('role', '')}"[:300].strip() if n.keys() else "" for n in nodes]
-    return Page(nodes, [node.tag for node in nodes], names, parent, end)
-
-
-def tree(html: str) -> HtmlElement:
-    """lxml's tree, an empty one for a page without an element."""
-    try:
-        return lxml.html.document_fromstring(html.encode("utf-8", "replace"), parser=PARSER)
-    except lxml.etree.LxmlError:
-        return lxml.html.document_fromstring("<p></p>")
-
-
-def entity(match: re.Match) -> str:
-    """A numeric entity as a browser reads it: &#146; is cp1252's quote; none gives a control character or our marks."""
-    code = int(match[1]) if match[1] else int(match[2], 16)
-    if 0x80 <= code < 0xa0:
-        return bytes([code]).decode("cp1252", "ignore")
-    bad = code < 0x20 and code not in (9, 10, 13) or 0xd800 <= code < 0xe006 or code & 0xfffe == 0xfffe or code > 0x10ffff
-    return "" if bad or code == 0x7f else match[0]
 
 
 # ---- formulas and code ----------------------------------------------------------------------------------------------
@@ -366,61 +266,6 @@ def fence(page: Page, start: int, code: str) -> str:
 
 # ---- what is text, and what is boilerplate --------------------------------------------------------------------------
 
-def weigh(page: Page) -> None:
-    """What measure() adds up, which does not change when elements go: lengths of texts, their blocks, their links."""
-    held, blocks = page.held, page.blocks
-    for i, (node, tag, p) in enumerate(zip(page.nodes, page.tags, page.parent, strict=True)):
-        page.own.append(weight(held[i] if i in held else node.text))
-        page.after.append(weight(node.tail))
-        border = i == 0 or tag in BLOCKS or tag in LINES or tag == "td" or i in blocks
-        page.block.append(i if border else page.block[p])
-        page.linked.append(tag == "a" or i > 0 and page.linked[p])
-
-
-def weight(text: str | None) -> int:
-    """Length without the blanks around; a Han character is half a word, and counts for two."""
-    text = text.strip() if text else ""
-    return len(text) if text.isascii() or max(text) < "\u2e80" else 2 * len(text)
-
-
-def measure(page: Page) -> None:
-    """Step 2: size, links, prose, anchors and kept of every node, without what is gone."""
-    n, parent, gone, held = len(page.nodes), page.parent, page.gone, page.held
-    size, links, prose, anchors, kept, run, run_links = ([0] * n for _ in range(7))
-    dead = [False] * n                                   # inside what is gone or held
-    for i, (own, after, block, linked, p) in enumerate(
-            zip(page.own, page.after, page.block, page.linked, parent, strict=True)):
-        dead[i] = i > 0 and (dead[p] or p in held or p in gone)
-        if dead[i]:
-            continue
-        if i not in gone:
-            size[i] += own
-            run[block] += own
-            anchors[i] = int(page.tags[i] == "a")
-            kept[i] = int(i in held)
-            if linked:
-                links[i] += own
-                run_links[block] += own
-        if i and after:
-            size[p] += after
-            run[page.block[p]] += after
-            if page.linked[p]:
-                links[p] += after
-                run_links[page.block[p]] += after
-    for i in range(n):                                   # run: text between the borders of one block
-        if run[i] >= page.floor and run_links[i] < run[i] / 2:
-            prose[i] = run[i] - run_links[i]
-    for i in range(n - 1, 0, -1):
-        if size[i]:
-            p = parent[i]
-            size[p] += size[i]
-            links[p] += links[i]
-            prose[p] += prose[i]
-            anchors[p] += anchors[i]
-            kept[p] += kept[i]
-    page.size, page.links, page.prose, page.anchors, page.kept = size, links, prose, anchors, kept
-
-
 def link_share(page: Page, i: int) -> float:
     """Share of the text that is links, 0 for fewer than three links."""
     return page.links[i] / max(1, page.size[i]) if page.anchors[i] >= 3 else 0.0
@@ -489,60 +334,69 @@ def is_boilerplate(name: str) -> bool:
 
 
 def main_parts(page: Page) -> list[int]:
-    """Step 4: the title and the posts of a thread; else the smallest element that holds most of the prose."""
-    total, posts, headings, hints, strong = page.prose[0], [], [], [], []
+    """
+    Step 4: the title and the posts of a thread; else the only element that is called an article's text; else the
+    smallest element that holds most of the prose, with what leads to it. Formulas and code are not left out by this.
+    """
+    titles, posts, articles, texts = [], [], [], []
     for i in page.outermost():
-        tag, name = page.tags[i], page.names[i]
+        tag, name, prop = page.tags[i], page.names[i], page.nodes[i].get("itemprop")
         if i in page.gone or i in page.held:
             continue
         if tag == "h1":
-            headings.append(i)
-        prop = page.nodes[i].get("itemprop")
+            titles.append(i)
         if prop == "text" or name and POST.search(name):
-            if not posts or i >= page.end[posts[-1]]:
-                posts.append(i)
+            posts += [i] if not posts or i >= page.end[posts[-1]] else []
         if tag in ("article", "main") or prop == "articleBody" or name.endswith(" main"):
-            hints.append(i)
-        if (prop == "articleBody" or name and STRONG.search(name)) and page.prose[i] >= LITTLE and (
-                not strong or i >= page.end[strong[-1]]):
-            strong.append(i)
-    strong = [i for i in strong if not any(c <= i < page.end[c] for c in page.comments)]
-    if len(posts) >= 2 and sum(page.prose[p] for p in posts) >= THREAD * total:
-        apart = [h for h in [*hints, *strong] if not any(h <= p < page.end[h] or p <= h < page.end[p] for p in posts)]
-        return [*headings[:1], *apart[:1], *posts]       # readers' comments under an article: the article too
-    if len(strong) == 1 and page.prose[strong[0]] >= ALONE * (total - sum(page.prose[c] for c in page.comments)) \
-            and page.kept[strong[0]] + sum(page.kept[c] for c in page.comments) >= PRECIOUS * page.kept[0]:
-        inside = lambda c: strong[0] <= c < page.end[strong[0]] or c <= strong[0] < page.end[c]
-        return with_lead(page, strong[0]) + [c for c in page.comments if not inside(c)]
-    hints = [h for h in hints if page.prose[h] >= HOLDS * total and page.kept[h] >= PRECIOUS * page.kept[0]]
-    if not total:
-        return [max(hints, key=lambda h: page.size[h])] if hints else [0]
-    best = hints[-1] if hints else 0
+            articles.append(i)
+        if (prop == "articleBody" or name and STRONG.search(name)) and page.prose[i] >= LITTLE:
+            texts += [i] if not texts or i >= page.end[texts[-1]] else []
+    if len(posts) >= 2 and sum(page.prose[p] for p in posts) >= THREAD * page.prose[0]:
+        apart = [i for i in articles + texts if not overlaps(page, i, posts)]
+        return [*titles[:1], *apart[:1], *posts]         # readers' comments under an article: the article too
+    texts = [i for i in texts if not overlaps(page, i, page.comments)]
+    if len(texts) == 1 and page.kept[texts[0]] + sum(page.kept[c] for c in page.comments) >= PRECIOUS * page.kept[0] \
+            and page.prose[texts[0]] >= ALONE * (page.prose[0] - sum(page.prose[c] for c in page.comments)):
+        return with_lead(page, texts[0]) + page.comments
+    articles = [i for i in articles if page.prose[i] >= HOLDS * page.prose[0]
+                and page.kept[i] >= PRECIOUS * page.kept[0]]
+    if not page.prose[0]:
+        return articles[:1] or [0]
+    return with_lead(page, smallest(page, articles[-1] if articles else 0))
+
+
+def overlaps(page: Page, i: int, others: list[int]) -> bool:
+    """Whether node i lies in one of these nodes, or one in it. They are in order, and none lies in another."""
+    k = bisect(others, i)
+    return k > 0 and page.end[others[k - 1]] > i or k < len(others) and others[k] < page.end[i]
+
+
+def smallest(page: Page, best: int) -> int:
+    """From an element down to the smallest one inside that still holds most of its prose and its formulas."""
     while True:
-        kids, j = [], best + 1
+        children, j = [], best + 1
         while j < page.end[best]:
-            kids.append(j)
+            children.append(j)
             j = page.end[j]
-        kids.sort(key=lambda k: -page.prose[k])
-        if not kids or page.tags[kids[0]] not in CONTAINERS or kids[0] in page.held:
-            return with_lead(page, best)
-        share = page.prose[kids[0]] / page.prose[best]
-        rival = any(page.prose[k] > 0.1 * page.prose[best] and ARTICLE.search(page.names[k]) for k in kids[1:])
-        named = ARTICLE.search(page.names[kids[0]]) and not rival
-        if share < (NAMED if named else DESCEND) or page.kept[kids[0]] < PRECIOUS * page.kept[best]:
-            return with_lead(page, best)
-        best = kids[0]
+        first, *rest = sorted(children, key=lambda k: -page.prose[k]) or [best]
+        if first in page.held or page.tags[first] not in CONTAINERS or first == best:
+            return best
+        rival = any(page.prose[k] > 0.1 * page.prose[best] and ARTICLE.search(page.names[k]) for k in rest)
+        need = NAMED if ARTICLE.search(page.names[first]) and not rival else DESCEND
+        if page.prose[first] < need * page.prose[best] or page.kept[first] < PRECIOUS * page.kept[best]:
+            return best
+        best = first
 
 
 def with_lead(page: Page, best: int) -> list[int]:
     """The chosen element, after the title and the first paragraphs that stand between the title and it."""
-    titles = [i for i in page.outermost() if i < best and page.tags[i] == "h1" and i not in page.gone]
-    article = [i for i in page.outermost() if i < best < page.end[i] and page.tags[i] == "article"]
-    start = (titles[-1:] or article[-1:] or [best])[0]
-    found, i = titles[-1:], start + 1
-    if titles: i = page.end[start]
+    before = [i for i in page.outermost() if i < best and i not in page.gone]
+    titles = [i for i in before if page.tags[i] == "h1"][-1:]
+    article = [i for i in before if page.tags[i] == "article" and best < page.end[i]][-1:]
+    found = list(titles)
+    i = page.end[titles[0]] if titles else article[0] + 1 if article else best
     while i < best:
-        if page.end[i] > best and i not in page.gone:                            # around the chosen element
+        if page.end[i] > best and i not in page.gone:    # it lies around the chosen element
             i += 1
             continue
         if page.prose[i] and i not in page.gone:

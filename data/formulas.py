@@ -8,7 +8,7 @@ what each of the others means. Without a TeX source in the page, MathML is trans
 """
 import re
 import unicodedata
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 import lxml.etree
 import lxml.html
@@ -17,8 +17,8 @@ from lxml.html import HtmlElement
 # what Unicode writes in <mo> and <mi>; Greek letters come by their Unicode names
 SYMBOLS = {
     "×": r"\times", "÷": r"\div", "·": r"\cdot", "⋅": r"\cdot", "−": "-", "±": r"\pm", "∓": r"\mp", "∗": "*",
-    "≤": r"\le", "≥": r"\ge", "≠": r"\ne", "≈": r"\approx", "≡": r"\equiv", "∼": r"\sim", "≅": r"\cong", "∝": r"\propto",
-    "≪": r"\ll", "≫": r"\gg", "⩽": r"\le", "⩾": r"\ge", "∣": r"\mid", "∤": r"\nmid", "∥": r"\parallel", "⊥": r"\perp",
+    "≤": r"\le", "≥": r"\ge", "≠": r"\ne", "≈": r"\approx", "≡": r"\equiv", "∼": r"\sim", "≅": r"\cong",
+    "∝": r"\propto", "≪": r"\ll", "≫": r"\gg", "⩽": r"\le", "⩾": r"\ge", "∣": r"\mid", "∤": r"\nmid", "∥": r"\parallel", "⊥": r"\perp",
     "∑": r"\sum", "∏": r"\prod", "∐": r"\coprod", "∫": r"\int", "∬": r"\iint", "∭": r"\iiint", "∮": r"\oint",
     "⋃": r"\bigcup", "⋂": r"\bigcap", "⨁": r"\bigoplus", "⨂": r"\bigotimes", "√": r"\surd", "∞": r"\infty",
     "∂": r"\partial", "∇": r"\nabla", "∈": r"\in", "∉": r"\notin", "∋": r"\ni", "⊂": r"\subset", "⊆": r"\subseteq",
@@ -38,8 +38,8 @@ ACCENTS = {"˙": "dot", ".": "dot", "¨": "ddot", "^": "hat", "ˆ": "hat", "\u03
            "∼": "tilde", "¯": "bar", "‾": "bar", "\u0304": "bar", "-": "bar", "_": "bar", "→": "vec", "⃗": "vec",
            "ˇ": "check", "˘": "breve", "´": "acute", "`": "grave", "⏞": "overbrace", "\u0307": "dot", "\u0308": "ddot"}
 UNDER = {"_": "underline", "̲": "underline", "¯": "underline", "‾": "underline", "⏟": "underbrace"}
-LIMITS = {r"\sum", r"\prod", r"\coprod", r"\int", r"\iint", r"\oint", r"\bigcup", r"\bigcap", r"\bigoplus", r"\bigotimes",
-          r"\lim", r"\max", r"\min", r"\sup", r"\inf", r"\limsup", r"\liminf", r"\det", r"\gcd", r"\Pr"}
+LIMITS = {r"\sum", r"\prod", r"\coprod", r"\int", r"\iint", r"\oint", r"\bigcup", r"\bigcap", r"\bigoplus",
+          r"\bigotimes", r"\lim", r"\max", r"\min", r"\sup", r"\inf", r"\limsup", r"\liminf", r"\det", r"\gcd", r"\Pr"}
 ALPHABETS = {"bold": "mathbf", "double-struck": "mathbb", "script": "mathcal", "fraktur": "mathfrak",
              "sans-serif": "mathsf", "monospace": "mathtt", "bold-italic": "boldsymbol"}
 MATRICES = {("(", ")"): "pmatrix", ("[", "]"): "bmatrix", ("|", "|"): "vmatrix", (r"\{", r"\}"): "Bmatrix"}
@@ -207,7 +207,8 @@ def special(node: HtmlElement, tag: str, children: list[HtmlElement]) -> str:
     if tag == "mmultiscripts":
         names = [name_of(k) for k in children]
         cut = names.index("mprescripts") if "mprescripts" in names else len(names)
-        kids = ["" if n in ("none", "mprescripts") else convert(k).strip() for k, n in zip(children, names, strict=True)]
+        kids = ["" if name in ("none", "mprescripts") else convert(k).strip()
+                for k, name in zip(children, names, strict=True)]
         pairs = lambda items: "".join(
             (f"_{{{items[i]}}}" if items[i] else "") + (f"^{{{items[i + 1]}}}" if items[i + 1:i + 2] > [""] else "")
             for i in range(0, len(items), 2))
@@ -273,9 +274,9 @@ def formula(node: HtmlElement) -> str:
 def image_tex(node: HtmlElement) -> str:
     """The TeX of an image: in its address, or in its alt text when a class or dollars say that this is TeX."""
     src, alt = node.get("src", "") or node.get("data-src", ""), node.get("alt", "").strip()
-    if re.search(r"codecogs|latex\.php|latex\.codecogs|mathtex\.cgi|mimetex\.cgi|latex-render|[?&](?:latex|chl|tex)=", src):
-        query = src.partition("?")[2] or urlsplit(src).query
-        fields = parse_qs(query)
+    if re.search(r"codecogs|latex\.php|(?:mathtex|mimetex)\.cgi|[?&](?:latex|tex|cht=tx.*chl)=", src):
+        query = src.partition("?")[2]
+        fields = parse_qs(query, max_num_fields=100) if query.count("&") < 100 else {}
         return alt or (fields.get("latex") or fields.get("tex") or fields.get("chl") or [unquote(query)])[0]
     if re.search(r"(?:^|\s)(?:tex|latex|mwe-math\S*|ql-img\S*|Formula|equation)(?:$|\s)", node.get("class", "")):
         return alt or node.get("title", "")
