@@ -41,8 +41,8 @@ CONTAINERS = set("div section article main td table tbody tr form center".split(
 # words in class, id or role: of boilerplate, of the posts of a thread, of line numbers, of drawn formulas
 BOILERPLATE = re.compile(
     r"(?:^|[\s_-])(?:nav|navbar|navigation|skip-?nav|menu|sidebar|footer|cookies?|banner|share|sharing|sharedaddy|"
-    r"social|breadcrumbs?|related|ads?|advert|advertisement|promo|promotion|sponsor|sponsored|newsletter|signature|votes?|tags|"
-    r"user-?info|profile|subscribe|subscription|popup|modal|overlay|pager|pagination|toc|edit-?link|editsection|"
+    r"social|breadcrumbs?|related|ads?|advert|advertisement|promo|promotion|sponsor|sponsored|newsletter|signature|votes?|"
+    r"tags|user-?info|profile|subscribe|subscription|popup|modal|overlay|pager|pagination|toc|edit-?link|editsection|"
     r"post-?menu|reputation|timestamp|recommended|recommendations?|trending|popular|most-?read|outbrain|taboola|"
     r"byline|author|author-?(?:box|bio|info)|meta|login|signup|sr-only|visually-?hidden|screen-?reader-?text|"
     r"donate|consent|gdpr|player|gallery|carousel|slideshow|disclaimer|copyright|read-?more|see-?also-?box|"
@@ -64,7 +64,7 @@ HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 PHRASE = re.compile(
     r"[\W_]*(?:log ?in|sign ?in|sign ?up|log ?out|register|subscribe|share(?: (?:this|on|it)(?: \w+)?)?|tweet|reply|"
     r"print|email|home|menu|search|close|comments?|advert(?:isement)?|newsletter|follow(?: us)?|like|facebook|twitter|"
-    r"whatsapp|pinterest|linkedin|read more|see also|skip to (?:main )?content|related (?:articles|posts|stories|topics)|"
+    r"whatsapp|pinterest|linkedin|read more|see also|skip to (?:main )?content|related (?:articles|posts|stories)|"
     r"back to top|(?:leave|post|add) a (?:comment|reply)|cancel reply|(?:privacy|cookie) policy|"
     r"terms of (?:use|service)|contact us|all rights reserved|improve this (?:answer|question)|"
     r"anzeige|werbung|teilen|drucken|impressum|datenschutz|anmelden|suche|startseite|kommentare?|mehr zum thema|"
@@ -73,8 +73,8 @@ CODE_ROW = re.compile(r"(?:^|\s)(?:blob-code|hljs-ln-code)")                # a 
 CODE_CELL = re.compile(r"(?:^|\s)(?:code|rouge-code|crayon-code)(?:$|\s)")  # a cell with all lines, beside the numbers
 
 
-# Thresholds, chosen on one half of four public page sets (bench/extract.py --half=dev); docs/data.md has the other half.
-# Prose: text in blocks of 60 characters or more, less than half of it links.
+# Thresholds, chosen on one half of four public page sets (bench/extract.py --half=dev); numbers of the other half are
+# in docs/data.md. Prose: text in blocks of 60 characters or more, less than half of it links.
 SPARED = 0.25       # an element with more of the page's prose than this is not removed for its tag or name ...
 LINKED = 0.5        # ... unless more of its text than this is links
 MENU = 0.7          # share of links over which a block is a menu, whatever its name
@@ -114,7 +114,7 @@ def extract(html: str | bytes, charset: str = "", counts: Counter | None = None)
         page.floor = 1
         measure(page)
     fixed, total, best = dict(page.gone), page.prose[0], (0, "")
-    for rules in ("all", "careful", "none"):
+    for rules in ("all", "careful", "none")[:3 if page.floor > 1 else 2]:
         page.gone = dict(fixed)
         refused = drop_boilerplate(page, rules)
         parts = main_parts(page)
@@ -126,7 +126,8 @@ def extract(html: str | bytes, charset: str = "", counts: Counter | None = None)
                 counts[f"too little left, taken with rules: {rules}"] += 1
         if best[1] and (best[0] >= ENOUGH * total or page.floor == 1):
             break
-    counts["chosen part with under half of the prose"] += 2 * best[0] < total
+    if best[0] < total / 2 and page.floor > 1:
+        counts["chosen part with under half of the prose"] += 1
     return best[1]
 
 
@@ -287,6 +288,8 @@ def drop_boilerplate(page: Page, rules: str) -> Counter:
         if not rule or page.kept[i] and (rule == "links" or link_share(page, i) <= LINKED):
             continue
         much = page.prose[i] > (SPARED if page.floor > 1 else 0.5) * max(1, total)
+        if page.tags[i] == "nav" and page.floor == 1:
+            much = False                                 # a page of short lines that are a menu has no text
         if much and (rule == "links" or link_share(page, i) <= LINKED):
             refused[f"not removed, much of the page: {rule}"] += 1
             continue

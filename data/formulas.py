@@ -18,7 +18,8 @@ from lxml.html import HtmlElement
 SYMBOLS = {
     "×": r"\times", "÷": r"\div", "·": r"\cdot", "⋅": r"\cdot", "−": "-", "±": r"\pm", "∓": r"\mp", "∗": "*",
     "≤": r"\le", "≥": r"\ge", "≠": r"\ne", "≈": r"\approx", "≡": r"\equiv", "∼": r"\sim", "≅": r"\cong",
-    "∝": r"\propto", "≪": r"\ll", "≫": r"\gg", "⩽": r"\le", "⩾": r"\ge", "∣": r"\mid", "∤": r"\nmid", "∥": r"\parallel", "⊥": r"\perp",
+    "∝": r"\propto",
+    "≪": r"\ll", "≫": r"\gg", "⩽": r"\le", "⩾": r"\ge", "∣": r"\mid", "∤": r"\nmid", "∥": r"\parallel", "⊥": r"\perp",
     "∑": r"\sum", "∏": r"\prod", "∐": r"\coprod", "∫": r"\int", "∬": r"\iint", "∭": r"\iiint", "∮": r"\oint",
     "⋃": r"\bigcup", "⋂": r"\bigcap", "⨁": r"\bigoplus", "⨂": r"\bigotimes", "√": r"\surd", "∞": r"\infty",
     "∂": r"\partial", "∇": r"\nabla", "∈": r"\in", "∉": r"\notin", "∋": r"\ni", "⊂": r"\subset", "⊆": r"\subseteq",
@@ -32,14 +33,15 @@ SYMBOLS = {
     "′": "'", "″": "''", "ϵ": r"\epsilon", "ϕ": r"\phi", "ϑ": r"\vartheta", "ς": r"\varsigma", "ϱ": r"\varrho",
     "{": r"\{", "}": r"\}", "%": r"\%", "#": r"\#", "&": r"\&", "$": r"\$", "\u2061": "", "\u2062": "", "\u2063": "",
     "\u2064": "", "\xa0": " ", "ı": r"\imath", "ȷ": r"\jmath", "⋆": r"\star", "†": r"\dagger"}
-FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lim sup inf max min det gcd deg "
-                "dim ker arg Pr limsup liminf".split())
+FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lim sup inf max min det gcd "
+                "deg dim ker arg Pr limsup liminf".split())
 ACCENTS = {"˙": "dot", ".": "dot", "¨": "ddot", "^": "hat", "ˆ": "hat", "\u0302": "hat", "~": "tilde", "˜": "tilde",
            "∼": "tilde", "¯": "bar", "‾": "bar", "\u0304": "bar", "-": "bar", "_": "bar", "→": "vec", "⃗": "vec",
            "ˇ": "check", "˘": "breve", "´": "acute", "`": "grave", "⏞": "overbrace", "\u0307": "dot", "\u0308": "ddot"}
 UNDER = {"_": "underline", "̲": "underline", "¯": "underline", "‾": "underline", "⏟": "underbrace"}
 LIMITS = {r"\sum", r"\prod", r"\coprod", r"\int", r"\iint", r"\oint", r"\bigcup", r"\bigcap", r"\bigoplus",
-          r"\bigotimes", r"\lim", r"\max", r"\min", r"\sup", r"\inf", r"\limsup", r"\liminf", r"\det", r"\gcd", r"\Pr"}
+          r"\bigotimes",
+          r"\lim", r"\max", r"\min", r"\sup", r"\inf", r"\limsup", r"\liminf", r"\det", r"\gcd", r"\Pr"}
 ALPHABETS = {"bold": "mathbf", "double-struck": "mathbb", "script": "mathcal", "fraktur": "mathfrak",
              "sans-serif": "mathsf", "monospace": "mathtt", "bold-italic": "boldsymbol"}
 MATRICES = {("(", ")"): "pmatrix", ("[", "]"): "bmatrix", ("|", "|"): "vmatrix", (r"\{", r"\}"): "Bmatrix"}
