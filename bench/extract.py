@@ -170,8 +170,10 @@ def plain_lxml(raw: bytes) -> str:
     root = parse(raw)
     for node in root.xpath("//script | //style | //head"):
         node.drop_tree()
-    for node in root.iter("p", "div", "li", "br", "td", "h1", "h2", "h3", "tr", "pre", "blockquote"):
-        node.tail = "\n" + (node.tail or "")
+    for node in list(root.iter("p", "div", "li", "br", "td", "h1", "h2", "h3", "tr", "pre", "blockquote")):
+        mark = node.makeelement("br")
+        mark.text = "\n"
+        node.append(mark)
     return root.text_content()
 
 

@@ -37,6 +37,7 @@ OPEN, CLOSE, PARA, LINE, FENCE, BR = "\ue000", "\ue001", "\ue002", "\ue003", "\u
 LANGUAGES = set("python c cpp java javascript js rust go bash sql html json text".split())
 NEVER = set("script style svg iframe select head title template textarea object canvas datalist".split())
 CHROME = set("nav footer aside form button noscript dialog".split())
+NOT_NAMED = set("main article table tbody tr".split())       # a row of class "player-7" is a row
 CONTAINERS = set("div section article main td table tbody tr form center".split())
 # words in class, id or role: of boilerplate, of the posts of a thread, of line numbers, of drawn formulas
 BOILERPLATE = re.compile(
@@ -45,7 +46,7 @@ BOILERPLATE = re.compile(
     r"tags|user-?info|profile|subscribe|subscription|popup|modal|overlay|pager|pagination|toc|edit-?link|editsection|"
     r"post-?menu|reputation|timestamp|recommended|recommendations?|trending|popular|most-?read|outbrain|taboola|"
     r"byline|author|author-?(?:box|bio|info)|meta|login|signup|sr-only|visually-?hidden|screen-?reader-?text|"
-    r"donate|consent|gdpr|player|gallery|carousel|slideshow|disclaimer|copyright|read-?more|see-?also-?box|"
+    r"donate|consent|gdpr|(?:video|audio|media)-?player|gallery|carousel|slideshow|disclaimer|copyright|read-?more|see-?also-?box|"
     r"jp-relatedposts|more-?stories|likes?|reactions?|rating|toolbar|masthead|topbar)(?:$|[\s_-])", re.I)
 COMMENTS = re.compile(
     r"(?:^|\s)(?:comments?|comment-?list|comments?[-_]?(?:area|section|container|wrapper|block|box)|respond|"
@@ -180,8 +181,9 @@ def drop_twins(page: Page) -> None:
             twice = copied or any(name_of(nodes[j]) == "math" for j in inside)
             drawn = [j for j in inside if tags[j] == "mjx-assistive-mml" and copied
                      or tags[j] in ("mjx-math", "svg") and twice]
-        elif "mwe-math-element" in name and last - i < 5000 and any(name_of(nodes[j]) == "math" for j in inside):
-            drawn = [j for j in inside if tags[j] in ("img", "meta")]        # Wikipedia: MathML and its image
+        elif "mwe-math-element" in name:                 # Wikipedia: MathML and its image, or the image alone
+            twice = any(name_of(nodes[j]) == "math" for j in inside)
+            drawn = [j for j in inside if tags[j] in ("img", "meta") and twice]
         elif name and TWIN.search(name) and i and last - i < 2000:
             drawn = [i]
         page.gone |= {j: "" for j in drawn or []}
@@ -321,7 +323,7 @@ def boilerplate(page: Page, i: int, rules: str, inside_article: bool) -> str:
         return "tag"
     if node.get("hidden") is not None or HIDDEN.search(node.get("style", "")[:1000]):
         return "hidden"
-    if rules == "all" and page.names[i] and tag not in ("body", "main", "article") and is_boilerplate(page.names[i]):
+    if rules == "all" and page.names[i] and tag not in NOT_NAMED and is_boilerplate(page.names[i]):
         return "name"
     if tag in ("div", "ul", "ol", "table", "section") and link_share(page, i) > MENU:
         return "links"
