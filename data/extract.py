@@ -76,8 +76,8 @@ CODE_CELL = re.compile(r"(?:^|\s)(?:code|rouge-code|crayon-code)(?:$|\s)")  # a 
 
 # Thresholds, chosen on one half of four public page sets (bench/extract.py --half=dev); numbers of the other half are
 # in docs/data.md. Prose: text in blocks of 60 characters or more, less than half of it links.
-SPARED = 0.25       # an element with more of the page's prose than this is not removed for its tag or name ...
-LINKED = 0.5        # ... unless more of its text than this is links
+SPARED = 0.25       # an element with more of the page's prose than this is not removed
+LINKED = 0.5        # share of links over which a menu that names a formula goes all the same
 MENU = 0.7          # share of links over which a block is a menu, whatever its name
 TEASER = 0.8        # share of links over which a paragraph only points elsewhere
 RATHER = 0.5        # readers' comments go when the rest has this share of the prose
@@ -290,9 +290,9 @@ def drop_boilerplate(page: Page, rules: str) -> Counter:
         if not rule or page.kept[i] and (rule == "links" or link_share(page, i) <= LINKED):
             continue
         much = page.prose[i] > (SPARED if page.floor > 1 else 0.5) * max(1, total)
-        if page.tags[i] == "nav" and page.floor == 1:
-            much = False                                 # a page of short lines that are a menu has no text
-        if much and (rule == "links" or link_share(page, i) <= LINKED):
+        if page.floor == 1 and (page.tags[i] == "nav" or link_share(page, i) > LINKED):
+            much = False                                 # on a page of short lines a menu may be the most of it
+        if much:
             refused[f"not removed, much of the page: {rule}"] += 1
             continue
         page.gone[i] = " "
@@ -357,8 +357,11 @@ def main_parts(page: Page) -> list[int]:
         if (prop == "articleBody" or name and STRONG.search(name)) and page.prose[i] >= LITTLE:
             texts += [i] if not texts or i >= page.end[texts[-1]] else []
     if len(posts) >= 2 and sum(page.prose[p] for p in posts) >= THREAD * page.prose[0]:
-        apart = [i for i in articles + texts if not overlaps(page, i, posts)]
-        return [*titles[:1], *apart[:1], *posts]         # readers' comments under an article: the article too
+        # readers' comments under an article: the article too, as the element outside the posts with most prose
+        outside = (i for i in page.outermost() if not overlaps(page, i, posts))
+        apart = max(outside, key=lambda i: page.prose[i], default=0)
+        article = [apart] if page.prose[apart] >= min(LITTLE, page.prose[0] / 10) and apart not in titles else []
+        return [*titles[:1], *article, *posts]
     texts = [i for i in texts if not overlaps(page, i, page.comments)]
     if len(texts) == 1 and page.kept[texts[0]] + sum(page.kept[c] for c in page.comments) >= PRECIOUS * page.kept[0] \
             and page.prose[texts[0]] >= ALONE * (page.prose[0] - sum(page.prose[c] for c in page.comments)):

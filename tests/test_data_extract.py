@@ -125,7 +125,8 @@ def test_boilerplate_with_protected_text_stays():
 @pytest.mark.parametrize("bad", [
     "", "   ", "<", "<html></html>", b"\xff\xfe\x00", "\ue000 7\ue001", "<p>\ue00099\ue001</p>", "<!-- x -->",
     "<nav>a</nav>tail&#1;", "\uffff", "half \ud83d", "<frameset><frame></frameset>", "<math>", "<pre>",
-    "<table><td class=code>", "<script type='math/mml'>", "<img class=tex>", b"\x80" * 99, "<mmultiscripts>", "&#99999999999;"])
+    "<table><td class=code>", "<script type='math/mml'>", "<img class=tex>", b"\x80" * 99, "<mmultiscripts>",
+    "&#99999999999;"])
 def test_hostile_input_gives_text_not_an_error(bad):
     """Empty pages, broken bytes and pages that hold our own placeholder marks (an index out of range otherwise)."""
     assert isinstance(extract(bad), str)
