@@ -41,8 +41,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import kernels
 from configurator import UserError
 from distributed import Runtime, all_gather_object, assign, fill, full, is_sharded, local, ranks, reshard
+from kernels.cpu.decode import library
 from tokenizer import Tokenizer
 
 # ---- finding and checking -------------------------------------------------------------------------------------------
@@ -201,6 +203,18 @@ def opened(path: Path) -> safe_open:
         return safe_open(str(path), framework="pt")
     except Exception as e:              # safetensors raises its own type, OSError or ValueError by version
         raise UserError(f"{path} is not a readable safetensors file: {e}") from None
+
+
+def inference_dtype(ckpt: str | Path, rt: Runtime) -> torch.dtype:
+    """
+    The dtype in which a model that only runs forward is held: rt.dtype; on a CPU bf16 for weights that are stored in
+    bf16, where the C of kernels/cpu/ reads them as they are (the numbers are those of a copy in fp32).
+    """
+    if rt.device.type != "cpu" or kernels.PLAIN or library() is None:
+        return rt.dtype
+    name, path = next(iter(sorted(weight_files(ckpt).items())))
+    with opened(path) as f:
+        return torch.bfloat16 if f.get_slice(name).get_dtype() == "BF16" else rt.dtype
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+import kernels
+from kernels import reference
 from kernels.attention import attention
 from kernels.cpu import train as cpu_kernels
 from kernels.rmsnorm import rmsnorm, rmsnorm_residual
@@ -40,9 +42,11 @@ OPERATORS = SimpleNamespace(rmsnorm=rmsnorm, rmsnorm_residual=rmsnorm_residual, 
 
 def operators(*tensors: Tensor) -> ModuleType | SimpleNamespace:
     """
-    The five operators for these tensors: those in C (kernels/cpu/train.py) where a CPU trains in fp32, else OPERATORS.
-    Both compute the same values and gradients, up to rounding. With --plain it is always torch's own operations.
+    The five operators for these tensors: those in C (kernels/cpu/train.py) where a CPU trains in fp32, else OPERATORS;
+    with --plain always kernels/reference.py. All compute the same values and gradients, up to rounding.
     """
+    if kernels.PLAIN:
+        return reference
     return cpu_kernels if cpu_kernels.c_kernels_apply(*tensors) else OPERATORS
 
 
@@ -174,7 +178,7 @@ class Block(nn.Module):
         """
         x [B,T,D] -> [B,T,D]. cos, sin [B or 1,T,d] from rope_at. bounds int32 [2,B,T] keeps attention inside each
         document: the first and the one-past-last index, in its row, of each token's document; None: a row is one
-        document. cache: None in training, in decoding an object with attend(q, k, v) -> o (cache.py).
+        document. cache: None in training, in decoding an object with attend(q, k, v) -> o (runner.py).
         """
         a = self.self_attn(self.input_layernorm(x), cos, sin, bounds, cache)
         post = self.post_attention_layernorm

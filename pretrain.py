@@ -5,8 +5,8 @@ Pre-training in three stages, then MTP fine-tuning (report sections 2.1-2.3).
     python plan.py config/mimo_7b.py --gpus=8                      # what the 7B run would take
     torchrun --nproc_per_node=8 pretrain.py config/mimo_7b.py      # the 7B run under FSDP2
 
-One loop serves all of it. What changes on the way - learning rate, batch, MTP weight, RoPE base, context, mixture - is
-read from the table of `Stage`s (schedule.py) at the number of tokens seen. The loss is
+One loop serves all of it. What changes on the way - learning rate, batch, MTP weight, RoPE base, context, mixture,
+recomputation - is read from the table of `Stage`s (schedule.py) at the number of tokens seen. The loss is
 
     L = CE(trunk) + w * mean_k CE(MTP layer k)            w = 0.3, later 0.1; one MTP layer in stages 1-3
 
@@ -68,7 +68,6 @@ class Config:
     seed: int = 1                         # weights and data order
     threads: int = 1                      # torch threads per process on CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
-    checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing, 7B needs it
     compile: bool = False                 # torch.compile per block, CUDA
     shard_ranks: int = 0                  # ranks a parameter is sharded over; fewer than all = hybrid sharding, 0 = all
     reduce_each: bool = False             # reduce-scatter gradients after every micro-batch: saves one fp32 copy of
@@ -250,12 +249,18 @@ def start(cfg: Config, stages: list[Stage], loader: MixtureLoader, rt: Runtime,
 
 def begin_stage(model: MiMo, optimizer: torch.optim.AdamW, stages: list[Stage], at: int, cfg: Config, rt: Runtime,
                 ) -> tuple[MiMo, torch.optim.AdamW]:
-    """Context and RoPE base of stage `at`; MTP fine-tuning starts from copies of the layer, with a new optimizer."""
-    fresh = stages[at] is cfg.mtp_stage
-    if fresh:
+    """
+    Context, RoPE base and activation checkpointing of stage `at`. MTP fine-tuning starts from copies of the layer, with
+    a new optimizer.
+    """
+    stage = stages[at]
+    if stage is cfg.mtp_stage:
         model = distributed.place(mtp.replicate(distributed.unshard(model), cfg.n_mtp_final), rt)
-    model.set_context(stages[at].rope_base, max(s.seq_len for s in stages[:at + 1]))
-    return set_up(model, stages, at, cfg, rt) if fresh else (model, optimizer)
+    model.set_context(stage.rope_base, max(s.seq_len for s in stages[:at + 1]))
+    if stage is cfg.mtp_stage:
+        return set_up(model, stages, at, cfg, rt)
+    distributed.set_checkpointing(model, stage.checkpointing, cfg.compile)
+    return model, optimizer
 
 
 def set_up(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime, ckpt: Path | None = None,
@@ -267,7 +272,7 @@ def set_up(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime, 
     model.requires_grad_(True)
     if 0 <= at and stages[at] is cfg.mtp_stage:
         mtp.freeze_all_but_new(model, cfg.model.n_mtp)
-    model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile,
+    model = distributed.shard(model, rt, checkpointing=stages[max(at, 0)].checkpointing, compile=cfg.compile,
                               shard_ranks=cfg.shard_ranks)
     if next(model.parameters()).is_meta:
         model = checkpoint.materialise(model, rt, seed=cfg.seed, ckpt=ckpt)

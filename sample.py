@@ -75,6 +75,7 @@ class Config:
     compare: bool = False                 # run the prompts plain and speculative, print both and the ratio
     plain: bool = False                   # torch code only: no C, no Triton; for reading and debugging
     slots: int = 64                       # answers decoded at a time
+    kv_tokens: int = 0                    # tokens in the KV cache, 0 = room for all slots; answers beyond it wait
     threads: int = 1                      # torch threads on CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
 
@@ -88,7 +89,7 @@ class Config:
         if self.mark and not self.mtp:
             raise ValueError("mark goes with mtp: it marks the accepted drafts of speculative decoding")
         configurator.at_least(self, 1, "n", "max_new_tokens", "slots", "threads")
-        configurator.at_least(self, 0, "temperature", "top_k", "n_draft", "max_len")
+        configurator.at_least(self, 0, "temperature", "top_k", "n_draft", "max_len", "kv_tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} should be in (0, 1]")
 
@@ -100,7 +101,8 @@ def main(cfg: Config) -> None:
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
     ckpt = find(cfg.ckpt) if cfg.ckpt else best_checkpoint("out")
     meta, tokenizer = read_meta(ckpt), Tokenizer.load(ckpt)
-    model = mtp.build(configurator.from_dict(ModelConfig, read_shape(ckpt), f"{ckpt}/model.json"), "meta").to(rt.dtype)
+    model = mtp.build(configurator.from_dict(ModelConfig, read_shape(ckpt), f"{ckpt}/model.json"), "meta")
+    model = model.to(checkpoint.inference_dtype(ckpt, rt))
     if cfg.max_len > model.cfg.max_seq_len:
         raise UserError(f"max_len = {cfg.max_len} is longer than the context of {ckpt}, max_seq_len = "
                         f"{model.cfg.max_seq_len}")
@@ -209,11 +211,13 @@ def make_requests(rows: list[dict], tokenizer: Tokenizer, form: Form, cfg: Confi
     return requests
 
 
-def engine_for(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft: int, cfg: Config) -> Engine:
+def engine_for(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft: int, cfg: Config,
+               keep_weights: bool = True) -> Engine:
     """An engine just large enough for these requests."""
     limit = cfg.max_len or model.cfg.max_seq_len
     longest = min(limit, max(len(r.prompt) + r.max_new_tokens for r in requests))
-    return Engine(model, min(cfg.slots, len(requests)), longest, n_draft, n_ids=tokenizer.n_ids)
+    return Engine(model, min(cfg.slots, len(requests)), longest, n_draft, kv_tokens=cfg.kv_tokens,
+                  n_ids=tokenizer.n_ids, keep_weights=keep_weights)
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -240,7 +244,7 @@ def answer_text(sample: Sample, tokenizer: Tokenizer) -> str:
 def answer(model: MiMo, requests: list[Request], rows: list[dict], tokenizer: Tokenizer, n_draft: int,
            cfg: Config) -> None:
     """Answers to all prompts: --prompt is streamed, --file becomes JSON lines."""
-    engine = engine_for(model, requests, tokenizer, n_draft, cfg)
+    engine = engine_for(model, requests, tokenizer, n_draft, cfg, keep_weights=False)
     if cfg.out:
         configurator.writable(cfg.out)
     if not cfg.file:
@@ -288,8 +292,8 @@ def stream(engine: Engine, request: Request, tokenizer: Tokenizer, mark: bool = 
     def watch(done: dict) -> None:
         if done:
             show(done[request.id])
-        elif engine.decoding:
-            show(engine.result(0, "running"))
+        else:
+            show(engine.progress(request.id))
     done, seconds = run_requests(engine, [request], watch)
     print(decoder.rest())
     return done[request.id], seconds
@@ -367,18 +371,14 @@ def acceptance(samples: list[Sample]) -> list[str]:
 
 def bytes_read(samples: list[Sample], engine: Engine) -> float:
     """Bytes of weights, keys and values that the engine's steps since its counters' reset have read, about."""
-    m, n = engine.model, engine.n_draft
-    size = m.lm_head.weight.element_size()
-
-    def count(module) -> int:
-        return sum(p.numel() for p in module.parameters())
-    head = count(m.lm_head)
-    step = sum(map(count, m.layers)) + head + sum(count(layer) + head for layer in m.mtp_layers[:n])
+    cfg, n = engine.model.cfg, engine.n_draft
+    size, head = engine.model.embed_tokens.weight.element_size(), cfg.vocab_size * cfg.d_model
+    step = cfg.n_layer * cfg.block_params() + head + n * (cfg.block_params() + 2 * cfg.d_model ** 2 + head)
     # a sequence's keys and values are read once per forward, at half its answer's length on average
-    kv = 2 * m.cfg.n_kv_head * m.cfg.head_dim * (m.cfg.n_layer + n)
+    kv = 2 * cfg.n_kv_head * cfg.head_dim * (cfg.n_layer + n) * engine.runner.kv.element_size()
     forwards = engine.sequence_steps / max(1, sum(len(s.tokens) for s in samples))
     cached = sum(len(s.tokens) * forwards * (len(s.prompt) + len(s.tokens) / 2) for s in samples)
-    return size * (engine.steps * step + cached * kv)
+    return size * engine.steps * step + cached * kv
 
 
 # ---- talking --------------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, ckpt: Path, 
     which the oldest are dropped when the context is full; for every other model a line stands alone.
     """
     limit = cfg.max_len or model.cfg.max_seq_len
-    engine = Engine(model, 1, limit, n_draft, n_ids=tokenizer.n_ids)
+    engine = Engine(model, 1, limit, n_draft, n_ids=tokenizer.n_ids, keep_weights=False)
     # checkpoints written before the key "turns" came: this project's own training data are single questions
     turns_of_training = meta.get("turns") or ("single" if meta.get("stage") in ("sft", "rl") else "multi")
     remembers = form == "chat" and turns_of_training == "multi"

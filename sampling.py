@@ -76,6 +76,7 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: Tensor | None = None, 
     else:
         greedy = temperature == 0
         p = (logits / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
+        top_p, top_k = torch.where(greedy, 1.0, top_p), torch.where(greedy, 0, top_k)       # greedy: nothing is cut
         if logits.is_cuda:                                          # in a CUDA graph no shape may depend on values
             p = top_p_filter(p, top_p, top_k)
         elif (cut := (top_p < 1) | (top_k > 0)).any():

@@ -43,6 +43,7 @@ from configurator import UserError  # noqa: E402
 from data.problems import prompt_ids, read_problems, stop_ids  # noqa: E402
 from engine import Engine, Request, generate  # noqa: E402
 from model import MiMo, ModelConfig  # noqa: E402
+from runner import CpuRunner  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
@@ -109,12 +110,12 @@ def theirs(model, prompts: list[list[int]], tokens: int, stop: tuple = ()) -> li
 
 # ---- the cost model -------------------------------------------------------------------------------------------------
 
-class Timed(Engine):
+class Timed(CpuRunner):
     """Adds up the CPU seconds of decode() and of draft()."""
     seconds_decode = seconds_draft = 0.0
 
-    def decode(self, R):
-        t, result = seconds(lambda: super(Timed, self).decode(R))
+    def decode(self, A):
+        t, result = seconds(lambda: super(Timed, self).decode(A))
         self.seconds_decode += t
         return result
 
@@ -129,7 +130,8 @@ def serve(model: MiMo, prompts: list[list[int]], batch: int, n_draft: int, token
     never empty. -> (CPU seconds, samples). The seconds: "token" per token; "decode", "draft" and "rest", which is
     mostly prefill, per step.
     """
-    engine, done = Timed(model, batch, 512, n_draft), []
+    engine, done = Engine(model, batch, 512, n_draft, runner=Timed), []
+    runner = engine.runner
     for i in range(4 * batch + 4):
         engine.add(Request(i, prompts[i % len(prompts)], tokens, 0.0, stop=stop))
 
@@ -138,12 +140,12 @@ def serve(model: MiMo, prompts: list[list[int]], batch: int, n_draft: int, token
             done.extend(engine.step())
 
     def n_generated() -> int:
-        unfinished = sum(int(engine.state["n"][i]) - len(r.prompt) for i, r in enumerate(engine.decoding))
+        unfinished = sum(runner.lengths(len(engine.decoding))) - sum(len(s.request.prompt) for s in engine.decoding)
         return sum(len(s.tokens) for s in done) + unfinished
     until(batch)
-    engine.steps, engine.seconds_decode, engine.seconds_draft, before = 0, 0.0, 0.0, n_generated()
+    engine.steps, runner.seconds_decode, runner.seconds_draft, before = 0, 0.0, 0.0, n_generated()
     whole, _ = seconds(lambda: until(3 * batch + 2))
-    cost = {"decode": engine.seconds_decode, "draft": engine.seconds_draft}
+    cost = {"decode": runner.seconds_decode, "draft": runner.seconds_draft}
     cost["rest"] = whole - cost["decode"] - cost["draft"]
     return {name: t / engine.steps for name, t in cost.items()} | {"token": whole / (n_generated() - before)}, done
 

@@ -84,24 +84,23 @@ def start(engine: Engine, batch: int, context: int, steps: int) -> None:
     room = steps * (engine.n_draft + 1)
     for i in range(batch):
         engine.add(Request(i, [i] + [1] * (context - 1), room, temperature=0.0))
-    engine.refresh()
     with torch.no_grad():
         engine.admit()
-        engine.state["n"][engine.S - batch:] = context
+        engine.runner.put("n", slice(engine.runner.S - batch, engine.runner.S), context)
         engine.start_decoding(list(range(batch)))
 
 
 def measure(model: MiMo, batch: int, context: int, n_draft: int, steps: int) -> tuple[float, float]:
     """`batch` sequences of `context` tokens. -> (seconds per step, tokens per step and sequence)."""
-    engine = Engine(model, batch, context + (steps + 8) * (n_draft + 1), n_draft, layout="blocks")
+    engine = Engine(model, batch, context + (steps + 8) * (n_draft + 1), n_draft)
     start(engine, batch, context, steps + 8)
     for _ in range(4):                                              # graph capture and warm-up
         engine.step()
-    before, begin = engine.state["n"][:batch].sum().item(), clock(engine.device)
+    before, begin = sum(engine.runner.lengths(batch)), clock(engine.runner.device)
     for _ in range(steps):
         engine.step()
-    took = clock(engine.device) - begin
-    return took / steps, (engine.state["n"][:batch].sum().item() - before) / steps / batch
+    took = clock(engine.runner.device) - begin
+    return took / steps, (sum(engine.runner.lengths(batch)) - before) / steps / batch
 
 
 TARGETS = {"decode 7B, 1 sequence": ("share", ">=", 0.75), "decode 7B, 64 sequences at 8k": ("share", ">=", 0.70),

@@ -16,6 +16,7 @@ from kernels import attention as A
 from kernels import decode as D
 from kernels import gemv as GV
 from kernels import linear_cross_entropy as L
+from kernels import reference
 from kernels import rmsnorm as N
 from kernels import rope as R
 from kernels import swiglu as S
@@ -142,8 +143,8 @@ def check_others(run) -> None:
     head, targets = run.randn(1003, 512, grad=True), torch.randint(0, 1003, (64,), device=run.device)
     cos, sin = tables(run, 64, 128)
     heads = lambda t: t.view(1, 64, 4, 128)
-    rotate = lambda t: R.rotate(heads(t), cos.to(t.dtype), sin.to(t.dtype))
-    norm = lambda x, w: N.rmsnorm_reference(x, w, 1e-5)
+    rotate = lambda t: reference.rope(heads(t), heads(t), cos.to(t.dtype), sin.to(t.dtype))[0]
+    norm = lambda x, w: reference.rmsnorm(x, w, 1e-5)
     logp = lambda x, head: (x @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     cases = {
         "rmsnorm": (lambda x, w: N.rmsnorm(x, w, 1e-5), norm, (x, w)),
@@ -156,9 +157,9 @@ def check_others(run) -> None:
                                  lambda x, head: -logp(x, head).sum(), (x, head)),
         "logprob_entropy": (lambda x, head: L.logprob_entropy(x, head, targets, chunk=48)[0], logp, (x, head)),
     }
-    for name, (ours, reference, inputs) in cases.items():
+    for name, (ours, plain, inputs) in cases.items():
         exact = [t.detach().double().requires_grad_() for t in inputs]
-        got, want = ours(*inputs), reference(*exact)
+        got, want = ours(*inputs), plain(*exact)
         g = torch.randn_like(want)
         pairs = [(got, want), *zip(torch.autograd.grad(got, inputs, g.to(got.dtype)),
                                    torch.autograd.grad(want, exact, g), strict=True)]
@@ -381,7 +382,7 @@ def time_elementwise(run) -> None:
     cos, sin = tables(run, T, dh)
     n_bytes = 2 * (q.numel() + k.numel()) * size
     run.bandwidth("rope", lambda: R.rope(q, k, cos, sin), n_bytes)
-    run.bandwidth("rope: eager", lambda: (R.rotate(q, cos, sin), R.rotate(k, cos, sin)), n_bytes)
+    run.bandwidth("rope: eager", lambda: reference.rope(q, k, cos, sin), n_bytes)
 
 
 def kernels(run) -> None:

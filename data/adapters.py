@@ -12,8 +12,8 @@ One adapter for each public set turns its columns into ours: documents, chats or
     apps, taco, codecontests, livecodebench        code problems
 
 The filters of report section 3.2 that need no model are applied here: no proofs, no multiple choice, answers not
-forced to integers, problems without tests dropped. An adapter returns None, or [], for a row that is filtered out, and
-raises UserError for one that it cannot use. Every other set: name your columns, --columns=question=q,answer=a.
+forced to integers, problems without tests dropped. An adapter returns the reason, or [], for a row that is filtered
+out, and raises UserError for one that it cannot use. Every other set: name your columns, --columns=question=q,answer=a.
 """
 import base64
 import io
@@ -47,21 +47,24 @@ def required(row: dict, column: str, kind: type = str) -> Any:
 
 # ---- documents ------------------------------------------------------------------------------------------------------
 
-def document(row: dict) -> Record | None:
+def document(row: dict) -> Record | str:
     """
-    Any row with text, html or content (FineWeb-Edu, OpenWebMath, The Stack, own files, pages of a crawl); None when it
-    is empty. Its name is the first of url, id and path; only an http(s) address counts as one (data/dedup.py).
+    Any row with text, html or content (FineWeb-Edu, OpenWebMath, The Stack, own files, pages of a crawl); "empty" when
+    they are. charset: of html that is bytes, what the HTTP header says. Its name is the first of url, id and path; only
+    an http(s) address counts as one (data/dedup.py).
     """
     column = next((c for c in ("text", "content", "html") if row.get(c)), None)
     if column is None:
         if not {"text", "html", "content"} & set(row):
             raise UserError(f"row needs text, html or content; columns: {', '.join(map(str, sorted(row)))}")
-        return None
+        return "empty"
     value = row[column]
     if not isinstance(value, (str, bytes) if column == "html" else str):
         raise UserError(f"{column} should be text, is {type(value).__name__}")
     name = str(row.get("url") or row.get("id") or row.get("path") or "")
-    return Record(name, html=value) if column == "html" else Record(name, text=value)
+    if column == "html":
+        return Record(name, html=value, charset=str(row.get("charset") or ""))
+    return Record(name, text=value)
 
 
 # ---- chats (SFT) ----------------------------------------------------------------------------------------------------
@@ -171,7 +174,7 @@ def benchmark(row: dict) -> Problem:
     return from_row(line | {"id": identity(line["question"])})
 
 
-def qa(row: dict) -> Problem | None:
+def qa(row: dict) -> Problem | str:
     """Plain rows: question, answer (text or a number), perhaps level."""
     if "####" in str(row.get("answer")):
         raise UserError("answer holds '####': this is GSM8K's column with the steps, use the adapter gsm8k")
@@ -182,31 +185,38 @@ CHOICES = re.compile(r"\([A-E]\).*\([A-E]\)|\\text(?:bf)?\{\s*\(?[A-E]\)?|\n\s*A
 PROOF = re.compile(r"\b(?:prove|show) that\b|\bprove\b", re.I)
 
 
-def maths_problem(question: str, answer: Any, level: int = 1) -> Problem | None:
-    """A Problem with its original answer; None for proofs, multiple choice and empty answers [paper 3.2]."""
+def maths_problem(question: str, answer: Any, level: int = 1) -> Problem | str:
+    """A Problem with its original answer; the reason for one that is filtered out [paper 3.2]."""
     answer = str(answer if answer is not None else "").strip()
-    if not answer or not question.strip() or CHOICES.search(question) or PROOF.search(question):
-        return None
-    if re.fullmatch(r"\(?[A-E]\)?", answer) or answer.lower() in ("proof", "yes", "no", "true", "false"):
-        return None                                         # a letter or a yes can be guessed
+    if not answer or not question.strip():
+        return "no question or answer"
+    if PROOF.search(question) or answer.lower() == "proof":
+        return "proof"
+    if CHOICES.search(question) or re.fullmatch(r"\(?[A-E]\)?", answer):
+        return "multiple choice"
+    if answer.lower() in ("yes", "no", "true", "false"):
+        return "yes or no"                                  # can be guessed
+    if "####" in answer:
+        return "reference is GSM8K's whole column"
     key = identity(" ".join(question.lower().split()))
     return Problem(key, "maths", question.strip(), level=level, answer=answer)
 
 
-def openr1(row: dict) -> Problem | None:
+def openr1(row: dict) -> Problem | str:
     """OpenR1-Math-220k as RL problems; question_type names proofs and multiple choice."""
-    if str(row.get("question_type", "")).lower() in ("proof", "mcq", "multiple-choice"):
-        return None
+    kind = str(row.get("question_type", "")).lower()
+    if kind in ("proof", "mcq", "multiple-choice"):
+        return "proof" if kind == "proof" else "multiple choice"
     return maths_problem(required(row, "problem"), row.get("answer"))
 
 
-def deepmath(row: dict) -> Problem | None:
+def deepmath(row: dict) -> Problem | str:
     """DeepMath-103K: question, final_answer, difficulty (a float around 1..10)."""
     level = max(1, round(row.get("difficulty") or 1))
     return maths_problem(required(row, "question"), row.get("final_answer"), level)
 
 
-def dapo(row: dict) -> Problem | None:
+def dapo(row: dict) -> Problem | str:
     """
     DAPO-Math-17k: prompt [{role, content}], reward_model {ground_truth}. The instructions around the question are cut
     off. The set repeats each prompt about 100 times by accident, so read it through `convert`, which drops repeats.
@@ -231,13 +241,13 @@ def as_json(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def code_problem(question: str, tests: list[Test], entry: str, level: Any, golden: str = "") -> Problem | None:
+def code_problem(question: str, tests: list[Test], entry: str, level: Any, golden: str = "") -> Problem | str:
     """
-    A Problem; None without tests [paper 3.2]. level: a number, or a word of LEVELS (unknown words count as 1). golden:
-    a right program, "" for none.
+    A Problem; the reason for one without tests [paper 3.2]. level: a number, or a word of LEVELS (unknown words count
+    as 1). golden: a right program, "" for none.
     """
     if not tests or not question.strip():
-        return None
+        return "no question or tests"
     solution = f"```python\n{golden.strip()}\n```" if golden else ""
     key = identity(" ".join(question.split()))
     level = level if isinstance(level, int) else LEVELS.get(str(level).lower(), 1)
@@ -250,7 +260,7 @@ def with_starter(question: str, row: dict) -> str:
     return question + (f"\n\nStart from this code:\n{starter}" if starter else "")
 
 
-def apps(row: dict) -> Problem | None:
+def apps(row: dict) -> Problem | str:
     """
     APPS and TACO: question, solutions (JSON), starter_code, input_output (JSON: inputs, outputs, fn_name), difficulty.
 
@@ -272,7 +282,7 @@ def apps(row: dict) -> Problem | None:
     return code_problem(question, tests, entry or "main", row.get("difficulty"), solutions[0] if solutions else "")
 
 
-def codecontests(row: dict) -> Problem | None:
+def codecontests(row: dict) -> Problem | str:
     """CodeContests: public, private and generated tests; golden = the first Python 3 solution (language 3)."""
     tests = []
     for column in ("public_tests", "private_tests", "generated_tests"):
@@ -307,7 +317,7 @@ def unpack_tests(packed: Any) -> list[dict]:
     return json.loads(value) if isinstance(value, (str, bytes)) else value
 
 
-def livecodebench(row: dict) -> Problem | None:
+def livecodebench(row: dict) -> Problem | str:
     """
     LiveCodeBench: question_content, public_test_cases, private_test_cases, metadata (func_name), difficulty. Its call
     tests ("functional") give one JSON value for each argument, one to a line.
@@ -365,9 +375,10 @@ def convert(adapter: str, rows: Iterable[tuple[tuple, dict | Bad]], counts: Coun
                 pickle.UnpicklingError) as e:
             yield place, Bad(f"adapter {adapter}: {e}")
             continue
-        if not items:
-            counts["filtered"] += 1
-        for item in items if isinstance(items, list) else [items] if items else []:
+        if not items or isinstance(items, str):
+            counts[items or "nothing in it"] += 1
+            continue
+        for item in items if isinstance(items, list) else [items]:
             if isinstance(item, Problem):
                 if item.id in seen:
                     counts["repeat"] += 1

@@ -51,6 +51,7 @@ from tokenizer import Tokenizer
 PART = (8 << 20, 512 << 20)      # bytes of the files of a part, at least and at most
 BATCH = 8 << 20                  # characters of the documents that are worked on at a time
 CACHE = 256 << 20                # bytes of shingles that dedup keeps for comparing
+PAGE = "page: "                  # begins the names of what extraction counted; nothing is left out by these
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def read_part(work: Path, k: int) -> dict:
 
 def documents(work: Path, k: int, counts: Counter, reject: Callable[[tuple, str], None]) -> Iterator[Record]:
     """The documents of part k with their text; what has none is counted, what cannot be read is rejected."""
-    job, made = planned(work)
+    (job, made), pages = planned(work), Counter()
     if Path(job.source).exists():
         rows = (((path, n, start), row) for path, start, end in made["parts"][k]
                 for n, row in read_rows(path, start, end, job.encoding))
@@ -236,19 +237,23 @@ def documents(work: Path, k: int, counts: Counter, reject: Callable[[tuple, str]
         if not isinstance(item, Record):
             raise UserError(f"adapter {job.adapter} gives no documents, so no shards can be made of it; without "
                             "--tokenizer it writes a .jsonl file")
-        text = text_of(item)
+        text = text_of(item, pages)
         if isinstance(text, Bad):
             reject(place, text.why)
         elif text.strip():
             yield Record(item.url.encode("utf-8", "replace").decode(), text=text)
         else:
             counts["empty"] += 1
+    counts.update({f"{PAGE}{what}": n for what, n in pages.items()})
 
 
-def text_of(record: Record) -> str | Bad:
-    """Its text, of a page the extracted one. Half of a surrogate pair, which no file can hold, becomes U+FFFD."""
+def text_of(record: Record, pages: Counter | None = None) -> str | Bad:
+    """
+    Its text, of a page the extracted one. Half of a surrogate pair, which no file can hold, becomes U+FFFD. pages: what
+    data/extract.py counts.
+    """
     try:
-        text = record.text or extract(record.html)
+        text = record.text or extract(record.html, record.charset, pages)
         return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     except Exception as e:                                   # whatever a page does to the parser, it is one page
         return Bad(f"extraction failed: {type(e).__name__}: {' '.join(str(e).split())}")
@@ -448,7 +453,8 @@ def finish(work: Path, append: bool = False) -> str:
 
 def summary(counts: Counter) -> str:
     """The counts of what was left out, as one line."""
-    left_out = {k: v for k, v in counts.items() if k not in ("rows", "documents", "characters", "seconds", "written")}
+    others = ("rows", "documents", "characters", "seconds", "written")
+    left_out = {k: v for k, v in counts.items() if k not in others and not k.startswith(PAGE)}
     return ", ".join(f"{k} {v:,}" for k, v in sorted(left_out.items()) if v)
 
 
@@ -463,6 +469,8 @@ def table(read: list[dict], wrote: list[dict], dedup: dict, total: Counter) -> l
              ("tags, copies, tokens", clean, total["written"], seconds(wrote))]
     lines = [f"{'step':<34}{'in':>12}{'out':>12}{'CPU s':>9}"]
     lines += [f"{name:<34}{a:>12,}{b:>12,}{s:>9.1f}" for name, a, b, s in steps]
+    pages = [(name.removeprefix(PAGE), n) for name, n in sorted(total.items()) if name.startswith(PAGE)]
+    lines[2:2] = [f"  {name:<44}{n:>12,}" for name, n in pages]
     lines.append(f"{total['characters'] / 1e6:,.2f} M characters; left out: {summary(total) or 'nothing'}")
     if dedup["differ"]:
         lines.append(f"{dedup['differ']:,} of the documents dropped for their address had another text than the first")

@@ -10,6 +10,7 @@ language models as taggers.
     python -m data.corpus --pages=6000          # prints the table of steps; 6 to 10 s on one slow core
 """
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -50,6 +51,7 @@ class Record:
     url: str                             # or another name of it
     html: str | bytes = ""
     text: str = ""
+    charset: str = ""                    # of html that is bytes, what the HTTP header says
     ref: int = -1                        # the caller's own number for it
     tags: tagging.Tags | None = None     # None until it is tagged
 
@@ -101,10 +103,12 @@ def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger 
     for record in records:                       # over the whole crawl: the first fetch is the one kept
         first.setdefault(canonical_url(record.url) or id(record), record)
     records = step("URL dedup", list(first.values()))
+    counts = Counter()
     for record in tqdm(records, desc="extract", unit="page", leave=False, disable=None):
-        record.text = record.text or extract(record.html)
+        record.text = record.text or extract(record.html, record.charset, counts)
         record.html = ""
     records = step("extract (empty pages out)", [r for r in records if r.text])
+    funnel += [(f"  {what}", funnel[-1][1], n, 0.0) for what, n in counts.items()]
     root = near_duplicates([r.text for r in records])
     kept = [r for i, r in enumerate(records) if root[i] == i]
     records = step("MinHash dedup, exact Jaccard >= .7", kept)

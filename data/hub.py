@@ -13,13 +13,16 @@ any kinds that data/readers.py knows, or a data set of the Hugging Face hub, own
 documents go through extraction, deduplication and decontamination into shards, however many there are (data/build.py);
 without, the items are written as they are, a line each.
 
+With --heldout no document, chat or problem is written that holds a question of that file, and no problem that is a copy
+of one (data/filters.py). The filters of report 3.2 that need the answers of models are in data/rl_problems.py.
+
 Nothing in a row ends the run: what cannot be used is named in OUT.rejected.jsonl, and only when it is more than
 --max_rejected of all rows (and more than nine) the run ends with an error. `datasets` has no loading scripts any more,
 so LiveCodeBench and TACO load from their data files: give a folder.
 """
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -30,9 +33,11 @@ from configurator import UserError
 from data import build, trove
 from data.adapters import convert
 from data.corpus import Record
+from data.filters import without_heldout
 from data.jsonl import whole_file
-from data.problems import Problem
+from data.problems import Problem, to_row
 from data.readers import Bad, hub_rows, listing, needed, read_rows
+from data.sft_data import query_of, read_questions
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Config:
     name: str = "web"                     # source of the shards when there are no labels
     valid_share: float = 0.01             # shards: share of the documents that go to OUT/valid, for the validation loss
     labels: str = ""                      # JSONL of a teacher's labels: a tagger sorts and re-weights the documents
-    heldout: str = ""                     # questions that no document may hold: problems or chats
+    heldout: str = ""                     # problems or chats; no document, chat or problem may hold their questions
     workers: int = 1                      # shards: processes of this machine at a time
     tasks: int = 0                        # shards: tasks for datatrove (data/trove.py), 0 = without it
     slurm_partition: str = ""             # with tasks: Slurm's name of the machines, "" = processes on this one
@@ -70,6 +75,17 @@ class Config:
                 raise UserError(f"{name} = {getattr(self, name)} should be in [0, 1]")
         if self.replace and self.append:
             raise UserError("replace and append: one of them at most")
+        defaults = {f.name: f.default for f in fields(self)}
+        unused = lambda *names: [name for name in names if getattr(self, name) != defaults[name]]
+        if not self.tokenizer and (names := unused("name", "labels", "append", "valid_share", "workers", "tasks")):
+            raise UserError(f"{' and '.join(names)} are for shards: add --tokenizer")
+        slurm = ("slurm_time", "memory_gb", "dedup_memory_gb")
+        if not self.tasks and (names := unused("slurm_partition", *slurm)):
+            raise UserError(f"{' and '.join(names)} are for Slurm: add --tasks and --slurm_partition")
+        if self.tasks and not self.slurm_partition and (names := unused(*slurm)):
+            raise UserError(f"{' and '.join(names)} are for Slurm: add --slurm_partition")
+        if Path(self.source).exists() and unused("split", "subset"):
+            raise UserError(f"split and subset are for data sets of the hub; {self.source} is a local source")
 
 
 def write_items(cfg: Config) -> None:
@@ -81,6 +97,7 @@ def write_items(cfg: Config) -> None:
         raise UserError(f"{out} is there already: --replace writes it anew")
     files, unread = listing(cfg.source) if Path(cfg.source).exists() else ([], [])
     needed(files)
+    heldout = read_questions(cfg.heldout) if cfg.heldout else []
     rows = (((str(f), n), row) for f in files for n, row in read_rows(f, encoding=cfg.encoding)) if files else \
         hub_rows(cfg.source, cfg.split, cfg.subset)
     reasons = out.with_name(out.stem + ".rejected.jsonl")
@@ -89,15 +106,18 @@ def write_items(cfg: Config) -> None:
     with whole_file(out) as f, whole_file(reasons) as rejected:
         for path in unread:
             reject(str(path), 0, f"no reader for {path.suffix or 'such a name'}")
-        items = convert(cfg.adapter, rows, counts, cfg.columns)
+        items = ((place, line(item)) for place, item in convert(cfg.adapter, rows, counts, cfg.columns))
+        items = without_heldout(items, asked, heldout, counts)
         for place, item in islice(tqdm(items, unit="row", disable=None), cfg.limit):
-            item = item if isinstance(item, Bad) else line(item)
             if isinstance(item, Bad):
                 reject(*place, item.why)
                 counts["rejected"] += 1
                 first = first or f"{place[0]}:{place[1]}: {item.why}"
                 if counts["rejected"] > max(9, cfg.max_rejected * counts["rows"]) and counts["rows"] >= 1000:
                     break
+                continue
+            if not item.get("text", "a chat or problem").strip():
+                counts["empty"] += 1
                 continue
             f.write(json.dumps(item, ensure_ascii=False) + "\n")
             counts["written"] += 1
@@ -114,12 +134,20 @@ def write_items(cfg: Config) -> None:
           + (f"; see {reasons}" if unread or counts["rejected"] else ""))
 
 
-def line(item: Record | Problem | dict) -> dict | Bad:
+def line(item: Record | Problem | dict | Bad) -> dict | Bad:
     """An item as the object of its line; of a page the extracted text."""
     if isinstance(item, Record):
         text = build.text_of(item)
         return text if isinstance(text, Bad) else {"url": item.url, "text": text}
-    return asdict(item) if isinstance(item, Problem) else item
+    return to_row(item) if isinstance(item, Problem) else item
+
+
+def asked(pair: tuple[tuple, dict | Bad]) -> str:
+    """(place, line) -> what must not hold a held-out question: a document's text, a question, the user's turns."""
+    item = pair[1]
+    if isinstance(item, Bad):
+        return ""
+    return query_of(item) if "messages" in item else item.get("text") or item.get("question") or ""
 
 
 def job_of(cfg: Config) -> build.Job:

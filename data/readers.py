@@ -8,7 +8,7 @@ such a crawl).
     .parquet                needs pyarrow
     .warc                   a crawl, needs fastwarc: each response of status 200 with HTML or plain text is a row
     .html .htm .xhtml       one row {"html": bytes, "path"}
-    .txt .md, source code   one row {"text", "path"}; UTF-8, or what a byte order mark or --encoding says
+    .txt .md, source code   one row {"text", "path"}; in the charset that --encoding says or data/charset.py finds
 
 All but .parquet may be compressed: .gz, .bz2, .xz, .zst (needs zstandard). A file is read as a stream; what is in
 memory at a time is one row of at most 64 MiB. Nothing that a row or a file holds ends the reading: what cannot be read
@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import BinaryIO
 
 from configurator import UserError
+from data.charset import BOMS, decode
 from data.jsonl import json_object
 
 MAX_ROW = 64 << 20              # bytes of one row; a longer one is left out
@@ -261,8 +262,8 @@ def parquet_rows(path: Path) -> Iterator[dict | Bad]:
 
 def warc_rows(path: Path, file: BinaryIO) -> Iterator[dict | Bad]:
     """
-    Pages of a crawl: {"url", "html" or "text"}. Everything else that a crawl holds (images, redirects, requests) is a
-    Bad without fault. The charset of the HTTP header decodes the page when it can; else data/extract.py looks for one.
+    Pages of a crawl: {"url", "html": bytes, "charset": what the HTTP header says} or {"url", "text"}. Everything else
+    that a crawl holds (images, redirects, requests) is a Bad without fault.
     """
     warc = optional("fastwarc.warc")
     kinds = warc.WarcRecordType.response | warc.WarcRecordType.resource | warc.WarcRecordType.conversion
@@ -289,17 +290,12 @@ def warc_rows(path: Path, file: BinaryIO) -> Iterator[dict | Bad]:
         if status != 200 or kind not in ("text/html", "application/xhtml+xml", "text/plain"):
             yield Bad(f"status {status}" if status != 200 else f"content type {kind or 'unknown'}", fault=False)
             continue
-        try:
-            text = body.decode(charset or "")
-        except (LookupError, UnicodeDecodeError):
-            text = None
-        if kind == "text/plain" and text is None:
-            text = decoded(body)
-            if isinstance(text, Bad):
-                yield text
-                continue
         url = (record.headers.get("WARC-Target-URI") or "").strip("<>")
-        yield {"url": url, "text": text} if kind == "text/plain" else {"url": url, "html": text or body}
+        if kind == "text/plain":
+            text = decoded(body, declared=charset or "")
+            yield text if isinstance(text, Bad) else {"url": url, "text": text}
+        else:
+            yield {"url": url, "html": body, "charset": charset or ""}
 
 
 def file_row(path: Path, file: BinaryIO, encoding: str = "") -> Iterator[dict | Bad]:
@@ -314,35 +310,20 @@ def file_row(path: Path, file: BinaryIO, encoding: str = "") -> Iterator[dict | 
         yield text if isinstance(text, Bad) else {"text": text, "path": str(path)}
 
 
-def decoded(data: bytes, encoding: str = "") -> str | Bad:
+def decoded(data: bytes, encoding: str = "", declared: str = "") -> str | Bad:
     """
-    Text of a file: by its byte order mark, else as UTF-8, else by the charset that charset_normalizer finds. A Bad when
-    nothing fits: a text that is wrongly decoded is worse than one that is missing.
+    Text of a file: by its byte order mark, else in the encoding, else as data/charset.py finds. declared: what an HTTP
+    header says. A Bad when that does not fit: a text that is wrongly decoded is worse than one that is missing.
     """
-    marks = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xef\xbb\xbf", "utf-8-sig"),
-             (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
-    marked = next((name for mark, name in marks if data.startswith(mark)), "")
     try:
-        text = data.decode(marked or encoding or "utf-8")
+        marked = any(data.startswith(mark) for mark, _ in BOMS)
+        text = data.decode(encoding) if encoding and not marked else decode(data, declared)
     except LookupError:
         raise UserError(f"encoding {encoding!r}: Python knows no such encoding") from None
     except UnicodeDecodeError as e:
-        found = None if marked or encoding else guessed(data)
-        if found is None:
-            name = marked or encoding or "UTF-8"
-            return Bad(f"not {name}: byte {data[e.start]:#04x} at {e.start}; --encoding=NAME says what it is")
-        text = found
-    return Bad("no text: it holds NUL bytes") if "\0" in text else text
-
-
-def guessed(data: bytes) -> str | None:
-    """Text in the charset that it most probably has, None when that is unclear or charset_normalizer is missing."""
-    try:
-        from charset_normalizer import from_bytes
-    except ImportError:
-        return None
-    best = from_bytes(data[:1 << 16]).best()
-    try:
-        return data.decode(best.encoding) if best else None
-    except UnicodeDecodeError:
-        return None
+        return Bad(f"not {encoding}: byte {data[e.start]:#04x} at {e.start}; --encoding=NAME says what it is")
+    if "\0" in text:
+        return Bad("no text: it holds NUL bytes")
+    broken = text.count("\ufffd")
+    return Bad(f"{broken:,} characters in no known charset; --encoding=NAME says what it is") \
+        if broken > len(text) // 500 else text

@@ -26,11 +26,10 @@ shared memory of each build (the same in C for training on a CPU: kernels/cpu/tr
     python bench/kernel_builds.py      # forward sm_90 128x64: 158 registers, none spilled, 24 wgmma, 13 bulk loads
 """
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import acc_type, arch, jit, next_pow2, scratch, tl, tune
+from kernels import acc_type, arch, jit, next_pow2, reference, scratch, tl, tune
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (16, 32, 64, 128, 256)                      # of the Triton kernels; other widths take the reference
@@ -71,35 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> 
                          f"got {bounds.dtype} {list(bounds.shape)}")
     if (q.device.type, q.dtype) in kernels.TRITON and d in HEAD_DIMS:
         return attention_op(q, k, v, bounds)[0]
-    return attention_reference(q, k, v, bounds)
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
-    """The same with torch's scaled_dot_product_attention, in any dtype and head_dim; shapes of attention."""
-    B, T = q.shape[:2]
-    if bounds is None:
-        return _sdpa(q, k, v)
-    at = torch.arange(T, device=q.device)
-    starts = (bounds[0] == at).nonzero()[:, 1]
-    if starts.numel() == B:                             # every row is one document
-        return _sdpa(q, k, v)
-    if starts.numel() * 8 <= B * T:
-        # documents of 8 tokens and more on average: one call each. The work is sum(T_i^2), two to eight times less than
-        # with a mask at 256 to 1,024 tokens a row, and packed equals unpacked bit for bit
-        lengths = (bounds[1] - bounds[0])[bounds[0] == at].tolist()
-        parts = zip(*(t.flatten(0, 1).split(lengths) for t in (q, k, v)), strict=True)
-        return torch.cat([_sdpa(*(t[None] for t in part))[0] for part in parts]).view(q.shape)
-    # key j is visible to query i  <=>  first[i] <= j <= i
-    mask = (at >= bounds[0][:, :, None]) & (at <= at[:, None])                      # [B, T, T]
-    return _sdpa(q, k, v, mask=mask[:, None])
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """torch's attention on [B, T, heads, d]: causal, or under mask bool [B, 1, T, T]."""
-    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))                              # [B, heads, T, d]
-    gqa = q.shape[-3] != k.shape[-3]
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-    return o.transpose(-3, -2)
+    return reference.attention(q, k, v, bounds)
 
 
 # ---- Triton kernels -------------------------------------------------------------------------------------------------

@@ -15,15 +15,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import acc_type, jit, next_pow2, sm_count, tl
-
-
-def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., D], weight [D] or of x's shape -> [..., D], in plain torch and in any dtype."""
-    # y = w cast(x / sqrt(mean(x^2) + eps)): the mean in fp32, the cast BEFORE the gain, as Hugging Face
-    h = x.float() if x.dtype != torch.float64 else x
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * h.to(x.dtype)
+from kernels import acc_type, jit, next_pow2, reference, sm_count, tl
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -34,7 +26,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """
     if (x.device.type, x.dtype) in kernels.TRITON:
         return norm_op(x, None, weight, eps)[0]
-    return rmsnorm_reference(x, weight, eps)
+    return reference.rmsnorm(x, weight, eps)
 
 
 def rmsnorm_residual(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,8 +36,7 @@ def rmsnorm_residual(x: Tensor, weight: Tensor, eps: float, residual: Tensor) ->
     """
     if (x.device.type, x.dtype) in kernels.TRITON:
         return norm_op(x, residual, weight, eps)[:2]
-    s = x + residual
-    return rmsnorm_reference(s, weight, eps), s
+    return reference.rmsnorm_residual(x, weight, eps, residual)
 
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------

@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import acc_type, jit, next_pow2, tl
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The reference: x [..., T, heads, d], cos and sin [T, d] or with x's leading axes -> x rotated, in x's dtype."""
-    # (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the two halves of a head
-    half = x.shape[-1] // 2
-    cos, sin = cos[..., None, :half], sin[..., None, :half]                         # [.., T, 1, d/2]
-    x1, x2 = x[..., :half], x[..., half:]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
+from kernels import acc_type, jit, next_pow2, reference, tl
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +24,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """
     if (q.device.type, q.dtype) in kernels.TRITON and not q.shape[-1] & (q.shape[-1] - 1):
         return rope_op(q, k, cos, sin, 1.0)
-    return rotate(q, cos, sin), rotate(k, cos, sin)
+    return reference.rope(q, k, cos, sin)
 
 
 def rope_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, where: Tensor) -> Tensor:
@@ -49,7 +40,7 @@ def rope_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: 
                            HEADS=next_pow2(max(H, K)), ACC=acc_type(qkv), num_warps=4)
         return q
     q, k, v = qkv.view(N, -1, d).split((H, K, K), 1)
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k = reference.rope(q, k, cos, sin)
     for cache, new in ((k_cache, k), (v_cache, v)):
         cache.flatten(0, 1).index_copy_(0, where, new)
     return q

@@ -9,18 +9,12 @@ in a pass whose time is that of reading memory. gate and up may be the two halve
 differ from F). The same in C: kernels/cpu/train.py.
 """
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import acc_type, jit, tl
+from kernels import acc_type, jit, reference, tl
 
 BLOCK, WARPS = 1024, 4                                  # 8 numbers a thread: one 16-byte load of bf16
-
-
-def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up [..., F] -> silu(gate) up [..., F], in plain torch and in any dtype."""
-    return F.silu(gate) * up
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -31,7 +25,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if (gate.device.type, gate.dtype) in kernels.TRITON:
         return swiglu_op(gate, up)
-    return swiglu_reference(gate, up)
+    return reference.swiglu(gate, up)
 
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------

@@ -52,22 +52,26 @@ def ids_of(model: MiMo, B: int, T: int) -> Tensor:
     return torch.randint(model.cfg.vocab_size, (B, T), generator=torch.Generator().manual_seed(T))
 
 
-Context = decode.struct("Context", first=c_int64, Q=c_int64, positions=c_void_p, columns=c_void_p)
+Context = decode.struct("Context", Q=c_int64, positions=c_void_p, columns=c_void_p, table=c_void_p)
 
 
 class Parts:
     """The functions of decode_cpu.c that its prefill_chunk, decode and draft are made of, each by itself."""
     def __init__(self, model: MiMo, slots: int, columns: int = 128):
-        engine = Engine(model, slots, columns - 5, 3)
-        engine.refresh()
-        self.forward, self.lib, p, i = engine.c, decode.library(), c_void_p, c_int64
+        runner = Engine(model, slots, columns - 5, 3, block=16).runner
+        runner.refresh()
+        self.table = runner.state["table"]                            # the blocks of each row, in any order
+        blocks = torch.randperm(self.table.numel(), generator=torch.Generator().manual_seed(1)).int() + 1
+        self.table.copy_(blocks.view_as(self.table))
+        self.forward, self.lib, p, i = runner.c, decode.library(), c_void_p, c_int64
         cpu.bind(self.lib, trunk=(None, p, p, i, p, i, p), mtp=(None, p, i, p, i, p, p, i, p),
-                 head=(None, p, i, i, p, p))
+                 head=(None, p, i, i, i, p, p))
         self.c_model, self.shape = self.forward.c_model, self.forward.shape
 
     def context(self, first: int, positions: Tensor):
         """positions int64 [B,Q], contiguous and kept by the caller, of rows first and on."""
-        return byref(Context(first, positions.shape[1], positions.data_ptr(), positions.data_ptr()))
+        return byref(Context(positions.shape[1], positions.data_ptr(), positions.data_ptr(),
+                             self.table[first:].data_ptr()))
 
     def trunk(self, ids: Tensor, first: int, positions: Tensor) -> Tensor:
         """ids int64 [B,Q] -> h [B,Q,D] before the final norm."""
@@ -86,7 +90,7 @@ class Parts:
     def head(self, x: Tensor, layer: int = -1) -> Tensor:
         """x [N,D] -> logits [N,V], behind the trunk's norm (-1) or an MTP layer's."""
         x, logits = decode.pad(x, self.shape.Dp).contiguous(), torch.empty(len(x), self.shape.Vp)
-        self.lib.head(self.c_model, layer, len(x), x.data_ptr(), logits.data_ptr())
+        self.lib.head(self.c_model, layer, len(x), self.shape.V, x.data_ptr(), logits.data_ptr())
         return logits[:, :self.shape.V]
 
 
@@ -191,6 +195,34 @@ def test_engine_in_c_and_in_torch_give_the_same(model, n_draft):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("biases", [True, False])
+def test_bf16_weights_give_the_numbers_of_their_copy_in_fp32(model, biases):
+    """Weights are widened in registers: the same tokens and log-probs bit for bit, from half the bytes."""
+    half = make_like(model, biases).bfloat16()
+    runs = [Request(i, ids_of(model, 1, 1 + 9 * i)[0].tolist(), 30, temperature=float(i % 2), seed=i) for i in range(6)]
+    e = Engine(half, 4, 90, 2)
+    got, right = generate(e, runs), generate(Engine(make_like(model, biases).bfloat16().float(), 4, 90, 2), runs)
+    assert [(s.tokens, s.logprobs, s.accepted) for s in got] == [(s.tokens, s.logprobs, s.accepted) for s in right]
+    matrices = [t for name, t in e.runner.c.kept.items() if name.split(".")[-1] in ("q", "kv", "o", "down", "lm_head")]
+    assert len(matrices) == 4 * 4 + 1 and all(t.dtype == torch.bfloat16 for t in matrices)
+    with pytest.raises(ValueError, match="were freed"):             # a model that belongs to its engine
+        own = Engine(half, 4, 90, 3, keep_weights=False)
+        assert [s.tokens for s in generate(own, runs)] == [s.tokens for s in right]
+        assert {name for name, p in half.named_parameters() if p.numel()} == {"embed_tokens.weight", "norm.weight"}
+        own.load()
+
+
+def make_like(model: MiMo, biases: bool) -> MiMo:
+    """A copy of a model, with or without the biases of q, k and v."""
+    copy = build(model.cfg)
+    copy.load_state_dict(model.state_dict())
+    for block in () if biases else (*copy.layers, *copy.mtp_layers):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(block.self_attn, name).bias = None
+    return copy.requires_grad_(False)
+
+
 def test_nan_weights_give_nan_not_a_crash():
     m = make(SHAPES[0])
     m.layers[0].mlp.up_proj.weight[3] = torch.nan
@@ -209,7 +241,7 @@ m = build(ModelConfig(n_layer=1, n_mtp=1))
 m.init_weights(0)
 for _ in range(2):
     e = Engine(m, 2, 64, 1)
-    print(e.c is not None, generate(e, [Request(0, [1, 2, 3], 9, temperature=0.0)])[0].tokens)
+    print(type(e.runner).__name__ == "CpuRunner", generate(e, [Request(0, [1, 2, 3], 9, temperature=0.0)])[0].tokens)
 """
 
 

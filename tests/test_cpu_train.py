@@ -9,12 +9,9 @@ import torch
 
 import kernels
 import mtp
-from kernels import cpu
-from kernels.attention import attention_reference, doc_bounds
+from kernels import cpu, reference
+from kernels.attention import doc_bounds
 from kernels.cpu.train import attention, c_kernels_apply, rmsnorm, rmsnorm_residual, rope, swiglu
-from kernels.rmsnorm import rmsnorm_reference
-from kernels.rope import rotate
-from kernels.swiglu import swiglu_reference
 from model import OPERATORS, MiMo, ModelConfig, operators
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C compiler: training on a CPU runs on torch alone")
@@ -57,7 +54,7 @@ def same(kernel, reference, inputs):
                                            (2, 33, 8, 1, 48), (1, 130, 2, 2, 128), (1, 512, 2, 1, 16)])
 def test_attention(B, T, H, K, d):
     q, k, v = randn(B, T, H, d), randn(B, T, K, d, seed=1), randn(B, T, K, d, seed=2)
-    same(attention, attention_reference, (q, k, v))
+    same(attention, reference.attention, (q, k, v))
 
 
 @pytest.mark.parametrize("cuts", [[0, 64, 100, 128, 256], [*range(60), 128, 200, 256], [0, 256]])
@@ -66,7 +63,7 @@ def test_packed_attention_and_its_bits(cuts):
     B, T, H, K, d = 2, 128, 4, 2, 16
     q, k, v = randn(B, T, H, d), randn(B, T, K, d, seed=1), randn(B, T, K, d, seed=2)
     bounds = doc_bounds(torch.tensor(cuts, dtype=torch.int32), B, T)
-    same(lambda q, k, v: attention(q, k, v, bounds), partial(attention_reference, bounds=bounds), (q, k, v))
+    same(lambda q, k, v: attention(q, k, v, bounds), partial(reference.attention, bounds=bounds), (q, k, v))
     dout = randn(B, T, H, d, seed=5, grad=False)
     packed = attention(q, k, v, bounds)
     grads = torch.autograd.grad(packed, (q, k, v), dout)
@@ -82,7 +79,7 @@ def test_packed_attention_and_its_bits(cuts):
 def test_attention_of_large_scores_and_of_nan():
     """Scores of +-1e4 do not overflow; a NaN in one key reaches the tokens that see it and no other."""
     q, k, v = randn(1, 40, 2, 16), randn(1, 40, 1, 16, seed=1), randn(1, 40, 1, 16, seed=2)
-    same(attention, attention_reference, (q * 100, k * 100, v))
+    same(attention, reference.attention, (q * 100, k * 100, v))
     with torch.no_grad():
         k[0, 20] = torch.nan
     o = attention(q, k, v)
@@ -95,7 +92,7 @@ def test_documents_do_not_touch_each_other():
     with torch.no_grad():
         q[0, 5], k[0, 5] = torch.eye(16)[:1], -354 * torch.eye(16)[:1]
     bounds = doc_bounds(torch.tensor([0, 5, 16], dtype=torch.int32), 1, 16)
-    same(lambda q, k, v: attention(q, k, v, bounds), partial(attention_reference, bounds=bounds), (q, k, v))
+    same(lambda q, k, v: attention(q, k, v, bounds), partial(reference.attention, bounds=bounds), (q, k, v))
 
 
 def test_bounds_that_cannot_be_are_refused():
@@ -108,9 +105,9 @@ def test_bounds_that_cannot_be_are_refused():
 @pytest.mark.parametrize("N, D", [(5, 16), (7, 48), (2048, 128)])
 def test_rmsnorm(N, D):
     x, r, w = randn(3, N, D), randn(3, N, D, seed=1), randn(D, seed=2)
-    same(lambda x, w: rmsnorm(x, w, 1e-5), partial(rmsnorm_reference, eps=1e-5), (x, w))
+    same(lambda x, w: rmsnorm(x, w, 1e-5), partial(reference.rmsnorm, eps=1e-5), (x, w))
     ours = lambda x, r, w: rmsnorm_residual(x, w, 1e-5, r)
-    torchs = lambda x, r, w: (rmsnorm_reference(x + r, w, 1e-5), x + r)
+    torchs = lambda x, r, w: (reference.rmsnorm(x + r, w, 1e-5), x + r)
     same(ours, torchs, (x, r, w))
     for i in (0, 1):                                                # only one of the two outputs is used
         same(lambda *t, i=i: ours(*t)[i], lambda *t, i=i: torchs(*t)[i], (x, r, w))
@@ -120,7 +117,7 @@ def test_swiglu():
     gate, up = randn(7, 48), randn(7, 48, seed=1)
     with torch.no_grad():
         gate[0, :3] = torch.tensor([-200.0, 200.0, 0.0])
-    same(swiglu, swiglu_reference, (gate, up))
+    same(swiglu, reference.swiglu, (gate, up))
 
 
 @pytest.mark.parametrize("H, K, d", [(8, 4, 16), (4, 1, 32)])
@@ -128,7 +125,7 @@ def test_rope(H, K, d):
     q, k = randn(3, 7, H, d), randn(3, 7, K, d, seed=1)
     for positions in (torch.arange(7), torch.arange(7)[None], torch.arange(21).view(3, 7) * 37 % 900):
         tables = MiMo(ModelConfig(n_layer=1, head_dim=d)).rope_at(None, positions)
-        same(lambda q, k, t=tables: rope(q, k, *t), lambda q, k, t=tables: (rotate(q, *t), rotate(k, *t)), (q, k))
+        same(lambda q, k, t=tables: rope(q, k, *t), lambda q, k, t=tables: reference.rope(q, k, *t), (q, k))
 
 
 def test_inputs_that_are_not_contiguous():
@@ -163,7 +160,7 @@ def test_shapes_that_do_not_fit_are_refused():
         with pytest.raises(ValueError):
             wrong()
     w = randn(128, 3, seed=1)[:, 0]
-    torch.testing.assert_close(rmsnorm(x, w, 1e-5), rmsnorm_reference(x, w, 1e-5))
+    torch.testing.assert_close(rmsnorm(x, w, 1e-5), reference.rmsnorm(x, w, 1e-5))
 
 
 def test_a_freed_weight_is_refused():
@@ -188,7 +185,7 @@ def test_who_takes_the_other_path(monkeypatch):
     with torch.no_grad():
         assert operators(x) is OPERATORS
     kernels.set_plain(True)
-    assert operators(x) is OPERATORS
+    assert operators(x) is reference
     kernels.set_plain(False)
     assert operators(x).swiglu is swiglu
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

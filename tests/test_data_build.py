@@ -4,6 +4,7 @@ Corpora in parts: the same bytes for any number of processes, tasks and kills; w
 import hashlib
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -75,6 +76,7 @@ def test_one_run(crawl, tmp_path, capsys):
     assert MixtureLoader(tmp_path / "out", ["web"], 1024, tokenizer=TINY.fingerprint).next_batch(0, {"web": 1}, 64, 2)
 
 
+@pytest.mark.slow
 def test_same_bytes_from_several_processes_and_after_kills(crawl, tmp_path, monkeypatch):
     """One process; two; a run that is killed at every 15th write of a result, again and again until it is through."""
     command(crawl, tmp_path / "a")
@@ -230,6 +232,20 @@ def test_pages_that_break_the_parser_are_one_page_each(tmp_path):
     (tmp_path / "blank.txt").write_text("x" + " " * 1_100_000 + "y")
     command(tmp_path, tmp_path / "out", "--valid_share=0")
     assert {"a page", "x" + " " * 1_100_000 + "y"} <= set(texts_of(tmp_path / "out"))
+
+
+def test_charset_of_the_header_and_counts_of_the_extractor(tmp_path, capsys):
+    """Through all steps: html as bytes with the charset that a WARC reader found; a page nested too deep is counted."""
+    pytest.importorskip("fastwarc")
+    body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=koi8-r\r\n\r\n"
+    body += "<p>Дождь шёл весь день, и река поднялась до моста.</p>".encode("koi8-r")
+    head = f"WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: {len(body)}\r\n\r\n"
+    (tmp_path / "a.warc").write_bytes(head.encode() + body + b"\r\n\r\n")
+    (tmp_path / "b.html").write_text("<div>" * 3000 + "<p>The mill of Bram has two stones.</p>" + "</div>" * 3000)
+    command(tmp_path, tmp_path / "out", "--valid_share=0")
+    assert texts_of(tmp_path / "out") == ["Дождь шёл весь день, и река поднялась до моста.",
+                                          "The mill of Bram has two stones."]
+    assert re.search(r"\n  nested too deep: .* 1\n", capsys.readouterr().out)
 
 
 def test_held_out_questions_and_tags(tmp_path):

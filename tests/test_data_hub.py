@@ -140,7 +140,8 @@ def test_proofs_and_choices_go_answers_stay_as_they_are():
             base | {"problem": "No answer?", "answer": None}, base | {"problem": "  find  X. ", "answer": "\\sqrt{2}"}]
     counts = Counter()
     (p,) = made("openr1", rows, counts=counts)
-    assert p.answer == "\\sqrt{2}" and counts == {"rows": 7, "filtered": 5, "repeat": 1}
+    assert p.answer == "\\sqrt{2}" and counts == {
+        "rows": 7, "proof": 1, "multiple choice": 3, "no question or answer": 1, "repeat": 1}
 
 
 def test_plain_questions(tmp_path):
@@ -254,11 +255,12 @@ def test_bad_rows_are_named_and_the_others_written(tmp_path, capsys):
     (tmp_path / "in/a.jsonl").write_text('{"text": "1"}\n{oops\n{"body": 2}\n{"text": "4"}\n')
     (tmp_path / "in/b.html").write_bytes("<p>Straße</p>".encode())
     (tmp_path / "in/c.exe").write_bytes(b"x")
+    (tmp_path / "in/d.html").write_text("<!-- moved -->")
     call("text", tmp_path / "in", tmp_path / "out.jsonl")
     assert [json.loads(x)["text"] for x in (tmp_path / "out.jsonl").read_text().splitlines()] == ["1", "4", "Straße"]
     rows = [json.loads(x) for x in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
     assert [(row["file"][-7:], row["row"]) for row in rows] == [("n/c.exe", 0), ("a.jsonl", 2), ("a.jsonl", 3)]
-    assert "3 written, left out: rejected 2; 1 files not read; see" in capsys.readouterr().out
+    assert "3 written, left out: empty 1, rejected 2; 1 files not read; see" in capsys.readouterr().out
     write(tmp_path / "many.jsonl", [{"text": "x"}] * 50 + [{"body": "x"}] * 10)
     with pytest.raises(UserError, match=r"10 of 60 rows rejected.*the first: .*many.jsonl:51: adapter text: row needs"):
         call("text", tmp_path / "many.jsonl", tmp_path / "b.jsonl")
@@ -279,7 +281,7 @@ def test_command_writes_shards(tmp_path, capsys):
     assert info["documents"] == 2
     with pytest.raises(UserError, match="limit = 0 should be at least 1"):
         call("text", tmp_path / "in", tmp_path / "o.jsonl", "--limit=0")
-    with pytest.raises(UserError, match="nothing is left to write: filtered 1"):
+    with pytest.raises(UserError, match="nothing is left to write: empty 1"):
         call("text", write(tmp_path / "none.jsonl", [{"text": ""}]), tmp_path / "s2", "--tokenizer=tiny")
 
 
@@ -302,3 +304,35 @@ def test_own_tokenizer(tmp_path, capsys):
         train_bpe.main(configurator.load(train_bpe.Config, [*words, "--vocab_size=300"]))
     with pytest.raises(UserError, match="give more, and more varied, text"):
         train_bpe.main(configurator.load(train_bpe.Config, [words[0], str(tmp_path / "t2"), "--vocab_size=9000"]))
+
+
+def test_heldout_is_obeyed_by_every_adapter(tmp_path, capsys):
+    """The held-out question itself, and with two words replaced; a third row stays. Problems, chats and documents."""
+    question = "A train leaves the town of Holt at 9 and needs 4 hours for the 320 miles to Bram. How fast is it?"
+    other = question.replace("A train", "One bus").replace("fast", "quick")
+    write_problems(tmp_path / "test.jsonl", [Problem("0" * 16, "maths", question, answer="80")])
+    texts = [question, other, "How many legs have 3 horses and 2 hens?"]
+    dapo = [{"prompt": [{"role": "user", "content": t}], "reward_model": {"ground_truth": "1"}} for t in texts]
+    apps = [{"question": t, "input_output": json.dumps({"inputs": ["1"], "outputs": ["1"]})} for t in texts]
+    chats = [{"conversations": [{"from": "user", "value": t}, {"from": "assistant", "value": "80"}]} for t in texts]
+    pages = [{"text": f"From the book, page 7. {t} Answer it."} for t in texts]
+    for adapter, rows in (("dapo", dapo), ("apps", apps), ("openthoughts", chats), ("text", pages)):
+        source, out = write(tmp_path / f"{adapter}.jsonl", rows), tmp_path / f"{adapter}_out.jsonl"
+        call(adapter, source, out, f"--heldout={tmp_path / 'test.jsonl'}")
+        left = out.read_text()
+        assert "horses" in left and "Bram" not in left, adapter
+        assert "1 written, left out: held out 2" in capsys.readouterr().out
+    call("qa", write(tmp_path / "qa.jsonl", [{"question": t, "answer": 1} for t in texts]), tmp_path / "qa_out.jsonl",
+         f"--heldout={write(tmp_path / 'chats.jsonl', [{'messages': [{'role': 'user', 'content': question}]}])}")
+    assert [p.question for p in read_problems(tmp_path / "qa_out.jsonl")] == texts[2:]
+
+
+def test_a_flag_that_would_not_be_used_is_an_error(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"text": "x"}])
+    for flag in ("--labels=l.jsonl", "--name=maths", "--split=test", "--subset=a", "--append", "--valid_share=0.5",
+                 "--workers=2", "--tasks=3", "--slurm_partition=cpu", "--memory_gb=8"):
+        with pytest.raises(UserError, match="are for"):
+            call("text", source, tmp_path / "out.jsonl", flag)
+    for flags in (["--memory_gb=8"], ["--tasks=2", "--slurm_time=1:00"]):
+        with pytest.raises(UserError, match="are for Slurm"):
+            call("text", source, tmp_path / "data", "--tokenizer=tiny", *flags)

@@ -17,15 +17,16 @@ import torch.nn.functional as F
 
 import kernels
 import mtp
-from cache import Blocks
 from kernels import attention as A
 from kernels import decode as D
 from kernels import gemv as G
 from kernels import linear_cross_entropy as L
+from kernels import reference
 from kernels import rmsnorm as N
 from kernels import rope as R
 from kernels import swiglu as S
-from model import Block, MiMo, ModelConfig
+from model import MiMo, ModelConfig
+from runner import GraphRunner
 
 
 def why_not():
@@ -242,20 +243,22 @@ def test_block_step_equals_the_block(B, Q, through_triton):
     """A whole block over a cache in blocks, and what it leaves in the cache."""
     torch.manual_seed(Q)
     cfg = ModelConfig(n_layer=1, d_model=64, n_head=4, n_kv_head=2, head_dim=16, d_ff=96)
-    block = Block(cfg).requires_grad_(False)
+    model = MiMo(cfg).requires_grad_(False)
+    block = model.layers[0]
     for p in block.parameters():
         p.normal_(0, 0.3)
     caches, outputs = [], []
     for fused in (True, False):
-        cache = Blocks(1, 3, 2, 2, 64, 16, torch.float32, torch.device("cpu"), 16, 12)
+        cache = GraphRunner(model, slots=3, columns=64, n_draft=0, n_blocks=12, block=16, n_ids=64, draft_ids=64,
+                            prefill_tokens=64)
+        cache.refresh()
         cache.kv.copy_(randn(*cache.kv.shape, grad=False, gen=torch.Generator().manual_seed(1)))
         for row in range(3):
-            cache.allocate(row, 64)
-            cache.map_row(row, row)
+            cache.map_row(row, range(4 * row + 1, 4 * row + 5))
         positions = torch.tensor([[5], [30], [17]])[:B] + torch.arange(Q)
         layer = cache.layers[0]
         cos, sin = tables(positions, 16)
-        layer.ctx = cache.context(0, positions, cos, sin)
+        layer.ctx = cache.context(0, positions)
         x = randn(B, Q, 64, grad=False, gen=torch.Generator().manual_seed(2))
         assert G.gemv_applies(block, B, Q)
         outputs.append(G.block_step(block, x, cos, sin, layer) if fused else block(x, cos, sin, None, layer))
@@ -307,7 +310,7 @@ def test_head_kernels_loop_over_column_blocks(through_triton, monkeypatch):
 def test_rmsnorm(dtype, through_triton):
     torch.manual_seed(0)
     x, r, w = randn(2, 5, 48, dtype=dtype), randn(2, 5, 48, dtype=dtype), randn(48, dtype=dtype)
-    exact = lambda x, w: N.rmsnorm_reference(x, w, 1e-5)
+    exact = lambda x, w: reference.rmsnorm(x, w, 1e-5)
     compare(lambda x, w: N.rmsnorm(x, w, 1e-5), exact, (x, w), DTYPES[dtype])
     compare(lambda x, r, w: N.rmsnorm_residual(x, w, 1e-5, r), lambda x, r, w: (exact(x + r, w), x + r), (x, r, w),
             DTYPES[dtype])
@@ -326,7 +329,7 @@ def test_rope_with_positions_per_document(dtype, through_triton):
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
     cos, sin = tables(positions, 16)
     q, k = randn(2, 5, 3, 16, dtype=dtype), randn(2, 5, 1, 16, dtype=dtype)
-    exact = lambda t: R.rotate(t, cos.double(), sin.double())
+    exact = lambda t: reference.rope(t, t, cos.double(), sin.double())[0]
     compare(lambda q, k: R.rope(q, k, cos, sin), lambda q, k: (exact(q), exact(k)), (q, k), DTYPES[dtype])
 
 

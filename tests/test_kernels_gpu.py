@@ -11,7 +11,8 @@ import gpu_kernels  # noqa: E402
 
 import mtp  # noqa: E402
 from engine import Engine, Request, generate  # noqa: E402
-from kernels.attention import attention, attention_reference, doc_bounds  # noqa: E402
+from kernels import reference
+from kernels.attention import attention, doc_bounds  # noqa: E402
 from model import ModelConfig  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -44,7 +45,7 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(d):
     exact = gpu_kernels.exact_attention(q, k, v, bounds)
     truth = (exact, *torch.autograd.grad(exact, (q, k, v), do.double()))
     errors = []
-    for f in (attention, attention_reference):
+    for f in (attention, reference.attention):
         o = f(q, k, v, bounds)
         got = (o, *torch.autograd.grad(o, (q, k, v), do))
         errors.append([(g.double() - t).abs().max().item() for g, t in zip(got, truth, strict=True)])
@@ -103,7 +104,7 @@ def test_aborts_reloads_and_full_queues_on_the_gpu():
     """More requests than slots, some aborted, weights reloaded on the way: all end, no block is lost."""
     model, other = small_model(), small_model()
     engine = Engine(model, 4, 200, 3)
-    free = len(engine.cache.free_blocks)
+    free = len(engine.blocks.free_blocks)
     todo = requests(40, temperature=1.0)
     for r in todo:
         engine.add(r)
@@ -119,4 +120,4 @@ def test_aborts_reloads_and_full_queues_on_the_gpu():
                 ended[s.id] = s
         if steps == 20:
             engine.load(other.state_dict())
-    assert len(ended) == 40 and len(engine.cache.free_blocks) == free and not engine.in_flight
+    assert len(ended) == 40 and len(engine.blocks.free_blocks) == free and not engine.in_flight

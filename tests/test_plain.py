@@ -26,7 +26,7 @@ def compiled_again():
 
 @pytest.mark.parametrize("module", [pretrain, sft, rl, sample, evaluation], ids=lambda m: m.__name__)
 def test_plain_runs_torch_code_only(world, module, monkeypatch):  # noqa: F811
-    calls, reference = [], kernels.rmsnorm.rmsnorm_reference
+    calls, reference = [], kernels.reference.rmsnorm
 
     def watched(*args):
         calls.append(torch.is_grad_enabled())
@@ -34,7 +34,7 @@ def test_plain_runs_torch_code_only(world, module, monkeypatch):  # noqa: F811
 
     def compiled(*_):
         raise AssertionError("--plain asked for the compiled library")
-    monkeypatch.setattr(kernels.rmsnorm, "rmsnorm_reference", watched)
+    monkeypatch.setattr(kernels.reference, "rmsnorm", watched)
     for place in (kernels.cpu, kernels.cpu.decode):
         monkeypatch.setattr(place, "library", compiled)
     words = [f"--ckpt={world}/base", "--prompt=a", "--max_new_tokens=4", "--mtp"] if module is sample \

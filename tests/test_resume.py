@@ -44,8 +44,8 @@ _mix = dict(web=.3, maths=.4, code=.3)
 model = dict(vocab_size=1024, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=64, max_seq_len=160,
              n_mtp=1)
 stages = [Stage("one", 3000, 64, 4, lr=3e-3, mtp_weight=0.3, mix=_mix),
-          Stage("two", 1500, 128, 2, lr=3e-3, rope_base=6.4e5, mix=_mix | dict(synth=.1))]
-mtp_stage = Stage("mtp", 1200, 64, 4, lr=3e-3, rope_base=6.4e5, mix=_mix)
+          Stage("two", 1500, 128, 2, lr=3e-3, rope_base=6.4e5, mix=_mix | dict(synth=.1), checkpointing="full")]
+mtp_stage = Stage("mtp", 1200, 64, 4, lr=3e-3, rope_base=6.4e5, mix=_mix, checkpointing="selective")
 save_every, sample_every, valid_tokens, device = 3, 0, 256, "cpu"
 """
 

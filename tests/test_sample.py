@@ -14,10 +14,11 @@ import sample
 from checkpoint import find
 from configurator import UserError
 from data.jsonl import write_jsonl
-from engine import Engine, Sample
+from engine import Sample
 from kernels.cpu.decode import CpuForward
 from model import ModelConfig
 from mtp import build
+from runner import TorchRunner
 from tokenizer import Tokenizer
 
 
@@ -153,10 +154,10 @@ def test_half_characters_are_held_back():
 
 
 def test_plain_runs_torch_code_only(ckpt, monkeypatch, capsys):
-    """A breakpoint in rmsnorm_reference or Engine.trunk is hit, C is not called; the text is the same."""
+    """A breakpoint in reference.rmsnorm or TorchRunner.trunk is hit, C is not called; the text is the same."""
     path, _ = ckpt
     import kernels
-    import kernels.rmsnorm
+    import kernels.reference
     hit = {"rmsnorm": 0, "trunk": 0, "c": 0}
 
     def counted(name, real):
@@ -164,8 +165,8 @@ def test_plain_runs_torch_code_only(ckpt, monkeypatch, capsys):
             hit[name] += 1
             return real(*args, **options)
         return function
-    monkeypatch.setattr(kernels.rmsnorm, "rmsnorm_reference", counted("rmsnorm", kernels.rmsnorm.rmsnorm_reference))
-    monkeypatch.setattr(Engine, "trunk", counted("trunk", Engine.trunk))
+    monkeypatch.setattr(kernels.reference, "rmsnorm", counted("rmsnorm", kernels.reference.rmsnorm))
+    monkeypatch.setattr(TorchRunner, "trunk", counted("trunk", TorchRunner.trunk))
     monkeypatch.setattr(CpuForward, "__init__", counted("c", CpuForward.__init__))
     words = f"--ckpt={path}", "--prompt=3 + 4 =", "--max_new_tokens=5", "--mtp", "--temperature=0"
     run(*words)

@@ -21,11 +21,17 @@
 #define ALL4(x) x, x, x, x
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec load(const float *p) { return *(const anywhere *)p; }
 INLINE vec all(float x) { return (vec)ALL(x); }      // one load that fills a vector
+// bf16 is the upper half of an fp32: widening is exact
+INLINE vec widen(const uint16_t *p) {
+    return (vec)(__builtin_convertvector(*(const halves *)p, uvec) << 16);
+}
 INLINE void store(float *p, vec v) { *(anywhere *)p = v; }
 INLINE vec pick(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
 
