@@ -179,10 +179,10 @@ class CpuForward:
                 "final_norm": pad(layer.final_layernorm.weight, s.Dp)})
             self.pack_into(self.blocks[n + k], f"{n + k}", packed(layer, s))
 
-    def pack_into(self, target: ctypes.Structure, prefix: str, weights: dict[str, Tensor]) -> None:
-        """Set the fields of a struct to the addresses of copies of these weights."""
+    def pack_into(self, target: ctypes.Structure, prefix: str, weights: dict[str, Tensor | None]) -> None:
+        """Set the fields of a struct to the addresses of copies of these weights, null where there is none."""
         for name, value in weights.items():
-            setattr(target, name, self.keep(f"{prefix}.{name}", value))
+            setattr(target, name, None if value is None else self.keep(f"{prefix}.{name}", value))
 
     def keep(self, name: str, value: Tensor) -> int:
         """A contiguous copy under this name, always at the same address. -> the address."""
@@ -194,15 +194,17 @@ class CpuForward:
         return self.kept[name].copy_(value).data_ptr()
 
 
-def packed(block: nn.Module, s: Shape) -> dict[str, Tensor]:
+def packed(block: nn.Module, s: Shape) -> dict[str, Tensor | None]:
     """
     The weights of one model.Block in the layout of decode_cpu.c and in the order in which it reads them: heads and
     widths are padded with zeros to multiples of 16.
     """
     a, mlp, H, K, d, dp = block.self_attn, block.mlp, s.H, s.K, s.d, s.dp
 
-    def heads(*parts: Tensor) -> Tensor:
+    def heads(*parts: Tensor | None) -> Tensor | None:
         """[heads d, ...] each -> [heads, parts, dp, ...] flattened: k and v of one head lie side by side."""
+        if parts[0] is None:                                        # a model without biases
+            return None
         parts = [F.pad(p.unflatten(0, (-1, d)), (0, 0) * (p.ndim - 1) + (0, dp - d)) for p in parts]
         return torch.stack(parts, 1).flatten(0, 2)
     gate_up = torch.cat([pad(w, s.Fp, s.Dp) for w in (mlp.gate_proj.weight, mlp.up_proj.weight)])

@@ -155,7 +155,7 @@ typedef struct {                                    // of model.ModelConfig; wid
     float eps;
 } Shape;
 
-typedef struct {                                    // packed weights of one block; gains and biases are not packed
+typedef struct {                                    // packed weights of one block; gains and biases are not; no bias: 0
     const float *norm1, *q, *q_bias, *kv, *kv_bias, *o, *norm2, *gate_up, *down;
 } Block;
 
