@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,8 +108,15 @@ def hub_name(name: str) -> str:
 
 
 def expected(shape: ModelConfig) -> dict[str, list[int]]:
-    """Hub name -> shape of every tensor; nothing is allocated. MiMo-7B with one MTP layer: 435 + 16 = 451 entries."""
-    return {hub_name(name): list(t.shape) for name, t in mtp.build(shape, "meta").named_parameters()}
+    """
+    Hub name -> shape of every tensor; nothing is allocated. MiMo-7B with one MTP layer: 435 + 16 = 451 entries.
+    UserError for sizes that no memory holds.
+    """
+    try:
+        model = mtp.build(shape, "meta")
+    except RuntimeError as e:
+        raise UserError(f"impossible sizes, {shape}: {e}") from None
+    return {hub_name(name): list(t.shape) for name, t in model.named_parameters()}
 
 
 def tensors_in(folder: str | Path) -> dict[str, Path]:
@@ -176,6 +184,7 @@ def write_shards(folder: Path, sources: Sources, shard_bytes: float, dtype: torc
     stored). One shard is in memory at a time. -> bytes written.
     """
     sizes, shards, room = sizes_of(sources, dtype), [], 0
+    uses = Counter(sources.values())
     for new in sources:
         if sizes[new] > room:
             shards.append([])
@@ -190,6 +199,8 @@ def write_shards(folder: Path, sources: Sources, shard_bytes: float, dtype: torc
             with opened(path) as f:
                 for new in (n for n in names if sources[n][0] == path):
                     t = f.get_tensor(sources[new][1])
+                    if uses[sources[new]] > 1:                        # tensors of one file may not share memory
+                        t = t.clone()
                     data[new] = change(new, t).to(dtype or t.dtype)
         save_file(data, folder / file, metadata={"format": "pt"})     # transformers refuses a file without it
         usual_mode(folder / file)
@@ -223,8 +234,8 @@ def model_config(hf: dict, path: Path) -> ModelConfig:
         return hf[key]
 
     family = hf.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        why = f": {REFUSED[family]}" if family in REFUSED else ""
+    if family not in list(FAMILIES):
+        why = f": {REFUSED[family]}" if family in list(REFUSED) else ""
         raise UserError(f"{path}: model_type = {family!r} should be {', '.join(FAMILIES)}{why}")
     if hf.get("quantization_config"):
         raise UserError(f"{path}: quantization_config is there, should be absent: only bf16, fp16 and fp32 are read")
@@ -239,14 +250,14 @@ def model_config(hf: dict, path: Path) -> ModelConfig:
     if other:
         raise UserError(f"{path}: layer_types has {other[0]!r}, should be 'full_attention' throughout")
     n_head, d_model = get("num_attention_heads", int), get("hidden_size", int)
-    head_dim = hf.get("head_dim")
-    n_mtp = hf.get("num_nextn_predict_layers")
+    head_dim = d_model // n_head if hf.get("head_dim") is None else get("head_dim", int)
+    n_mtp = 0 if hf.get("num_nextn_predict_layers") is None else get("num_nextn_predict_layers", int)
     fields = dict(
         vocab_size=get("vocab_size", int), n_layer=get("num_hidden_layers", int), d_model=d_model, n_head=n_head,
-        n_kv_head=get("num_key_value_heads", int), head_dim=d_model // n_head if head_dim is None else head_dim,
+        n_kv_head=get("num_key_value_heads", int), head_dim=head_dim,
         d_ff=get("intermediate_size", int), rms_eps=get("rms_norm_eps", float),
         rope_base=float(get("rope_theta", int, float)), max_seq_len=get("max_position_embeddings", int),
-        n_mtp=0 if n_mtp is None else n_mtp, qkv_bias=family != "llama",
+        n_mtp=n_mtp, qkv_bias=family != "llama",
         tie_embeddings=bool(hf.get("tie_word_embeddings")))
     try:
         return ModelConfig(**fields)
@@ -303,8 +314,8 @@ def with_mtps(folder: str | Path, files: dict[str, Path], shape: ModelConfig) ->
 def fresh_layers(have: Sources, shape: ModelConfig, n: int, folder: Path) -> tuple[Sources, ModelConfig]:
     """
     have and shape with n untrained MTP layers, for a model without. Their block is a copy of the last one, their last
-    norm the trunk's; what no block has is written to a file in folder: input_proj = [1 | 0], which hands on the hidden
-    state, and gains of 1. docs/lab_log.md compares this start with a random one.
+    norm the trunk's; what no block has is written to a file in folder: input_proj = [1/2 | 1/2], the mean of hidden
+    state and embedding, and gains of 1. docs/lab_log.md compares this start with others.
     """
     if shape.n_mtp:
         raise UserError(f"mtp = {n} adds MTP layers to a model without: this one has {shape.n_mtp}, should be 0")
@@ -315,7 +326,7 @@ def fresh_layers(have: Sources, shape: ModelConfig, n: int, folder: Path) -> tup
         if name.startswith("model.mtp_layers."):
             part = name.split(".", 3)[3]
             if part == "input_proj.weight":
-                made[name] = torch.cat([torch.diag(gain), torch.zeros_like(torch.diag(gain))], 1)       # [D,2D]
+                made[name] = torch.cat([torch.diag(gain / 2)] * 2, 1)                       # [D,2D]
             elif part in ("token_layernorm.weight", "hidden_layernorm.weight"):
                 made[name] = gain.clone()
             elif part == "final_layernorm.weight":

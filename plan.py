@@ -285,8 +285,9 @@ def schedule_lines(rows: list[dict], stages: list) -> list[str]:
              f"  {'tokens seen':>14}  {'lr':>9}{'batch':>8}{'context':>9}{'RoPE base':>11}{'MTP':>6}  what"]
     for seen, what in breakpoints(stages):
         s = stages[stage_at(stages, seen)[0]]
+        base = "as it is" if s.rope_base is None else f"{s.rope_base:,.0f}"
         lines.append(f"  {human(seen):>14}  {lr_at(stages, seen):>9.3g}{batch_size_at(stages, seen):>8,}"
-                     f"{s.seq_len:>9,}{s.rope_base:>11,.0f}{mtp_weight_at(stages, seen):>6g}  {what}")
+                     f"{s.seq_len:>9,}{base:>11}{mtp_weight_at(stages, seen):>6g}  {what}")
     return lines
 
 

@@ -85,6 +85,7 @@ class Config:
     reward_lag: int = 16                  # decode steps from the end of a group to the use of its rewards [ours];
                                           # with several processes also the steps between two exchanges
     slots: int = 128                      # answers decoded at a time, per process
+    system: str | None = None             # system prompt; "" = an empty system turn, None = what the chat template says
     n_draft: int = 0                      # MTP layers that draft during rollouts; exact, but slower on large batches
     judge_workers: int = 2                # sandboxed test runners
     micro_tokens: int = 8192              # padded tokens per forward of the trainer; never changes the result
@@ -150,6 +151,8 @@ def main(cfg: Config) -> None:
     start = ckpt or checkpoint.find(cfg.init)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(start), f"{start}/model.json")
     tokenizer, problems = Tokenizer.load(start), read_problems(cfg.problems)
+    if cfg.system is not None:
+        tokenizer = tokenizer.with_system(cfg.system)               # goes into the checkpoint: served as trained
     held = read_problems(cfg.valid) if cfg.valid else []
     meta = checkpoint_meta(cfg, start, held)
     chat = meta["chat"]

@@ -18,6 +18,7 @@ document with eos_id, insert control ids.
     python tokenizer.py "Problem: 17 + 25 = ?"      # shows the tokens; expect 2.0 to 3.2 characters a token
 """
 import base64
+import copy
 import json
 import os
 import re
@@ -310,6 +311,17 @@ class Tokenizer:
             ids += new
             mask += [int(train)] * len(new)
         return ids, mask
+
+    def with_system(self, text: str) -> "Tokenizer":
+        """
+        This tokenizer with another system prompt for conversations without one, "" for an empty system turn. save()
+        writes it into the chat template: whoever serves the model sends the prompt that it was trained on.
+        """
+        if self.chat_template is None:
+            raise UserError("this tokenizer has no chat template, so no system prompt either")
+        other = copy.copy(self)
+        other.chat_template = chat_template.with_system(self.chat_template, text)
+        return other
 
     def _split_control(self, text: str, wedge: str) -> str:
         """text with the letter `wedge` between the letters of each control token; twice where one begins in another."""
