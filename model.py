@@ -200,9 +200,10 @@ class MiMo(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(cfg.vocab_size, cfg.d_model), freeze=False)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.d_model, cfg.rms_eps)
-        # untied from the embedding [paper 2.2]; tied, it is the same module under a second name, so that there is one
-        # parameter, embed_tokens.weight, in memory, optimizer and checkpoint, whose gradient is the sum of both uses
-        self.lm_head = self.embed_tokens if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        if not cfg.tie_embeddings:                                  # untied from the embedding [paper 2.2]
+            self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        else:                     # a plain attribute, no second submodule: there is one parameter, embed_tokens.weight,
+            object.__setattr__(self, "lm_head", self.embed_tokens)      # whose gradient is the sum of both uses
         self.mtp_layers = nn.ModuleList()
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, bounds: Tensor | None = None) -> Tensor:

@@ -208,9 +208,13 @@ def main(cfg: Config) -> None:
 # ---- start, resume, stages ------------------------------------------------------------------------------------------
 
 def going_on(cfg: Config) -> Config:
-    """cfg with the shape and the tokenizer of the checkpoint that it starts from, cfg.init. UserError without one."""
+    """
+    cfg with the shape and the tokenizer of the checkpoint that it starts from, cfg.init; the context is that of the
+    model, or of a stage with a longer one. UserError without a checkpoint.
+    """
     init = checkpoint.find(cfg.init)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(init), f"{init}/model.json")
+    shape = replace(shape, max_seq_len=max(shape.max_seq_len, *(s.seq_len for s in cfg.all_stages())))
     return replace(cfg, init=str(init), model=shape, tokenizer=str(init))
 
 
