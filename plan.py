@@ -41,7 +41,7 @@ SCRIPTS = (pretrain, sft, rl)
 class Config:
     config: str = ""                      # the configuration to plan for, of pretrain.py, sft.py or rl.py
     model: str = ""                       # SFT and RL: the pre-training configuration whose model they train, with its
-                                          # final MTP layers; "" = the same name without _sft, _rl ...
+                                          # final MTP layers, or a checkpoint; "" = the same name without _sft, _rl ...
     gpus: int = 8                         # GPUs of the run
     mfu: float = 0.4                      # model FLOP utilisation, for the days
     tflops: float = 989.0                 # peak dense bf16 TFLOP/s of a GPU (H100, H200: 989)
@@ -59,22 +59,28 @@ def main(cfg: Config) -> None:
     flags = [f"--{key}={value}" for key, value in cfg.set.items()]
     script = script_of(cfg.config)
     run = configurator.load(script.Config, [cfg.config, *flags])
+    train = getattr(run, "train", "all")
     if run.shard_ranks and cfg.gpus % run.shard_ranks:
         raise UserError(f"shard_ranks = {run.shard_ranks} should divide gpus = {cfg.gpus}")
     how = dict(checkpointing=run.checkpointing, shard_ranks=run.shard_ranks, reduce_each=run.reduce_each)
     if script is pretrain:
-        print(report(run.model, run.stages, cfg.gpus, mtp_stage=run.mtp_stage, n_mtp_final=run.n_mtp_final,
+        run = pretrain.going_on(run) if run.init else run
+        print(report(run.model, run.stages, cfg.gpus, train=train, mtp_stage=run.mtp_stage, n_mtp_final=run.n_mtp_final,
                      micro_batch=run.micro_batch, mfu=cfg.mfu, tflops=cfg.tflops, **how))
         return
     path = cfg.model or model_config(cfg.config)
-    base = configurator.load(pretrain.Config, [path])
-    print(f"model of {path} with {base.n_mtp_final} MTP layers")
+    if Path(path).is_dir():
+        base = pretrain.going_on(pretrain.Config(init=path))
+        base = replace(base, n_mtp_final=base.model.n_mtp)
+    else:
+        base = configurator.load(pretrain.Config, [path])
+    print(f"model of {path} with {base.n_mtp_final} MTP layer(s)")
     if script is sft:
         stage = Stage("SFT", tokens=run.steps * run.batch_size * run.seq_len, seq_len=run.seq_len,
                       batch_size=run.batch_size, lr=run.lr, mtp_weight=run.mtp_weight,
-                      rope_base=base.stages[-1].rope_base)
+                      rope_base=base.all_stages()[-1].rope_base)
         print(report(replace(base.model, n_mtp=base.n_mtp_final), [stage], cfg.gpus, n_mtp_final=base.n_mtp_final,
-                     micro_batch=run.micro_batch, mfu=cfg.mfu, tflops=cfg.tflops, **how))
+                     micro_batch=run.micro_batch, mfu=cfg.mfu, tflops=cfg.tflops, train=train, **how))
     else:
         print(rl_report(base.model, base.n_mtp_final, cfg.gpus, micro_tokens=run.micro_tokens, n_draft=run.n_draft,
                         kv_tokens=run.kv_tokens or run.slots * base.model.max_seq_len, copies=run.max_staleness,
@@ -157,12 +163,13 @@ def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool
 
 def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: int = 1, checkpointing: str = "none",
          shard_ranks: int = 0, mtp_stage: Stage | None = None, n_mtp_final: int = 3, reduce_each: bool = False,
-         device: str = "cuda", mfu: float = 0.4, tflops: float = 989.0, kv_tokens: int = 0) -> list[dict]:
+         device: str = "cuda", mfu: float = 0.4, tflops: float = 989.0, kv_tokens: int = 0,
+         train: str = "all") -> list[dict]:
     """
     One dict per stage: tokens, steps, rows of a micro-batch, parameters, FLOPs per token, days, and bytes per rank by
     kind. stages: the pre-training table; mtp_stage: the fine-tuning of new MTP layers after it, or None. micro_batch
-    counts rows of the shortest context, as in pretrain.py; kv_tokens: tokens in an engine's cache. ValueError if
-    shard_ranks does not divide world.
+    counts rows of the shortest context, as in pretrain.py; kv_tokens: tokens in an engine's cache; train="mtp": the MTP
+    layers alone, on a frozen trunk. ValueError if shard_ranks does not divide world.
     """
     if shard_ranks and world % shard_ranks:
         raise ValueError(f"shard_ranks = {shard_ranks} should divide the number of GPUs, {world}")
@@ -172,11 +179,12 @@ def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: in
     shortest, sharded = min(s.seq_len for s in table), gpu or world > 1
     for s in table:
         last = s is mtp_stage
+        frozen = last or train == "mtp"                        # the trunk only runs forward
         n_mtp = n_mtp_final if last else shape.n_mtp
         here = replace(shape, n_mtp=n_mtp)
         count, P = here.params_by_part(), here.n_params()
-        new = n_mtp - shape.n_mtp
-        trained = new * (count["MTP layers"] // n_mtp) if last else P
+        new = n_mtp - shape.n_mtp if last else n_mtp
+        trained = new * (count["MTP layers"] // n_mtp) if frozen else P
         micro = max(1, micro_batch * shortest // s.seq_len)
         tokens = micro * s.seq_len
         root = count["embedding"] + count["lm_head"] + count["final norm"]
@@ -186,11 +194,11 @@ def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: in
             "weights": 4 * P / n + (gathered * e if sharded else 0),
             "gradients": 4 * trained if sharded and not reduce_each else 4 * trained / n,
             "optimizer": 8 * trained / n,
-            "activations": activation_bytes(shape, tokens, n_mtp, checkpointing, gpu, last) + passing[1],
+            "activations": activation_bytes(shape, tokens, n_mtp, checkpointing, gpu, frozen) + passing[1],
             "logits": logits_bytes(shape, tokens, n_mtp, gpu) + passing[0],
             "KV": kv_tokens * kv_bytes_per_token(shape, e) + (P * e if kv_tokens else 0),
         }
-        flops = flops_per_token(here, s.seq_len, train="mtp" if last else "all")
+        flops = flops_per_token(here, s.seq_len, train="mtp" if frozen else "all")
         rows.append({"name": s.name, "tokens": s.tokens, "steps": steps_of(s), "seq_len": s.seq_len,
                      "batch_size": s.batch_size, "micro_batch": micro, "parameters": count,
                      "trained": trained, "flops_per_token": flops, "memory": memory,

@@ -215,7 +215,10 @@ def going_on(cfg: Config) -> Config:
     init = checkpoint.find(cfg.init)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(init), f"{init}/model.json")
     shape = replace(shape, max_seq_len=max(shape.max_seq_len, *(s.seq_len for s in cfg.all_stages())))
-    return replace(cfg, init=str(init), model=shape, tokenizer=str(init))
+    try:
+        return replace(cfg, init=str(init), model=shape, tokenizer=str(init))
+    except ValueError as e:                                  # a rule of Config that this model breaks
+        raise UserError(f"{init}: {e}") from None
 
 
 def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoader]:
