@@ -9,7 +9,8 @@ Report, section 2.2: MiMo-7B uses the Qwen2 tokenizer (vocabulary padded to 151,
                               tokenizer_config.json or added_tokens.json; the ids equal those of Hugging Face's
                               own tokenizer (tests/test_tokenizer.py)
 
-Both split text with Qwen2's regular expression, in which every digit is its own token.
+Both split text with Qwen2's regular expression, in which every digit is its own token. Another byte-level BPE (Llama 3,
+SmolLM2) is encoded by Hugging Face's library `tokenizers`, behind the same methods.
 
 Control tokens that are written in a text are ordinary characters here: encode("<|im_end|>") gives pieces such as "<",
 "|" and "im", so that no web page and no user can forge the end of a turn. Only chat(), and the scripts that end a
