@@ -77,8 +77,9 @@ def render(template: str, messages: Sequence[dict[str, str]], add_generation_pro
 def with_system(template: str, system: str) -> str:
     """The template with `system` as the system prompt of conversations without one; "" makes an empty system turn."""
     literal = "".join(c if c.isascii() and c.isalnum() or c in " .,:;" else f"\\U{ord(c):08x}" for c in system)
-    return ("{% if not messages or messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': '"
-            + literal + "'}] + messages %}{% endif %}{{ '' }}" + template)
+    head = ("{% if not messages or messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': '"
+            + literal + "'}] + messages %}{% endif %}{{ '' }}")
+    return template if template.startswith(head) else head + template     # a resumed run has it already
 
 
 def parts(template: str, messages: Sequence[dict[str, str]], end: str, add_generation_prompt: bool = False,
