@@ -142,19 +142,23 @@ def block_bytes(shape: ModelConfig, checkpointing: str, gpu: bool) -> float:
     return compute * (2 if gpu else 4) + fp32 * 4
 
 
-def logits_bytes(shape: ModelConfig, tokens: int, n_mtp: int, gpu: bool) -> float:
-    """Gradients of head and input that the loss makes in the forward and keeps, once per head."""
+def logits_bytes(shape: ModelConfig, tokens: int, n_mtp: int, gpu: bool, frozen: bool) -> float:
+    """
+    Gradients of head and input that the loss makes in the forward and keeps, once per head. frozen: none of lm_head,
+    and nothing for the trunk's loss.
+    """
     e, V, D = (2 if gpu else 4), shape.vocab_size, shape.d_model
-    return (1 + n_mtp) * (V * D * e + tokens * (D * e + 4))
+    return (n_mtp + (not frozen)) * ((0 if frozen else V * D * e) + tokens * (D * e + 4))
 
 
-def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool) -> tuple[float, float]:
+def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool,
+                  frozen: bool) -> tuple[float, float]:
     """
     Bytes that live for a moment, of which only the larger counts: a chunk of fp32 logits, or lm_head's gradient, at the
     end of the forward; one whole block computed again at the start of the backward. -> (logits, activations).
     """
     V, rows = shape.vocab_size, min(tokens, 2048 if gpu else 512)
-    head = max(rows * V * 4, V * shape.d_model * (2 if gpu else 4))
+    head = max(rows * V * 4, 0 if frozen else V * shape.d_model * (2 if gpu else 4))
     again = 0 if checkpointing == "none" else tokens * block_bytes(shape, "none", gpu)
     return (head, 0) if head > again else (0, again)
 
@@ -189,13 +193,13 @@ def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: in
         tokens = micro * s.seq_len
         root = count["embedding"] + count["lm_head"] + count["final norm"]
         gathered = root + count["MTP layers"] + 2 * shape.block_params()     # 2: block in use and the next
-        passing = passing_bytes(shape, tokens, checkpointing, gpu)
+        passing = passing_bytes(shape, tokens, checkpointing, gpu, frozen)
         memory = {
             "weights": 4 * P / n + (gathered * e if sharded else 0),
             "gradients": 4 * trained if sharded and not reduce_each else 4 * trained / n,
             "optimizer": 8 * trained / n,
             "activations": activation_bytes(shape, tokens, n_mtp, checkpointing, gpu, frozen) + passing[1],
-            "logits": logits_bytes(shape, tokens, n_mtp, gpu) + passing[0],
+            "logits": logits_bytes(shape, tokens, n_mtp, gpu, frozen) + passing[0],
             "KV": kv_tokens * kv_bytes_per_token(shape, e) + (P * e if kv_tokens else 0),
         }
         flops = flops_per_token(here, s.seq_len, train="mtp" if frozen else "all")
