@@ -12,7 +12,7 @@ from schedule import Stage
 
 out = "out/mtp_attach"
 train = "mtp"
-stages = [Stage(name="attach", tokens=50e6, seq_len=4096, batch_size=16, lr=1e-3, warmup_tokens=1e6, lr_end=1e-4,
+stages = [Stage(name="attach", tokens=50e6, seq_len=1024, batch_size=64, lr=1e-3, warmup_tokens=1e6, lr_end=1e-4,
                 decay_tokens=40e6, mtp_weight=1.0, mix=dict(web=1.0))]
 micro_batch = 1
 save_every = 50
