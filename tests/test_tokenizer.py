@@ -3,6 +3,7 @@ import json
 import random
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -419,6 +420,59 @@ def test_the_end_token_of_a_base_model(tmp_path):
         assert json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())["eos_token"] == end
         tok = Tokenizer.load(tmp_path / "t")
         assert (tok.eos_id, tok.im_end_id) == (1021, 1023)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: d["added_tokens"][3].update(id=-1), "an id is not a number from 0 on"),
+    (lambda d: d["added_tokens"][3].update(id=5), "two tokens share an id"),
+    (lambda d: [t.update(content=f"x{k}") for k, t in enumerate(d["added_tokens"])],
+     "needs the token <.endoftext.>, or eos_token"),
+    (lambda d: d["model"].pop("merges"), "not of a byte-level BPE's form"),
+])
+def test_a_damaged_tokenizer_is_one_line(hf, tmp_path, change, message):
+    shutil.copytree(hf[1]["fast"], tmp_path / "t")
+    edit(tmp_path / "t", change)
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(tmp_path / "t")
+
+
+def test_a_hostile_tokenizer_takes_no_time_and_no_memory(hf, tmp_path):
+    """Checking the merges of a token of n bytes takes n^2 steps; rows of 10^13 would be 10 TB; JSON in JSON in ..."""
+    shutil.copytree(hf[1]["slow"], tmp_path / "t")
+    vocab = json.loads((tmp_path / "t" / "vocab.json").read_text())
+    (tmp_path / "t" / "vocab.json").write_text(json.dumps(vocab | {"ab" * 100_000: 710}))
+    with pytest.raises(UserError, match="a token of 200,000 bytes, should be at most 1,024"):
+        Tokenizer.load(tmp_path / "t")
+    (tmp_path / "t" / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "t" / "model.json").write_text(json.dumps({"vocab_size": 10**13}))
+    with pytest.raises(UserError, match="does not fit a vocabulary of 10000000000000 .at most 16,777,216"):
+        Tokenizer.load(tmp_path / "t")
+    (tmp_path / "t" / "tokenizer_config.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(UserError, match="not JSON"):
+        Tokenizer.load(tmp_path / "t")
+
+
+def test_qwens_own_ranks(tmp_path):
+    """
+    The real 151,643 ranks, which the wheel qwen-agent carries: a known file, 151,387 merges, and on NASTY the ids of
+    Hugging Face's library. Skipped where the wheel is not installed; its code is not run.
+    """
+    import base64
+    import hashlib
+    import importlib.util
+    spec = importlib.util.find_spec("qwen_agent")
+    if spec is None:
+        pytest.skip("pip install --no-deps qwen-agent")
+    data = (Path(spec.submodule_search_locations[0]) / "utils" / "qwen.tiktoken").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
+    added = {name: (151_643 + k, True) for k, name in enumerate((EOS, IM_START, IM_END))}
+    tok = Tokenizer(ranks, added, 151_680)
+    assert len(ranks) == 151_643 and len(tok.merges) == 151_387
+    tok.save(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in [*NASTY, *fuzz(1000)]:
+        assert tok.encode(text, control=True) == library.encode(text).ids, repr(text)
 
 
 def test_an_unreachable_token_is_refused():
