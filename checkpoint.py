@@ -116,7 +116,9 @@ def find(path: str | Path) -> Path:
     written = re.fullmatch(r"step_\d+", path.name) is not None
     if not written and not (path / "model.json").is_file():
         if (ckpt := latest(path)) is None:
-            raise UserError(f"no checkpoint in {path}")
+            hub = (path / "config.json").is_file()
+            raise UserError(f"no checkpoint in {path}" + (f", a Hugging Face folder: `python hf.py import {path} OUT` "
+                                                          "makes one of it" if hub else ""))
         return ckpt
     if written or (path / "manifest.json").is_file():
         for wrong in filter(None, all_gather_object(problem_with(path, *ranks()))):

@@ -244,11 +244,13 @@ def model_config(hf: dict, path: Path) -> ModelConfig:
     if family == "llama":                  # Qwen2's own classes have these biases whatever the key says
         fixed["attention_bias"] = False
     for key, right in fixed.items():
-        if hf.get(key, right) != right:
+        if hf.get(key) not in (None, right):
             raise UserError(f"{path}: {key} = {hf[key]!r} should be {right!r}: this is not MiMo-7B's architecture")
     other = sorted({str(kind) for kind in hf.get("layer_types") or ()} - {"full_attention"})
     if other:
         raise UserError(f"{path}: layer_types has {other[0]!r}, should be 'full_attention' throughout")
+    if (tied := hf.get("tie_word_embeddings") or False) is not bool(tied):
+        raise UserError(f"{path}: tie_word_embeddings = {tied!r} should be True or False")
     n_head, d_model = get("num_attention_heads", int), get("hidden_size", int)
     head_dim = d_model // n_head if hf.get("head_dim") is None else get("head_dim", int)
     n_mtp = 0 if hf.get("num_nextn_predict_layers") is None else get("num_nextn_predict_layers", int)
@@ -258,7 +260,7 @@ def model_config(hf: dict, path: Path) -> ModelConfig:
         d_ff=get("intermediate_size", int), rms_eps=get("rms_norm_eps", float),
         rope_base=float(get("rope_theta", int, float)), max_seq_len=get("max_position_embeddings", int),
         n_mtp=n_mtp, qkv_bias=family != "llama",
-        tie_embeddings=bool(hf.get("tie_word_embeddings")))
+        tie_embeddings=tied)
     try:
         return ModelConfig(**fields)
     except (ValueError, TypeError) as e:
@@ -441,12 +443,11 @@ def hub_config(shape: ModelConfig, tokenizer: Tokenizer, flavour: str, chat: boo
     base = int(shape.rope_base) if float(shape.rope_base).is_integer() else shape.rope_base
     if original and (original.get("model_type") == "llama") != llama:
         original = None
-    bos = tokenizer.added.get(tokenizer.names["bos_token"], (tokenizer.eos_id, True))[0]
     own = {"mlp_bias": False} if llama else {
         "max_window_layers": shape.n_layer, "sliding_window": shape.max_seq_len, "use_mrope": False,
         "use_sliding_window": False}
     config = own | {
-        "attention_bias": shape.qkv_bias, "attention_dropout": 0.0, "bos_token_id": bos,
+        "attention_bias": shape.qkv_bias, "attention_dropout": 0.0, "bos_token_id": bos_of(tokenizer),
         "eos_token_id": tokenizer.im_end_id if chat else tokenizer.eos_id, "hidden_act": "silu",
         "initializer_range": 0.02, "transformers_version": "4.40.1", "use_cache": True} | (original or {}) | {
         "model_type": flavour, "architectures": [FAMILIES[flavour]],
@@ -462,13 +463,18 @@ def hub_config(shape: ModelConfig, tokenizer: Tokenizer, flavour: str, chat: boo
     return dict(sorted(config.items()))
 
 
+def bos_of(tokenizer: Tokenizer) -> int:
+    """The id of bos_token; Qwen2 has none and names <|endoftext|> there."""
+    return tokenizer.added.get(tokenizer.names["bos_token"], (tokenizer.eos_id, True))[0]
+
+
 def generation_config(tokenizer: Tokenizer, chat: bool) -> dict:
     """
     The contents of generation_config.json: the sampling of the report's evaluation (temperature 0.6, top-p 0.95). Chat
     models stop at both end tokens.
     """
-    ends = [tokenizer.im_end_id, tokenizer.eos_id] if chat else tokenizer.eos_id
-    return {"bos_token_id": tokenizer.eos_id, "eos_token_id": ends, "pad_token_id": tokenizer.eos_id,
+    ends = list(dict.fromkeys((tokenizer.im_end_id, tokenizer.eos_id))) if chat else tokenizer.eos_id
+    return {"bos_token_id": bos_of(tokenizer), "eos_token_id": ends, "pad_token_id": tokenizer.eos_id,
             "do_sample": True, "temperature": 0.6, "top_p": 0.95, "transformers_version": "4.40.1"}
 
 

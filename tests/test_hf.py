@@ -139,6 +139,8 @@ def test_an_import_is_a_checkpoint(tmp_path):
     for name, p in model.named_parameters():
         assert torch.equal(p, state[hf.hub_name(name)].float()), name
     assert Tokenizer.load(ckpt).ranks == Tokenizer.load("tiny").ranks
+    with pytest.raises(UserError, match="a Hugging Face folder: `python hf.py import .*hub OUT` makes one"):
+        find(tmp_path / "hub")
     with pytest.raises(UserError, match="holds step_00000000 already"):
         hf.import_folder(tmp_path / "hub", tmp_path / "run")
 
@@ -269,6 +271,7 @@ def test_the_run_ends_naming_the_tensor(tmp_path, damage, message):
     ({"num_hidden_layers": 10**7}, "num_hidden_layers = 10,000,000, but there are only 43 tensors"),
     ({"hidden_size": 2**40}, "impossible sizes"),
     ({"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers = '1' should be int"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no' should be True or False"),
     ({"head_dim": "4"}, "head_dim = '4' should be int"),
     ({"use_sliding_window": True}, "use_sliding_window = True should be False"),
     ({"rope_scaling": {"type": "yarn", "factor": 4}}, "RoPE scaling .*yarn"),
