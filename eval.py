@@ -65,6 +65,7 @@ class Config:
     tasks: list[Literal["problems", "probes", "mtp"]] = ("problems",)   # what to measure
     problems: str = "out/tiny/problems/test.jsonl"   # held-out problems
     limit: int = 0                        # problems of each kind, 0 = all
+    system: str | None = None             # system prompt; "" = an empty system turn, None = the chat template's
     samples: int = 8                      # answers per problem [paper 3.5: avg@32 on AIME, avg@8 on LiveCodeBench]
     temperature: float = 0.6              # [paper 3.5]
     top_p: float = 0.95                   # [paper 3.5]
@@ -106,6 +107,8 @@ def main(cfg: Config) -> dict:
     kernels.set_plain(cfg.plain)
     ckpt = checkpoint.find(cfg.ckpt)
     tokenizer = Tokenizer.load(ckpt)
+    if cfg.system is not None:
+        tokenizer = tokenizer.with_system(cfg.system)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(ckpt), f"{ckpt}/model.json")
     problems = read_problems(cfg.problems) if {"problems", "mtp"} & set(cfg.tasks) else []
     if problems and rt.is_main:

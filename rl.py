@@ -90,6 +90,7 @@ class Config:
     reward_lag: int = 16                  # decode steps from the end of a group to the use of its rewards [ours];
                                           # with several processes also the steps between two exchanges
     slots: int = 128                      # answers decoded at a time, per process
+    system: str | None = None             # system prompt; "" = an empty system turn, None = what the chat template says
     n_draft: int = 0                      # MTP layers that draft during rollouts; exact, but slower on large batches
     draft_below: int = 0                  # draft only while at most so many answers are decoded; 0 = always
     mtp_weight: float = 0.0               # train the MTP layers along, on trunk states that they cannot change; 0 =
@@ -173,6 +174,8 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     start = ckpt or checkpoint.find(cfg.init)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(start), f"{start}/model.json")
     tokenizer = Tokenizer.load(start)
+    if cfg.system is not None:
+        tokenizer = tokenizer.with_system(cfg.system)               # goes into the checkpoint: served as trained
     (problems, prompts), (held, held_prompts) = read_all(cfg, shape, start, tokenizer, rt)
     if rt.is_main:
         check_references(cfg.problems, problems, at_most=1000)

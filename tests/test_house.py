@@ -19,7 +19,8 @@ ROOMS = ("", "config", "data", "data/tiny", "kernels", "kernels/cpu", "judge", "
 # from the ground up; a module that is not named stands on the floor of its folder
 FLOORS = [
     ["configurator", "cache", "kernels", "kernels.*", "kernels.cpu.*", "data", "data.tiny"],
-    ["schedule", "sampling", "data.jsonl", "data.charset", "data.formulas", "data.page", "tokenizer", "model"],
+    ["schedule", "sampling", "data.jsonl", "data.charset", "data.formulas", "data.page", "chat_template", "model"],
+    ["tokenizer"],
     ["mtp", "distributed", "data.problems", "data.shards", "data.dedup", "data.extract", "data.decontaminate",
      "data.tiny.world", "data.tiny.pages", "data.tiny.web"],
     ["metrics", "checkpoint", "judge", "judge.*", "data.*", "data.tiny.*"],
