@@ -79,6 +79,8 @@ class Config:
     judge_workers: int = 1                # sandboxed test runners, per process
     judge_seconds: float = 1.0            # processor seconds a test may take [ours]
     judge_memory_mb: int = 512            # address space of a program, MB [ours]
+    judge_output_kb: int = 1024           # output of a program that is read, KB [ours]
+    judge_tolerance: float | None = None  # by which floats may differ; None: 1e-9 in calls, not at all in text
     judge_isolation: Literal["auto", "A", "B", "C"] = "auto"   # docs/judge.md; C only for programs you trust
     judge_timeout: float = 600.0          # seconds without any reward, while some are waited for, that end the run
     timeout: float = 1800.0               # seconds that a rank waits for the others
@@ -90,7 +92,7 @@ class Config:
 
     def __post_init__(self):
         configurator.at_least(self, 1, "samples", "max_new_tokens", "probe_count", "slots", "judge_workers", "threads",
-                              "judge_memory_mb", "timeout")
+                              "judge_memory_mb", "judge_output_kb", "timeout")
         configurator.at_least(self, 0, "limit", "temperature", "kv_tokens", "n_draft", "draft_below")
         configurator.at_least(self, 0.01, "judge_seconds", "judge_timeout")
         if not 0 < self.top_p <= 1:
@@ -244,7 +246,7 @@ def made_with(cfg: Config, ckpt: Path, problems: list[Problem], rt: Runtime) -> 
     """All that the answers depend on; a run that is resumed must have the same."""
     files = checkpoint.read_manifest(ckpt)["files"] if (ckpt / "manifest.json").is_file() else {}
     names = ("problems", "limit", "samples", "temperature", "top_p", "max_new_tokens", "seed", "judge_seconds",
-             "judge_memory_mb")
+             "judge_memory_mb", "judge_output_kb", "judge_tolerance")
     return {"ckpt": str(ckpt), **{name: getattr(cfg, name) for name in names}, "dtype": str(rt.dtype),
             "weights": [files[name][1][:16] for name in sorted(files) if name.startswith("model")],
             "fingerprint of the problems": fingerprint(problems)}
@@ -355,7 +357,8 @@ def answer_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], 
     bar = tqdm(total=len(problems), initial=len(problems) - len(todo), unit="problem", desc="eval",
                disable=None if rt.is_main else True)
     judge = Judge(workers=cfg.judge_workers, time_limit=cfg.judge_seconds, memory_mb=cfg.judge_memory_mb,
-                  isolation=cfg.judge_isolation, allow_unsafe=cfg.judge_isolation == "C", cache_size=10_000,
+                  output_kb=cfg.judge_output_kb, tolerance=cfg.judge_tolerance, isolation=cfg.judge_isolation,
+                  allow_unsafe=cfg.judge_isolation == "C", cache_size=10_000,
                   quiet=not rt.is_main)
     with bar, closing(answers), judge, closing(Grader(todo, tokenizer, judge, "vanilla")) as grader:
         try:

@@ -25,6 +25,7 @@ Numbers to expect from the demo's checkpoint on one CPU core: docs/engine.md.
 """
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -100,6 +101,7 @@ def main(cfg: Config) -> None:
     """Answer --prompt or --file, or talk."""
     kernels.set_plain(cfg.plain)
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)                   # there is nothing to save
     ckpt = find(cfg.ckpt) if cfg.ckpt else best_checkpoint("out")
     meta, tokenizer = read_meta(ckpt), Tokenizer.load(ckpt)
     if cfg.system is not None:
