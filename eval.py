@@ -65,6 +65,7 @@ class Config:
     tasks: list[Literal["problems", "probes", "mtp"]] = ("problems",)   # what to measure
     problems: str = "out/tiny/problems/test.jsonl"   # held-out problems
     limit: int = 0                        # problems of each kind, 0 = all
+    system: str | None = None             # system prompt; "" = an empty system turn, None = the chat template's
     samples: int = 8                      # answers per problem [paper 3.5: avg@32 on AIME, avg@8 on LiveCodeBench]
     temperature: float = 0.6              # [paper 3.5]
     top_p: float = 0.95                   # [paper 3.5]
@@ -78,6 +79,8 @@ class Config:
     judge_workers: int = 1                # sandboxed test runners, per process
     judge_seconds: float = 1.0            # processor seconds a test may take [ours]
     judge_memory_mb: int = 512            # address space of a program, MB [ours]
+    judge_output_kb: int = 1024           # output of a program that is read, KB [ours]
+    judge_tolerance: float | None = None  # by which floats may differ; None: 1e-9 in calls, not at all in text
     judge_isolation: Literal["auto", "A", "B", "C"] = "auto"   # docs/judge.md; C only for programs you trust
     judge_timeout: float = 600.0          # seconds without any reward, while some are waited for, that end the run
     timeout: float = 1800.0               # seconds that a rank waits for the others
@@ -89,7 +92,7 @@ class Config:
 
     def __post_init__(self):
         configurator.at_least(self, 1, "samples", "max_new_tokens", "probe_count", "slots", "judge_workers", "threads",
-                              "judge_memory_mb", "timeout")
+                              "judge_memory_mb", "judge_output_kb", "timeout")
         configurator.at_least(self, 0, "limit", "temperature", "kv_tokens", "n_draft", "draft_below")
         configurator.at_least(self, 0.01, "judge_seconds", "judge_timeout")
         if not 0 < self.top_p <= 1:
@@ -106,6 +109,8 @@ def main(cfg: Config) -> dict:
     kernels.set_plain(cfg.plain)
     ckpt = checkpoint.find(cfg.ckpt)
     tokenizer = Tokenizer.load(ckpt)
+    if cfg.system is not None:
+        tokenizer = tokenizer.with_system(cfg.system)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(ckpt), f"{ckpt}/model.json")
     problems = read_problems(cfg.problems) if {"problems", "mtp"} & set(cfg.tasks) else []
     if problems and rt.is_main:
@@ -241,7 +246,7 @@ def made_with(cfg: Config, ckpt: Path, problems: list[Problem], rt: Runtime) -> 
     """All that the answers depend on; a run that is resumed must have the same."""
     files = checkpoint.read_manifest(ckpt)["files"] if (ckpt / "manifest.json").is_file() else {}
     names = ("problems", "limit", "samples", "temperature", "top_p", "max_new_tokens", "seed", "judge_seconds",
-             "judge_memory_mb")
+             "judge_memory_mb", "judge_output_kb", "judge_tolerance")
     return {"ckpt": str(ckpt), **{name: getattr(cfg, name) for name in names}, "dtype": str(rt.dtype),
             "weights": [files[name][1][:16] for name in sorted(files) if name.startswith("model")],
             "fingerprint of the problems": fingerprint(problems)}
@@ -352,7 +357,8 @@ def answer_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], 
     bar = tqdm(total=len(problems), initial=len(problems) - len(todo), unit="problem", desc="eval",
                disable=None if rt.is_main else True)
     judge = Judge(workers=cfg.judge_workers, time_limit=cfg.judge_seconds, memory_mb=cfg.judge_memory_mb,
-                  isolation=cfg.judge_isolation, allow_unsafe=cfg.judge_isolation == "C", cache_size=10_000,
+                  output_kb=cfg.judge_output_kb, tolerance=cfg.judge_tolerance, isolation=cfg.judge_isolation,
+                  allow_unsafe=cfg.judge_isolation == "C", cache_size=10_000,
                   quiet=not rt.is_main)
     with bar, closing(answers), judge, closing(Grader(todo, tokenizer, judge, "vanilla")) as grader:
         try:

@@ -81,7 +81,7 @@ SECONDS_PER_LAYER = 89e-6       # of a decode step, for launching kernels and wa
 class Config:
     config: str = ""                      # the configuration to plan for, of pretrain.py, sft.py or rl.py
     model: str = ""                       # SFT and RL: the pre-training configuration whose model they train, with its
-                                          # final MTP layers; "" = the same name without _sft, _rl ...
+                                          # final MTP layers, or a checkpoint; "" = the same name without _sft, _rl ...
     gpus: int = 8                         # GPUs of the run
     card: Literal["rtx4090", "a100", "h100", "h200"] = "h100"   # what they are: 24, 80, 80 or 141 GB
     mfu: float = 0.4                      # model FLOP utilisation of a run without recomputation, for the times
@@ -104,22 +104,29 @@ def main(cfg: Config) -> None:
     flags = [f"--{key}={value}" for key, value in cfg.set.items()]
     script = script_of(cfg.config)
     run = configurator.load(script.Config, [cfg.config, *flags])
+    train = getattr(run, "train", "all")
     if run.shard_ranks and cfg.gpus % run.shard_ranks:
         raise UserError(f"shard_ranks = {run.shard_ranks} should divide gpus = {cfg.gpus}")
     how = dict(shard_ranks=run.shard_ranks, reduce_each=run.reduce_each)
     if script is pretrain:
-        print(report(run.model, run.stages, cfg, mtp_stage=run.mtp_stage, n_mtp_final=run.n_mtp_final,
+        run = pretrain.going_on(run) if run.init else run
+        print(report(run.model, run.stages, cfg, train=train, mtp_stage=run.mtp_stage, n_mtp_final=run.n_mtp_final,
                      micro_batch=run.micro_batch, **how))
         return
     path = cfg.model or model_config(cfg.config)
-    base = configurator.load(pretrain.Config, [path])
-    print(f"model of {path} with {base.n_mtp_final} MTP layers")
+    if Path(path).is_dir():
+        base = pretrain.going_on(pretrain.Config(init=path))
+        base = replace(base, n_mtp_final=base.model.n_mtp)
+    else:
+        base = configurator.load(pretrain.Config, [path])
+    print(f"model of {path} with {base.n_mtp_final} MTP layer{'s' * (base.n_mtp_final != 1)}")
     shape = replace(base.model, n_mtp=base.n_mtp_final)
     if script is sft:
         stage = Stage("SFT", tokens=run.steps * run.batch_size * run.seq_len, seq_len=run.seq_len,
                       batch_size=run.batch_size, lr=run.lr, mtp_weight=run.mtp_weight,
-                      rope_base=base.stages[-1].rope_base, checkpointing=run.checkpointing)
-        print(report(shape, [stage], cfg, n_mtp_final=base.n_mtp_final, micro_batch=run.micro_batch, **how))
+                      rope_base=base.all_stages()[-1].rope_base, checkpointing=run.checkpointing)
+        print(report(shape, [stage], cfg, n_mtp_final=base.n_mtp_final, micro_batch=run.micro_batch, train=train,
+                     **how))
     else:
         print(rl_report(shape, run, cfg))
 
@@ -179,19 +186,23 @@ def block_bytes(shape: ModelConfig, checkpointing: str, gpu: bool) -> float:
     return compute * (2 if gpu else 4) + fp32 * 4
 
 
-def logits_bytes(shape: ModelConfig, tokens: int, n_mtp: int, gpu: bool) -> float:
-    """Gradients of head and input that the loss makes in the forward and keeps, once per head."""
+def logits_bytes(shape: ModelConfig, tokens: int, n_mtp: int, gpu: bool, frozen: bool) -> float:
+    """
+    Gradients of head and input that the loss makes in the forward and keeps, once per head. frozen: none of lm_head,
+    and nothing for the trunk's loss.
+    """
     e, V, D = (2 if gpu else 4), shape.vocab_size, shape.d_model
-    return (1 + n_mtp) * (V * D * e + tokens * (D * e + 4))
+    return (n_mtp + (not frozen)) * ((0 if frozen else V * D * e) + tokens * (D * e + 4))
 
 
-def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool) -> tuple[float, float]:
+def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool,
+                  frozen: bool) -> tuple[float, float]:
     """
     Bytes that live for a moment, of which only the larger counts: a chunk of fp32 logits, or lm_head's gradient, at the
     end of the forward; one whole block computed again at the start of the backward. -> (logits, activations).
     """
     V, rows = shape.vocab_size, min(tokens, 2048 if gpu else 512)
-    head = max(rows * V * 4, V * shape.d_model * (2 if gpu else 4))
+    head = max(rows * V * 4, 0 if frozen else V * shape.d_model * (2 if gpu else 4))
     again = 0 if checkpointing == "none" else tokens * block_bytes(shape, "none", gpu)
     return (head, 0) if head > again else (0, again)
 
@@ -200,11 +211,12 @@ def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool
 
 def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: int = 1, shard_ranks: int = 0,
          mtp_stage: Stage | None = None, n_mtp_final: int = 3, reduce_each: bool = False, device: str = "cuda",
-         mfu: float = 0.4, tflops: float = 989.0) -> list[dict]:
+         mfu: float = 0.4, tflops: float = 989.0, train: str = "all") -> list[dict]:
     """
     One dict per stage: tokens, steps, rows of a micro-batch, parameters, FLOPs per token, days, and bytes per rank by
     kind. stages: the pre-training table; mtp_stage: the fine-tuning of new MTP layers after it, or None. micro_batch
-    counts rows of the shortest context, as in pretrain.py. ValueError if shard_ranks does not divide world.
+    counts rows of the shortest context, as in pretrain.py; train="mtp": the MTP layers alone, on a frozen trunk.
+    ValueError if shard_ranks does not divide world.
     """
     if shard_ranks and world % shard_ranks:
         raise ValueError(f"shard_ranks = {shard_ranks} should divide the number of GPUs, {world}")
@@ -214,28 +226,29 @@ def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: in
     shortest, sharded = min(s.seq_len for s in table), gpu or world > 1
     for s in table:
         last, kind = s is mtp_stage, s.checkpointing
+        frozen = last or train == "mtp"                        # the trunk only runs forward
         n_mtp = n_mtp_final if last else shape.n_mtp
         here = replace(shape, n_mtp=n_mtp)
         count, P = here.params_by_part(), here.n_params()
-        new = n_mtp - shape.n_mtp
-        trained = new * (count["MTP layers"] // n_mtp) if last else P
+        new = n_mtp - shape.n_mtp if last else n_mtp
+        trained = new * (count["MTP layers"] // n_mtp) if frozen else P
         micro = max(1, micro_batch * shortest // s.seq_len)
         tokens = micro * s.seq_len
         root = count["embedding"] + count["lm_head"] + count["final norm"]
         gathered = root + count["MTP layers"] + 2 * shape.block_params()     # 2: block in use and the next
-        passing = passing_bytes(shape, tokens, kind, gpu)
+        passing = passing_bytes(shape, tokens, kind, gpu, frozen)
         memory = {
             "weights": 4 * P / n + (gathered * e if sharded else 0),
             "gradients": 4 * trained if sharded and not reduce_each else 4 * trained / n,
             "optimizer": 8 * trained / n,
-            "activations": activation_bytes(shape, tokens, n_mtp, kind, gpu, last) + passing[1],
-            "logits": logits_bytes(shape, tokens, n_mtp, gpu) + passing[0],
+            "activations": activation_bytes(shape, tokens, n_mtp, kind, gpu, frozen) + passing[1],
+            "logits": logits_bytes(shape, tokens, n_mtp, gpu, frozen) + passing[0],
             # the root's gradients in fp32 for the message, beside them as they came, then the shard that comes back
-            "reduction": root * (4 + max(e, 4 / n)) if sharded and not last else 0,
+            "reduction": root * (4 + max(e, 4 / n)) if sharded and not frozen else 0,
             "reserve": (4e9 if world > 1 else 2e9) if gpu else 0,
         }
-        flops = flops_per_token(here, s.seq_len, train="mtp" if last else "all")
-        again = recomputed_flops(here, s.seq_len, kind, n_mtp + (0 if last else shape.n_layer))
+        flops = flops_per_token(here, s.seq_len, train="mtp" if frozen else "all")
+        again = recomputed_flops(here, s.seq_len, kind, n_mtp + (0 if frozen else shape.n_layer))
         rows.append({"name": s.name, "tokens": s.tokens, "steps": steps_of(s), "seq_len": s.seq_len,
                      "batch_size": s.batch_size, "micro_batch": micro, "checkpointing": kind, "parameters": count,
                      "trained": trained, "flops_per_token": flops, "again": again / flops, "memory": memory,
@@ -506,8 +519,9 @@ def schedule_lines(rows: list[dict], stages: list) -> list[str]:
              f"  {'tokens seen':>14}  {'lr':>9}{'batch':>8}{'context':>9}{'RoPE base':>11}{'MTP':>6}  what"]
     for seen, what in breakpoints(stages):
         s = stages[stage_at(stages, seen)[0]]
+        base = "as it is" if s.rope_base is None else f"{s.rope_base:,.0f}"
         lines.append(f"  {human(seen):>14}  {lr_at(stages, seen):>9.3g}{batch_size_at(stages, seen):>8,}"
-                     f"{s.seq_len:>9,}{s.rope_base:>11,.0f}{mtp_weight_at(stages, seen):>6g}  {what}")
+                     f"{s.seq_len:>9,}{base:>11}{mtp_weight_at(stages, seen):>6g}  {what}")
     return lines
 
 

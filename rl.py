@@ -90,6 +90,7 @@ class Config:
     reward_lag: int = 16                  # decode steps from the end of a group to the use of its rewards [ours];
                                           # with several processes also the steps between two exchanges
     slots: int = 128                      # answers decoded at a time, per process
+    system: str | None = None             # system prompt; "" = an empty system turn, None = what the chat template says
     n_draft: int = 0                      # MTP layers that draft during rollouts; exact, but slower on large batches
     draft_below: int = 0                  # draft only while at most so many answers are decoded; 0 = always
     mtp_weight: float = 0.0               # train the MTP layers along, on trunk states that they cannot change; 0 =
@@ -97,6 +98,8 @@ class Config:
     judge_workers: int = 2                # sandboxed test runners, per process
     judge_seconds: float = 1.0            # processor seconds a test may take [ours]
     judge_memory_mb: int = 512            # address space of a program, MB [ours]
+    judge_output_kb: int = 1024           # output of a program that is read, KB [ours]
+    judge_tolerance: float | None = None  # by which floats may differ; None: 1e-9 in calls, not at all in text
     judge_isolation: Literal["auto", "A", "B", "C"] = "auto"   # docs/judge.md; C only for programs you trust
     judge_timeout: float = 600.0          # seconds without any reward, while some are waited for, that end the run
     micro_tokens: int = 8192              # padded tokens per forward of the trainer; never changes the result
@@ -123,7 +126,7 @@ class Config:
     def __post_init__(self):
         configurator.at_least(self, 1, "steps", "batch_size", "mini_batch", "group_size", "slots", "judge_workers",
                               "micro_tokens", "eval_samples", "save_every", "keep", "threads", "is_cap",
-                              "judge_memory_mb", "timeout")
+                              "judge_memory_mb", "judge_output_kb", "timeout")
         configurator.at_least(self, 0, "lr", "warmup_steps", "easy_alpha", "reward_lag", "n_draft", "weight_decay",
                               "grad_clip", "eval_every", "max_staleness", "shard_ranks", "kv_tokens", "draft_below",
                               "mtp_weight")
@@ -173,6 +176,8 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     start = ckpt or checkpoint.find(cfg.init)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(start), f"{start}/model.json")
     tokenizer = Tokenizer.load(start)
+    if cfg.system is not None:
+        tokenizer = tokenizer.with_system(cfg.system)               # goes into the checkpoint: served as trained
     (problems, prompts), (held, held_prompts) = read_all(cfg, shape, start, tokenizer, rt)
     if rt.is_main:
         check_references(cfg.problems, problems, at_most=1000)
@@ -187,7 +192,8 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     # ---- 3. the two threads: rollout there, updates here ------------------------------------------------------------
     def new_judge() -> Judge:
         return Judge(workers=cfg.judge_workers, time_limit=cfg.judge_seconds, memory_mb=cfg.judge_memory_mb,
-                     isolation=cfg.judge_isolation, allow_unsafe=cfg.judge_isolation == "C", cache_size=10_000,
+                     output_kb=cfg.judge_output_kb, tolerance=cfg.judge_tolerance, isolation=cfg.judge_isolation,
+                     allow_unsafe=cfg.judge_isolation == "C", cache_size=10_000,
                      quiet=not rt.is_main)
     judge = new_judge()
     held_judge = new_judge() if held else judge     # its own: no late verdict of training comes up in an evaluation

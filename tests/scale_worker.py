@@ -64,7 +64,9 @@ def main(
     starve=0,
     one_gpu=0,
     full_disk=0,
+    tied=0,
 ):
+    shape = replace(SHAPE, tie_embeddings=True, qkv_bias=False) if tied else SHAPE
     rt = distributed.setup(seed=1, device="cpu", shard_ranks=shard_ranks)
     if full_disk and rt.is_main:                       # only rank 0 looks
         shutil.disk_usage = lambda path: SimpleNamespace(free=1)
@@ -72,7 +74,7 @@ def main(
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         rt = replace(rt, sharded=True, dtype=torch.bfloat16 if one_gpu == 2 else torch.float32)
-    model = mtp.build(SHAPE, "meta")
+    model = mtp.build(shape, "meta")
     if frozen:
         mtp.freeze_all_but_new(model, 1)
     how = {"checkpointing": checkpointing, "shard_ranks": shard_ranks, "compile": bool(compile)}
@@ -120,7 +122,7 @@ def main(
                 config={},
                 meta={"stage": "base"},
                 state={"step": step + 1},
-                shape=vars(SHAPE),
+                shape=vars(shape),
                 rt=rt,
                 background=bool(background),
             )

@@ -20,7 +20,8 @@ ROOMS = ("", "config", "data", "data/tiny", "kernels", "kernels/cpu", "judge", "
 FLOORS = [
     ["configurator", "cache", "kernels", "kernels.*", "kernels.cpu.*", "data", "data.tiny"],
     ["schedule", "sampling", "data.jsonl", "data.charset", "data.formulas", "data.page", "data.readers",
-     "data.published", "tokenizer", "model"],
+     "data.published", "chat_template", "model"],
+    ["tokenizer"],
     ["mtp", "distributed", "data.problems", "data.shards", "data.dedup", "data.extract", "data.decontaminate",
      "data.tiny.world", "data.tiny.pages", "data.tiny.web"],
     ["metrics", "checkpoint", "judge", "judge.*", "data.*", "data.tiny.*"],

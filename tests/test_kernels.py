@@ -238,11 +238,11 @@ def test_gemv_refuses_what_its_tiles_cannot_cut():
         G.gemv(torch.zeros(17, 32), [torch.zeros(32, 32)])
 
 
-@pytest.mark.parametrize("B, Q", [(3, 1), (3, 4), (1, 1), (1, 4)])
-def test_block_step_equals_the_block(B, Q, through_triton):
+@pytest.mark.parametrize("B, Q, bias", [(3, 1, True), (3, 4, True), (1, 1, False), (1, 4, True)])
+def test_block_step_equals_the_block(B, Q, bias, through_triton):
     """A whole block over a cache in blocks, and what it leaves in the cache."""
     torch.manual_seed(Q)
-    cfg = ModelConfig(n_layer=1, d_model=64, n_head=4, n_kv_head=2, head_dim=16, d_ff=96)
+    cfg = ModelConfig(n_layer=1, d_model=64, n_head=4, n_kv_head=2, head_dim=16, d_ff=96, qkv_bias=bias)
     model = MiMo(cfg).requires_grad_(False)
     block = model.layers[0]
     for p in block.parameters():

@@ -153,14 +153,18 @@ class Live(TorchDispatchMode):
         return out
 
 
-def real_step(n_layer, vocab_size, checkpointing, micros, reduce_each=False):
+def real_step(n_layer, vocab_size, checkpointing, micros, reduce_each=False, train="all", **fields):
     """The second of two AdamW steps, every storage counted. -> peak, row of the plan, bytes of Adam's state."""
     rt = distributed.setup(seed=1, device="cpu")
-    shape = ModelConfig(vocab_size, n_layer, d_model=96, n_head=6, n_kv_head=2, head_dim=16, d_ff=256, n_mtp=1)
+    shape = ModelConfig(vocab_size, n_layer, d_model=96, n_head=6, n_kv_head=2, head_dim=16, d_ff=256, n_mtp=1,
+                        **fields)
     B, T = 8, 64
-    model = distributed.shard(mtp.build(shape, "meta"), rt, checkpointing=checkpointing)
+    model = mtp.build(shape, "meta")
+    if train == "mtp":
+        mtp.freeze_all_but_new(model, 0)
+    model = distributed.shard(model, rt, checkpointing=checkpointing)
     checkpoint.materialise(model, rt)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = distributed.adamw(model, 1e-3, (0.9, 0.95), 0.1)
     ids = torch.randint(0, 1024, (B, T + 2))
     docs, positions = torch.zeros_like(ids), torch.arange(T)[None].expand(B, T)
     with Live() as measured:
@@ -176,7 +180,7 @@ def real_step(n_layer, vocab_size, checkpointing, micros, reduce_each=False):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     stage = Stage(tokens=1e6, seq_len=T, batch_size=B, checkpointing=checkpointing)
-    (row,) = plan.plan(shape, [stage], rt.world, micro_batch=B, device="cpu", reduce_each=reduce_each)
+    (row,) = plan.plan(shape, [stage], rt.world, micro_batch=B, device="cpu", reduce_each=reduce_each, train=train)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
     distributed.teardown(rt)
     return peak, row, state
@@ -193,6 +197,15 @@ def test_memory_is_within_ten_per_cent_of_a_real_step(checkpointing, layers, voc
     peak, row, state = real_step(layers, vocabulary, checkpointing, micros)
     planned = row["total"] - (row["memory"]["gradients"] if micros == 1 else 0)
     assert planned == pytest.approx(peak, rel=0.10)
+    assert row["memory"]["optimizer"] == state
+
+
+@pytest.mark.parametrize("fields", [{}, dict(tie_embeddings=True, qkv_bias=False)], ids=["untied", "tied"])
+@pytest.mark.parametrize("layers, vocabulary, train", [(6, 1024, "mtp"), (3, 8192, "mtp"), (3, 8192, "all")])
+def test_memory_of_mtp_layers_alone_and_of_tied_embeddings(layers, vocabulary, train, fields):
+    """A frozen trunk has no gradients, no moments and no activations; a tied head is no second matrix."""
+    peak, row, state = real_step(layers, vocabulary, "none", 2, train=train, **fields)
+    assert row["total"] == pytest.approx(peak, rel=0.10)
     assert row["memory"]["optimizer"] == state
 
 

@@ -140,6 +140,20 @@ def test_frozen_trunk(tmp_path):
             assert two["weights"][name] == pytest.approx(norm, rel=1e-9)
 
 
+def test_tied_embeddings(tmp_path):
+    """One parameter of two uses, sharded over two ranks; written by both, resumed on one."""
+    run = str(tmp_path / "run")
+    train(tmp_path / "one.json", steps=6, tied=1)
+    run_ranks(2, tmp_path, train, str(tmp_path / "two.json"), steps=6, tied=1, run=run, save_at=2)
+    train(tmp_path / "again.json", steps=6, tied=1, run=run, resume=1)
+    one, two, again = (read(tmp_path / f"{name}.json") for name in ("one", "two", "again"))
+    same(one, two)
+    same(one, again)
+    assert "lm_head.weight" not in one["weights"] and not any(name.endswith("bias") for name in one["weights"])
+    for name, norm in one["weights"].items():
+        assert two["weights"][name] == pytest.approx(norm, rel=1e-4), name
+
+
 def test_one_bad_rank_ends_all(tmp_path):
     """A rank without rows ends every rank with one line, no rank hangs in a collective."""
     codes = run_ranks(2, tmp_path, train, str(tmp_path / "out.json"), starve=1)

@@ -216,7 +216,7 @@ class CpuForward:
         return self.kept[name].copy_(value).data_ptr()
 
 
-def packed(block: nn.Module, s: Shape) -> dict[str, Tensor]:
+def packed(block: nn.Module, s: Shape) -> dict[str, Tensor | None]:
     """
     The weights of one model.Block in the layout of decode_cpu.c and in the order in which it reads them: heads and
     widths are padded with zeros to multiples of 16.

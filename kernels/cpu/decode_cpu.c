@@ -165,7 +165,7 @@ typedef struct {                                    // of model.ModelConfig; wid
     float eps;
 } Shape;
 
-typedef struct {                                    // one block: matrices are packed; gains and biases are fp32
+typedef struct {                                    // one block: matrices are packed; gains, biases fp32; no bias: 0
     const float *norm1, *norm2, *q_bias, *kv_bias;
     const void *q, *kv, *o, *gate_up, *down;
 } Block;
