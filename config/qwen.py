@@ -15,7 +15,6 @@ model = ModelConfig(vocab_size=151_936, n_layer=24, d_model=896, n_head=14, n_kv
 n_mtp_final = 1
 out = "out/qwen_more"
 stages = [Stage(name="text", tokens=1e9, seq_len=4096, batch_size=64, lr=2e-5, warmup_tokens=2e7, lr_end=2e-6,
-                decay_tokens=9e8, mix=dict(web=1.0))]
+                decay_tokens=9e8, mix=dict(web=1.0), checkpointing="selective")]
 micro_batch = 1
-checkpointing = "selective"
 sample_every = 0
