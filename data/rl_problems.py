@@ -6,7 +6,7 @@ The RL problem set: the filters of report section 3.2, and test difficulty (3.3.
     python eval.py --ckpt=out/tiny/sft --problems=out/tiny/problems/rl_all.jsonl --samples=4 --temperature=1 \\
         --top_p=1 --out=out/tiny/difficulty/sft.json
     python -m data.rl_problems
-    python -m data.rl_problems config/mimo_7b_rl_problems.py   # real sets: all filters
+    python -m data.rl_problems config/mimo_7b_problems.py   # real sets: all filters
 
 In this order; each reason counts only problems that the filters before it kept:
 

@@ -129,7 +129,7 @@ def test_references_that_nobody_can_match_are_named(tmp_path, capsys):
     with pytest.raises(UserError, match=r"1 of 5 problems .* more than 5%. .*p.jsonl:5: problem 00: .*GSM8K"):
         check_references(tmp_path / "p.jsonl", [bad[0], *maths[1:5]])
     check_references(tmp_path / "p.jsonl", [bad[0], *maths[1:]])
-    assert "1 of 100 problems can never be answered right" in capsys.readouterr().err
+    assert "1 of 100 problems checked can never be answered right" in capsys.readouterr().err
 
 
 # ---- rl.py ----------------------------------------------------------------------------------------------------------
@@ -239,5 +239,5 @@ def test_what_to_check_when_nothing_is_learned():
 
 def test_rl_refuses_references_that_nobody_can_match(sets, scripted):
     whole_column = [replace(p, answer=f"{p.reasoning} = {p.answer}\n#### {p.answer}") for p in sets[0][:40]]
-    with pytest.raises(UserError, match="40 of 40 problems can never be answered right.*GSM8K's whole column"):
+    with pytest.raises(UserError, match="40 of 40 problems checked can never be answered right.*GSM8K's whole column"):
         scripted(whole_column, lambda k, p: MATHS[0], "--steps=1")

@@ -165,6 +165,10 @@ class CpuForward:
         """
         self.kept["cos"], self.kept["sin"] = cos, sin
         self.c.cos, self.c.sin = cos.data_ptr(), sin.data_ptr()
+        if not self.keep_weights and self.version is not None:
+            if written:
+                raise ValueError("these weights were freed when they were packed (keep_weights=False)")
+            return
         version = sum(p._version for p in self.model.parameters())
         if written or version != self.version:
             self.version = version
@@ -173,8 +177,6 @@ class CpuForward:
     def pack(self) -> None:
         """All weights, in the order in which C reads them: the trunk, lm_head, the MTP layers."""
         model, c, s, n = self.model, self.c, self.shape, len(self.model.layers)
-        if model.lm_head.weight.numel() == 0:
-            raise ValueError("these weights were freed when they were packed (keep_weights=False)")
         for i, block in enumerate(model.layers):
             self.pack_into(self.blocks[i], f"{i}", packed(block, s))
             self.release(block)
