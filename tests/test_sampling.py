@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from sampling import top_p_filter
+from sampling import sample_tokens, top_p_filter
 
 
 def by_definition(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
@@ -34,3 +34,13 @@ def test_a_row_does_not_depend_on_the_other_rows():
     together = top_p_filter(p, top_p, top_k)
     for i in range(30):
         assert torch.equal(top_p_filter(p[i:i + 1], top_p[i:i + 1], top_k[i:i + 1])[0], together[i])
+
+
+def test_greedy_rows_do_not_depend_on_the_rows_beside_them():
+    """At temperature 0 nothing is cut: the log-prob is that at temperature 1, alone or beside a sampled row."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)) * 3
+    u, top_p, top_k = torch.tensor([0.3, 0.7, 0.5]), torch.tensor([0.5, 0.9, 0.5]), torch.tensor([0, 0, 2])
+    ids, logp = sample_tokens(logits, u, torch.tensor([0.0, 0.6, 0.0]), top_p, top_k)
+    greedy, alone = sample_tokens(logits, u, torch.zeros(3))
+    assert ids[[0, 2]].equal(greedy[[0, 2]]) and logp[[0, 2]].equal(alone[[0, 2]])
+    assert alone.allclose(logits.log_softmax(-1).max(-1).values)
