@@ -91,7 +91,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"[\d,.]+(?= (?:tokens/s|GB/s|checks/s|programs/s|tests/s)\b)", "(varies)", text)
     text = re.sub(r"\b\d+\.\d+ s\b", "(varies) s", text)
     text = re.sub(r"\(\d+ s\)", "(time varies)", text)
-    text = re.sub(r"(= |, |: )[\d.]+x\b", r"\1(varies)", text)
+    text = re.sub(r"(= |, |: )\d+\.\d+x\b", r"\1(varies)", text)
     wrap = lambda line: textwrap.wrap(line, 118, subsequent_indent="    ", break_long_words=False,
                                       break_on_hyphens=False) if len(line) > 118 else [line]
     return "\n".join(part for line in text.strip("\n").split("\n") for part in wrap(line.rstrip()))
