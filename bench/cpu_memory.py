@@ -1,9 +1,9 @@
 """
 The 7B on a CPU: tokens per second in bf16 beside the limit that the memory sets.
 
-    python bench/cpu_memory.py                            # MiMo-7B's shape: 15.2 GB of weights, for a machine with 24 GB
-    python bench/cpu_memory.py --layers=8                 # a part of it, for less memory
-    python bench/cpu_memory.py --shape=tiny               # to see that it runs
+    python bench/cpu_memory.py                    # MiMo-7B's shape: 15.2 GB of weights, for a machine with 24 GB
+    python bench/cpu_memory.py --layers=8         # a part of it, for less memory
+    python bench/cpu_memory.py --shape=tiny       # to see that it runs
 
 Weights are random. A decode step reads every block and lm_head once; bytes / (measured bandwidth) is the least time
 that a step can take. The bandwidth is that of a plain copy, bytes read and written, and that of a sum, which only
@@ -112,8 +112,8 @@ def main(cfg: Config) -> None:
         raise UserError(f"{shape.n_layer} layers need {need / 1e9:.1f} GB of memory, {available() / 1e9:.1f} GB are "
                         "free: give fewer --layers")
     speed = bandwidth(min(1 << 30, whole))
-    print(f"{shape.n_params() / 1e9:.2f}B parameters, {whole / 1e9:.2f} GB in bf16, {read / 1e9:.2f} GB read in a step; "
-          f"one thread copies {speed['copy'] / 1e9:.1f} GB/s and reads {speed['read'] / 1e9:.1f} GB/s")
+    print(f"{shape.n_params() / 1e9:.2f}B parameters, {whole / 1e9:.2f} GB in bf16, {read / 1e9:.2f} GB read in a "
+          f"step; one thread copies {speed['copy'] / 1e9:.1f} GB/s and reads {speed['read'] / 1e9:.1f} GB/s")
     start = time.perf_counter()
     model = random_model(shape)
     engine = Engine(model, max(cfg.batches), cfg.steps + 64, keep_weights=False)

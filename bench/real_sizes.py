@@ -245,8 +245,8 @@ def main(cfg: Config) -> None:
     size = sum(parts[name] for name in ("embedding", "blocks", "final norm", "lm_head")) - tied * parts["lm_head"]
     read = parts["blocks"] + parts["lm_head"]
     print(f"{size / 1e6:.0f}M parameters ({shape.n_layer} layers, D = {shape.d_model}, V = {shape.vocab_size:,}), "
-          f"{'weights of ' + cfg.ckpt if cfg.ckpt else 'random weights'}; a step reads {4 * read / 1e6:.0f} MB in fp32; "
-          f"{cfg.threads} thread of {cpu_name()}")
+          f"{'weights of ' + cfg.ckpt if cfg.ckpt else 'random weights'}; a step reads {4 * read / 1e6:.0f} MB in "
+          f"fp32; {cfg.threads} thread of {cpu_name()}")
     with tempfile.TemporaryDirectory() as folder:
         peer = load_transformers(model, torch.float32)
         ids, new = prompts(4, shape.vocab_size), 16

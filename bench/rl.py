@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from real_sizes import cpu_name  # noqa: E402
 
 import checkpoint  # noqa: E402
 import configurator  # noqa: E402
@@ -175,8 +176,8 @@ def reply(found: dict) -> None:
 
 def our_side(cfg: Config, work: Path) -> None:
     """
-    rl.main. The first iteration starts by itself; after that a line on stdin starts each: publish() waits for it. A line
-    on stdout tells what an iteration took and which problems it drew.
+    rl.main. The first iteration starts by itself; after that a line on stdin starts each: publish() waits for it. A
+    line on stdout tells what an iteration took and which problems it drew.
     """
     import rl
     from rollout import RolloutThread
@@ -328,9 +329,10 @@ def compare(cfg: Config) -> None:
                 process.kill()
                 process.wait()
     rows = {}
-    print(f"{shape.n_params() / 1e6:.1f}M parameters with embedding and head, {shape.n_layer} layers, D = {shape.d_model}, "
-          f"V = {shape.vocab_size:,}; {cfg.n_groups} groups x {cfg.answers} answers of at most {cfg.limit} tokens; "
-          f"{cfg.threads} thread, CPU time")
+    parts = shape.params_by_part()
+    size = f"{(shape.n_params() - parts['MTP layers']) / 1e6:.1f}M parameters"     # MTP layers are frozen, TRL has none
+    print(f"{size}, {shape.n_layer} layers, D = {shape.d_model}, V = {shape.vocab_size:,}; {cfg.n_groups} groups x "
+          f"{cfg.answers} answers of at most {cfg.limit} tokens; {cfg.threads} thread, CPU time")
     for side, all_rows in found.items():
         counted = all_rows[1:]
         seconds = {name: median(counted, name) for name in ("seconds", *PARTS)}
@@ -348,24 +350,18 @@ def compare(cfg: Config) -> None:
     ours, theirs = rows["ours"], rows["TRL"]
     ratio = theirs["median_seconds"] / ours["median_seconds"]
     by_part = {name: theirs[f"median_{name}"] / ours[f"median_{name}"] for name in ("decode", "update")}
+    about = {"shape": vars(shape), "parameters": shape.n_params() - parts["MTP layers"],
+             "checkpoint": str(ckpt) if cfg.size == "demo" else "random weights", "torch": torch.__version__,
+             "transformers": transformers.__version__, "trl": trl.__version__, "python": platform.python_version(),
+             "cpu": cpu_name(), "threads": cfg.threads, "commit": checkpoint.git_commit(),
+             "command": " ".join(["python bench/rl.py", *sys.argv[1:]])}
     out.write_text(json.dumps({
         "ratio": ratio, "ratio_decode": by_part["decode"], "ratio_update": by_part["update"],
-        "median_seconds": {side: row["median_seconds"] for side, row in rows.items()}, "sides": rows,
-        "command": " ".join(["python bench/rl.py", *sys.argv[1:]]), "commit": checkpoint.git_commit(),
-        "checkpoint": str(ckpt) if cfg.size == "demo" else "random weights", "shape": vars(shape),
-        "parameters": shape.n_params(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "trl": trl.__version__, "python": platform.python_version(), "cpu": configurator_cpu(),
-        "threads": cfg.threads}, indent=1) + "\n")
+        "median_seconds": {side: row["median_seconds"] for side, row in rows.items()}, "sides": rows, **about},
+        indent=1) + "\n")
     print(out)
-    print(f"TRL / ours, seconds of an RL iteration at {shape.n_params() / 1e6:.1f}M parameters: {ratio:.2f}x "
+    print(f"TRL / ours, seconds of an RL iteration at {size}: {ratio:.2f}x "
           f"(decode {by_part['decode']:.1f}x, update {by_part['update']:.1f}x)")
-
-
-def configurator_cpu() -> str:
-    """The name of the processor."""
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
-        if Path("/proc/cpuinfo").exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
