@@ -118,7 +118,9 @@ def find(path: str | Path) -> Path:
     written = re.fullmatch(r"step_\d+", path.name) is not None
     if not written and not (path / "model.json").is_file():
         if (ckpt := latest(path)) is None:
-            raise UserError(f"no checkpoint in {path}")
+            hub = (path / "config.json").is_file()
+            raise UserError(f"no checkpoint in {path}" + (f", a Hugging Face folder: `python hf.py import {path} OUT` "
+                                                          "makes one of it" if hub else ""))
         return ckpt
     if written or (path / "manifest.json").is_file():
         for wrong in filter(None, all_gather_object(problem_with(path, *ranks()))):
@@ -140,7 +142,7 @@ def read_json(path: Path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {Path(path).parent} is not a checkpoint folder") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:          # RecursionError: nested thousands deep
         raise UserError(f"{path} is not JSON: {e}") from None
 
 
@@ -159,7 +161,7 @@ def read_shape(ckpt: str | Path) -> dict:
     shape = read_json(Path(ckpt) / "model.json")
     if not isinstance(shape, dict) or not {"vocab_size", "n_layer", "max_seq_len", "n_mtp"} <= set(shape):
         raise UserError(f"{ckpt}/model.json should be an object with the fields of ModelConfig (model.py)")
-    return shape
+    return {"qkv_bias": True, "tie_embeddings": False} | shape     # written before these fields came: MiMo's own
 
 
 def same_shape(have: dict, want: dict, ckpt: str | Path, ignore: tuple[str, ...] = ()) -> None:
@@ -189,7 +191,7 @@ def weight_files(ckpt: str | Path) -> dict[str, Path]:
     ckpt = Path(ckpt)
     index = ckpt / "model.safetensors.index.json"
     if index.is_file():
-        return {name: ckpt / file for name, file in read_json(index)["weight_map"].items()}
+        return {name: ckpt / file for name, file in weight_map_of(index).items()}
     path = ckpt / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path} is missing")
@@ -197,8 +199,20 @@ def weight_files(ckpt: str | Path) -> dict[str, Path]:
         return dict.fromkeys(f.keys(), path)
 
 
+def weight_map_of(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of a model.safetensors.index.json. UserError unless these are names in its folder."""
+    listing = read_json(index)
+    weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f
+                                                   for f in weight_map.values()):
+        raise UserError(f"{index}: should be an object with weight_map, tensor name -> name of a file in its folder")
+    return weight_map
+
+
 def opened(path: Path) -> safe_open:
     """The safetensors file, open for reading. UserError if it is damaged."""
+    if not path.is_file():                             # a pipe or a device would be waited for without end
+        raise UserError(f"{path} is missing, or not a file")
     try:
         return safe_open(str(path), framework="pt")
     except Exception as e:              # safetensors raises its own type, OSError or ValueError by version
@@ -508,7 +522,7 @@ def write(run: Path, step: int, weights: dict[str, Tensor], parts: dict, meta: d
             write_json(temporary / "model.json", shape)
             write_json(temporary / "config.json", config)
             if tokenizer is not None:
-                tokenizer.save(temporary)
+                tokenizer.save(temporary, chat=bool(meta.get("chat", True)))
 
     def describe():
         for part in all_gather_object(fingerprints(temporary, rank, world), group):
@@ -549,9 +563,18 @@ def write_weights(folder: Path, weights: dict[str, Tensor], order: list[str]) ->
     rank, world = ranks()
     name = "model.safetensors" if world == 1 else f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
     save_file({k: w.contiguous() for k, w in weights.items()}, folder / name, metadata={"format": "pt"})
+    usual_mode(folder / name)
     if world > 1 and rank == 0:
         where = {n: f"model-{i % world + 1:05d}-of-{world:05d}.safetensors" for i, n in enumerate(order)}
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+
+
+def usual_mode(path: Path) -> None:
+    """The permissions that open() gives a new file. safetensors gives 0600, which another user's server cannot read."""
+    probe = path.with_name(f".{path.name}.mode")       # os.umask() can only be asked by changing it, for all threads
+    probe.touch()
+    path.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
 
 
 def fingerprints(folder: Path, part: int, parts: int) -> dict[str, list]:

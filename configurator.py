@@ -138,7 +138,7 @@ def update(cfg: Any, values: dict[str, Any], where: str):
     fields, hints, place = {f.name for f in dataclasses.fields(cfg)}, typing.get_type_hints(type(cfg)), f" in {where}"
     for key in values:
         if key not in fields:
-            raise unknown(key, key, fields, place)
+            raise unknown(key, key, nested(cfg, key) or fields, place)
     new = {key: check(value, hints[key], key, place) for key, value in values.items()}
     return raw(type(cfg), {name: getattr(cfg, name) for name in fields} | new)
 
@@ -162,8 +162,10 @@ def set_path(node: Any, path: list[str], value: Any, full: str):
         raise UserError(f"unknown key {full}: {here} is {what}")
     fields = {f.name: f for f in dataclasses.fields(node)}
     if head not in fields:
-        raise unknown(full, head, fields)
+        raise unknown(full, head, nested(node, head) or fields)
     hint = typing.get_type_hints(type(node))[head]
+    if hint == dict[str, Any] and rest:                # names of another configuration (plan.py --set): dots and all
+        value, rest = getattr(node, head) | {".".join(rest): value}, []
     new = set_path(getattr(node, head), rest, value, full) if rest else value
     new = check(new, hint, full if rest == [] else full.rsplit(".", len(rest))[0])
     return raw(type(node), {f: getattr(node, f) for f in fields} | {head: new})
@@ -174,6 +176,11 @@ def unknown(full: str, head: str, names: Iterable[str], place: str = "") -> User
     near = difflib.get_close_matches(head, list(names), n=1, cutoff=0.0)
     prefix = full[:full.rfind(head)]
     return UserError(f"unknown key {full}{place}" + (f" -- did you mean {prefix}{near[0]}?" if near else ""))
+
+
+def nested(node: Any, name: str) -> list[str]:
+    """The first field called `name` inside of node, as [dotted name]: what was meant by a word one level up."""
+    return [path for path, _ in leaves(node) if path.endswith(f".{name}")][:1]
 
 
 def defaults(cls: type) -> dict[str, Any]:

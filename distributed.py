@@ -34,7 +34,9 @@ import random
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
@@ -57,14 +59,17 @@ class Runtime:
     is_main: bool               # rank 0: it prints, logs and names checkpoints
     sharded: bool               # parameters become FSDP2 shards
     save_group: Any = None      # gloo group for background saves, apart from the one that training uses
+    timeout: float = 1800.0     # seconds that a rank waits for the others in a collective
 
 
 # ---- beginning and end ----------------------------------------------------------------------------------------------
 
-def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: int = 0) -> Runtime:
+def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: int = 0,
+          timeout: float = 1800.0) -> Runtime:
     """
     threads: torch threads on a CPU. seed: of Python, numpy and torch. device: "cpu", "cuda", or "auto" (CUDA when there
-    is one). shard_ranks: ranks that a parameter is sharded over, 0 = all.
+    is one). shard_ranks: ranks that a parameter is sharded over, 0 = all. timeout: seconds that a rank waits for the
+    others, in any collective of any group, before it gives up; waiting_for() says so in words.
 
     A process group is made when torchrun's variables are there (nccl on CUDA, gloo on a CPU), and for a single GPU.
     Raises UserError when CUDA is asked for and absent, or shard_ranks does not divide the number of processes.
@@ -87,8 +92,10 @@ def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: in
     torch.set_num_threads(threads)
     save_group = None
     if torchrun and world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=where if cuda else None)
-        save_group = dist.new_group(backend="gloo")
+        patience = timedelta(seconds=timeout)
+        with waiting_for("the start of all ranks", timeout, rank):
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=where if cuda else None, timeout=patience)
+            save_group = dist.new_group(backend="gloo", timeout=patience)
     elif cuda and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=where)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())     # else NCCL warns
@@ -97,14 +104,15 @@ def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: in
     torch.manual_seed(seed)
     catch_sigterm()
     return Runtime(where, torch.bfloat16 if cuda else torch.float32, rank, world, local_rank, rank == 0,
-                   cuda or world > 1 and shard_ranks != 1, save_group)
+                   cuda or world > 1 and shard_ranks != 1, save_group, timeout)
 
 
 def teardown(rt: Runtime) -> None:
     """Leave the process group together: a rank that leaves early can abort the others. First checkpoint.finish()."""
     if dist.is_initialized():
         if rt.world > 1:
-            dist.barrier()
+            with waiting_for("the end of the run", rt.timeout):
+                dist.barrier()
         dist.destroy_process_group()
 
 
@@ -132,8 +140,13 @@ def catch_sigterm() -> None:
 def stop_requested(rt: Runtime) -> bool:
     """True on every rank once SIGTERM has reached any of them. A collective: all ranks ask in the same step."""
     if rt.world == 1:
-        return _stop.is_set()
-    return bool(all_reduce(torch.tensor(float(_stop.is_set()), device=rt.device), rt) > 0)
+        return stop_here()
+    return bool(all_reduce(torch.tensor(float(stop_here()), device=rt.device), rt) > 0)
+
+
+def stop_here() -> bool:
+    """True once SIGTERM has reached this process. Not a collective: rollout.Rollout tells the other ranks."""
+    return _stop.is_set()
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------------
@@ -143,10 +156,32 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+@contextmanager
+def waiting_for(what: str, timeout: float, rank: int | None = None) -> Iterator[None]:
+    """
+    Around collectives: a time-out of `timeout` seconds, or a process that is gone, becomes a UserError that says which
+    rank waited for what. On GPUs NCCL's watchdog ends the process itself, and names rank and collective in its log.
+    """
+    try:
+        yield
+    except RuntimeError as e:                          # torch.distributed's errors are such
+        words = str(e).lower()
+        me = ranks()[0] if rank is None else rank
+        if "timed out" in words or "timeout" in words:
+            raise UserError(f"rank {me} waited {timeout:g} s for {what}, in vain: another rank hangs, or works alone "
+                            "for so long; its last lines, or py-spy dump on it, say at what. A larger timeout in the "
+                            f"configuration makes the ranks wait longer ({type(e).__name__})") from e
+        if "connection" in words or "peer" in words:
+            raise UserError(f"rank {me} waited for {what}, and another rank is gone: its own last lines say why "
+                            f"({type(e).__name__})") from e
+        raise
+
+
 def all_reduce(t: Tensor, rt: Runtime, op: Literal["sum", "max"] = "sum") -> Tensor:
     """Sum or largest of t over the ranks, in place and returned."""
     if rt.world > 1:
-        dist.all_reduce(t, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+        with waiting_for("a sum over all ranks", rt.timeout):
+            dist.all_reduce(t, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
     return t
 
 
@@ -166,23 +201,27 @@ def all_to_all(parts: list[Tensor], sizes: list[int], rt: Runtime) -> list[Tenso
     if rt.world == 1:
         return parts
     received = torch.empty(sum(sizes), dtype=torch.int32, device=rt.device)
-    dist.all_to_all_single(received, torch.cat(parts).to(rt.device), sizes, [len(p) for p in parts])
+    with waiting_for("the answers of all ranks", rt.timeout):
+        dist.all_to_all_single(received, torch.cat(parts).to(rt.device), sizes, [len(p) for p in parts])
     return list(received.cpu().split(sizes))
 
 
 class Exchange:
     """
-    Joins the rollout threads of several processes (rollout.SingleProcess is the one without others).
+    Joins the rollouts of several processes (rollout.SingleProcess is the one without others).
 
     exchange(state) -> the states of all ranks, in rank order; every rank must call it equally often. It has a gloo
     group of its own because it runs beside the trainer's collectives; to make one is itself a collective.
-    steps: decode steps between two exchanges. RuntimeError when a process is gone.
+    steps: decode steps between two exchanges. UserError when a process is gone or silent for rt.timeout seconds.
     """
     def __init__(self, rt: Runtime, steps: int):
-        self.rank, self.world, self.steps, self.group = rt.rank, rt.world, steps, dist.new_group(backend="gloo")
+        self.rank, self.world, self.steps, self.timeout = rt.rank, rt.world, steps, rt.timeout
+        with waiting_for("the start of the rollout", rt.timeout):
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=rt.timeout))
 
-    def __call__(self, state) -> list:
-        return all_gather_object(state, self.group)
+    def __call__(self, state: Any) -> list:
+        with waiting_for("the next round of the rollout", self.timeout):
+            return all_gather_object(state, self.group)
 
 
 # ---- micro-batches and gradients ------------------------------------------------------------------------------------
@@ -296,11 +335,7 @@ def shard(model: nn.Module, rt: Runtime, *, checkpointing: str = "none", compile
     """
     trunk, extra = blocks_of(model)
     twin = meta_twin(model) if rt.sharded else None
-    for block in trunk + extra:
-        if checkpointing != "none":
-            block.forward = recomputed(block, checkpointing)
-        if compile:                       # outermost: dynamo sees checkpointing as one of its own operators
-            block.forward = torch.compile(block.forward)
+    set_checkpointing(model, checkpointing, compile)
     if not rt.sharded:
         return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -316,6 +351,21 @@ def shard(model: nn.Module, rt: Runtime, *, checkpointing: str = "none", compile
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     object.__setattr__(model, UNSHARDED, twin)   # not a submodule: invisible to parameters() and state_dict()
     return model
+
+
+def set_checkpointing(model: nn.Module, kind: str, compile: bool = False) -> None:
+    """
+    What the blocks keep for the backward pass from now on (recomputed(); "none" keeps all), and whether torch.compile
+    compiles them. It replaces each block's `forward`, not the module, so names, weights and FSDP's hooks stay: it may
+    be called again between two steps, on a sharded model too.
+    """
+    trunk, extra = blocks_of(model)
+    for block in trunk + extra:
+        vars(block).pop("forward", None)      # what an earlier call put there
+        if kind != "none":
+            block.forward = recomputed(block, kind)
+        if compile:                           # outermost: dynamo sees checkpointing as one of its own operators
+            block.forward = torch.compile(block.forward)
 
 
 def recomputed(block: nn.Module, kind: str):

@@ -109,6 +109,8 @@ class Engine:
     max_len         longest prompt + answer, tokens
     n_draft         MTP layers that draft, 0 = no speculation
     draft_below     they draft while at most this many sequences are in flight; 0 = always
+    draft_ids       drafts are among this many first ids, 0 = all: ids are roughly in order of frequency, and a part of
+                    lm_head is read faster (FR-Spec, arXiv 2502.14856)
     chunk           prefill: most tokens per sequence and step
     prefill_tokens  prefill: most tokens per step over all sequences
     kv_tokens       tokens that the KV cache holds, 0 or None = room for `slots` sequences of max_len
@@ -118,9 +120,10 @@ class Engine:
     keep_weights    False: on a CPU the model's weights are freed as they are packed; it belongs to the engine then
     runner          the class of the runner; None = by the device, and `plain`
     """
-    def __init__(self, model: MiMo, slots: int, max_len: int, n_draft: int = 0, draft_below: int = 0, chunk: int = 256,
-                 prefill_tokens: int = 4096, kv_tokens: int | None = None, block: int = 64, plain: bool | None = None,
-                 n_ids: int | None = None, keep_weights: bool = True, runner: type[TorchRunner] | None = None):
+    def __init__(self, model: MiMo, slots: int, max_len: int, n_draft: int = 0, draft_below: int = 0,
+                 draft_ids: int = 0, chunk: int = 256, prefill_tokens: int = 4096, kv_tokens: int | None = None,
+                 block: int = 64, plain: bool | None = None, n_ids: int | None = None, keep_weights: bool = True,
+                 runner: type[TorchRunner] | None = None):
         V = model.cfg.vocab_size
         if n_ids is not None and not 1 <= n_ids <= V:
             raise ValueError(f"n_ids = {n_ids} should be 1 to {V}, the rows of lm_head")
@@ -138,8 +141,9 @@ class Engine:
             plain = kernels.is_plain() if plain is None else plain
             runner = TorchRunner if plain else GraphRunner if model.lm_head.weight.device.type != "cpu" else \
                 CpuRunner if CpuRunner.applies(model) else TorchRunner
-        self.runner = runner(model, slots, columns, n_draft, n_blocks, block, n_ids or V, self.prefill_tokens,
-                             keep_weights)
+        n_ids = n_ids or V
+        self.runner = runner(model, slots, columns, n_draft, n_blocks, block, n_ids, min(draft_ids or n_ids, n_ids),
+                             self.prefill_tokens, keep_weights)
         self.in_flight: dict[object, Sequence] = {}         # by id: all sequences here, in order of arrival
         self.queue: deque[Sequence] = deque()               # in order of arrival
         self.decoding: list[Sequence] = []                  # row i decodes decoding[i]

@@ -6,8 +6,9 @@ The trunk of MiMo-7B: a decoder of pre-RMSNorm blocks with GQA, RoPE and SwiGLU 
                                                     +-> MTP layers (mtp.py), which read h BEFORE the final norm
 
 The trunk is exactly Qwen2 with QKV bias: on the same weights its fp32 logits equal transformers' Qwen2ForCausalLM bit
-for bit (tests/test_hf_parity.py). Parameter names below the top level are the Hugging Face ones, so hf.py only has to
-add the prefix "model.".
+for bit (tests/test_hf_parity.py). Two fields make it the trunk of other families too: without qkv_bias it is Llama, and
+with tie_embeddings lm_head is the embedding, as in small models of both. Parameter names below the top level are the
+Hugging Face ones, so hf.py only has to add the prefix "model.".
 
 Differs from the report in nothing we know of; initialisation and the untied, padded head are explained at the lines
 concerned. One file for every size: the laptop toy and the 7B model differ in ModelConfig alone.
@@ -64,6 +65,8 @@ class ModelConfig:
     rope_base: float = 10_000.0   # RoPE base; 640,000 from stage 3 on [paper 2.3]
     max_seq_len: int = 1024       # longest context the model is trained for, tokens (7B: 32,768) [paper 2.1]
     n_mtp: int = 1                # MTP layers: 1 in pre-training, 3 for inference [paper 2.2]
+    qkv_bias: bool = True         # biases on q, k and v: Qwen2 and MiMo have them, Llama has none [HF config]
+    tie_embeddings: bool = False  # lm_head is the embedding: Qwen2.5 up to 3B, Llama 3.2, SmolLM2; not MiMo [paper 2.2]
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "head_dim", "d_ff", "max_seq_len"):
@@ -86,19 +89,20 @@ class ModelConfig:
                            d_ff=11_008, rope_base=640_000.0, max_seq_len=32_768, n_mtp=n_mtp)
 
     def block_params(self) -> int:
-        """Parameters of one block: q, k, v with bias, o, gate, up, down, two norms. 177,227,776 at 7B."""
+        """Parameters of one block: q, k, v and their biases, o, gate, up, down, two norms. 177,223,680 at 7B."""
         D, d = self.d_model, self.head_dim
-        qkv = (D + 1) * d * (self.n_head + 2 * self.n_kv_head)
+        qkv = (D + self.qkv_bias) * d * (self.n_head + 2 * self.n_kv_head)
         return qkv + self.n_head * d * D + 3 * D * self.d_ff + 2 * D
 
     def params_by_part(self) -> dict[str, int]:
         """
         Exact parameter counts. By hand, 7B: the embedding and lm_head have 151,680 x 4,096 = 621,281,280 each, an MTP
-        layer has 210,790,400.
+        layer has 210,790,400. Tied to the embedding, lm_head adds none.
         """
         D = self.d_model
         return {"embedding": self.vocab_size * D, "blocks": self.n_layer * self.block_params(), "final norm": D,
-                "lm_head": self.vocab_size * D, "MTP layers": self.n_mtp * (self.block_params() + 2 * D * D + 3 * D)}
+                "lm_head": 0 if self.tie_embeddings else self.vocab_size * D,
+                "MTP layers": self.n_mtp * (self.block_params() + 2 * D * D + 3 * D)}
 
     def n_params(self) -> int:
         """All parameters: the 7B trunk has 7,622,619,136, with three MTP layers 8,254,990,336."""
@@ -138,9 +142,9 @@ class Attention(nn.Module):
         super().__init__()
         D, d = cfg.d_model, cfg.head_dim
         self.head_dim = d
-        self.q_proj = nn.Linear(D, cfg.n_head * d, bias=True)       # biases on q, k, v only, as Qwen2
-        self.k_proj = nn.Linear(D, cfg.n_kv_head * d, bias=True)
-        self.v_proj = nn.Linear(D, cfg.n_kv_head * d, bias=True)
+        self.q_proj = nn.Linear(D, cfg.n_head * d, bias=cfg.qkv_bias)      # biases on q, k, v only, as Qwen2
+        self.k_proj = nn.Linear(D, cfg.n_kv_head * d, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(D, cfg.n_kv_head * d, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.n_head * d, D, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None, cache) -> Tensor:
@@ -178,7 +182,7 @@ class Block(nn.Module):
         """
         x [B,T,D] -> [B,T,D]. cos, sin [B or 1,T,d] from rope_at. bounds int32 [2,B,T] keeps attention inside each
         document: the first and the one-past-last index, in its row, of each token's document; None: a row is one
-        document. cache: None in training, in decoding an object with attend(q, k, v) -> o (cache.py).
+        document. cache: None in training, in decoding an object with attend(q, k, v) -> o (runner.py).
         """
         a = self.self_attn(self.input_layernorm(x), cos, sin, bounds, cache)
         post = self.post_attention_layernorm
@@ -200,7 +204,10 @@ class MiMo(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(cfg.vocab_size, cfg.d_model), freeze=False)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.d_model, cfg.rms_eps)
-        self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)    # untied from the embedding [paper 2.2]
+        if not cfg.tie_embeddings:                                  # untied from the embedding [paper 2.2]
+            self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        else:                     # a plain attribute, no second submodule: there is one parameter, embed_tokens.weight,
+            object.__setattr__(self, "lm_head", self.embed_tokens)      # whose gradient is the sum of both uses
         self.mtp_layers = nn.ModuleList()
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, bounds: Tensor | None = None) -> Tensor:

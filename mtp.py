@@ -18,12 +18,14 @@ equations count the layers from 0; what is printed or drawn for people counts th
     layer 2    h_i +                 x_{i+3} ------> x_{i+4}    not a chain
 
 Pre-training trains one layer (loss weight 0.3, then 0.1). Afterwards it is copied into two more, trunk and layer 0 are
-frozen and the copies fine-tuned (pretrain.py, last stage). SFT trains all three, RL freezes them.
+frozen and the copies fine-tuned (pretrain.py, last stage). SFT trains all three, RL freezes them or, beyond the report,
+trains them alone beside the policy (rl.py, mtp_weight).
 
 The report is silent on the weight of each depth when three are trained: we average them. On held-out reasoning text it
 finds about 90% acceptance for the first layer and more than 75% for the third; the demo prints ours.
 """
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -120,13 +122,27 @@ def losses(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Te
     first, *rest = mtp_targets(ids, docs, T, n_mtp, mask)
     h = model(ids[:, :T], positions, bounds)                        # [B,T,D], before the final norm
     main = linear_cross_entropy(model.norm(h).flatten(0, 1), model.lm_head.weight, first.flatten())
+    return main, layer_losses(model, h, ids, rest, positions, bounds)
+
+
+def layer_losses(model: MiMo, h: Tensor, ids: Tensor, targets: list[Tensor], positions: Tensor | None = None,
+                 bounds: Tensor | None = None, frozen_trunk: bool = False) -> list[Tensor]:
+    """
+    Summed cross-entropy of each MTP layer, in nats, on the trunk's states h [B,T,D] before the final norm. targets: one
+    [B,T] per layer, of mtp_targets; the rest as in losses. frozen_trunk: h, embedding and head are constants, and only
+    the layers get gradients.
+    """
+    T = h.shape[1]
+    embedding, head = model.embed_tokens.weight, model.lm_head.weight               # tied with the trunk's [Fig. 2]
+    if frozen_trunk:
+        h, embedding, head = h.detach(), embedding.detach(), head.detach()
     cos, sin = model.rope_at(ids[:, :T], positions)
     extra = []
-    for k, (layer, target) in enumerate(zip(model.mtp_layers, rest, strict=False)):
-        emb = model.embed_tokens(ids[:, k + 1:T + k + 1])           # the embedding is tied with the trunk's [Fig. 2]
+    for k, (layer, target) in enumerate(zip(model.mtp_layers, targets, strict=False)):
+        emb = F.embedding(ids[:, k + 1:T + k + 1], embedding)
         z = layer.final_layernorm(layer(h, emb, cos, sin, bounds))  # [B,T,D]
-        extra.append(linear_cross_entropy(z.flatten(0, 1), model.lm_head.weight, target.flatten()))
-    return main, extra
+        extra.append(linear_cross_entropy(z.flatten(0, 1), head, target.flatten()))
+    return extra
 
 
 @torch.no_grad()

@@ -4,14 +4,16 @@ Pre-training in three stages, then MTP fine-tuning (report sections 2.1-2.3).
     python pretrain.py config/tiny.py                              # 1.3M parameters on a laptop CPU, minutes
     python plan.py config/mimo_7b.py --gpus=8                      # what the 7B run would take
     torchrun --nproc_per_node=8 pretrain.py config/mimo_7b.py      # the 7B run under FSDP2
+    python pretrain.py config/mine.py --init=out/qwen              # goes on from a model (hf.py import, or a run)
 
-One loop serves all of it. What changes on the way - learning rate, batch, MTP weight, RoPE base, context, mixture - is
-read from the table of `Stage`s (schedule.py) at the number of tokens seen. The loss is
+One loop serves all of it. What changes on the way - learning rate, batch, MTP weight, RoPE base, context, mixture,
+recomputation - is read from the table of `Stage`s (schedule.py) at the number of tokens seen. The loss is
 
     L = CE(trunk) + w * mean_k CE(MTP layer k)            w = 0.3, later 0.1; one MTP layer in stages 1-3
 
 After stage 3 the MTP layer is copied into two more, trunk and first layer are frozen, and the copies train on the same
-mixture with w = 1 (section 2.2). The report is silent on the length of that stage and on its learning rate.
+mixture with w = 1 (section 2.2). The report is silent on the length of that stage and on its learning rate. With
+--init and no stages but mtp_stage that is all there is: MiMo-7B's published layer becomes three.
 
 The data are token shards, one folder a source (data/prepare.py makes those of the tiny world). A run is resumed by
 running the same command again; on one CPU process the result is bit-equal to an uninterrupted run. Expect for
@@ -21,7 +23,7 @@ source is printed where a stage ends; results/demo keeps the curves of a whole r
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,8 +53,11 @@ SAMPLE_PROMPT = "Problem: What is 7+4-6?\nSolution:"     # continued greedily no
 class Config:
     out: str = "out/tiny/base"            # checkpoints and metrics.jsonl go here
     data: str = "out/tiny/data"           # shards: <data>/<source>, validation: <data>/valid/<source>
-    tokenizer: str = "tiny"               # "tiny" (embedded) or a folder with Qwen2's tokenizer files
-    model: ModelConfig = ModelConfig()    # shape [paper 2.2]
+    init: str = ""                        # checkpoint or run to go on from: its weights, shape and tokenizer; ""
+                                          # = new weights of the shape `model`
+    tokenizer: str = "tiny"               # "tiny" (embedded) or a folder with a tokenizer's files; not with init
+    model: ModelConfig = ModelConfig()    # shape [paper 2.2]; not with init
+    train: Literal["all", "mtp"] = "all"  # mtp: the MTP layers alone, on a frozen trunk
     stages: list[Stage] = field(default_factory=lambda: [Stage()])   # the pre-training table [paper 2.3]
     mtp_stage: Stage | None = None        # MTP fine-tuning after them; None = leave it out [paper 2.2]
     n_mtp_final: int = 3                  # MTP layers after replication [paper 2.2]
@@ -68,7 +73,6 @@ class Config:
     seed: int = 1                         # weights and data order
     threads: int = 1                      # torch threads per process on CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
-    checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing, 7B needs it
     compile: bool = False                 # torch.compile per block, CUDA
     shard_ranks: int = 0                  # ranks a parameter is sharded over; fewer than all = hybrid sharding, 0 = all
     reduce_each: bool = False             # reduce-scatter gradients after every micro-batch: saves one fp32 copy of
@@ -79,20 +83,22 @@ class Config:
     plain: bool = False                   # torch code only: no C, no Triton; for reading and debugging
 
     def __post_init__(self):
-        if not self.stages:
+        if not self.all_stages():
             raise ValueError("stages = []: a run needs at least one Stage")
         configurator.at_least(self, 1, "micro_batch", "valid_tokens", "save_every", "keep", "threads", "n_mtp_final")
         configurator.at_least(self, 0, "weight_decay", "grad_clip", "sample_every", "shard_ranks", "skip_spikes")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
-        for s in self.all_stages():
-            if s.seq_len > self.model.max_seq_len:
+        for s in self.all_stages():          # a model that exists may get a longer context here
+            if s.seq_len > self.model.max_seq_len and not self.init:
                 raise ValueError(f"stage {s.name}: seq_len = {s.seq_len} is longer than model.max_seq_len = "
                                  f"{self.model.max_seq_len}")
         if self.mtp_stage and not 1 <= self.model.n_mtp <= self.n_mtp_final:
             raise ValueError(f"mtp_stage needs 1..{self.n_mtp_final} MTP layers to copy, "
                              f"model.n_mtp = {self.model.n_mtp}")
+        if self.train == "mtp" and self.model.n_mtp < 1:
+            raise ValueError("train = 'mtp' needs an MTP layer, the model has none: `hf.py import --mtp=1` adds one")
 
     def all_stages(self) -> list[Stage]:
         return self.stages + ([self.mtp_stage] if self.mtp_stage else [])
@@ -102,6 +108,8 @@ def main(cfg: Config) -> None:
     # ---- 1. where we run, what we read --------------------------------------------------------------------------
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     kernels.set_plain(cfg.plain)
+    if cfg.init:
+        cfg = going_on(cfg)
     stages, run = cfg.all_stages(), Path(cfg.out)
     end, shortest = total_tokens(stages), min(s.seq_len for s in stages)
     tokenizer, loader = open_data(cfg, stages)
@@ -198,6 +206,20 @@ def main(cfg: Config) -> None:
 
 # ---- start, resume, stages ------------------------------------------------------------------------------------------
 
+def going_on(cfg: Config) -> Config:
+    """
+    cfg with the shape and the tokenizer of the checkpoint that it starts from, cfg.init; the context is that of the
+    model, or of a stage with a longer one. UserError without a checkpoint.
+    """
+    init = checkpoint.find(cfg.init)
+    shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(init), f"{init}/model.json")
+    shape = replace(shape, max_seq_len=max(shape.max_seq_len, *(s.seq_len for s in cfg.all_stages())))
+    try:
+        return replace(cfg, init=str(init), model=shape, tokenizer=str(init))
+    except ValueError as e:                                  # a rule of Config that this model breaks
+        raise UserError(f"{init}: {e}") from None
+
+
 def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoader]:
     """Tokenizer and loader, with everything checked now that a later stage would stumble over. UserError says what."""
     missing = {}
@@ -242,7 +264,7 @@ def start(cfg: Config, stages: list[Stage], loader: MixtureLoader, rt: Runtime,
         fields = checkpoint.read_shape(ckpt)
         checkpoint.same_shape(fields, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
         shape = configurator.from_dict(ModelConfig, fields, f"{ckpt}/model.json")
-    model, optimizer = set_up(mtp.build(shape, "meta"), stages, at, cfg, rt, ckpt)
+    model, optimizer = set_up(mtp.build(shape, "meta"), stages, at, cfg, rt, ckpt or (cfg.init or None))
     if saved:
         checkpoint.load_optimizer(ckpt, model, optimizer)
     return model, optimizer, saved
@@ -250,16 +272,25 @@ def start(cfg: Config, stages: list[Stage], loader: MixtureLoader, rt: Runtime,
 
 def begin_stage(model: MiMo, optimizer: torch.optim.AdamW, stages: list[Stage], at: int, cfg: Config, rt: Runtime,
                 ) -> tuple[MiMo, torch.optim.AdamW]:
-    """Context and RoPE base of stage `at`; MTP fine-tuning starts from copies of the layer, with a new optimizer."""
-    fresh = stages[at] is cfg.mtp_stage
-    if fresh:
+    """
+    Context, RoPE base and activation checkpointing of stage `at`. MTP fine-tuning starts from copies of the layer, with
+    a new optimizer.
+    """
+    stage = stages[at]
+    if stage is cfg.mtp_stage:
         model = distributed.place(mtp.replicate(distributed.unshard(model), cfg.n_mtp_final), rt)
-    model.set_context(stages[at].rope_base, max(s.seq_len for s in stages[:at + 1]))
-    return set_up(model, stages, at, cfg, rt) if fresh else (model, optimizer)
+    longest = max(s.seq_len for s in stages[:at + 1])
+    if cfg.init:                                             # a model that exists keeps the context it was trained for
+        longest = max(longest, cfg.model.max_seq_len)
+    model.set_context(model.cfg.rope_base if stage.rope_base is None else stage.rope_base, longest)
+    if stage is cfg.mtp_stage:
+        return set_up(model, stages, at, cfg, rt)
+    distributed.set_checkpointing(model, stage.checkpointing, cfg.compile)
+    return model, optimizer
 
 
-def set_up(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime, ckpt: Path | None = None,
-           ) -> tuple[MiMo, torch.optim.AdamW]:
+def set_up(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime,
+           ckpt: str | Path | None = None) -> tuple[MiMo, torch.optim.AdamW]:
     """
     Freeze what stage `at` does not train, shard, fill a model that is still on the meta device (each rank its own rows,
     from the checkpoint or the seed), and make the optimizer. at = -1 before the first stage.
@@ -267,7 +298,9 @@ def set_up(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime, 
     model.requires_grad_(True)
     if 0 <= at and stages[at] is cfg.mtp_stage:
         mtp.freeze_all_but_new(model, cfg.model.n_mtp)
-    model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile,
+    elif cfg.train == "mtp":
+        mtp.freeze_all_but_new(model, 0)
+    model = distributed.shard(model, rt, checkpointing=stages[max(at, 0)].checkpointing, compile=cfg.compile,
                               shard_ranks=cfg.shard_ranks)
     if next(model.parameters()).is_meta:
         model = checkpoint.materialise(model, rt, seed=cfg.seed, ckpt=ckpt)

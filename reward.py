@@ -16,35 +16,88 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from functools import lru_cache
+from queue import SimpleQueue
 
 from data.problems import Problem
 from judge import Judge, maths
+from judge.answers import normalise, same
 from tokenizer import Tokenizer
 
 # ---- the answer inside a response -----------------------------------------------------------------------------------
 
-BARE_CODE = re.compile(r"(?:(?:from|import)[ \t].*\n\s*)*def[ \t]")
+FENCE = re.compile(r"(?:\s|[-*+>] |[0-9]{1,3}[.)] )*(`{3,}|~{3,})[ \t]*(.*)", re.ASCII)      # also in a list item
+PYTHON = re.compile(r"[{.\s]*(?:python[0-9.]*|py3?)\b", re.I)
+DEFINES = re.compile(r"(?:async )?def \w+ ?\(|class \w+.*:|(?:import|from) [\w.]+(?:,| as | import |\s*(?:#.*)?$)"
+                     r"|.*\b(?:input|open)\(|.*\bstdin\b")
+BEGINS = re.compile(r"#|@\w|\"\"\"|'''|print\(|\w+(?:, ?\w+)* ?= ?\S|(?:for|while|if|with|try)\b[^#]*:")
+STRINGS = re.compile(r"\"\"\"|'''|\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|#.*|\\.")
 
 
 def extract_program(response: str) -> str | None:
     """
-    The last complete fenced block behind the last </think>; without one, the whole answer if it is bare code. None if
-    there is no program, or if the thinking never ended.
+    The last complete fenced block behind the last </think> that is Python: by its language, or since it defines,
+    imports or reads something. Without such a block the last one without a language; without any fence the whole
+    answer, if it begins like code. None if there is no program, or if the thinking never ended.
     """
-    answer, block, found = response.rpartition("</think>")[2], None, None
+    answer, best, found = response.rpartition("</think>")[2], 0, []
     if "<think>" in answer:
         return None
-    for line in answer.split("\n"):      # not a regular expression: linear in a hostile text too
-        mark = line.strip()
-        if block is None:
-            block = [] if mark.startswith("```") and "`" not in mark[3:] else None
-        elif mark == "```":
-            found, block = "\n".join(block) + "\n", None
-        else:
-            block.append(line)
-    if found is not None:
-        return found
-    return answer.strip() + "\n" if BARE_CODE.match(answer.strip()) and "```" not in answer else None
+    for language, lines in fenced_blocks(answer):
+        python = PYTHON.match(language) or any(DEFINES.match(line.strip()) for line in lines)
+        rank = 2 if python else 1 if not language else 0
+        if rank and rank >= best and "".join(lines).strip():
+            best, found = rank, lines
+    if found:
+        return dedented(found)
+    lines = [line.strip() for line in answer.split("\n") if line.strip()]
+    code = lines and (DEFINES.match(lines[0]) or BEGINS.match(lines[0]))
+    code = code and any(DEFINES.match(line) or line.startswith("print(") for line in lines)
+    return answer.strip() + "\n" if code and "```" not in answer and "~~~" not in answer else None
+
+
+def fenced_blocks(text: str, strings: bool = True) -> list[tuple[str, list[str]]]:
+    """
+    The complete fenced blocks of a Markdown text: (language, lines) each. A fence may stand in a list item, have more
+    than three marks, be of tildes, and close with words behind it; an opening fence of Python restarts an open block.
+    strings: a fence inside of a docstring is text, as long as the docstring ends.
+    """
+    blocks, lines, mark, language, quote = [], [], "", "", ""
+    for line in text.split("\n"):        # not one regular expression: linear in a hostile text too
+        fence = FENCE.fullmatch(line) if "```" in line or "~~~" in line else None
+        if fence and (quote or not fence[1].startswith(mark)):
+            fence = None
+        if fence and "`" not in fence[2] and (not mark or PYTHON.match(fence[2])):
+            lines, mark, language = [], fence[1], fence[2].strip()
+        elif fence and mark:
+            blocks.append((language, lines))
+            mark = ""
+        elif mark:
+            lines.append(line)
+            quote = open_string(line, quote) if strings and (not language or PYTHON.match(language)) else ""
+    return fenced_blocks(text, strings=False) if quote else blocks
+
+
+def open_string(line: str, quote: str) -> str:
+    """The triple quote that is open behind this line of Python, "" for none. quote: the one that is open before it."""
+    at = 0
+    while True:
+        if quote:
+            end = line.find(quote, at)
+            if end < 0:
+                return quote
+            at, quote = end + 3, ""
+        m = STRINGS.search(line, at)
+        if not m:
+            return ""
+        at, quote = m.end(), m[0] if m[0] in ("'''", '"""') else ""
+
+
+def dedented(lines: list[str]) -> str:
+    """The lines as one text, moved to the left by the indentation of the first that is not blank."""
+    first = next(line for line in lines if line.strip())
+    n = len(first) - len(first.lstrip())
+    return "".join(line[min(n, len(line) - len(line.lstrip())):] + "\n" for line in lines)
 
 
 def last_boxed(response: str) -> str | None:
@@ -73,61 +126,52 @@ def last_boxed(response: str) -> str | None:
 
 # ---- maths ----------------------------------------------------------------------------------------------------------
 
-MAX_ANSWER = 200    # characters; a longer box is wrong without a look at it [ours]
-NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
-PLAIN_NUMBER = re.compile(rf"([+-]?)(?:({NUMBER})(?:/([0-9]+))?|\\[dt]?frac\{{([+-]?[0-9]+)\}}\{{([0-9]+)\}}"
-                          r"|\\[dt]?frac([0-9])([0-9]))", re.ASCII)
-NAME = re.compile(r"\A\\?[A-Za-z][A-Za-z0-9_{}()'\\]*=", re.ASCII)    # x=, x_1=, f(2)=, \theta= before a value
-DECORATION = re.compile(r"\\left|\\right|\\[,;:! ]|\\displaystyle|\\\$|[$\s]|~")
-THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", re.ASCII)
-UNIT = re.compile(r"(?:\\%|%|\^\{?\\circ\}?|\\(?:text|mathrm|mbox)\{[A-Za-z^ /.]*\})+$")
-
-
-def tidy(text: str) -> str:
-    """The same expression without spaces, dollar signs and thousands separators."""
-    text = DECORATION.sub("", text).replace("{,}", ",").replace("\u2212", "-").rstrip(".")
-    return text.replace(",", "") if THOUSANDS.fullmatch(text) else text
+MAX_ANSWER = 2000    # characters; a longer answer is right only if it is the reference, letter for letter [ours]
+BETWEEN_BOXES = re.compile(r"[\s$.,;]*(?:and|or|\\text\{ ?(?:and|or) ?\})?[\s$.,;]*")
+reference_form = lru_cache(maxsize=1 << 14)(normalise)
 
 
 def plain_number(text: str) -> Fraction | None:
-    r"""
-    Exact value of a plain number: an integer, a decimal, a/b, \frac{a}{b}, or any of them behind `x=`; else None.
-
-    No product, power or sum is plain: `17*23`, `2^5`, `--5` and `1 2` are None; "x = -\frac{1}{2}" is -1/2.
-    """
-    if re.search(r"[0-9]\s+[0-9]", text):
-        return None
-    match = PLAIN_NUMBER.fullmatch(UNIT.sub("", NAME.sub("", tidy(text))))
-    if not match:
-        return None
-    sign, number, under, a, b, c, d = match.groups()
-    top, bottom = (Fraction(number), int(under or 1)) if number else (Fraction(a or c), int(b or d))
-    return None if bottom == 0 else (-1 if sign == "-" else 1) * top / bottom
+    r"""Exact value of a plain number in any clothes: "x = 2\frac{1}{2}\text{ cm}" -> 5/2; None for all else."""
+    return reference_form(text).value
 
 
 def math_reward(response: str, answer: str) -> float:
     r"""
     1.0 if the last \boxed{} behind </think> equals the reference answer, else 0.0 (3.2: accuracy only).
 
-    A number is compared exactly (0.5 = 1/2 = \frac12) and has to be answered by a number. Everything else goes to
-    Math-Verify, in a process that is killed after maths.MATH_SECONDS: a time-out is a wrong answer, and is counted.
-    RuntimeError if Math-Verify is not installed, or fails on more than a tenth of at least 50 answers. Any thread may
-    call this.
+    Both go through the rules of judge/answers.py. A number is compared exactly (0.5 = 1/2 = \frac12) and has to be
+    answered by a number. Where rules cannot tell, Math-Verify does, in a process that is killed after
+    maths.MATH_SECONDS: a time-out is a wrong answer, and is counted. RuntimeError if Math-Verify is not installed, or
+    fails on more than a tenth of at least 50 answers. Any thread may call this.
     """
     box = last_boxed(response)
-    if box is None or not box.strip() or len(box) > MAX_ANSWER:
+    if box is None or not box.strip():
         return 0.0
-    if len(answer) <= MAX_ANSWER and (gold := plain_number(answer)) is not None:
-        maths.counts["fast"] += 1
-        names = {name[0] for text in (answer, box) if (name := NAME.match(tidy(text)))}
-        return float(plain_number(box) == gold and len(names) < 2)      # y = 2 does not answer x = 2
-    if tidy(box) == tidy(answer):
-        maths.counts["fast"] += 1
-        return 1.0
-    # Math-Verify takes the last side of a chain of equations, and merges equal items of a list: refuse both here
-    if box.count("=") > max(1, answer.count("=")) or box.count(",") > answer.count(",") + box.count("{,}"):
-        return 0.0
-    return float(maths.equal(answer, box))
+    if max(len(box), len(answer)) > MAX_ANSWER:
+        maths.counts["long"] += box.split() != answer.split()
+        return float(box.split() == answer.split())
+    reference = reference_form(answer)
+    paid = same(reference, normalise(box))
+    if not paid and reference.items and (boxes := last_boxes(response, len(reference.items))):
+        paid = same(reference, normalise(", ".join(boxes)))         # \boxed{1} and \boxed{2}
+    if paid is None:
+        return float(maths.equal(reference.text, normalise(box).text))
+    maths.counts["fast"] += 1
+    return float(paid)
+
+
+def last_boxes(response: str, n: int) -> list[str]:
+    r"""The contents of the last n > 1 boxes, if they are all that only commas, `and` and `or` stand between."""
+    boxes, text = [], response.rpartition("</think>")[2]
+    while n > 1 and len(boxes) <= n and (box := last_boxed(text)) is not None:
+        begin = text.rfind("\\boxed{")
+        after = text[begin + len("\\boxed{") + len(box) + 1:]
+        if boxes and not BETWEEN_BOXES.fullmatch(after):
+            break
+        boxes.insert(0, box)
+        text = text[:begin]
+    return boxes if len(boxes) == n else []
 
 
 # ---- code: difficulty levels and reward (3.3.1) ---------------------------------------------------------------------
@@ -232,20 +276,41 @@ def difficulty_reward(passed: Sequence[bool], levels: Sequence[int], scheme: str
     return math.fsum(terms) / total
 
 
+# ---- what a person should be told -----------------------------------------------------------------------------------
+
+def nothing_learned(row: dict) -> str:
+    """
+    For an iteration of RL without an update: why, and what to check; "" if it made one. row: its line of metrics.jsonl,
+    of which updates, all0, all1 and verdicts are read.
+    """
+    if row["updates"]:
+        return ""
+    shares = f"all 0: {row['all0']:.0%} of the groups, all 1: {row['all1']:.0%}"
+    if row["all0"] > 0.9:
+        why = (r"nearly every answer got 0. Look at one: does it end, within max_new_tokens, with \boxed{} or a fenced "
+               "program? Do the references and tests fit the questions? Can the model solve any of them?")
+    elif row["all1"] > 0.9:
+        why = "nearly every answer was right: take harder problems (data/rl_problems.py)"
+    else:
+        why = "the answers to a question all got the same reward: raise group_size, or change the problems"
+    odd = {name: maths.counts[name] for name in ("long", "timeouts", "errors", "unreadable") if maths.counts[name]}
+    return (f"nothing was learned in iteration {row['step']} ({shares}): {why}"
+            + (f"; maths answers so far: {odd}" if odd else ""))
+
+
 # ---- from a sample to its reward ------------------------------------------------------------------------------------
 
 class Grader:
     """
-    Grades samples for rollout.RolloutThread and eval.solve: submit() takes one, poll() returns the rewards that are
-    ready. Neither waits: code runs in the judge's sandboxes, maths in a thread, so that a hard expression does not hold
-    up decoding.
+    Grades samples for rollout.Rollout: submit() takes one, poll() returns the rewards that are ready. Neither waits:
+    code runs in the judge's sandboxes, maths in threads, so that a hard expression does not hold up decoding.
 
     problems: task.prompt is an index into it. scheme: "vanilla" (all tests or nothing), "strict" or "soft" (3.3.1).
     """
     def __init__(self, problems: list[Problem], tokenizer: Tokenizer, judge: Judge, scheme: str = "soft"):
         self.problems, self.tokenizer, self.judge, self.scheme = problems, tokenizer, judge, scheme
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="maths")
-        self.maths: list[tuple[tuple, Future]] = []     # (key, reward to come)
+        self.pool = ThreadPoolExecutor(maths.MATH_WORKERS, thread_name_prefix="maths")
+        self.maths: SimpleQueue[tuple[tuple, str, Future]] = SimpleQueue()     # (key, text, reward), done
         self.code: dict[tuple, Problem] = {}            # key -> problem, while the judge has the program
         self.ready: list[tuple[tuple, float, dict]] = []
 
@@ -259,29 +324,29 @@ class Grader:
         if sample.finish == "length":                   # no end token: a truncated answer is not an answer
             self.ready.append((key, 0.0, {"passed": False, "verdicts": ["truncated"]}))
         elif problem.kind == "maths":
-            self.maths.append((key, self.pool.submit(math_reward, text, problem.answer)))
+            future = self.pool.submit(math_reward, text, problem.answer)
+            future.add_done_callback(lambda done: self.maths.put((key, text, done)))
         elif (program := extract_program(text)) is None:
             self.ready.append((key, 0.0, {"passed": False, "verdicts": ["no program"]}))
         else:
             self.code[key] = problem
-            self.judge.submit(key, program, list(problem.tests), problem.entry)
+            self.judge.submit(key, program, list(problem.tests), problem.entry, problem.limits)
 
     def poll(self) -> list[tuple[tuple, float, dict]]:
         """
         (key, reward, info) of the samples whose rewards are ready, in any order. info: {"passed": right answer or all
-        tests, "verdicts": a word for maths, a status per test for code}. What math_reward or the judge raises ends the
-        run: a grader that fails must never look like a wrong answer.
+        tests, "verdicts": why}: for code a status per test, for maths "right", "wrong" or "no box", and for either
+        "truncated" or "no program". What math_reward or the judge raises ends the run: a grader that fails must never
+        look like a wrong answer.
         """
         done, self.ready = self.ready, []
-        waiting = []
-        for key, future in self.maths:
-            if not future.done():
-                waiting.append((key, future))
+        while not self.maths.empty():                   # only this thread takes from it
+            key, text, future = self.maths.get()
+            if future.cancelled():                      # by close()
                 continue
             reward = future.result()
-            right = reward == 1.0
-            done.append((key, reward, {"passed": right, "verdicts": ["right" if right else "wrong"]}))
-        self.maths = waiting
+            why = "right" if reward == 1.0 else "no box" if last_boxed(text) is None else "wrong"
+            done.append((key, reward, {"passed": reward == 1.0, "verdicts": [why]}))
         for key, verdicts in self.judge.poll():
             problem, statuses = self.code.pop(key), [v.status for v in verdicts]
             passed = [status == "AC" for status in statuses]
@@ -290,7 +355,7 @@ class Grader:
         return done
 
     def close(self) -> None:
-        """Stop the thread; what is still queued for it is dropped."""
+        """Stop the threads; what is still queued for them is dropped."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 

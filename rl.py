@@ -21,23 +21,27 @@ THE ALGORITHM, one iteration:
 Steps 1 to 3 run in the rollout thread (rollout.py, reward.py), steps 4 to 7 in update(). docs/tutorial/grpo.py is the
 same algorithm in 60 lines without threads, pool and several processes.
 
+The held-out curve comes from the same rollout thread, engine and ranks (the report's Table 3): a step without training.
+
 The end token is generated and is trained; an answer cut at the length limit gets no end token and reward 0. MTP layers
-are frozen. Eq. 1 prints one ratio per answer; it is read per token, as in DAPO. The report is silent on G, eps_low and
-eps_high, the mix of maths and code in a batch and the points per difficulty level: ours are marked in Config.
-config/mimo_7b_rl_0530.py is the later on-policy recipe: one update per batch, and a longest answer that grows.
+are frozen (mtp_weight trains them along). Eq. 1 prints one ratio per answer; it is read per token, as in DAPO. The
+report is silent on G, eps_low and eps_high, the mix of maths and code in a batch and the points per difficulty level:
+ours are marked in Config. config/mimo_7b_rl_0530.py is the later on-policy recipe: one update per batch, and a longest
+answer that grows.
 
 What to watch in metrics.jsonl: `heldout` (avg@4 on the valid problems), `reward_launched` (all answers, before groups
 are dropped) and `entropy`; never the objective, which is near zero by construction. results/demo has the curves.
 """
 import math
 import time
-from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,15 +51,16 @@ import distributed
 import kernels
 import mtp
 from configurator import UserError
-from data.problems import Problem, prompt_ids, read_problems, stop_ids
+from data.filters import check_references
+from data.problems import Problem, read_problems, stop_ids
 from distributed import Runtime
 from engine import Engine, Request
-from eval import solve, summary
+from eval import fingerprint, fitting, sample_seed, summary
 from judge import Judge
 from kernels.linear_cross_entropy import logprob_entropy
-from metrics import Metrics, check_finite
+from metrics import Metrics, check_finite, read_rows
 from model import MiMo, ModelConfig
-from reward import Grader
+from reward import Grader, nothing_learned
 from rollout import Batch, Group, RolloutThread, Scheduler, Task, hash64
 from tokenizer import Tokenizer
 
@@ -85,32 +90,47 @@ class Config:
     reward_lag: int = 16                  # decode steps from the end of a group to the use of its rewards [ours];
                                           # with several processes also the steps between two exchanges
     slots: int = 128                      # answers decoded at a time, per process
+    system: str | None = None             # system prompt; "" = an empty system turn, None = what the chat template says
     n_draft: int = 0                      # MTP layers that draft during rollouts; exact, but slower on large batches
-    judge_workers: int = 2                # sandboxed test runners
+    draft_below: int = 0                  # draft only while at most so many answers are decoded; 0 = always
+    mtp_weight: float = 0.0               # train the MTP layers along, on trunk states that they cannot change; 0 =
+                                          # frozen [paper 2.2]; above 0 [ours]
+    judge_workers: int = 2                # sandboxed test runners, per process
+    judge_seconds: float = 1.0            # processor seconds a test may take [ours]
+    judge_memory_mb: int = 512            # address space of a program, MB [ours]
+    judge_output_kb: int = 1024           # output of a program that is read, KB [ours]
+    judge_tolerance: float | None = None  # by which floats may differ; None: 1e-9 in calls, not at all in text
+    judge_isolation: Literal["auto", "A", "B", "C"] = "auto"   # docs/judge.md; C only for programs you trust
+    judge_timeout: float = 600.0          # seconds without any reward, while some are waited for, that end the run
     micro_tokens: int = 8192              # padded tokens per forward of the trainer; never changes the result
     beta1: float = 0.9                    # AdamW [paper 2.3]
     beta2: float = 0.95                   # AdamW [paper 2.3]
     weight_decay: float = 0.0             # AdamW, on matrices only [ours]
     grad_clip: float = 1.0                # global gradient norm [paper 2.3]
-    eval_every: int = 10                  # iterations between points of the held-out curve, 0 = never
+    eval_every: int = 10                  # iterations between points of the held-out curve, which begins before the
+                                          # first and ends after the last; 0 = no curve
     eval_samples: int = 4                 # answers per held-out problem
     save_every: int = 10                  # iterations between checkpoints
     keep: int = 2                         # checkpoints kept
     seed: int = 1                         # prompts, samples
     threads: int = 1                      # torch threads per process on CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
+    timeout: float = 1800.0               # seconds that a rank waits for the others
     checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing
     shard_ranks: int = 0                  # ranks a parameter is sharded over, 0 = all
     reduce_each: bool = False             # reduce-scatter gradients after every micro-batch: saves one fp32 copy of
                                           # them per GPU, costs more communication
-    kv_tokens: int = 0                    # tokens in the engine's KV cache on a GPU; 0 = slots x longest answer
+    kv_tokens: int = 0                    # tokens in the engine's KV cache; 0 = slots x longest answer
     plain: bool = False                   # torch code only: no C, no Triton; for reading and debugging
 
     def __post_init__(self):
         configurator.at_least(self, 1, "steps", "batch_size", "mini_batch", "group_size", "slots", "judge_workers",
-                              "micro_tokens", "eval_samples", "save_every", "keep", "threads", "is_cap")
+                              "micro_tokens", "eval_samples", "save_every", "keep", "threads", "is_cap",
+                              "judge_memory_mb", "judge_output_kb", "timeout")
         configurator.at_least(self, 0, "lr", "warmup_steps", "easy_alpha", "reward_lag", "n_draft", "weight_decay",
-                              "grad_clip", "eval_every", "max_staleness", "shard_ranks", "kv_tokens")
+                              "grad_clip", "eval_every", "max_staleness", "shard_ranks", "kv_tokens", "draft_below",
+                              "mtp_weight")
+        configurator.at_least(self, 0.01, "judge_seconds", "judge_timeout")
         for name, high in (("easy_alpha", 1), ("max_staleness", 1), ("beta1", 0.999999), ("beta2", 0.999999)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} = {getattr(self, name)} should be from 0 to {round(high)}")
@@ -133,12 +153,18 @@ class Config:
         """Longest answer in iteration `step`, tokens."""
         return [tokens for start, tokens in self.max_new_tokens if step >= start][-1]
 
+    def evaluates(self, step: int) -> bool:
+        """Is there a point of the held-out curve after `step` iterations?"""
+        return bool(self.valid and self.eval_every) and (step % self.eval_every == 0 or step == self.steps)
+
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-def main(cfg: Config) -> None:
+def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> None:
+    """make_scheduler: for the ablations of paper/policy.py."""
     # ---- 1. where we run --------------------------------------------------------------------------------------------
-    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
+    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks,
+                           timeout=cfg.timeout)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
 
@@ -149,102 +175,140 @@ def main(cfg: Config) -> None:
         checkpoint.same_start(ckpt, cfg.init)
     start = ckpt or checkpoint.find(cfg.init)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(start), f"{start}/model.json")
-    tokenizer, problems = Tokenizer.load(start), read_problems(cfg.problems)
-    held = read_problems(cfg.valid) if cfg.valid else []
+    tokenizer = Tokenizer.load(start)
+    if cfg.system is not None:
+        tokenizer = tokenizer.with_system(cfg.system)               # goes into the checkpoint: served as trained
+    (problems, prompts), (held, held_prompts) = read_all(cfg, shape, start, tokenizer, rt)
+    if rt.is_main:
+        check_references(cfg.problems, problems, at_most=1000)
     meta = checkpoint_meta(cfg, start, held)
     chat = meta["chat"]
     model = mtp.build(shape, "meta")
-    model.mtp_layers.requires_grad_(False)                          # frozen in RL [paper 2.2]
+    model.mtp_layers.requires_grad_(cfg.mtp_weight > 0)             # frozen in RL [paper 2.2]
     model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks)
     model = checkpoint.materialise(model, rt, ckpt=start)           # each rank reads its own rows
     optimizer = distributed.adamw(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    prompts, stop = [prompt_ids(tokenizer, p, chat) for p in problems], stop_ids(tokenizer, chat)
-    max_len = check_lengths(cfg, shape, start, prompts, [prompt_ids(tokenizer, p, chat) for p in held])
 
     # ---- 3. the two threads: rollout there, updates here ------------------------------------------------------------
-    judge = Judge(workers=cfg.judge_workers, cache_size=10_000)
+    def new_judge() -> Judge:
+        return Judge(workers=cfg.judge_workers, time_limit=cfg.judge_seconds, memory_mb=cfg.judge_memory_mb,
+                     output_kb=cfg.judge_output_kb, tolerance=cfg.judge_tolerance, isolation=cfg.judge_isolation,
+                     allow_unsafe=cfg.judge_isolation == "C", cache_size=10_000,
+                     quiet=not rt.is_main)
+    judge = new_judge()
+    held_judge = new_judge() if held else judge     # its own: no late verdict of training comes up in an evaluation
     grader = Grader(problems, tokenizer, judge, cfg.scheme)
-    scheduler = Scheduler(len(problems), cfg.batch_size, cfg.group_size, seed=cfg.seed, alpha=cfg.easy_alpha,
-                          dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups, reward_lag=cfg.reward_lag)
+    held_grader = Grader(held, tokenizer, held_judge, cfg.scheme)
+    scheduler = make_scheduler(len(problems), cfg.batch_size, cfg.group_size, seed=cfg.seed, alpha=cfg.easy_alpha,
+                               dynamic=cfg.dynamic_sampling, max_groups=cfg.max_groups, reward_lag=cfg.reward_lag,
+                               problems=fingerprint(problems))
     if saved:
         scheduler.load_state_dict(saved["scheduler"])
         checkpoint.load_optimizer(ckpt, model, optimizer)
+    first, state = scheduler.step, scheduler.state_dict()
     replica = new_replica(model, rt)
-    engine = Engine(replica, slots=cfg.slots, max_len=max_len, n_draft=cfg.n_draft, kv_tokens=cfg.kv_tokens or None,
-                    n_ids=tokenizer.n_ids)
-    first = scheduler.step
+    max_len = max(map(len, prompts + held_prompts)) + max(tokens for _, tokens in cfg.max_new_tokens)
+    engine = Engine(replica, slots=cfg.slots, max_len=max_len, n_draft=cfg.n_draft, draft_below=cfg.draft_below,
+                    kv_tokens=cfg.kv_tokens, n_ids=tokenizer.n_ids)
+    if rt.is_main:
+        print(configurator.show(cfg))
+        print(f"{len(problems)} problems, {'chat template' if chat else 'plain text (RL-Zero)'}; judge isolation "
+              f"{judge.isolation}; {f'resumed at iteration {first} from' if saved else 'starting from'} {start}")
+    metrics = Metrics(run, resume_at=first, enabled=rt.is_main)
+    evaluated = last_evaluation(metrics, rt)        # a run that was stopped in an evaluation begins with it
+    stop = stop_ids(tokenizer, chat)
     limits = [cfg.max_new_tokens_at(step) for step in range(max(first, cfg.steps) + 1)]
 
     def make_request(task: Task, i: int, seed: int) -> Request:
         """Temperature 1 and no top-p: Eq. 1 compares full softmaxes [paper 3.3.3]."""
         return Request(task.key(i), prompts[task.prompt], limits[task.step], temperature=1.0, stop=stop, seed=seed)
 
-    if rt.is_main:
-        print(configurator.show(cfg))
-        print(f"{len(problems)} problems, {'chat template' if chat else 'plain text (RL-Zero)'}; judge isolation "
-              f"{judge.isolation}; {f'resumed at iteration {first} from' if saved else 'starting from'} {start}")
-    metrics = Metrics(run, resume_at=first, enabled=rt.is_main)
-    bar = tqdm(total=cfg.steps, initial=first, unit="it", desc="rl", disable=None if rt.is_main else True)
-    if held and not saved and rt.is_main:
-        metrics.log(step=0, heldout=evaluate(replica, tokenizer, held, chat, cfg))
-    # ranks synchronise every reward_lag decode steps; the rewards of samples that finish in round i are applied at the
-    # end of round i + 1
-    exchange = distributed.Exchange(rt, max(1, cfg.reward_lag)) if rt.world > 1 else None
-    rollout = RolloutThread(scheduler, engine, grader, make_request, cfg.max_staleness, exchange=exchange)
+    def make_held_request(task: Task, i: int, _: int) -> Request:
+        """Temperature 0.6, top-p 0.95 [paper 3.5]; the same random numbers at every point of the curve."""
+        return Request(task.key(i), held_prompts[task.prompt], cfg.max_new_tokens[-1][1], temperature=0.6, top_p=0.95,
+                       stop=stop, seed=sample_seed(cfg.seed, held[task.prompt], i))
 
-    # ---- 4. the loop ------------------------------------------------------------------------------------------------
-    with bar, judge, closing(grader), closing(rollout):
+    def evaluation(step: int) -> tuple | None:
+        """All held-out problems at once, all graded: one step without dynamic sampling and pool."""
+        if not cfg.evaluates(step) or step <= evaluated:
+            return None
+        return (Scheduler(len(held), len(held), cfg.eval_samples, seed=cfg.seed, alpha=0.0, dynamic=False,
+                          reward_lag=None), held_grader, make_held_request)
+
+    # ranks meet every reward_lag decode steps, and at least every 64: some seconds
+    exchange = distributed.Exchange(rt, min(max(1, cfg.reward_lag), 64)) if rt.world > 1 else None
+    rollout = RolloutThread(scheduler, engine, grader, make_request, cfg.max_staleness, evaluation, last=cfg.steps,
+                            exchange=exchange, judge_timeout=cfg.judge_timeout, stop=distributed.stop_here)
+    bar = tqdm(total=cfg.steps, initial=first, unit="it", desc="rl", disable=None if rt.is_main else True)
+
+    def save(step: int) -> None:
+        checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), meta=meta,
+                        optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt, state={"scheduler": state})
+
+    # ---- 4. the loop: SIGTERM drops the step in flight, saves what is finished and leaves; the same command goes on --
+    with bar, judge, held_judge, closing(grader), closing(held_grader), closing(rollout):
+        stopped = bool(evaluation(first)) and not log_heldout(metrics, first, rollout, held)
         for step in range(first, cfg.steps):
             # 4a. a rollout batch, without the groups whose rewards are not known because the judge itself failed
             t0 = time.perf_counter()
-            batch = rollout.take()
+            batch = None if stopped else rollout.take()
+            if stopped := batch is None:
+                if step > first and step % cfg.save_every:
+                    save(step)
+                break
+            state = batch.state
             failed = [g for g in batch.groups if any("JE" in info["verdicts"] for info in g.infos)]
             batch.groups = [g for g in batch.groups if g not in failed]
 
             # 4b. update
             t1 = time.perf_counter()
-            stats = update(model, optimizer, batch, cfg, rt, step)
+            with distributed.waiting_for(f"the update of iteration {step + 1}", rt.timeout):
+                stats = update(model, optimizer, batch, cfg, rt, step)
 
-            # 4c. new weights to the engine's replica, while the rollout thread rests
+            # 4c. new weights to the engine's replica, while the rollout thread rests; with max_staleness = 1 a copy
             t2 = time.perf_counter()
             if not cfg.max_staleness:
                 distributed.copy_weights(model, replica)
+            rollout.publish(copied_weights(model, rt) if cfg.max_staleness else None)
 
-            # 4d. held-out curve
-            heldout = {}
-            if held and cfg.eval_every and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
-                newest = new_replica(model, rt) if cfg.max_staleness else replica
-                heldout = {"heldout": evaluate(newest, tokenizer, held, chat, cfg)} if rt.is_main else {}
-
-            # 4e. the rollout thread may go on; with max_staleness = 1 it gets a copy of the weights. Then log and save
-            if step + 1 < cfg.steps:
-                rollout.publish(copied_weights(model, rt) if cfg.max_staleness else None)
-            seconds = {"wait_s": t1 - t0, "update_s": t2 - t1, "heldout_s": time.perf_counter() - t2}
-            log_iteration(metrics, bar, step, batch, len(failed), stats | seconds | heldout, problems, tokenizer, rt)
-            stop_now = distributed.stop_requested(rt)
-            if stop_now or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
-                checkpoint.save(run, step + 1, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), meta=meta,
-                                optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt,
-                                state={"scheduler": batch.state})
-            if stop_now:
+            # 4d. log and save
+            seconds = {"wait_s": t1 - t0, "update_s": t2 - t1}
+            log_iteration(metrics, bar, step, batch, len(failed), stats | seconds, problems, tokenizer, rt)
+            stopped = distributed.stop_requested(rt)
+            if stopped or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
+                save(step + 1)
+            if stopped:
                 break
+
+            # 4e. held-out curve, by the rollout thread
+            if cfg.evaluates(step + 1):
+                stopped = not log_heldout(metrics, step + 1, rollout, held)
+    if stopped and rt.is_main:
+        print("stopped (SIGTERM); the same command goes on")
     distributed.teardown(rt)
 
 
-def check_lengths(cfg: Config, shape: ModelConfig, start: Path, prompts: list[list[int]], held: list[list[int]]) -> int:
+def read_all(cfg: Config, shape: ModelConfig, start: Path, tokenizer: Tokenizer, rt: Runtime) -> list[tuple]:
     """
-    Longest training prompt + answer, tokens. UserError when a prompt (token ids) and the longest answer do not fit the
-    model's context, or it has not as many MTP layers as shall draft.
+    Training problems and held-out ones, each (problems, token ids of their prompts), without those whose prompts leave
+    no room for the longest answer (eval.fitting). UserError when these are many, or there are fewer MTP layers than
+    shall draft or be trained.
     """
-    new = max(tokens for _, tokens in cfg.max_new_tokens)
-    for path, ids in ((cfg.problems, prompts), (cfg.valid, held)):
-        longest = max(map(len, ids), default=0)
-        if longest + new > shape.max_seq_len:
-            raise UserError(f"{path}: longest prompt {longest} + {new} new tokens exceed the context of {start}, "
-                            f"max_seq_len = {shape.max_seq_len}")
-    if not 0 <= cfg.n_draft <= shape.n_mtp:
+    if cfg.n_draft > shape.n_mtp:
         raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {start}")
-    return max(map(len, prompts)) + new
+    if cfg.mtp_weight and not shape.n_mtp:
+        raise UserError(f"mtp_weight = {cfg.mtp_weight} trains MTP layers, and {start} has none")
+    chat = checkpoint.read_meta(start).get("chat", False)
+    new = max(tokens for _, tokens in cfg.max_new_tokens)
+    why = f"max_new_tokens {new:,} of max_seq_len = {shape.max_seq_len} in {start}"
+    return [fitting(path, read_problems(path), tokenizer, chat, shape.max_seq_len - new, why, rt) if path else ([], [])
+            for path in (cfg.problems, cfg.valid)]
+
+
+def last_evaluation(metrics: Metrics, rt: Runtime) -> int:
+    """The iteration behind the last point of the held-out curve that rank 0 has logged, -1 before the first."""
+    logged = [row["step"] for _, row in read_rows(metrics.path) if "heldout" in row] if rt.is_main else []
+    return distributed.all_gather_object(max(logged, default=-1))[0]
 
 
 def checkpoint_meta(cfg: Config, start: Path, held: list[Problem]) -> dict:
@@ -269,26 +333,24 @@ def copied_weights(model: MiMo, rt: Runtime) -> dict[str, Tensor]:
     return {name: w.to(rt.dtype, copy=True) for name, w in distributed.replica_state(model)}
 
 
-def evaluate(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], chat: bool, cfg: Config) -> dict[str, dict]:
-    """The held-out curve: avg@n at the report's evaluation settings (temperature 0.6, top-p 0.95), per kind."""
-    new, longest = cfg.max_new_tokens[-1][1], max(len(prompt_ids(tokenizer, p, chat)) for p in problems)
-    engine = Engine(model, slots=cfg.slots, max_len=longest + new, n_ids=tokenizer.n_ids)
-    with Judge(workers=cfg.judge_workers, cache_size=10_000) as judge:
-        return {kind: summary(solve(engine, tokenizer, judge, [p for p in problems if p.kind == kind], chat=chat,
-                                    n=cfg.eval_samples, max_new_tokens=new, seed=cfg.seed))
-                for kind in sorted({p.kind for p in problems})}
+def log_heldout(metrics: Metrics, step: int, rollout: RolloutThread, held: list[Problem]) -> bool:
+    """Write a point of the held-out curve, per kind of problem, to metrics.jsonl. False if there is none (SIGTERM)."""
+    t0 = time.perf_counter()
+    if (groups := rollout.evaluated()) is None:
+        return False
+    graded = {g.task.prompt: [info | {"tokens": len(s.tokens), "finish": s.finish}
+                              for s, info in zip(g.samples, g.infos, strict=True)] for g in groups}
+    metrics.log(step=step, heldout={kind: summary([graded[i] for i, p in enumerate(held) if p.kind == kind])
+                                    for kind in sorted({p.kind for p in held})}, heldout_s=time.perf_counter() - t0)
+    return True
 
 
 def log_iteration(metrics: Metrics, bar: tqdm, step: int, batch: Batch, failed: int, numbers: dict,
                   problems: list[Problem], tokenizer: Tokenizer, rt: Runtime) -> None:
     """One line of metrics.jsonl and of the progress bar; every tenth iteration also an answer with its reward."""
-    verdicts = Counter(v for g in batch.groups for info in g.infos for v in info["verdicts"])
-    samples = [s for g in batch.groups for s in g.samples]
-    lengths = sorted(len(s.tokens) for s in samples) or [0]
-    row = {"step": step + 1, **batch.metrics, **batch.timing, **numbers, "verdicts": dict(verdicts),
-           "length_mean": sum(lengths) / len(lengths), "length_p95": lengths[int(0.95 * (len(lengths) - 1))],
-           "truncated": sum(s.finish == "length" for s in samples) / max(1, len(samples)),
-           "decode_tokens_per_second": batch.metrics["tokens"] / batch.timing["rollout_s"]}
+    timing = batch.timing
+    row = {"step": step + 1, **batch.metrics, **timing, **numbers,
+           "decode_tokens_per_second": batch.metrics["tokens"] / timing["rollout_s"]}
     metrics.log(**row)
     if not rt.is_main:
         return
@@ -297,8 +359,13 @@ def log_iteration(metrics: Metrics, bar: tqdm, step: int, batch: Batch, failed: 
                         f"entropy {row.get('entropy', 0):.2f} length {row['length_mean']:.0f} pool {row['pool_size']}")
     if batch.note:
         bar.write("  " + batch.note)
+    if note := nothing_learned(row):
+        bar.write("  " + note)
     if failed:
         bar.write(f"  {failed} of {failed + len(batch.groups)} groups left out: the judge failed on them twice")
+    if timing["judge_wait_s"] > max(1.0, 0.1 * timing["rollout_s"]):
+        bar.write(f"  for {timing['judge_wait_s']:.0f} of {timing['rollout_s']:.0f} s all engines rested until late "
+                  "rewards came: raise reward_lag or judge_workers")
     g = next((g for g in batch.groups if g.rank == rt.rank), None)
     if step % 10 == 0 and g:
         text = tokenizer.decode(g.samples[0].tokens, skip_control=True)
@@ -400,22 +467,43 @@ def pack(trajectories: list[Trajectory], micro_tokens: int, rt: Runtime) -> list
     return micros + [NOTHING] * (most - len(micros))
 
 
-def token_logprobs(model: MiMo, trajectories: list[Trajectory], device: torch.device | str) -> tuple[Tensor, Tensor]:
+def padded(trajectories: list[Trajectory], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """
-    log pi(o_ij | q, o_i<j) and entropy, in nats, of every generated token, one trajectory after the other: ([N], [N])
-    fp32, N = sum of |o_i|. Padding is on the right, where causal attention never sees it.
+    -> (ids [B,T] of prompts and answers, padded on the right, where causal attention never sees it; [N] the flat index
+    of the position before each generated token, one trajectory after the other, N = sum of |o_i|).
     """
     T = max(len(t.prompt) + len(t.tokens) for t in trajectories)
     ids = torch.zeros(len(trajectories), T, dtype=torch.long)       # [B,T]
     for b, t in enumerate(trajectories):
         ids[b, :len(t.prompt) + len(t.tokens)] = torch.tensor(t.prompt + t.tokens)
     at = torch.cat([b * T + torch.arange(len(t.prompt) - 1, len(t.prompt) + len(t.tokens) - 1)
-                    for b, t in enumerate(trajectories)])           # [N] the position before each generated token
-    ids = ids.to(device)
-    h = model(ids)                                                  # [B,T,D]
-    x = model.norm(h).flatten(0, 1)[at.to(device)]                  # [B,T,D] -> [N,D]
-    targets = ids.flatten()[at.to(device) + 1]                      # [N]
+                    for b, t in enumerate(trajectories)])           # [N]
+    return ids.to(device), at.to(device)
+
+
+def token_logprobs(model: MiMo, trajectories: list[Trajectory], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """
+    log pi(o_ij | q, o_i<j) and entropy, in nats, of every generated token, one trajectory after the other: ([N], [N])
+    fp32, N = sum of |o_i|.
+    """
+    ids, at = padded(trajectories, device)
+    return logprobs_at(model, model(ids), ids, at)
+
+
+def logprobs_at(model: MiMo, h: Tensor, ids: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the trunk's states h [B,T,D] before the final norm; ids [B,T] and at [N]: of padded()."""
+    x = model.norm(h).flatten(0, 1)[at]                             # [B,T,D] -> [N,D]
+    targets = ids.flatten()[at + 1]                                 # [N]
     return logprob_entropy(x, model.lm_head.weight, targets)
+
+
+def mtp_loss(model: MiMo, h: Tensor, ids: Tensor, at: Tensor) -> Tensor:
+    """Cross-entropy of the MTP layers, summed over the generated tokens, mean over the layers; arguments as above."""
+    B, T, n = *ids.shape, len(model.mtp_layers)
+    trained = torch.zeros(B * T, dtype=torch.long, device=ids.device).index_fill(0, at + 1, 1).view(B, T)
+    ids, trained = (F.pad(x, (0, n + 1)) for x in (ids, trained))   # [B,T+1+n]
+    _, *targets = mtp.mtp_targets(ids, torch.zeros_like(ids), T, n, trained)
+    return sum(mtp.layer_losses(model, h, ids, targets, frozen_trunk=True)) / n
 
 
 # ---- the updates of one batch ---------------------------------------------------------------------------------------
@@ -430,7 +518,7 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
     # 5. ratio, the denominator: log-probs under pi_old. With a single update pi_old is the policy that is trained
     if len(minis) > 1 or cfg.max_staleness:
         remember_old(model, [t for mini in minis for t in mini], cfg, rt)
-    sums, largest, norms = torch.zeros(8, device=rt.device), torch.zeros(2, device=rt.device), []
+    sums, largest, norms = torch.zeros(9, device=rt.device), torch.zeros(2, device=rt.device), []
     for mini in minis:
         count = torch.tensor(float(sum(len(t.tokens) for t in mini)), device=rt.device)
         count = distributed.all_reduce(count, rt)               # sum_i |o_i| over all ranks
@@ -439,7 +527,9 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
         micros = pack(mini, cfg.micro_tokens, rt)
         for m, micro in enumerate(micros):
             # 5. ratio, the numerator: log-probs under the policy that is trained
-            logp, entropy = token_logprobs(model, micro, rt.device)                     # [N], [N]
+            ids, at = padded(micro, rt.device)                                          # [B,T], [N]
+            h = model(ids)                                                              # [B,T,D]
+            logp, entropy = logprobs_at(model, h, ids, at)                              # [N], [N]
             # 6. objective (Eq. 1) and its gradient. With a single update rho = 1 exactly: the plain policy gradient
             n = torch.tensor([len(t.tokens) for t in micro], device=rt.device)
             A = torch.tensor([t.A for t in micro], device=rt.device).repeat_interleave(n)           # [N]
@@ -449,17 +539,23 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
             if cfg.max_staleness:                                   # truncated importance weights [ours]
                 summand = summand * (old - rollout_logprobs).exp().clamp_max(cfg.is_cap)
             distributed.sync_gradients(model, m == len(micros) - 1 or cfg.reduce_each, rt)
-            (-(summand.sum() / count) * rt.world).backward()        # FSDP averages over ranks; the count is global
+            loss, extra = -(summand.sum() / count) * rt.world, torch.zeros_like(count)  # FSDP averages over ranks; the
+            if cfg.mtp_weight:                                                          # count is global
+                extra = mtp_loss(model, h, ids, at)                 # its gradients end in the MTP layers [ours]
+                loss = loss + cfg.mtp_weight * (extra / count) * rt.world
+            loss.backward()
             if micro is not NOTHING:
                 with torch.no_grad():
                     diff = old - rollout_logprobs                   # trainer and engine at one policy: rounding only
                     sums += torch.stack([torch.ones_like(logp).sum(), entropy.sum(), rho.sum(), summand.sum(),
                                          (clipped & (A < 0)).sum(), (clipped & (A > 0)).sum(), diff.abs().sum(),
-                                         (diff.exp() - 1 - diff).sum()])
+                                         (diff.exp() - 1 - diff).sum(), extra])
                     largest = torch.maximum(largest, torch.stack([rho.max(), diff.abs().max()]))
         # 7. update: clip the gradient norm, one step of AdamW
         distributed.average_gradients(model, rt)
-        norm = distributed.clip_grad_norm(model, cfg.grad_clip)
+        trunk = [p for name, p in model.named_parameters() if not name.startswith("mtp_layers.")]
+        norm = distributed.clip_grad_norm(trunk, cfg.grad_clip)     # apart: the trunk moves as without mtp_weight
+        distributed.clip_grad_norm(model.mtp_layers.parameters(), cfg.grad_clip)
         check_finite({"gradient norm": norm}, model, step)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else cfg.lr
@@ -470,10 +566,11 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
         return {"updates": 0}
     tokens, *means = distributed.all_reduce(sums, rt).tolist()
     ratio_max, diff_max = distributed.all_reduce(largest, rt, "max").tolist()
-    names = ("entropy", "ratio", "objective", "clip_low", "clip_high", "logprob_diff", "rollout_kl")
+    names = ("entropy", "ratio", "objective", "clip_low", "clip_high", "logprob_diff", "rollout_kl", "mtp_loss")
     return {"updates": len(norms), "grad_norm": sum(norms) / len(norms), "ratio_max": ratio_max,
             "logprob_diff_max": diff_max, "trained_tokens": int(tokens),
-            **{name: v / tokens for name, v in zip(names, means, strict=True)}}
+            **{name: v / tokens for name, v in zip(names, means, strict=True)
+               if name != "mtp_loss" or cfg.mtp_weight}}
 
 
 @torch.no_grad()

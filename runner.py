@@ -125,6 +125,7 @@ class TorchRunner:
     n_blocks        blocks of the KV cache, beside block 0
     block           tokens per block
     n_ids           rows of lm_head that are tokens; the rest is padding and never sampled
+    draft_ids       drafts are among the first draft_ids of them
     prefill_tokens  most prompt tokens of one prefill
     keep_weights    False: the CpuRunner may free the model's weights once it has packed them
     """
@@ -132,10 +133,10 @@ class TorchRunner:
     sampling = "temperature", "top_p", "top_k"                      # what sample_tokens() gets beside the logits
 
     def __init__(self, model: MiMo, slots: int, columns: int, n_draft: int, n_blocks: int, block: int, n_ids: int,
-                 prefill_tokens: int, keep_weights: bool = True):
+                 draft_ids: int, prefill_tokens: int, keep_weights: bool = True):
         cfg, w = model.cfg, model.lm_head.weight
         self.model, self.n_draft, self.most_drafts, self.block = model, n_draft, n_draft, block
-        self.n_ids, self.device = n_ids, w.device
+        self.n_ids, self.draft_ids, self.device = n_ids, draft_ids, w.device
         self.S = slots + self.extra_rows(slots)
         self.columns = -(-columns // block) * block
         self.ring = 4 * (n_draft + 1)               # trunk states kept per sequence, for the MTP layers
@@ -299,9 +300,9 @@ class TorchRunner:
         layer.ctx = ctx
         return self.block_forward(mtp, mtp.enter(h, self.model.embed_tokens(ahead)), ctx.cos, ctx.sin, None, layer)
 
-    def logits(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """lm_head(norm(x)), norm the trunk's or an MTP layer's: x [B,Q,D] -> fp32 [B*Q,n_ids]."""
-        return F.linear(norm(x.flatten(0, 1)), self.model.lm_head.weight).float()[:, :self.n_ids]
+    def logits(self, x: Tensor, norm: nn.Module, n: int) -> Tensor:
+        """The first n rows of lm_head(norm(x)), norm the trunk's or an MTP layer's: x [B,Q,D] -> fp32 [B*Q,n]."""
+        return F.linear(norm(x.flatten(0, 1)), self.model.lm_head.weight[:n]).float()
 
     # -- prefill; verify, accept, commit; draft
 
@@ -346,7 +347,7 @@ class TorchRunner:
         targets = positions + 1
         u = s["u"].gather(1, targets).flatten()
         how = [s[name].repeat_interleave(Q) for name in self.sampling]
-        sampled, logp = (t.view(R, Q) for t in sample_tokens(self.logits(h, self.model.norm), u, *how))
+        sampled, logp = (t.view(R, Q) for t in sample_tokens(self.logits(h, self.model.norm, self.n_ids), u, *how))
         s["tokens"].scatter_(1, targets, sampled)
         s["logp"].scatter_(1, targets, logp)
         is_stop = (sampled[:, :, None] == s["stop"][:, None, :]).any(-1)        # [R,Q]
@@ -393,7 +394,8 @@ class TorchRunner:
         h = s["h"][rows].gather(1, ring)                            # [B,W,D]
         for k, layer in enumerate(self.model.mtp_layers[:self.n_draft]):
             z = self.mtp(k, h, tokens.gather(1, real + k + 1), ctx)                    # [B,W,D]
-            tokens.scatter_(1, n + k, self.logits(z[:, -1:], layer.final_layernorm).argmax(-1, keepdim=True))
+            logits = self.logits(z[:, -1:], layer.final_layernorm, self.draft_ids)
+            tokens.scatter_(1, n + k, logits.argmax(-1, keepdim=True))
 
 
 # ---- a GPU ----------------------------------------------------------------------------------------------------------
@@ -468,11 +470,12 @@ class GraphRunner(TorchRunner):
             return block_step(block, x, cos, sin, cache)
         return Block.forward(block, x, cos, sin, bounds, cache)
 
-    def logits(self, x: Tensor, norm: nn.Module) -> Tensor:
+    def logits(self, x: Tensor, norm: nn.Module, n: int) -> Tensor:
         w = self.model.lm_head.weight
+        w = w[:-(-n // 16) * 16]                                    # whole tiles
         if gemv_applies(self.model.layers[0], *x.shape[:2]) and len(w) % 16 == 0:
-            return gemv(norm(x.flatten(0, 1)), [w], dtype=torch.float32)[:, :self.n_ids]
-        return super().logits(x, norm)
+            return gemv(norm(x.flatten(0, 1)), [w], dtype=torch.float32)[:, :n]
+        return super().logits(x, norm, n)
 
     # -- which of temperature, top_p and top_k a batch needs is known on the CPU: sorting 151,680 logits takes time
 
@@ -531,11 +534,11 @@ class GraphRunner(TorchRunner):
 class CpuRunner(TorchRunner):
     """The same in C: kernels/cpu/decode.py packs the weights and calls decode_cpu.c on the tensors of the state."""
     def __init__(self, model: MiMo, slots: int, columns: int, n_draft: int, n_blocks: int, block: int, n_ids: int,
-                 prefill_tokens: int, keep_weights: bool = True):
+                 draft_ids: int, prefill_tokens: int, keep_weights: bool = True):
         if block % KEY_STEP:
             raise ValueError(f"block = {block} should be a multiple of {KEY_STEP}, the columns of a piece of the cache")
-        super().__init__(model, slots, columns, n_draft, n_blocks, block, n_ids, prefill_tokens)
-        self.c = CpuForward(model, n_draft, self.kv, self.state, n_ids, block,
+        super().__init__(model, slots, columns, n_draft, n_blocks, block, n_ids, draft_ids, prefill_tokens)
+        self.c = CpuForward(model, n_draft, self.kv, self.state, n_ids, draft_ids, block,
                             most_tokens=max(prefill_tokens, self.S * (n_draft + 1)), keep_weights=keep_weights)
 
     @staticmethod

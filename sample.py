@@ -25,6 +25,7 @@ Numbers to expect from the demo's checkpoint on one CPU core: docs/engine.md.
 """
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -60,7 +61,8 @@ class Config:
     prompt: str = ""                      # one prompt; "" and no file = chat, line by line
     file: str = ""                        # JSONL in: {"prompt": text} or {"messages": [...]}, any other keys are kept
     out: str = ""                         # JSONL out for --file; "" = stdout
-    system: str = ""                      # system prompt of a chat model, "" = none
+    system: str | None = None             # system prompt of a chat model; "" = an empty system turn; None = what its
+                                          # chat template says without one
     raw: bool = False                     # continue the prompt as it stands: no chat template, no "Problem:" form
     n: int = 1                            # answers per prompt
     max_new_tokens: int = 256             # most tokens of an answer
@@ -99,8 +101,11 @@ def main(cfg: Config) -> None:
     """Answer --prompt or --file, or talk."""
     kernels.set_plain(cfg.plain)
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)                   # there is nothing to save
     ckpt = find(cfg.ckpt) if cfg.ckpt else best_checkpoint("out")
     meta, tokenizer = read_meta(ckpt), Tokenizer.load(ckpt)
+    if cfg.system is not None:
+        tokenizer = tokenizer.with_system(cfg.system)
     model = mtp.build(configurator.from_dict(ModelConfig, read_shape(ckpt), f"{ckpt}/model.json"), "meta")
     model = model.to(checkpoint.inference_dtype(ckpt, rt))
     if cfg.max_len > model.cfg.max_seq_len:
@@ -183,7 +188,7 @@ def read_file(path: str) -> list[dict]:
     return rows
 
 
-def prompt_tokens(row: dict, tokenizer: Tokenizer, form: Form, system: str) -> list[int]:
+def prompt_tokens(row: dict, tokenizer: Tokenizer, form: Form) -> list[int]:
     """The token ids of {"prompt"} or {"messages"} in the form that the model was trained on."""
     if form != "chat":
         text = row.get("prompt") or "\n".join(m["content"] for m in row["messages"])
@@ -191,8 +196,6 @@ def prompt_tokens(row: dict, tokenizer: Tokenizer, form: Form, system: str) -> l
             text = PLAIN.format(question=text)
         return tokenizer.encode(text)
     turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    if system and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": system}, *turns]
     return tokenizer.chat(turns, add_generation_prompt=True)[0]
 
 
@@ -201,7 +204,7 @@ def make_requests(rows: list[dict], tokenizer: Tokenizer, form: Form, cfg: Confi
     requests, limit, stop = [], cfg.max_len or context, stop_ids(tokenizer, chat=form != "problem")
     for i, row in enumerate(rows):
         try:
-            ids = prompt_tokens(row, tokenizer, form, cfg.system)
+            ids = prompt_tokens(row, tokenizer, form)
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"prompt {i + 1}: {e}") from None
         if not 1 <= len(ids) < limit:
@@ -408,7 +411,7 @@ def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, ckpt: Path, 
             return
         turns = [*turns, {"role": "user", "content": line}] if remembers else [{"role": "user", "content": line}]
         while len(turns) > 1:
-            if len(prompt_tokens({"messages": turns}, tokenizer, form, cfg.system)) + cfg.max_new_tokens <= limit:
+            if len(prompt_tokens({"messages": turns}, tokenizer, form)) + cfg.max_new_tokens <= limit:
                 break
             turns = turns[2:]                                       # a question and its answer
         try:

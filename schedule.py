@@ -18,6 +18,7 @@ a stage's mixture, and the first batch size of the warm-up (we start at 1/16 of 
 """
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ class Stage:
     mtp_weight: float = 0.1             # weight of the MTP loss
     mtp_weight_end: float = 0.1         # from mtp_switch_tokens on
     mtp_switch_tokens: float = 0.0      # tokens into the stage at which it changes; 0 = never
-    rope_base: float = 10_000.0         # RoPE base
+    rope_base: float | None = None      # RoPE base; None = as it is: the model's, or that of the stage before
     mix: dict[str, float] = field(default_factory=lambda: {"web": 1.0})   # source -> share of tokens, normalised
+    checkpointing: Literal["none", "selective", "full"] = "none"   # activations computed again in the backward pass:
+                                        # less memory, +17% or +33% FLOPs, the same numbers [ours]
 
     def __post_init__(self):
         if not 0 < self.tokens < math.inf:
@@ -47,7 +50,7 @@ class Stage:
                      "decay_tokens", "mtp_weight", "mtp_weight_end", "mtp_switch_tokens"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"stage {self.name}: {name} = {getattr(self, name)} must be at least 0")
-        if not 0 < self.rope_base < math.inf:
+        if self.rope_base is not None and not 0 < self.rope_base < math.inf:
             raise ValueError(f"stage {self.name}: rope_base = {self.rope_base} must be positive")
         if self.seq_len < 2 or self.batch_size < 1:
             raise ValueError(f"stage {self.name}: seq_len = {self.seq_len} and batch_size = {self.batch_size} "
@@ -107,7 +110,8 @@ def breakpoints(stages: list[Stage]) -> list[tuple[float, str]]:
     """(tokens seen, what happens there) wherever the schedule changes its law; plan.py prints them."""
     points, start = [], 0.0
     for s in stages:
-        points.append((start, f"{s.name} starts: context {s.seq_len:,}, RoPE base {s.rope_base:,.0f}"))
+        base = "as it is" if s.rope_base is None else f"{s.rope_base:,.0f}"
+        points.append((start, f"{s.name} starts: context {s.seq_len:,}, RoPE base {base}"))
         if s.warmup_tokens:
             points.append((start + s.warmup_tokens, "learning-rate warm-up ends"))
         if s.batch_warmup_tokens:

@@ -54,6 +54,9 @@ class Config:
     weight_decay: float = 0.1             # AdamW, on matrices only [paper 2.3]
     grad_clip: float = 1.0                # global gradient norm [paper 2.3]
     max_per_query: int = 8                # answers kept per query [paper 3.1]
+    system: str | None = None             # system prompt of samples without one; "" = an empty system turn, None = what
+                                          # the chat template says
+    train: Literal["all", "mtp"] = "all"  # mtp: the MTP layers alone, on a frozen trunk
     save_every: int = 50                  # steps between checkpoints
     keep: int = 2                         # checkpoints kept
     seed: int = 1                         # order of rows
@@ -87,15 +90,22 @@ def main(cfg: Config) -> None:
         checkpoint.same_start(ckpt, cfg.init)
     start = ckpt or checkpoint.find(cfg.init)                # a folder of checkpoints or one checkpoint
     shape, tokenizer = checkpoint.read_shape(start), Tokenizer.load(start)
+    if cfg.system is not None:
+        tokenizer = tokenizer.with_system(cfg.system)        # goes into the checkpoint: served as trained
     if cfg.seq_len > shape["max_seq_len"]:
         raise UserError(f"seq_len = {cfg.seq_len} is longer than the context of {start}, "
                         f"max_seq_len = {shape['max_seq_len']}")
     model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{start}/model.json"), "meta")
+    if cfg.train == "mtp":
+        mtp.freeze_all_but_new(model, 0)
     model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile,
                               shard_ranks=cfg.shard_ranks)
     model = checkpoint.materialise(model, rt, ckpt=start)    # each rank reads its own rows
     optimizer = distributed.adamw(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     n_mtp = len(model.mtp_layers)
+    if cfg.train == "mtp" and not (n_mtp and cfg.mtp_weight):
+        raise UserError(f"train = 'mtp' has nothing to train: {start} has {n_mtp} MTP layer(s), mtp_weight = "
+                        f"{cfg.mtp_weight}; `hf.py import --mtp=1` adds a layer")
 
     # ---- 2. samples: filter, then pack --------------------------------------------------------------------------
     samples, report = load_samples(cfg.data, tokenizer, cfg.heldout, max_per_query=cfg.max_per_query)
@@ -106,7 +116,9 @@ def main(cfg: Config) -> None:
         step = saved["step"]
         loader.load_state_dict(saved["loader"])
         checkpoint.load_optimizer(ckpt, model, optimizer)
-    meta = {"stage": "sft", "chat": True, "init": str(cfg.init if saved else start), "turns": turns(samples),
+    # the trunk of a base model stays one when only its MTP layers train
+    chat = cfg.train == "all" or checkpoint.read_meta(start).get("chat", True)
+    meta = {"stage": "sft", "chat": chat, "init": str(cfg.init if saved else start), "turns": turns(samples),
             "examples": examples(cfg.heldout)}
     if rt.is_main:
         print(configurator.show(cfg))

@@ -53,9 +53,15 @@ def part_of(kernel: str) -> str:
 
 def layers_that_fit(shape: ModelConfig, T: int, budget: float, checkpointing: str) -> int:
     """Largest number of trunk blocks whose plan stays under `budget` bytes; at least 1."""
-    totals = {n: plan.plan(replace(shape, n_layer=n), [Stage(tokens=1e6, seq_len=T, batch_size=1)], 1,
-                           reduce_each=True, checkpointing=checkpointing)[0]["total"] for n in range(1, 37)}
-    return max((n for n, total in totals.items() if total < budget), default=1)
+    fit = [n for n in range(1, 37) if planned(replace(shape, n_layer=n), T, checkpointing, "cuda") < budget]
+    return max(fit, default=1)
+
+
+def planned(shape: ModelConfig, T: int, checkpointing: str, device: str) -> float:
+    """Bytes that torch should allocate for one row of T tokens by the plan, without its reserve for CUDA itself."""
+    stage = Stage(tokens=1e6, seq_len=T, batch_size=1, checkpointing=checkpointing)
+    (row,) = plan.plan(shape, [stage], 1, reduce_each=True, device=device)
+    return row["total"] - row["memory"]["reserve"]
 
 
 def step_of(shape: ModelConfig, T: int, compile: bool, checkpointing: str, documents: int, rt):
@@ -110,8 +116,6 @@ def one_case(run, rt, shape: ModelConfig, T: int, compile: bool, checkpointing: 
     name = f"train T={T} {'compiled' if compile else 'eager'}"
     if documents:
         name += f" documents of {documents}"
-    stage = [Stage(tokens=1e6, seq_len=T, batch_size=1)]
-    (planned,) = plan.plan(shape, stage, 1, reduce_each=True, checkpointing=checkpointing, device=rt.device.type)
     step = step_of(shape, T, compile, checkpointing, documents, rt)
     for _ in range(2 if run.cuda else 1):                        # compiles, allocates, warms up
         step()
@@ -138,7 +142,8 @@ def one_case(run, rt, shape: ModelConfig, T: int, compile: bool, checkpointing: 
         torch.cuda.reset_peak_memory_stats()
         step(micros=2)              # the plan's case: the second forward stands on the first one's gradients
         used = torch.cuda.max_memory_allocated()
-        run.row(f"{name}: peak memory over plan", used / planned["total"], "x", note=f"{used / 1e9:.1f} GB")
+        share = used / planned(shape, T, checkpointing, rt.device.type)
+        run.row(f"{name}: peak memory over plan", share, "x", note=f"{used / 1e9:.1f} GB")
     for part, share in shares(step, run.cuda).items():
         run.row(f"{name}: time in {part}", share, "share")
 

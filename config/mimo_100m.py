@@ -2,7 +2,7 @@
 99M parameters in blocks (and 233M in embedding and lm_head of Qwen2's vocabulary): one 24 GB card, about an hour.
 
     python pretrain.py config/mimo_100m.py
-    python plan.py config/mimo_100m.py --gpus=1 --tflops=165    # RTX 4090
+    python plan.py config/mimo_100m.py --gpus=1 --card=rtx4090
 
 Everything here is ours: the report trained one size. The stages keep the 7B's proportions.
 """
@@ -33,7 +33,6 @@ mtp_stage = Stage(name="MTP", tokens=4 * _M, seq_len=8192, batch_size=16, lr=5e-
                   mix=_stage_3)
 
 micro_batch = 8                            # rows of 2,048 tokens, 16,384 tokens per forward
-checkpointing = "none"
 compile = True
 save_every = 200
 sample_every = 0

@@ -15,6 +15,8 @@ lr = 5e-6
 max_new_tokens = [(0, 1_024)]
 max_groups = 256
 slots = 256
-kv_tokens = 262_144                             # 3 GB, for a 24 GB card; answers beyond it wait for room
+kv_tokens = 131_072                             # 1.6 GB, enough for all slots
 judge_workers = 6
+reward_lag = 128                                # 0.25 s at 2 ms a step (2 GB at 1 TB/s; not measured): programs of 7 ms
+                                                # are in time; more would be much of an answer of 1,024 tokens
 micro_tokens = 16_384

@@ -34,7 +34,6 @@ mtp_stage = Stage(name="MTP", tokens=1 * _B, seq_len=32_768, batch_size=64, lr=3
                   rope_base=640_000.0, mix=_stage_3)
 
 micro_batch = 8                            # rows of 4,096 tokens; in stage 3 one row of 32,768
-checkpointing = "selective"
 compile = True
 async_save = True
 save_every = 500

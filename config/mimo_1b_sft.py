@@ -7,7 +7,7 @@ from config.mimo_7b_sft import *
 
 init = "out/mimo_1b/base"
 out = "out/mimo_1b/sft"
-data = "out/mimo_1b/sft.jsonl"
+data = "out/mimo_1b/sft_tokens"
 heldout = "out/mimo_1b/problems/test.jsonl"
 seq_len = 16_384
 batch_size = 64

@@ -16,3 +16,4 @@ steps = 342                                     # 342 x 512 prompts = 175K
 max_new_tokens = [(0, 30_720), (114, 36_864), (228, 47_104)]
 micro_tokens = 49_152
 slots = 48
+kv_tokens = 114_688                             # what 80 GB leave beside rows of 49,152; on H200: --kv_tokens=524_288

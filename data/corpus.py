@@ -9,6 +9,7 @@ pre-training mix: web, maths, code, books. Not done, against the report: PDF par
     python -m data.corpus --pages=6000          # prints the table of steps; 6 to 10 s on one slow core
 """
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -100,10 +101,12 @@ def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger 
     for record in records:
         first.setdefault(canonical_url(record.url), record)      # over the whole crawl: the first fetch is the one kept
     records = step("URL dedup", list(first.values()))
+    counts = Counter()
     for record in tqdm(records, desc="extract", unit="page", leave=False, disable=None):
-        record.text = record.text or extract(record.html)
+        record.text = record.text or extract(record.html, counts=counts)
         record.html = ""
     records = step("extract (empty pages out)", [r for r in records if r.text])
+    funnel += [(f"  {what}", funnel[-1][1], n, 0.0) for what, n in counts.items()]
     root = near_duplicates([r.text for r in records])
     kept = [r for i, r in enumerate(records) if root[i] == i]
     records = step("MinHash dedup, exact Jaccard >= .7", kept)

@@ -4,49 +4,92 @@ HTML to text that keeps what reasoning data is made of: formulas, code with its 
 Report section 2.1: common extractors lose equations and snippets, so MiMo wrote its own for maths, code and forum
 pages. This is such an extractor on lxml alone. The order matters:
 
-    1  delete the drawn twins of formulas (what a browser shows beside the TeX source)
-    2  put placeholders in the place of formulas and code
-    3  remove boilerplate, unless it holds a placeholder
-    4  choose the posts of a thread, or the article
-    5  render as text
-    6  put formulas and code back
+    1  hold formulas and code: their text is fixed before anything is removed; what a browser draws beside it goes
+    2  measure every element: how much text, how much of it links, how much prose
+    3  remove boilerplate, unless it holds a formula or code, or too much of the page's prose
+    4  choose the posts of a thread, or the smallest element that holds the article
+    5  render as text; when too little of the page's prose is left, again with fewer rules
 
-Not covered, against the report: PDF; against larger extractors: AsciiMath, custom MathJax delimiters, nested tables.
+The page as a list and its measures: data/page.py; formulas: data/formulas.py; charsets: data/charset.py. Every deletion
+looks at how much of the page it takes, and whatever is refused or undone is counted.
+Not covered, against the report: PDF; against larger extractors: AsciiMath, custom MathJax delimiters.
 
-    python -m data.extract page.html        # prints the text
+    python -m data.extract page.html        # prints the text, and on stderr what was counted
 
-1,000 to 2,000 small pages a second on one slow core; docs/data.md compares it with other extractors.
+docs/data.md compares it with other extractors on four public page sets.
 """
 import re
+import sys
+from bisect import bisect
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
-
-import lxml.etree
-import lxml.html
-from lxml.html import HtmlElement
 
 import configurator
+from data.charset import decode
+from data.formulas import formula, name_of
+from data.page import BLOCKS, LINES, Page, measure, parse, weigh
 
 # one character each, from the private use area: the borders of a placeholder, then the four kinds of break
 OPEN, CLOSE, PARA, LINE, FENCE, BR = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
-PARSER = lxml.etree.HTMLParser(encoding="utf-8", remove_comments=True)
 LANGUAGES = set("python c cpp java javascript js rust go bash sql html json text".split())
-DROP_TAGS = set("script style nav footer aside form button noscript iframe svg select head title".split())
-BLOCKS = set("p div section article main h1 h2 h3 h4 h5 h6 ul ol table blockquote header figure dl body "
-             "details".split())
-SYMBOLS = {"×": "\\times", "÷": "\\div", "·": "\\cdot", "−": "-", "≤": "\\le", "≥": "\\ge", "≠": "\\ne", "π": "\\pi",
-           "∑": "\\sum", "∫": "\\int", "∞": "\\infty", "≡": "\\equiv", "→": "\\to", "\u2062": "", "\u2061": ""}
+NEVER = set("script style svg iframe select head title template textarea object canvas datalist".split())
+CHROME = set("nav footer aside form button noscript dialog".split())
+NOT_NAMED = set("main article table tbody tr".split())       # a row of class "player-7" is a row
+CONTAINERS = set("div section article main td table tbody tr form center".split())
 # words in class, id or role: of boilerplate, of the posts of a thread, of line numbers, of drawn formulas
 BOILERPLATE = re.compile(
-    r"(?:^|[\s_-])(?:nav|navbar|navigation|skip-?nav|menu|sidebar|footer|cookies?|banner|share|social|"
-    r"breadcrumbs?|related|ads?|advert|promo|sponsor|newsletter|signature|votes?|tags|user-?info|profile|"
-    r"subscribe|popup|pager|toc|edit-?link|post-?menu|reputation|timestamp)(?:$|[\s_-])", re.I)
+    r"(?:^|[\s_-])(?:nav|navbar|navigation|skip-?nav|menu|sidebar|footer|cookies?|banner|share|sharing|sharedaddy|"
+    r"social|breadcrumbs?|related|ads?|advert|advertisement|promo|promotion|sponsor|sponsored|newsletter|signature|votes?|"
+    r"tags|user-?info|profile|subscribe|subscription|popup|modal|overlay|pager|pagination|toc|edit-?link|editsection|"
+    r"post-?menu|reputation|timestamp|recommended|recommendations?|trending|popular|most-?read|outbrain|taboola|"
+    r"byline|author|author-?(?:box|bio|info)|meta|login|signup|sr-only|visually-?hidden|screen-?reader-?text|"
+    r"donate|consent|gdpr|(?:video|audio|media)-?player|gallery|carousel|slideshow|disclaimer|copyright|read-?more|see-?also-?box|"
+    r"jp-relatedposts|more-?stories|likes?|reactions?|rating|toolbar|masthead|topbar)(?:$|[\s_-])", re.I)
+COMMENTS = re.compile(
+    r"(?:^|\s)(?:comments?|comment-?list|comments?[-_]?(?:area|section|container|wrapper|block|box)|respond|"
+    r"disqus_thread|disqus|discussion)(?:$|\s)", re.I)
+ARTICLE = re.compile(
+    r"(?:^|[\s_-])(?:article|story|entry|post|blog|news|page|main)[_-]{0,2}(?:body|content|text|inner)(?:$|[\s_-])|"
+    r"(?:^|\s)(?:content|article|story|hentry|entry)(?:$|\s)", re.I)
+CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")              # relatedLinks -> related-Links
+STRONG = re.compile(r"(?:^|[\s_-])(?:article|story|entry|post)[_-]{0,2}(?:body|content|text)(?:$|[\s_-])", re.I)
 POST = re.compile(r"(?:^|\s)(?:postbody|post-text|post-content|comment-body|s-prose|message-body)(?:$|\s)")
 GUTTER = re.compile(
     r"(?:^|\s)(?:linenos?|linenodiv|blob-num|line-numbers?-rows|gutter|hljs-ln-numbers|copy-?button)(?:$|\s)")
 TWIN = re.compile(r"(?:^|\s)(?:MathJax(?:_\w+)?|katex-html|MJX_Assistive_MathML)(?:$|\s)")
+HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
+# a line that is nothing but a button's label or a heading of what was removed
+PHRASE = re.compile(
+    r"[\W_]*(?:log ?in|sign ?in|sign ?up|log ?out|register|subscribe|share(?: (?:this|on|it)(?: \w+)?)?|tweet|reply|"
+    r"print|email|home|menu|search|close|comments?|advert(?:isement)?|newsletter|follow(?: us)?|like|facebook|twitter|"
+    r"whatsapp|pinterest|linkedin|read more|see also|skip to (?:main )?content|related (?:articles|posts|stories)|"
+    r"back to top|(?:leave|post|add) a (?:comment|reply)|cancel reply|(?:privacy|cookie) policy|"
+    r"terms of (?:use|service)|contact us|all rights reserved|improve this (?:answer|question)|"
+    r"anzeige|werbung|teilen|drucken|impressum|datenschutz|anmelden|suche|startseite|kommentare?|mehr zum thema|"
+    r"compartir|publicidad|inicio|partager|publicité|accueil|imprimer)[\W_]*", re.I)
+CODE_ROW = re.compile(r"(?:^|\s)(?:blob-code|hljs-ln-code)")                # a cell with one line of code
+CODE_CELL = re.compile(r"(?:^|\s)(?:code|rouge-code|crayon-code)(?:$|\s)")  # a cell with all lines, beside the numbers
+
+
+# Thresholds, chosen on one half of four public page sets (bench/extract.py --half=dev); numbers of the other half are
+# in docs/data.md. Prose: text in blocks of 60 characters or more, less than half of it links.
+SPARED = 0.25       # an element with more of the page's prose than this is not removed
+LINKED = 0.5        # share of links over which a menu that names a formula goes all the same
+MENU = 0.7          # share of links over which a block is a menu, whatever its name
+TEASER = 0.8        # share of links over which a paragraph only points elsewhere
+RATHER = 0.5        # readers' comments go when the rest has this share of the prose
+THREAD = 0.75       # share of the prose that the posts of a thread must hold
+LITTLE = 200        # characters of prose below which an element is no article
+ALONE = 0.1         # share of the prose that the only element called article-body, entry-content ... must hold
+HOLDS = 0.6         # share of the prose that an <article> or <main> must hold
+DESCEND = 0.85      # a child with this share of the prose takes its parent's place ...
+NAMED = 0.5         # ... or with this share, if its name says article and no other's does
+PRECIOUS = 0.9      # share of the formulas and code that the chosen part must hold
+LEAD = 0.5          # of the chosen part's prose may stand between the title and it
+ENOUGH = 0.3        # with less of the prose than this in the end, the page is tried with fewer rules
 
 
 @dataclass(frozen=True)
@@ -55,255 +98,373 @@ class Config:
     page: str = ""                        # an HTML file
 
 
-def extract(html: str | bytes) -> str:
+def extract(html: str | bytes, charset: str = "", counts: Counter | None = None) -> str:
     """
     The main text of a page: paragraphs with an empty line between them, `# title`, fenced code, $TeX$; "" for a page
-    without text. Bytes that are not UTF-8 become replacement characters: a crawl holds such pages.
+    without text. Never raises.
+
+    charset   what the HTTP header says, for bytes; data/charset.py decides
+    counts    grows by what happened: how often a rule was refused, or a page was taken whole
     """
-    html = html.decode("utf-8", "replace") if isinstance(html, bytes) else html
-    html = re.sub("[\ue000-\ue005\x00-\x08\x0b\x0e-\x1f]", "", html)     # a page must not hold our own marks
-    if not html.strip():
-        return ""
-    root = lxml.html.document_fromstring(html.encode("utf-8", "replace"), parser=PARSER)
-    root = root.find("body") if root.find("body") is not None else root
-    for node in twins(root):
-        if node.getparent() is not None:
-            replace(node, "")
-    held: list[str] = []
-    hold(root, held)
-    drop_boilerplate(root)
-    pieces: list[str] = []
-    for part in main_parts(root):
-        pieces.append(PARA)
-        render(part, pieces)
-        pieces.append(PARA)
-    text = layout("".join(pieces))
-    for _ in range(3):                                   # the text of a placeholder may hold a placeholder itself
-        text = re.sub(f"{OPEN}(\\d+){CLOSE}", lambda m: held[int(m.group(1))], text)
-    return text
+    counts = Counter() if counts is None else counts
+    page = parse(decode(html, charset) if isinstance(html, bytes) else html, counts)
+    hold(page)
+    weigh(page)
+    measure(page)
+    if not page.prose[0]:                                # a page of short lines only: all its text counts
+        page.floor = 1
+        measure(page)
+    fixed, total, best = dict(page.gone), page.prose[0], (0, "")
+    for rules in ("all", "careful", "none")[:3 if page.floor > 1 else 2]:
+        page.gone = dict(fixed)
+        refused = drop_boilerplate(page, rules)
+        parts = main_parts(page)
+        found = sum(page.prose[part] for part in parts)
+        if found > 2 * best[0] or not best[1]:           # fewer rules only when they find far more
+            best = (found, render(page, parts))
+            counts.update(refused)
+            if rules != "all" and best[1]:
+                counts[f"too little left, taken with rules: {rules}"] += 1
+        if best[1] and (best[0] >= ENOUGH * total or page.floor == 1):
+            break
+    if best[0] < total / 2 and page.floor > 1:
+        counts["chosen part with under half of the prose"] += 1
+    return best[1]
 
 
-# ---- formulas -------------------------------------------------------------------------------------------------------
+# ---- formulas and code ----------------------------------------------------------------------------------------------
 
-def mathml_to_tex(node: HtmlElement) -> str:
-    """MathML -> TeX: <mfrac><mn>1</mn><mi>x</mi></mfrac> -> \\frac{1}{x}. An unknown tag gives its children."""
-    tag = node.tag.rsplit(":")[-1] if isinstance(node.tag, str) else ""
-    kids = [mathml_to_tex(k) for k in node if isinstance(k.tag, str) and "annotation" not in k.tag]
-    text = (node.text or "").strip()
-    if tag in ("mi", "mn", "mo", "mtext"):
-        text = SYMBOLS.get(text, text)
-        operator = tag == "mo" and text not in "()[]|,!'"        # "a + b", but "f(x)"
-        return f" {text} " if operator else text
-    if tag == "mfrac" and len(kids) == 2:
-        return f"\\frac{{{kids[0].strip()}}}{{{kids[1].strip()}}}"
-    if tag in ("msup", "msub", "munder", "mover") and len(kids) == 2:
-        return f"{kids[0].strip()}{'^' if tag in ('msup', 'mover') else '_'}{{{kids[1].strip()}}}"
-    if tag in ("msubsup", "munderover") and len(kids) == 3:
-        return f"{kids[0].strip()}_{{{kids[1].strip()}}}^{{{kids[2].strip()}}}"
-    if tag == "msqrt":
-        return f"\\sqrt{{{''.join(kids).strip()}}}"
-    if tag == "menclose":
-        return f"\\boxed{{{''.join(kids).strip()}}}"
-    if tag == "mtr":
-        return " & ".join(k.strip() for k in kids) + " \\\\ "
-    return (text if not kids else "") + "".join(kids)
-
-
-def dollars(tex: str, display: bool = False) -> str:
+def hold(page: Page) -> None:
     """
-    TeX in the form it has in our text, $TeX$ or $$TeX$$. A lone \\boxed{...} marks an answer and gets no dollars, since
-    verifiers look for it in this form.
+    Step 1: the text of every formula and code element is fixed, in page.held. No later step can break it. What a
+    browser draws beside the source of a formula is gone.
     """
-    tex = " ".join(tex.split())
-    if re.fullmatch(r"\\boxed\{(?:[^{}]|\{[^{}]*\})*\}", tex):
-        return tex
-    return f"$${tex}$$" if display else f"${tex}$"
+    drop_twins(page)
+    code_tables(page)
+    for i in page.outermost():
+        node, tag = page.nodes[i], page.tags[i]
+        if i in page.held or i in page.gone:
+            continue
+        if tag == "pre":
+            drop_gutters(page, i)
+            put(page, i, fence(page, i, code_text(page, i)), block=True)
+        elif tag in ("code", "tt", "kbd"):
+            drop_gutters(page, i)
+            text = code_text(page, i).strip("\n")
+            block = text.count("\n") > 1 and tag == "code"     # several lines: a block whose <pre> is missing
+            put(page, i, fence(page, i, text) if block else f"`{text.strip()}`" if text.strip() else "", block)
+        elif tag.endswith("math") or node.keys() and (tex := formula(node)):
+            put(page, i, formula(node) if tag.endswith("math") else tex)
+        elif tag in NEVER:
+            page.gone[i] = " "
+    for i in page.outermost():                           # after the formulas, which may stand inside
+        if page.tags[i] in ("sup", "sub") and i not in page.held and i not in page.gone:
+            text, mark = "".join(text_of(page, i)).strip(), "^" if page.tags[i] == "sup" else "_"
+            put(page, i, mark + (text if len(text) == 1 else f"{{{text}}}") if text else "")
 
 
-def displayed(node: HtmlElement) -> bool:
-    """Whether a formula has a line of its own: <math display=block>, the wrappers of KaTeX and MathJax 3."""
-    near = [node, *list(node.iterancestors())[:4]]
-    return any(n.get("display") in ("block", "true") or "katex-display" in n.get("class", "") for n in near)
+def put(page: Page, i: int, text: str, block: bool = False) -> None:
+    """Fixes the text of node i."""
+    page.held[i] = text
+    if block:
+        page.blocks.add(i)
 
 
-def formula(node: HtmlElement) -> str | None:
-    """The TeX of a <script type=math/tex>, <math> or image of a formula, with dollars; None for any other element."""
-    if node.tag == "script":
-        kind = node.get("type", "")
-        return dollars(node.text or "", "mode=display" in kind) if kind.startswith("math/tex") else None
-    if node.tag == "math":
-        for note in node.iter("annotation"):             # KaTeX, MathJax and Wikipedia keep the TeX source here
-            if "tex" in note.get("encoding", ""):
-                tex = re.sub(r"^\{\\displaystyle (.*)\}$", r"\1", (note.text or "").strip(), flags=re.S)
-                return dollars(tex, displayed(node))
-        return dollars(node.get("alttext") or mathml_to_tex(node), displayed(node))
-    if node.tag == "img":
-        src, alt = node.get("src", ""), node.get("alt", "")
-        if "codecogs" in src or "latex.php" in src:
-            query = urlsplit(src).query
-            return dollars(alt or (parse_qs(query).get("latex") or [unquote(query)])[0])
-        if re.search(r"(?:^|\s)(?:tex|latex|mwe-math\S*)(?:$|\s)", node.get("class", "")):
-            return dollars(alt)
-    return None
+def drop_twins(page: Page) -> None:
+    """Drawn forms of formulas. MathJax 3 keeps up to three forms; the TeX for copying is the best of them."""
+    i, nodes, tags = 0, page.nodes, page.tags
+    while i < len(nodes):
+        name, last = page.names[i], page.end[i]
+        inside, drawn = range(i + 1, last), None
+        if tags[i] == "mjx-container":
+            copied = any("mjx-copytext" in page.names[j] for j in inside)
+            twice = copied or any(name_of(nodes[j]) == "math" for j in inside)
+            drawn = [j for j in inside if tags[j] == "mjx-assistive-mml" and copied
+                     or tags[j] in ("mjx-math", "svg") and twice]
+        elif "mwe-math-element" in name:                 # Wikipedia: MathML and its image, or the image alone
+            twice = any(name_of(nodes[j]) == "math" for j in inside)
+            drawn = [j for j in inside if tags[j] in ("img", "meta") and twice]
+        elif name and TWIN.search(name) and i and last - i < 2000:
+            drawn = [i]
+        page.gone |= {j: "" for j in drawn or []}
+        i = i + 1 if drawn is None else last
 
 
-# ---- code -----------------------------------------------------------------------------------------------------------
+def code_tables(page: Page) -> None:
+    """Tables that show code with line numbers: one cell beside the numbers (Pygments), or one row per line."""
+    table, cells, done = [-1] * len(page.nodes), {}, 0
+    for i, tag in enumerate(page.tags):
+        table[i] = i if tag == "table" else table[page.parent[i]]
+        if tag == "td" and table[i] >= 0 and (CODE_ROW.search(page.names[i]) or CODE_CELL.search(page.names[i])):
+            cells.setdefault(table[i], []).append(i)
+    for i in sorted(cells):
+        if i < done:                                     # inside such a table
+            continue
+        drop_gutters(page, i)
+        rows = [c for c in cells[i] if CODE_ROW.search(page.names[c])]
+        pres = [j for c in cells[i] for j in [k for k in range(c, page.end[c]) if page.tags[k] == "pre"] or [c]]
+        text = "\n".join(code_text(page, j).strip("\n") if rows else code_text(page, j) for j in rows or pres)
+        put(page, i, fence(page, i, text), block=True)
+        done = page.end[i]
 
-def code_text(node: HtmlElement) -> str:
-    """The characters of a code element; <br> is a line break, gutters (line numbers) are left out."""
-    if not isinstance(node.tag, str) or GUTTER.search(node.get("class", "")):
-        return ""
-    parts = ["\n" if node.tag == "br" else node.text or ""]
-    for kid in node:
-        parts += [code_text(kid), kid.tail or ""]
+
+def drop_gutters(page: Page, start: int) -> None:
+    """Line numbers and copy buttons inside a code element are gone."""
+    page.gone |= {i: "" for i in range(start + 1, page.end[start])
+                  if page.tags[i] == "button" or GUTTER.search(page.names[i])}
+
+
+def text_of(page: Page, start: int) -> Iterator[str]:
+    """The pieces of text inside a node, in order."""
+    for opens, i in page.walk(start):
+        if opens and i not in page.gone:
+            yield page.held.get(i, page.nodes[i].text or "")
+        elif not opens and i != start:
+            yield page.nodes[i].tail or ""
+
+
+def code_text(page: Page, start: int) -> str:
+    """The characters of a code element; <br> is a line break, and so are the borders of blocks: <div class=line>."""
+    parts: list[str] = []
+    border = begun = written = False                     # a block ends or begins here; the line has more than blanks
+    for opens, i in page.walk(start):
+        node = page.nodes[i]
+        text = node.tail if not opens and i != start else node.text if opens and i not in page.gone else ""
+        text = "\n" if opens and node.tag == "br" else text or ""
+        block = i != start and (node.tag in BLOCKS or node.tag in LINES)
+        if block and not opens and page.end[i] == i + 1 and not node.text:
+            text = "\n" + text                          # an empty line
+        border, begun = border or block, begun or block and opens
+        if text:
+            if written and (begun or border and not text.startswith("\n")):
+                parts.append("\n")
+            parts.append(text)
+            line = text.rpartition("\n")[2]
+            border, begun, written = False, False, bool(line.strip()) or written and "\n" not in text
     return "".join(parts)
 
 
-def language(node: HtmlElement) -> str:
+def language(page: Page, start: int) -> str:
     """
     The language that a class of the element, of its <code> child or of a parent names; "" if none. Only LANGUAGES
     count: a class "code" names no language.
     """
-    for element in [*node.iter("table", "div", "pre", "code"), *list(node.iterancestors())[:3]]:
-        for word in re.split(r"[\s_]+", element.get("class", "")):
+    around = [start]
+    while len(around) < 4 and around[-1]:
+        around.append(page.parent[around[-1]])
+    inside = [i for i in range(start, page.end[start]) if page.tags[i] in ("table", "div", "pre", "code")]
+    for i in [*inside, *around[1:]]:
+        for word in re.split(r"[\s_]+", page.nodes[i].get("class", "")):
             word = re.sub(r"^(?:language|lang|highlight-source|brush:?|source)-?", "", word).lower()
             if word in LANGUAGES:
                 return word
     return ""
 
 
-def fence(node: HtmlElement, code: str) -> str:
+def fence(page: Page, start: int, code: str) -> str:
     """A fenced block with the code of the element; blanks at the ends of its lines are removed."""
     body = "\n".join(line.rstrip() for line in code.replace("\xa0", " ").split("\n")).strip("\n")
-    return f"```{language(node)}\n{body}\n```"
+    return f"```{language(page, start)}\n{body}\n```" if body.strip() else ""
 
 
-# ---- the tree -------------------------------------------------------------------------------------------------------
+# ---- what is text, and what is boilerplate --------------------------------------------------------------------------
 
-def replace(node: HtmlElement, text: str) -> None:
+def link_share(page: Page, i: int) -> float:
+    """Share of the text that is links, 0 for fewer than three links."""
+    return page.links[i] / max(1, page.size[i]) if page.anchors[i] >= 3 else 0.0
+
+
+def drop_boilerplate(page: Page, rules: str) -> Counter:
     """
-    Puts text in the place of the element. lxml keeps the text that follows an element in its `tail`, which has to stay
-    in the tree when the element goes.
+    Step 3. -> how often each rule was refused. An element that holds a formula or code stays, whatever its class,
+    unless half of its text is links (a menu may name a formula). So does one with much of the page's prose.
     """
-    parent, before = node.getparent(), node.getprevious()
-    text += node.tail or ""
-    if before is not None:
-        before.tail = (before.tail or "") + text
-    else:
-        parent.text = (parent.text or "") + text
-    parent.remove(node)
-
-
-def twins(root: HtmlElement) -> list[HtmlElement]:
-    """Step 1: drawn forms of formulas. MathJax 3 keeps up to three forms; the TeX for copying is the best of them."""
-    drawn = []
-    for node in root.iter():
-        if node.tag == "mjx-container":
-            copy = any("mjx-copytext" in el.get("class", "") for el in node.iter("span"))
-            drawn += [el for el in node if el.tag == "mjx-math" or (copy and el.tag == "mjx-assistive-mml")]
-        elif isinstance(node.tag, str) and TWIN.search(node.get("class", "")):
-            drawn.append(node)
-    return drawn
-
-
-def hold(root: HtmlElement, held: list[str]) -> None:
-    """
-    Step 2: formula or code number n becomes the placeholder OPEN n CLOSE, and its text is appended to `held`. No later
-    step can break it.
-    """
-    def put(node: HtmlElement, text: str, block: bool = False) -> None:
-        mark = f"{OPEN}{len(held)}{CLOSE}"
-        held.append(text)
-        replace(node, f"{FENCE}{mark}{FENCE}" if block else mark)
-
-    for node in list(root.iter("table")):                # code with line numbers
-        if node.getparent() is None:
+    refused, article, comments = Counter(), -1, named_comments(page) if rules == "all" else []
+    total = page.prose[0] - sum(page.prose[i] for i in comments)
+    for i in page.outermost():
+        if i == 0 or i in page.held or i in page.gone or rules == "none":
             continue
-        rows = list(cells(node, r"(?:^|\s)(?:blob-code|hljs-ln-code)"))         # one row per line
-        code = list(cells(node, r"(?:^|\s)(?:code|rouge-code)(?:$|\s)"))        # one cell beside the numbers (Pygments)
-        if rows:
-            put(node, fence(node, "\n".join(code_text(c).strip("\n") for c in rows)), block=True)
-        elif code:
-            blocks = [code_text(pre) for c in code for pre in (c.findall(".//pre") or [c])]
-            put(node, fence(node, "\n".join(blocks)), block=True)
-    for node in list(root.iter("pre")):
-        put(node, fence(node, code_text(node)), block=True)
-    for node in list(root.iter("code", "tt", "kbd")):
-        put(node, f"`{code_text(node).strip()}`")
-    for node in list(root.iter("script", "math", "img")):
-        text = formula(node) if node.getparent() is not None else None
-        if text:
-            put(node, text)
-    for node in list(root.iter("sup", "sub")):
-        text = "".join(node.itertext()).strip()
-        if text:
-            put(node, ("^" if node.tag == "sup" else "_") + (text if len(text) == 1 else f"{{{text}}}"))
-
-
-def cells(table: HtmlElement, classes: str) -> Iterator[HtmlElement]:
-    """The <td> of a table whose class matches."""
-    return (c for c in table.iter("td") if re.search(classes, c.get("class", "")))
-
-
-def link_share(node: HtmlElement) -> float:
-    """Share of the text that is links, 0 for fewer than three links. Over .7 it is a menu, whatever its class."""
-    links = node.findall(".//a")
-    if len(links) < 3:
-        return 0.0
-    size = lambda el: len("".join("".join(el.itertext()).split()))
-    return sum(map(size, links)) / max(1, size(node))
-
-
-def drop_boilerplate(root: HtmlElement) -> None:
-    """
-    Step 3. An element that holds a placeholder stays, whatever its class, unless half of its text is links (a menu may
-    name a formula). A header inside an article stays too.
-    """
-    blocks = ("div", "ul", "ol", "table", "section")
-    for node in list(root.iter(*blocks, "header", "span", "p", "h2", "h3", "a", "td", *DROP_TAGS)):
-        if node.getparent() is None:
+        if page.tags[i] in ("article", "main"):
+            article = max(article, page.end[i])
+        rule = boilerplate(page, i, rules, inside_article=i < article)
+        if not rule or page.kept[i] and (rule == "links" or link_share(page, i) <= LINKED):
             continue
-        named = BOILERPLATE.search(f"{node.get('class', '')} {node.get('id', '')} {node.get('role', '')}")
-        header = node.tag == "header" and not any(a.tag in ("article", "main") for a in node.iterancestors())
-        named = named or header or node.tag in DROP_TAGS or "hidden" in node.attrib
-        if not named and not (node.tag in blocks and link_share(node) > 0.7):
+        much = page.prose[i] > (SPARED if page.floor > 1 else 0.5) * max(1, total)
+        if page.floor == 1 and (page.tags[i] == "nav" or link_share(page, i) > LINKED):
+            much = False                                 # on a page of short lines a menu may be the most of it
+        if much:
+            refused[f"not removed, much of the page: {rule}"] += 1
             continue
-        protected = OPEN in "".join(node.itertext()) and node.tag not in ("script", "style", "head")
-        if not protected or (named and link_share(node) > 0.5):
-            replace(node, " ")
+        page.gone[i] = " "
+    measure(page)
+    page.comments = comments
+    if comments and page.prose[0] - sum(page.prose[i] for i in comments) >= RATHER * page.prose[0]:
+        page.comments = [i for i in comments if page.kept[i]]
+        page.gone |= {i: " " for i in comments if not page.kept[i]}
+        measure(page)
+    elif comments:
+        refused["not removed, much of the page: comments"] += 1
+    return refused
 
 
-def main_parts(root: HtmlElement) -> list[HtmlElement]:
-    """Step 4: the title and the posts of a thread; else the article; else the body."""
-    posts = [n for n in root.iter() if n.get("itemprop") in ("text", "articleBody") or POST.search(n.get("class", ""))]
-    posts = [p for p in posts if not any(a in posts for a in p.iterancestors())]
-    if len(posts) >= 2:
-        return [*list(root.iter("h1"))[:1], *posts]
-    articles = [n for n in root.iter() if n.tag in ("article", "main") or n.get("role") == "main"]
-    return articles[:1] or [root]
+def named_comments(page: Page) -> list[int]:
+    """The outermost elements that are called comments."""
+    found: list[int] = []
+    for i in page.outermost():
+        if i and (not found or i >= page.end[found[-1]]) and page.names[i] and COMMENTS.search(page.names[i]):
+            found.append(i)
+    return found
+
+
+def boilerplate(page: Page, i: int, rules: str, inside_article: bool) -> str:
+    """The rule by which node i is boilerplate, "" by none."""
+    node, tag = page.nodes[i], page.tags[i]
+    if tag in CHROME or (tag == "header" and not inside_article):
+        return "tag"
+    if node.get("hidden") is not None or HIDDEN.search(node.get("style", "")[:1000]):
+        return "hidden"
+    if rules == "all" and page.names[i] and tag not in NOT_NAMED and is_boilerplate(page.names[i]):
+        return "name"
+    if tag in ("div", "ul", "ol", "table", "section") and link_share(page, i) > MENU:
+        return "links"
+    if tag in ("p", "div", "h4", "h5", "h6") and page.anchors[i] and page.links[i] > TEASER * page.size[i]:
+        return "links"
+    return ""
+
+
+@lru_cache(maxsize=10_000)
+def is_boilerplate(name: str) -> bool:
+    """Whether a class, id or role says boilerplate; relatedLinks is read as related-Links."""
+    return bool(BOILERPLATE.search(CAMEL.sub("-", name)))
+
+
+def main_parts(page: Page) -> list[int]:
+    """
+    Step 4: the title and the posts of a thread; else the only element that is called an article's text; else the
+    smallest element that holds most of the prose, with what leads to it. Formulas and code are not left out by this.
+    """
+    titles, posts, articles, texts = [], [], [], []
+    for i in page.outermost():
+        tag, name, prop = page.tags[i], page.names[i], page.nodes[i].get("itemprop")
+        if i in page.gone or i in page.held:
+            continue
+        if tag == "h1":
+            titles.append(i)
+        if prop == "text" or name and POST.search(name):
+            posts += [i] if not posts or i >= page.end[posts[-1]] else []
+        if tag in ("article", "main") or prop == "articleBody" or name.endswith(" main"):
+            articles.append(i)
+        if (prop == "articleBody" or name and STRONG.search(name)) and page.prose[i] >= LITTLE:
+            texts += [i] if not texts or i >= page.end[texts[-1]] else []
+    if len(posts) >= 2 and sum(page.prose[p] for p in posts) >= THREAD * page.prose[0]:
+        # readers' comments under an article: the article too, as the element outside the posts with most prose
+        outside = (i for i in page.outermost() if not overlaps(page, i, posts))
+        apart = max(outside, key=lambda i: page.prose[i], default=0)
+        article = [apart] if page.prose[apart] >= min(LITTLE, page.prose[0] / 10) and apart not in titles else []
+        return [*titles[:1], *article, *posts]
+    texts = [i for i in texts if not overlaps(page, i, page.comments)]
+    if len(texts) == 1 and page.kept[texts[0]] + sum(page.kept[c] for c in page.comments) >= PRECIOUS * page.kept[0] \
+            and page.prose[texts[0]] >= ALONE * (page.prose[0] - sum(page.prose[c] for c in page.comments)):
+        return with_lead(page, texts[0]) + page.comments
+    articles = [i for i in articles if page.prose[i] >= HOLDS * page.prose[0]
+                and page.kept[i] >= PRECIOUS * page.kept[0]]
+    if not page.prose[0]:
+        return articles[:1] or [0]
+    return with_lead(page, smallest(page, articles[-1] if articles else 0))
+
+
+def overlaps(page: Page, i: int, others: list[int]) -> bool:
+    """Whether node i lies in one of these nodes, or one in it. They are in order, and none lies in another."""
+    k = bisect(others, i)
+    return k > 0 and page.end[others[k - 1]] > i or k < len(others) and others[k] < page.end[i]
+
+
+def smallest(page: Page, best: int) -> int:
+    """From an element down to the smallest one inside that still holds most of its prose and its formulas."""
+    while True:
+        children, j = [], best + 1
+        while j < page.end[best]:
+            children.append(j)
+            j = page.end[j]
+        first, *rest = sorted(children, key=lambda k: -page.prose[k]) or [best]
+        if first in page.held or page.tags[first] not in CONTAINERS or first == best:
+            return best
+        rival = any(page.prose[k] > 0.1 * page.prose[best] and ARTICLE.search(page.names[k]) for k in rest)
+        need = NAMED if ARTICLE.search(page.names[first]) and not rival else DESCEND
+        if page.prose[first] < need * page.prose[best] or page.kept[first] < PRECIOUS * page.kept[best]:
+            return best
+        best = first
+
+
+def with_lead(page: Page, best: int) -> list[int]:
+    """The chosen element, after the title and the first paragraphs that stand between the title and it."""
+    before = [i for i in page.outermost() if i < best and i not in page.gone]
+    titles = [i for i in before if page.tags[i] == "h1"][-1:]
+    article = [i for i in before if page.tags[i] == "article" and best < page.end[i]][-1:]
+    found = list(titles)
+    i = page.end[titles[0]] if titles else article[0] + 1 if article else best
+    while i < best:
+        if page.end[i] > best and i not in page.gone:    # it lies around the chosen element
+            i += 1
+            continue
+        if page.prose[i] and i not in page.gone:
+            found.append(i)
+        i = page.end[i]
+    return [*found, best] if sum(page.prose[i] for i in found) <= LEAD * page.prose[best] else [best]
 
 
 # ---- the text -------------------------------------------------------------------------------------------------------
 
-def render(node: HtmlElement, pieces: list[str]) -> None:
-    """Step 5: appends the element's text with break marks, which layout() turns into newlines."""
-    edge = PARA if node.tag in BLOCKS else LINE if node.tag in ("li", "tr", "dt", "dd") else ""
-    start = "# " if node.tag == "h1" else "## " if node.tag in ("h2", "h3") else "- " if node.tag == "li" else ""
-    pieces += [edge, start, BR if node.tag == "br" else node.text or ""]
-    for kid in node:
-        if isinstance(kid.tag, str):
-            render(kid, pieces)
-            pieces.append(" | " if kid.tag in ("td", "th") and kid.getnext() is not None else "")
-        pieces.append(kid.tail or "")
-    pieces.append(edge)
+def render(page: Page, parts: list[int]) -> str:
+    """Step 5: the text of these parts."""
+    pieces, texts = [], []
+    for part in parts:
+        pieces.append(PARA)
+        for opens, i in page.walk(part):
+            if opens:
+                open_tag(page, i, pieces, texts)
+            else:
+                close_tag(page, i, pieces)
+                pieces.append((page.nodes[i].tail or "") if i != part else "")
+        pieces.append(PARA)
+    text = "\n".join(s for s in layout("".join(pieces)).split("\n") if len(s) > 60 or not PHRASE.fullmatch(s))
+    return re.sub(f"{OPEN}(\\d+){CLOSE}", lambda m: texts[int(m.group(1))], re.sub("\n{3,}", "\n\n", text)).strip()
+
+
+def open_tag(page: Page, i: int, pieces: list[str], texts: list[str]) -> None:
+    """What stands before the children of an element."""
+    tag = page.nodes[i].tag
+    if i in page.gone:
+        pieces.append(page.gone[i])
+    elif i in page.held:
+        if page.held[i]:
+            mark = f"{OPEN}{len(texts)}{CLOSE}"
+            texts.append(page.held[i])
+            pieces.append(f"{FENCE}{mark}{FENCE}" if i in page.blocks else mark)
+    else:
+        start = "# " if tag == "h1" else "## " if tag in ("h2", "h3") else "- " if tag == "li" else ""
+        pieces += [edge(tag), start, BR if tag == "br" else page.nodes[i].text or ""]
+
+
+def close_tag(page: Page, i: int, pieces: list[str]) -> None:
+    """What stands after the children of an element."""
+    node = page.nodes[i]
+    if i not in page.gone and i not in page.held:
+        pieces.append(edge(node.tag))
+        pieces.append(" | " if node.tag in ("td", "th") and node.getnext() is not None else "")
+
+
+def edge(tag: str) -> str:
+    """The break mark at both ends of an element."""
+    return PARA if tag in BLOCKS else LINE if tag in LINES else ""
 
 
 def layout(text: str) -> str:
     """Break marks -> newlines; white space as HTML means it; \\(TeX\\) and \\[TeX\\] -> dollars."""
     text = re.sub(r"[ \t\r\n\f]+", " ", text)            # HTML white space; a no-break space is text and stays
     text = re.sub(f" ?[{PARA}{LINE}{FENCE}{BR}][ {PARA}{LINE}{FENCE}{BR}]*", newlines, text)
-    text = re.sub(r"\\\(([^\n]{1,1000}?)\\\)", r"$\1$", text)    # one way to write TeX in the corpus, not three
-    text = re.sub(r"\\\[(.{1,2000}?)\\\]", r"$$\1$$", text)
+    text = re.sub(r"(?<!\\)\\\(((?:[^\\\n]|\\[^()\n]){1,1000})\\\)", r"$\1$", text)    # one way to write TeX, not three
+    text = re.sub(r"(?<!\\)\\\[((?:[^\\\n]|\\[^\[\]\n]){1,2000})\\\]", r"$$\1$$", text)
     return text.replace("\xa0", " ").strip()
 
 
@@ -316,7 +477,10 @@ def newlines(match: re.Match) -> str:
 
 
 def main(cfg: Config) -> None:
-    print(extract(Path(cfg.page).read_bytes()))
+    counts = Counter()
+    print(extract(Path(cfg.page).read_bytes(), counts=counts))
+    for what, n in counts.items():
+        print(f"{n} x {what}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ the dataset cards.
     apps, taco, codecontests, livecodebench      code problems, the same
 
 The filters of report section 3.2 that need no model are applied here: no proofs, no multiple choice, answers not
-forced to integers, problems without tests dropped. An adapter returns None for a row that is filtered out.
+forced to integers, problems without tests dropped. An adapter returns the reason, or None, for a row that is filtered
+out; the counts are printed. The other filters are in data/rl_problems.py. With --heldout no document, chat or problem
+is written that holds a question of that problems file.
 
     python -m data.hub fineweb_edu FOLDER_OR_NAME out.jsonl --limit=1000
     python -m data.hub openthoughts FOLDER_OR_NAME out.jsonl
@@ -43,8 +45,10 @@ import configurator
 from configurator import UserError
 from data import tag as tagging
 from data.corpus import SOURCE_OF, Corpus, Record, clean
+from data.filters import without_heldout
 from data.jsonl import read_jsonl, whole_file
 from data.problems import Problem, Test, identity, read_problems
+from data.sft_data import query_of
 from data.shards import write_source
 from tokenizer import Tokenizer
 
@@ -64,11 +68,15 @@ class Config:
     tokenizer: str = ""                   # write shards: "tiny" or a folder with tokenizer files
     name: str = "web"                     # source of the shards when there are no labels
     labels: str = ""                      # JSONL of a teacher's labels: a tagger sorts and re-weights the documents
-    heldout: str = ""                     # JSONL of problems that no document may hold
+    heldout: str = ""                     # problems, .jsonl, that no document, chat or problem may hold
 
     def __post_init__(self):
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit = {self.limit} should be at least 1")
+        if not self.tokenizer and (self.labels or self.name != "web"):
+            raise UserError("name and labels are for shards: add --tokenizer")
+        if Path(self.source).exists() and (self.split != "train" or self.subset):
+            raise UserError(f"split and subset are for data sets of the hub; {self.source} is a local source")
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -209,31 +217,38 @@ CHOICES = re.compile(r"\([A-E]\).*\([A-E]\)|\\text(?:bf)?\{\s*\(?[A-E]\)?|\n\s*A
 PROOF = re.compile(r"\b(?:prove|show) that\b|\bprove\b", re.I)
 
 
-def maths_problem(question: str, answer: Any, level: int = 1) -> Problem | None:
-    """A Problem with its original answer; None for proofs, multiple choice and empty answers [paper 3.2]."""
+def maths_problem(question: str, answer: Any, level: int = 1) -> Problem | str:
+    """A Problem with its original answer; the reason for one that is filtered out [paper 3.2]."""
     answer = str(answer if answer is not None else "").strip()
-    if not answer or not question.strip() or CHOICES.search(question) or PROOF.search(question):
-        return None
-    if re.fullmatch(r"\(?[A-E]\)?", answer) or answer.lower() in ("proof", "yes", "no", "true", "false"):
-        return None                                         # a letter or a yes can be guessed
+    if not answer or not question.strip():
+        return "no question or answer"
+    if PROOF.search(question) or answer.lower() == "proof":
+        return "proof"
+    if CHOICES.search(question) or re.fullmatch(r"\(?[A-E]\)?", answer):
+        return "multiple choice"
+    if answer.lower() in ("yes", "no", "true", "false"):
+        return "yes or no"                                  # can be guessed
+    if "####" in answer:
+        return "reference is GSM8K's whole column"
     key = identity(" ".join(question.lower().split()))
     return Problem(key, "maths", question.strip(), level=level, answer=answer)
 
 
-def openr1(row: dict) -> Problem | None:
+def openr1(row: dict) -> Problem | str:
     """OpenR1-Math-220k as RL problems; question_type names proofs and multiple choice."""
-    if str(row.get("question_type", "")).lower() in ("proof", "mcq", "multiple-choice"):
-        return None
+    kind = str(row.get("question_type", "")).lower()
+    if kind in ("proof", "mcq", "multiple-choice"):
+        return "proof" if kind == "proof" else "multiple choice"
     return maths_problem(required(row, "problem"), row.get("answer"))
 
 
-def deepmath(row: dict) -> Problem | None:
+def deepmath(row: dict) -> Problem | str:
     """DeepMath-103K: question, final_answer, difficulty (a float around 1..10)."""
     level = max(1, round(row.get("difficulty") or 1))
     return maths_problem(required(row, "question"), row.get("final_answer"), level)
 
 
-def dapo(row: dict) -> Problem | None:
+def dapo(row: dict) -> Problem | str:
     """
     DAPO-Math-17k: prompt [{role, content}], reward_model {ground_truth}. The instructions around the question are cut
     off. The set repeats each prompt about 100 times by accident, so read it through `convert`, which drops repeats.
@@ -258,13 +273,13 @@ def as_json(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def code_problem(question: str, tests: list[Test], entry: str, level: Any, golden: str = "") -> Problem | None:
+def code_problem(question: str, tests: list[Test], entry: str, level: Any, golden: str = "") -> Problem | str:
     """
-    A Problem; None without tests [paper 3.2]. level: a number, or a word of LEVELS (unknown words count as 1). golden:
-    a right program, "" for none.
+    A Problem; the reason for one without tests [paper 3.2]. level: a number, or a word of LEVELS (unknown words count
+    as 1). golden: a right program, "" for none.
     """
     if not tests or not question.strip():
-        return None
+        return "no question or tests"
     solution = f"```python\n{golden.strip()}\n```" if golden else ""
     key = identity(" ".join(question.split()))
     level = level if isinstance(level, int) else LEVELS.get(str(level).lower(), 1)
@@ -277,7 +292,7 @@ def with_starter(question: str, row: dict) -> str:
     return question + (f"\n\nStart from this code:\n{starter}" if starter else "")
 
 
-def apps(row: dict) -> Problem | None:
+def apps(row: dict) -> Problem | str:
     """
     APPS and TACO: question, solutions (JSON), starter_code, input_output (JSON: inputs, outputs, fn_name), difficulty.
 
@@ -299,7 +314,7 @@ def apps(row: dict) -> Problem | None:
     return code_problem(question, tests, entry or "main", row.get("difficulty"), solutions[0] if solutions else "")
 
 
-def codecontests(row: dict) -> Problem | None:
+def codecontests(row: dict) -> Problem | str:
     """CodeContests: public, private and generated tests; golden = the first Python 3 solution (language 3)."""
     tests = []
     for column in ("public_tests", "private_tests", "generated_tests"):
@@ -334,7 +349,7 @@ def unpack_tests(packed: Any) -> list[dict]:
     return json.loads(value) if isinstance(value, (str, bytes)) else value
 
 
-def livecodebench(row: dict) -> Problem | None:
+def livecodebench(row: dict) -> Problem | str:
     """
     LiveCodeBench: question_content, public_test_cases, private_test_cases, metadata (func_name), difficulty. Its call
     tests ("functional") give one JSON value for each argument, one to a line.
@@ -376,8 +391,9 @@ def convert(adapter: str, source_rows: Iterable[dict], dropped: dict[str, int]) 
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, zlib.error, pickle.UnpicklingError) as e:
             what = f"no field {e}" if isinstance(e, KeyError) else e
             raise UserError(f"adapter {adapter}, row {n}: {what}") from None
-        if not items:
-            dropped["filtered"] = dropped.get("filtered", 0) + 1
+        if not items or isinstance(items, str):
+            reason = items or "nothing in it"
+            dropped[reason] = dropped.get(reason, 0) + 1
             continue
         for item in items if isinstance(items, list) else [items]:
             if isinstance(item, Problem):
@@ -408,9 +424,20 @@ def write_shards(records: list[Record], cfg: Config) -> None:
         print(f"  {source}: {info['tokens']:,} tokens in {cfg.out}")
 
 
+def text_of(item: Record | Problem | dict) -> str:
+    """What of an item must not hold a held-out question: a document's text, a problem's question, the user's turns."""
+    if isinstance(item, Record):
+        return item.text or item.html
+    return item.question if isinstance(item, Problem) else query_of(item)
+
+
 def main(cfg: Config) -> None:
     dropped: dict[str, int] = {}
-    items = islice(convert(cfg.adapter, rows(cfg.source, cfg.split, cfg.subset), dropped), cfg.limit)
+    heldout = [p.question for p in read_problems(cfg.heldout)] if cfg.heldout else []
+    items = convert(cfg.adapter, rows(cfg.source, cfg.split, cfg.subset), dropped)
+    if not cfg.tokenizer:                                   # shards have their own decontamination
+        items = without_heldout(items, text_of, heldout, dropped)
+    items = islice(items, cfg.limit)
     if cfg.tokenizer:
         records = list(items)
         if not records or not all(isinstance(r, Record) for r in records):

@@ -7,6 +7,7 @@ pages of pre-training (base models, RL-Zero), and messages(), as in a chat (SFT,
 
     python -c "from data.problems import read_problems; print(read_problems('out/tiny/problems/rl_all.jsonl')[0])"
 """
+import ast
 import dataclasses
 import hashlib
 from collections.abc import Iterable
@@ -25,27 +26,74 @@ PLAIN = "Problem: {question}\nSolution:"     # what a base model continues, up t
 
 @dataclass(frozen=True)
 class Test:
-    """One unit test of a code problem. UserError if a field has another type, or holds no JSON where it should."""
+    """
+    One unit test of a code problem. UserError if a field has another type, or is not what its kind says.
+
+    stdio   a whole program: what it reads, and what it should print
+    call    one call of the entry: input is a list (or tuple) of arguments, expected the value that should come back.
+            Both are JSON as text, or else Python as text: '[(1, 2), {3}]', "Counter('aab')". JSON has no tuples: where
+            both are JSON a tuple that comes back counts as a list
+    check   code with assert in it, as MBPP and HumanEval publish it: input calls the function by its name or as
+            `candidate`; expected is ""
+    """
     __test__ = False                        # not a class for pytest
-    kind: Literal["stdio", "call"]          # a whole program with its input and output, or one function call
-    input: str                              # call: a JSON list of arguments; stdio: text
-    expected: str                           # call: JSON; stdio: text
+    kind: Literal["stdio", "call", "check"]
+    input: str
+    expected: str = ""
     difficulty: int = 0                     # level from 0 = easiest (reward.difficulty_levels)
 
     def __post_init__(self):
-        if self.kind not in ("stdio", "call"):
-            raise UserError(f"test kind {self.kind!r}: should be 'stdio' or 'call'")
+        if self.kind not in ("stdio", "call", "check"):
+            raise UserError(f"test kind {self.kind!r}: should be 'check', 'stdio' or 'call'")
         for name, right in (("input", str), ("expected", str), ("difficulty", int)):
             if type(getattr(self, name)) is not right:
                 raise UserError(f"test {name} {getattr(self, name)!r:.60}: should be {right.__name__}"
                                 + (", JSON as text" if self.kind == "call" and right is str else ""))
-        if self.kind == "call":
+        if self.kind == "check":
             try:
-                arguments, _ = strict_json(self.input), strict_json(self.expected)
-            except ValueError as error:
-                raise UserError(f"call test {self.input[:50]!r}, {self.expected[:50]!r}: {error}") from None
-            if not isinstance(arguments, list):
+                ast.parse(self.input)
+            except (SyntaxError, ValueError, RecursionError) as error:
+                raise UserError(f"check {self.input[:60]!r}: not Python ({error})") from None
+            if self.expected or not self.input.strip():
+                raise UserError(f"check {self.input[:60]!r}: input should be code, and expected empty")
+        elif self.kind == "call":
+            self.value("expected")
+            arguments, from_json = self.value("input")
+            if from_json and not isinstance(arguments, list):
                 raise UserError(f"call test input {self.input[:60]!r}: should be a JSON list of arguments")
+            if not from_json and not isinstance(arguments, (ast.List, ast.Tuple)):
+                raise UserError(f"call test input {self.input[:60]!r}: should be a list of arguments")
+
+    def value(self, name: Literal["input", "expected"]) -> tuple[object, bool]:
+        """A field of a call test -> (value, True) from JSON, (ast.expr, False) from Python. UserError for neither."""
+        text = getattr(self, name)
+        try:
+            return strict_json(text), True
+        except ValueError as error:
+            try:
+                body = ast.parse(text.strip(), mode="eval").body
+                names = {node.id for node in ast.walk(body) if isinstance(node, ast.Name)}
+                if names & {"NaN", "Infinity", "true", "false", "null"}:        # JSON with a fault in it
+                    raise ValueError
+                return body, False
+            except (SyntaxError, ValueError, RecursionError):
+                raise UserError(f"call test {self.input[:50]!r}, {self.expected[:50]!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a problem demands of its judge; None leaves it to the judge. UserError for a value out of range."""
+    seconds: float | None = None            # processor time per test, on the reference machine (judge/box.py)
+    memory_mb: int | None = None            # address space of a program
+    output_kb: int | None = None            # of each stream of a program
+    tolerance: float | None = None          # by which floats may differ; in stdio tests, numbers in the text
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (type(value) not in (int, float) or not 0 <= value < float("inf")
+                                      or value == 0 and field.name != "tolerance"):
+                raise UserError(f"limits: {field.name} = {value!r} should be a number above 0")
 
 
 @dataclass(frozen=True)
@@ -60,6 +108,7 @@ class Problem:
     entry: str = "f"                        # code: the function that call tests call
     reasoning: str = ""                     # worked steps, for SFT and pages; "" when there are none
     solution: str = ""                      # the answer as a model should write it: \boxed{..} or a fenced program
+    limits: Limits = Limits()               # code: time, memory, output and tolerance, where they are not the judge's
 
     def __post_init__(self):
         if self.kind == "code" and not self.tests and not self.solution:
@@ -111,7 +160,12 @@ def stop_ids(tokenizer: "Tokenizer", chat: bool) -> tuple[int, ...]:
 
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
     """Write a problems file, atomically: a reader never sees half a file."""
-    write_jsonl(path, map(dataclasses.asdict, problems))
+    def row(problem: Problem) -> dict:
+        fields = dataclasses.asdict(problem)
+        limits = {name: value for name, value in fields.pop("limits").items() if value is not None}
+        return fields | ({"limits": limits} if limits else {})
+
+    write_jsonl(path, map(row, problems))
 
 
 def read_problems(path: str | Path) -> list[Problem]:
@@ -142,19 +196,71 @@ def from_row(row: dict) -> Problem:
     if lacking := [k for k in ("id", "kind", "question") if k not in row]:
         raise UserError(f"no field {lacking[0]!r}; a problem needs id, kind, question, and an answer or tests")
     for key, value in row.items():
-        right = {"level": int, "tests": list}.get(key, str)
+        right = {"level": int, "tests": list, "limits": dict}.get(key, str)
         if type(value) is not right:
             raise UserError(f"{key} = {value!r} should be {right.__name__}")
     if row["kind"] not in ("maths", "code"):
         raise UserError(f"kind = {row['kind']!r} should be 'maths' or 'code'")
     if not row["question"].strip():
         raise UserError(f"problem {row['id']} has no question")
-    problem = Problem(**row | {"tests": tuple(Test(**t) for t in row.get("tests", ()))})
+    limits = row.get("limits", {})
+    if extra := sorted(set(limits) - {f.name for f in dataclasses.fields(Limits)}):
+        raise UserError(f"unknown limit {extra[0]!r}")
+    problem = Problem(**row | {"tests": tuple(Test(**t) for t in row.get("tests", ())), "limits": Limits(**limits)})
     if problem.kind == "code":
         if not problem.tests:
             raise UserError(f"problem {problem.id} has no tests; a code problem needs at least one")
         if len({t.kind for t in problem.tests}) > 1:
-            raise UserError(f"problem {problem.id}: its tests should be all 'call' or all 'stdio'")
-        if problem.tests[0].kind == "call" and not problem.entry:
-            raise UserError(f"problem {problem.id}: call tests need `entry`, the function to call")
+            raise UserError(f"problem {problem.id}: its tests should be all 'call' or all 'stdio' or all 'check'")
+        if problem.tests[0].kind != "stdio" and not problem.entry:
+            raise UserError(f"problem {problem.id}: {problem.tests[0].kind} tests need `entry`, the function to call")
     return problem
+
+
+# ---- tests that come as code ----------------------------------------------------------------------------------------
+
+def check_tests(code: str, entry: str) -> tuple[Test, ...]:
+    """
+    Asserts as MBPP publishes them (test_setup_code and test_list, joined), or HumanEval's `test` with its
+    check(candidate) -> one check test for every assert, with the statements before it that it needs.
+
+    HumanEval's asserts may use helpers of the prompt: put the prompt's text before the function in front of `code`.
+    UserError if the code is not Python, or has no assert.
+    """
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise UserError(f"tests of {entry}: not Python ({error})") from None
+    for i, statement in enumerate(body):
+        if isinstance(statement, ast.FunctionDef) and statement.name == "check":
+            calls = [s for s in body[i + 1:] if isinstance(s, ast.Expr) and ast.unparse(s.value).startswith("check(")]
+            body = [s for s in body[:i] + body[i + 1:] if s not in calls] + statement.body
+            break
+    tests, before = [], []
+    for statement in body:
+        if not any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
+            before.append(statement)
+            continue
+        if isinstance(statement, ast.Assert):
+            statement.msg = None
+        names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+        needed = []
+        for earlier in reversed(before):                    # what binds or changes a name that is used further down
+            used = {node.id for node in ast.walk(earlier) if isinstance(node, ast.Name)}
+            if (names | {"*"}) & (used | bound_names(earlier)) - {entry, "candidate"}:
+                needed.insert(0, earlier)
+                names |= used
+        if not names & {entry, "candidate"}:                # `assert True`: HumanEval has some
+            continue
+        tests.append(Test("check", "\n".join(map(ast.unparse, [*needed, statement]))))
+    if not tests:
+        raise UserError(f"tests of {entry}: no assert about {entry} in them")
+    return tuple(tests)
+
+
+def bound_names(statement: ast.stmt) -> set[str]:
+    """The names that functions, classes and imports in a statement bind; variables are ast.Name nodes anyway."""
+    return {name.split(".")[0] for node in ast.walk(statement) for name in
+            ([node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else
+             [alias.asname or alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom))
+             else [])}

@@ -158,6 +158,19 @@ def filter_samples(samples: list[dict], is_contaminated: Callable[[str], bool] =
 FORM = 'a sample is {"messages": [{"role": ..., "content": text}, ...]}'
 
 
+def answered(row: dict) -> list[dict]:
+    """
+    The samples of a row: itself; or one for each of its "answers", as `sample.py --file` writes them beside "prompt" or
+    "messages": a model's own answers, to train MTP layers or the next model on.
+    """
+    if "answers" not in row:
+        return [row]
+    before = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    finish = row.get("finish", ["stop"] * len(row["answers"]))
+    return [row | {"messages": [*before, {"role": "assistant", "content": answer}], "finish_reason": reason}
+            for answer, reason in zip(row["answers"], finish, strict=True)]
+
+
 def read_samples(path: str | Path) -> list[dict]:
     """
     JSONL -> samples. UserError names file and line of what is no sample, and a file that holds none; OSError if the
@@ -166,10 +179,12 @@ def read_samples(path: str | Path) -> list[dict]:
     samples = []
     for n, sample in read_jsonl(path, FORM):
         with line_of(path, n, FORM):
-            check_turns(sample["messages"])
+            found = answered(sample)
+            for one in found:
+                check_turns(one["messages"])
             if type(sample.get("score", 0.0)) not in (int, float):
                 raise UserError(f"score = {sample['score']!r} should be a number")
-        samples.append(sample)
+        samples += found
     if not samples:
         raise UserError(f"{path}: no samples in it; {FORM}, one a line")
     return samples

@@ -6,7 +6,7 @@ called, for reference and research:
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.mtp_logits(ids)         # the MTP layer's prediction two tokens ahead
-    model.mtp_acceptance(ids)     # share of drafts that greedy verification by the trunk would accept
+    model.mtp_acceptance(ids, prompt_length)     # share of drafts that an engine would accept, in its own greedy answer
 """
 import torch
 from torch import Tensor, nn
@@ -90,12 +90,23 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
         return self.lm_head(layer.final_layernorm(z))
 
     @torch.no_grad()
-    def mtp_acceptance(self, input_ids: Tensor) -> float:
+    def mtp_acceptance(self, input_ids: Tensor, prompt_length: int = 1) -> float:
         """
-        input_ids [B,T], text that this model wrote greedily. -> the share of positions i at which layer 0's argmax at i
-        is the trunk's argmax at i + 1. Only positions whose token i + 1 is the trunk's argmax count, as in an engine.
+        input_ids [B,T], a prompt of prompt_length tokens and the answer that this model wrote greedily. -> accepted /
+        verified drafts of layer 0 with one draft a step, as vLLM and SGLang count them: only tokens of the answer, and
+        walked as an engine goes, two tokens on after an accepted draft and one after a wrong one.
         """
-        trunk = self(input_ids=input_ids, use_cache=False).logits.argmax(-1)     # [B,T], of token i + 1
-        draft = self.mtp_logits(input_ids).argmax(-1)                            # [B,T-1], of token i + 2
-        own = trunk[:, :-1] == input_ids[:, 1:]
-        return (draft == trunk[:, 1:])[own].float().mean().item()
+        right = (self.mtp_logits(input_ids).argmax(-1)[:, :-1] == input_ids[:, 2:]).tolist()     # [B][T-2], of i + 2
+        accepted = verified = 0
+        for row in right:
+            i = prompt_length - 1                # the trunk's state here gives the answer's first token
+            while i < len(row):
+                verified += 1
+                accepted += row[i]
+                i += 1 + row[i]
+        return accepted / max(1, verified)
+
+
+# save_pretrained copies this file too: transformers before 5 left it out
+MiMoModel.register_for_auto_class("AutoModel")
+MiMoForCausalLM.register_for_auto_class("AutoModelForCausalLM")

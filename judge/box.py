@@ -12,9 +12,12 @@ is tried at start-up, then attacked by a program of ours (PROBE), and counts onl
 
 What runs inside a box is in judge/server.py.
 """
+import importlib.util
 import json
+import marshal
 import os
 import platform
+import random
 import select
 import shutil
 import signal
@@ -24,13 +27,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from configurator import UserError
 from data.jsonl import STRICT
 from judge import server
+
+PATIENCE = 64                 # reads of one program's streams before the judge begins to wait between them [ours]
 
 
 class JudgeError(RuntimeError):
@@ -39,6 +43,7 @@ class JudgeError(RuntimeError):
 
 # ---- how a box is started -------------------------------------------------------------------------------------------
 
+PACKAGES = "numpy", "sortedcontainers"          # what programs may import beside the standard library, where installed
 SYSTEM_PATHS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store")
 BOOT = "import sys; del sys.path[0]; exec(compile(open(sys.argv[1]).read(), 'server.py', 'exec'))"
 BWRAP = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
@@ -46,29 +51,58 @@ BWRAP = ("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--
 
 
 def unused_uid() -> int:
-    """A user id that no account has. A box that root starts runs its programs as this user."""
+    """
+    A user id that no account has. A box that root starts runs its programs as this user. Each box takes another one:
+    the limit on threads counts all processes of a user.
+    """
     import pwd
     taken = {entry.pw_uid for entry in pwd.getpwall()}
-    return next(uid for uid in range(64999, 60000, -1) if uid not in taken)
+    return random.SystemRandom().choice([uid for uid in range(60000, 65000) if uid not in taken])
 
 
-def visible_paths() -> list[str]:
-    """All that a program can read: the interpreter, its library, and the system's shared libraries."""
+def threads_now() -> int:
+    """Threads and processes that this user has on the machine, as far as /proc shows them."""
+    total = 0
+    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        try:
+            total += len(os.listdir(f"/proc/{name}/task")) if os.stat(f"/proc/{name}").st_uid == os.getuid() else 0
+        except OSError:                   # it has just ended
+            pass
+    return total
+
+
+def visible_paths(isolation: str) -> tuple[dict[str, str], dict[str, str]]:
+    """
+    All that a program can read: the interpreter, its library, the system's shared libraries, /dev/null, and PACKAGES
+    where installed. -> {path: the same path inside the box}, {package: its folder inside}. With isolation A packages
+    are found in /packages, since their own path may lead through the project's folder.
+    """
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
     library = [os.path.join(sys.base_prefix, name) for name in ("lib", "lib64")]
-    return [path for path in dict.fromkeys((python, *library, *SYSTEM_PATHS)) if os.path.exists(path)]
+    paths = {path: path for path in (python, *library, *SYSTEM_PATHS, os.devnull)}
+    packages = {}
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec and spec.origin:
+            folder = os.path.dirname(spec.origin)
+            packages[name] = f"/packages/{name}" if isolation == "A" else folder
+            paths |= {folder: packages[name], folder + ".libs": packages[name] + ".libs"}    # wheels: shared libraries
+    return {path: inside for path, inside in paths.items() if os.path.exists(path)}, packages
 
 
-def box_command(isolation: str, drop_by: str, fd: int, memory: int) -> list[str]:
+def box_command(isolation: str, drop_by: str, fds: tuple[int, ...]) -> list[str]:
     """
     The argv that starts a box. Nothing secret is in it: any process of the machine can read an argv. drop_by: see
-    open_isolation; fd: the server's end of the socket; memory: address space of a program, bytes.
+    open_isolation; fds: the server's ends of its sockets.
     """
-    paths, source = visible_paths(), os.path.realpath(server.__file__)
-    cfg = {"isolation": isolation, "drop_by": drop_by, "fd": fd, "memory": memory, "paths": paths,
-           "uid": unused_uid() if drop_by == "uid" else None}
+    (paths, packages), source = visible_paths(isolation), os.path.realpath(server.__file__)
+    # programs of a box that runs as the user of the judge are counted together with all that this user runs
+    own_user = drop_by in ("uid", "capabilities", "namespace")
+    cfg = {"isolation": isolation, "drop_by": drop_by, "fds": fds, "paths": [*paths], "packages": packages,
+           "uid": unused_uid() if drop_by in ("uid", "capabilities") else None,
+           "threads": server.THREADS if own_user else threads_now() + 8 * server.THREADS}
     # no site-packages, no .pyc written; not -I, which would ignore PYTHONHASHSEED
-    inner = [paths[0], "-S", "-s", "-B", "-X", "utf8", "-c", BOOT,
+    inner = [next(iter(paths)), "-S", "-s", "-B", "-X", "utf8", "-c", BOOT,
              "/server.py" if isolation == "A" else source, json.dumps(cfg)]
     if isolation != "A":
         return inner
@@ -77,11 +111,11 @@ def box_command(isolation: str, drop_by: str, fd: int, memory: int) -> list[str]
         argv += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     else:                             # root: the server keeps what it needs to turn its children into the unused user
         argv += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL"]
-    for path in paths:
-        parts = path.strip("/").split("/")
+    for path, inside in paths.items():
+        parts = inside.strip("/").split("/")
         for n in range(1, len(parts)):
             argv += ["--dir", "/" + "/".join(parts[:n])]      # otherwise bwrap copies the mode of /root, 0700
-        argv += ["--ro-bind", path, path]
+        argv += ["--dev-bind" if path == os.devnull else "--ro-bind", path, inside]
     return [*argv, "--ro-bind", source, "/server.py", "--remount-ro", "/", "--chdir", "/", *inner]
 
 
@@ -96,8 +130,18 @@ class Run:
     err: bytes = b""
     end: str = "exit"         # exit | time | output (over a limit) | stopped (on_line returned True)
     status: int = 0           # as waitpid gives it
-    cpu: float = 0.0          # processor seconds of the whole process, from its rusage
+    cpu: float = 0.0          # processor seconds of the whole program, from the kernel
     wall: float = 0.0         # seconds by the clock since the last result line, or since the start
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The limits of one process."""
+    cpu: float                # processor seconds per result line, or of the process if it writes none or is live
+    wall: float               # the same by the clock
+    cpu_total: float          # processor seconds of the process, kept by the kernel
+    memory: int               # bytes of address space
+    output: int               # bytes per stream
 
 
 def memory_file(data: bytes) -> BinaryIO:
@@ -135,22 +179,25 @@ class Streams:
 
 class Box:
     """
-    One sandboxed server. isolation: "A", "B" or "C"; drop_by: see open_isolation; memory: address space of a program in
-    bytes. JudgeError from any method means: throw the box away.
+    One sandboxed server. isolation: "A", "B" or "C"; drop_by: see open_isolation. JudgeError from any method means:
+    throw the box away.
     """
 
-    def __init__(self, isolation: str, drop_by: str, memory: int):
+    def __init__(self, isolation: str, drop_by: str):
         self.sock, theirs = socket.socketpair()
+        (odd, their_odd), (even, their_even) = (socket.socketpair(type=socket.SOCK_DGRAM) for _ in range(2))
+        self.jobs = [odd, even]                # the next child waits at the first
         self.sock.settimeout(30)
-        self.stderr, self.devnull = tempfile.TemporaryFile(), open(os.devnull, "rb")
-        self.process = None
+        self.stderr, self.process = tempfile.TemporaryFile(), None
+        closed, stdout = os.pipe()
         try:
-            with theirs:
-                # bwrap shows its own environment in /proc/1/environ, so there is none but a fixed order of sets
+            with theirs, their_odd, their_even, memory_file(b"") as stdin:
+                fds = theirs.fileno(), their_odd.fileno(), their_even.fileno()
+                # a program gets the streams that its interpreter made here, so they are of the kind it will have: a
+                # file and a pipe. bwrap shows its environment in /proc/1/environ: it has but a fixed order of sets
                 self.process = subprocess.Popen(
-                    box_command(isolation, drop_by, theirs.fileno(), memory), env={"PYTHONHASHSEED": "0"}, cwd="/",
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.stderr,
-                    pass_fds=(theirs.fileno(),), start_new_session=True)
+                    box_command(isolation, drop_by, fds), env={"PYTHONHASHSEED": "0"}, cwd="/", stdin=stdin,
+                    stdout=stdout, stderr=self.stderr, pass_fds=fds, start_new_session=True)
             kind, _, _ = self._receive()
             if kind != b"Z":
                 raise JudgeError(f"the box sent {kind!r} where b'Z' was due")
@@ -160,6 +207,9 @@ class Box:
             last_line = self.stderr.read(4000).decode("utf-8", "replace").strip().split("\n")[-1]
             self.close()
             raise JudgeError(last_line or str(error)) from None
+        finally:
+            os.close(closed)
+            os.close(stdout)
 
     def _receive(self) -> tuple[bytes, int, float]:
         """The next message of the server: (kind, integer, seconds)."""
@@ -171,9 +221,14 @@ class Box:
             raise JudgeError("the box has gone")
         return server.MESSAGE.unpack(data)
 
-    def _send(self, kind: bytes, number: int = 0, fds: Iterable[int] = ()) -> None:
+    def _send(self, kind: bytes, number: int = 0, seconds: float = 0.0, fds: Iterable[int] = ()) -> None:
+        """A message to the server; with `fds` also one to the child that waits, which takes them and the numbers."""
         try:
-            socket.send_fds(self.sock, [server.MESSAGE.pack(kind, number, 0.0)], list(fds))
+            message = server.MESSAGE.pack(kind, number, seconds)
+            if fds:
+                socket.send_fds(self.jobs[0], [message], list(fds))
+                self.jobs.reverse()
+            self.sock.sendall(message)
         except OSError as error:
             raise JudgeError(f"the box does not listen: {error}") from None
 
@@ -186,6 +241,8 @@ class Box:
     def close(self) -> None:
         """Close the socket, at which the server ends its child and itself; after a second, kill both."""
         self.sock.close()
+        for jobs in self.jobs:
+            jobs.close()
         if self.process:
             try:
                 self.process.wait(1)
@@ -193,79 +250,114 @@ class Box:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
         self.stderr.close()
-        self.devnull.close()
 
-    def execute(self, job: dict, stdin: bytes, cpu_limit: float, wall_limit: float, cpu_total: int, max_output: int,
-                on_line: Callable[[int, dict, float], bool]) -> Run:
+    def execute(self, job: dict, limits: Bounds, on_line: Callable[[int, dict, float], bool | bytes],
+                stdin: bytes = b"") -> Run:
         """
         Run one program in a fresh process and collect what it writes.
 
-        job: {"program": text, "entry": name, "inputs": [JSON text, ...]}; entry "" for a whole program that reads
-        `stdin` and has no result lines. cpu_limit, wall_limit: processor and wall-clock seconds per result line, or of
-        the process if it writes none. cpu_total: processor seconds of the process, kept by the kernel. max_output:
-        bytes per stream. on_line(k, {"v": value} or {"e": error}, seconds) is called for every result line, with k = -1
+        job: kind "stdio" (a whole program that reads `stdin`), "call" or "check" (see run_calls and run_check in
+        server.py), program, entry, calls, live: the process waits for the bytes that on_line returns, and compiled:
+        what the only result line of an earlier stdio process gave.
+
+        on_line(k, {"v": value} or {"e": error}, seconds) is called for every result line, with k = -1
         (loaded), 0, 1 ...; it returns True to end the process. JudgeError if the box fails.
         """
-        pipes = []
+        job = {"entry": "", "calls": [], "live": False, "compiled": b""} | job
+        fds, files = [], []
         try:
             for _ in range(3):        # stdout, stderr, results
-                pipes += os.pipe()
-            ours, theirs = pipes[0::2], pipes[1::2]
-            with (memory_file(json.dumps(job).encode()) as job_file,
-                  memory_file(stdin) if stdin else nullcontext(self.devnull) as source):
-                self._send(b"R", cpu_total, [source.fileno(), *theirs, job_file.fileno()])
-            for fd in theirs:
+                fds += os.pipe()
+            ours, theirs = fds[0::2], fds[1::2]
+            text, line = marshal.dumps(job), None
+            text = len(text).to_bytes(8, "little") + text
+            if job["live"]:
+                read_end, line = os.pipe()
+                fds += read_end, line
+                widen(line)
+                os.set_blocking(line, False)
+                put(line, text)
+            else:
+                files.append(memory_file(text))
+            files.append(memory_file(stdin))
+            self._send(b"R", limits.memory, limits.cpu_total,
+                       [files[-1].fileno(), *theirs, read_end if job["live"] else files[0].fileno()])
+            for fd in (*theirs, *([read_end] if job["live"] else ())):
                 os.close(fd)
-                pipes.remove(fd)
+                fds.remove(fd)
             for fd in ours:
                 os.set_blocking(fd, False)
-            return self._collect(ours, cpu_limit, wall_limit, max_output, on_line)
+            return self._collect(ours, line, limits, on_line)
         finally:
-            for fd in pipes:
+            for fd in fds:
                 os.close(fd)
+            for file in files:
+                file.close()
 
-    def _collect(self, fds: list[int], cpu_limit: float, wall_limit: float, max_output: int, on_line: Callable) -> Run:
-        """Read stdout, stderr and results (fds) of a hostile process until it has ended; execute() says the rest."""
-        run, streams = Run(), Streams({fd: bytearray() for fd in fds}, {*fds}, select.poll(), max_output)
+    def _collect(self, fds: list[int], line: int | None, limits: Bounds, on_line: Callable) -> Run:
+        """
+        Read stdout, stderr and results (fds) of a hostile process until it has ended; execute() says the rest. line:
+        where to write what on_line returns.
+        """
+        run = Run()
+        streams = Streams({fd: bytearray() for fd in fds}, {*fds}, select.poll(), limits.output)
         out, err, results = streams.data.values()
         for fd in (*fds, self.sock.fileno()):
             streams.poll.register(fd, select.POLLIN)
-        k, at, claimed = -3, 0, 0.0                       # last line: -2 confined, -1 loaded, 0.. tests; where it ended
-        last = now = time.monotonic()
-        ask_at, end_at = last + cpu_limit, last + wall_limit   # ask for the processor time; end the process anyway
-        asked, killed_at, ended = False, 0.0, False
+        k, at, wakeups = -3, 0, 0                         # last line: -2 confined, -1 loaded, 0.. tests; where it ended
+        last = now = sampled_at = time.monotonic()
+        ask_at, end_at = last + limits.cpu, last + limits.wall # ask for the processor time; end the process anyway
+        # processor seconds: of the program at sampled_at; when the running test began; whether the answer is due, and
+        # whether it counts for the test that had just begun
+        sampled = begun = 0.0
+        asked = for_begin = False
+        killed_at, ended = 0.0, False
         while not ended:
             until = killed_at + 10 if killed_at else end_at if asked else min(ask_at, end_at)
             for fd, _ in streams.poll.poll(max(0, until - now) * 1000 + 1):
                 if fd != self.sock.fileno():
                     streams.read(fd)
+                    wakeups += 1
                     continue
                 kind, number, seconds = self._receive()
                 if kind == b"E":
                     ended, run.status, run.cpu = True, number, seconds
-                else:
-                    # "C": has this test used up its processor time, or was it kept waiting? `claimed` is what the
-                    # program reports for the tests before it: a lie buys it time up to end_at, nothing else
-                    used, asked = max(0.0, seconds - claimed) if seconds >= 0 else cpu_limit, False
-                    ask_at, end_at = now + max(0.01, cpu_limit - used), 0.0 if used >= 0.97 * cpu_limit else end_at
+                    continue
+                now = sampled_at = time.monotonic()       # "C": processor time so far, as the kernel counts it
+                sampled, asked = seconds if seconds >= 0 else begun + limits.cpu, False
+                if for_begin:
+                    begun, for_begin = sampled, False
+                used = sampled - begun                    # was the test kept waiting, or has it used up its time?
+                ask_at, end_at = now + max(0.01, limits.cpu - used), 0.0 if used >= 0.97 * limits.cpu else end_at
             now = time.monotonic()
             if ended:                                     # nobody can write any more: take what is left
                 while any([streams.read(fd) for fd in [*streams.live]]):
                     pass
+            elif wakeups > PATIENCE:                      # many small writes: let them gather, they must not cost us
+                time.sleep(0.004)
             stop = False
             while (newline := results.find(b"\n", at)) >= 0 and not (stop or killed_at):
                 raw, at, k = bytes(results[at:newline]), newline + 1, k + 1
                 run.confined, run.loaded = True, k >= -1
                 if run.loaded:
-                    line, seconds = read_line(raw, k)
-                    claimed = max(claimed, seconds)
-                    stop = on_line(k, line, now - last)
-                    last, ask_at, end_at = now, now + cpu_limit, now + wall_limit
+                    answer = on_line(k, read_line(raw, k), now - last)
+                    stop = answer is True
+                    if line is not None:                  # all calls together are one test; ours is not its time
+                        spent, now = time.monotonic() - now, time.monotonic()
+                        ask_at, end_at, last = ask_at + spent, end_at + spent, last + spent
+                        stop = stop or not put(line, answer or b"")
+                        continue
+                    # what the tests before have used is estimated from above, as if none of them had waited, and
+                    # measured where that estimate could be worth more than a fiftieth of the limit
+                    last, ask_at, end_at, begun = now, now + limits.cpu, now + limits.wall, sampled + now - sampled_at
+                    if now - sampled_at > 0.02 * limits.cpu and not asked and not ended:
+                        asked = for_begin = True
+                        self._send(b"C")
             if killed_at:
                 if now > killed_at + 10 and not ended:
                     raise JudgeError("a killed program did not end")
                 continue
-            full = max(map(len, streams.data.values())) > max_output
+            full = max(map(len, streams.data.values())) > limits.output
             run.end = "stopped" if stop else "output" if full else "time" if now >= end_at else "exit"
             if run.end != "exit" and not ended:
                 killed_at = now
@@ -279,21 +371,35 @@ class Box:
         return run
 
 
-def read_line(raw: bytes, k: int) -> tuple[dict, float]:
+def widen(fd: int) -> None:
+    """Make a pipe as large as an ordinary user may: a job is written into it before anybody reads."""
+    try:
+        import fcntl
+        fcntl.fcntl(fd, 1031, 1 << 20)                    # F_SETPIPE_SZ
+    except (ImportError, OSError):
+        pass
+
+
+def put(fd: int, data: bytes) -> bool:
+    """Write all of `data` into a pipe without waiting. -> False if it does not fit or nobody reads."""
+    try:
+        return os.write(fd, data) == len(data) if data else True
+    except OSError:
+        return False
+
+
+def read_line(raw: bytes, k: int) -> dict:
     """
-    One result line of a hostile process, of which k is due -> {"v": value} or {"e": error}, and the processor seconds
-    that the process claims to have used. A line that is anything else is an error too.
+    One result line of a hostile process, of which k is due -> {"v": value} or {"e": error}. A line that is anything
+    else is an error too. The value is JSON as server.encode() writes it.
     """
     try:
         line = STRICT.decode(raw.decode("utf-8"))
-        seconds = line["c"]
         if line["i"] != k or not ("v" in line or "e" in line or k < 0):
             raise ValueError
-        if type(seconds) is not float or not 0 <= seconds < 1e6:
-            raise ValueError
-        return ({"e": str(line["e"])[:300]} if "e" in line else {"v": line.get("v")}), seconds
+        return {"e": str(line["e"])[:300]} if "e" in line else {"v": line.get("v")}
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        return {"e": "the result is not readable"}, 0.0
+        return {"e": "the result is not readable"}
 
 
 # ---- isolation: found by trying -------------------------------------------------------------------------------------
@@ -301,9 +407,9 @@ def read_line(raw: bytes, k: int) -> tuple[dict, float]:
 # Tries what no program may do, and returns the list of what worked. The first imports have to work: one Python file and
 # one file of machine code of the library.
 PROBE = """
-import colorsys, os
+import colorsys, os, time
 import mmap
-def f(secret, project, uid):
+def f(secret, project, root):
     holes = []
     def attempt(name, act):
         try:
@@ -327,7 +433,11 @@ def f(secret, project, uid):
     attempt("signal everybody", lambda: os.kill(-1, 0))
     attempt("become root", lambda: os.setuid(0))
     attempt("see processes", lambda: open("/proc/self/status").read())
-    if uid and os.getuid() != uid:
+    for fd in range(4, 4096):
+        attempt("descriptor %d" % fd, lambda: os.fstat(fd))
+        attempt("write to descriptor %d" % fd, lambda: os.write(fd, b"x" * 17))
+    attempt("clock of another process", lambda: time.clock_gettime((~os.getppid() << 3) | 2))
+    if root and os.getuid() < 60000:
         holes.append("still user %d" % os.getuid())
     return holes
 """
@@ -355,8 +465,8 @@ def call_in_box(box: Box, program: str, arguments: list) -> object:
         answers.append(line)
         return k == 0
 
-    job = {"program": program, "entry": "f", "inputs": [json.dumps(arguments)]}
-    run = box.execute(job, b"", cpu_limit=20, wall_limit=60, cpu_total=60, max_output=1 << 16, on_line=on_line)
+    job = {"kind": "call", "program": program, "entry": "f", "calls": [["json", json.dumps(arguments)]]}
+    run = box.execute(job, Bounds(cpu=20, wall=60, cpu_total=60, memory=512 << 20, output=1 << 16), on_line)
     if run.end != "stopped" or "v" not in answers[-1]:
         raise JudgeError(f"the probe gave no answer: {answers} {run.err[:200]!r} {run.end} {run.status}")
     return answers[-1]["v"]
@@ -367,20 +477,21 @@ def attack(box: Box, drop_by: str) -> None:
     with tempfile.NamedTemporaryFile() as secret:
         os.chmod(secret.name, 0o644)
         project = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-        if holes := call_in_box(box, PROBE, [secret.name, project, unused_uid() if drop_by == "uid" else 0]):
+        if holes := call_in_box(box, PROBE, [secret.name, project, drop_by in ("uid", "capabilities")]):
             raise JudgeError(f"not tight: {', '.join(holes)}")
 
 
-def open_isolation(isolation: str, memory: int) -> tuple[str, float]:
+def open_isolation(isolation: str) -> tuple[str, float]:
     """
-    Start a box of this isolation ("A", "B", "C") and attack it. -> (drop_by, time scale of this machine, 1 to 10).
+    Start a box of this isolation ("A", "B", "C") and attack it. -> (drop_by, time scale of this machine, 1 to 10). The
+    box is started while this process has a hundred descriptors open: a program must not have any of them.
 
     drop_by: how a program's process loses the rights of the user who started the judge, by what that user may do:
         uid            root: it becomes an unused user (A: each child; B: the server)
-        capabilities   root whose interpreter an unused user could not read: all capabilities are dropped (B)
+        capabilities   root whose interpreter an unused user could not read: the same, but it may read (B)
         namespace      an ordinary user: it is nobody in a user namespace of its own (A)
         nothing        an ordinary user, who has no rights to lose (B); isolation C
-    memory: address space of a program in bytes. JudgeError with the reasons if this isolation does not hold here.
+    JudgeError with the reasons if this isolation does not hold here.
     """
     if isolation != "C" and (sys.platform != "linux" or platform.machine() not in server.AUDIT_ARCH):
         raise JudgeError(f"needs Linux on {' or '.join(server.AUDIT_ARCH)}")
@@ -388,21 +499,27 @@ def open_isolation(isolation: str, memory: int) -> tuple[str, float]:
     ways = {"A": ("uid", "namespace") if root else ("namespace",),
             "B": ("uid", "capabilities") if root else ("nothing",), "C": ("nothing",)}[isolation]
     for drop_by in ways:
-        box = None
+        box, held = None, []
         try:
-            box = Box(isolation, drop_by, memory)
+            try:
+                held += [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]
+            except OSError:                   # fewer are allowed here
+                pass
+            box = Box(isolation, drop_by)
             if isolation != "C":
                 attack(box, drop_by)
             return drop_by, max(1.0, min(10.0, call_in_box(box, CALIBRATION, []) / REFERENCE_SECONDS))
         except JudgeError as error:
             reasons.append(f"{drop_by}: {error}")
         finally:
+            for fd in held:
+                os.close(fd)
             if box:
                 box.close()
     raise JudgeError("; ".join(reasons))
 
 
-def choose_isolation(isolation: str, memory: int, allow_unsafe: bool) -> tuple[str, str, float]:
+def choose_isolation(isolation: str, allow_unsafe: bool) -> tuple[str, str, float]:
     """
     The strongest isolation that holds here ("auto"), or the one that is named. -> (isolation, drop_by, time scale).
     UserError with the reasons if there is none; ValueError for another name.
@@ -415,7 +532,7 @@ def choose_isolation(isolation: str, memory: int, allow_unsafe: bool) -> tuple[s
             reasons.append("C: refused, rlimits do not confine untrusted code (allow_unsafe=True insists)")
             continue
         try:
-            return candidate, *open_isolation(candidate, memory)
+            return candidate, *open_isolation(candidate)
         except JudgeError as error:
             reasons.append(f"{candidate}: {error}")
     raise UserError("no sandbox on this machine. " + " | ".join(reasons))

@@ -25,9 +25,10 @@ MATH_SECONDS = 2.0         # processor seconds per answer [ours]
 MATH_WORKERS = 2
 MATH_MEMORY = 4 << 30      # bytes of address space per worker [ours]
 
-# fast: answers that reward.math_reward decided without a worker; worker: answers compared here; timeouts, errors: of
-# these; unreadable: Math-Verify cannot read the reference, so that no answer can ever be right; starts: processes
-counts = {"fast": 0, "worker": 0, "timeouts": 0, "errors": 0, "unreadable": 0, "starts": 0}
+# fast: answers that reward.math_reward decided by rules; long: refused, since too long to compare; worker: answers
+# compared here; timeouts, errors: of these; unreadable: Math-Verify cannot read the reference, so that only the same
+# text is right; starts: processes
+counts = {"fast": 0, "long": 0, "worker": 0, "timeouts": 0, "errors": 0, "unreadable": 0, "starts": 0}
 _workers, _idle, _change = [], [], threading.Condition()    # all that run; those without an answer; guards both
 
 

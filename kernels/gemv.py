@@ -142,7 +142,8 @@ def block_step(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, cache: obj
     a, mlp, shape, ctx = block.self_attn, block.mlp, x.shape, cache.ctx
     x = x.reshape(-1, shape[-1])                                                    # [N,D], N = B Q
     norm, qkv = block.input_layernorm, (a.q_proj, a.k_proj, a.v_proj)
-    qkv = gemv(rmsnorm(x, norm.weight, norm.eps), [p.weight for p in qkv], [p.bias for p in qkv])   # [N,(H+2K)d]
+    biases = None if a.q_proj.bias is None else [p.bias for p in qkv]
+    qkv = gemv(rmsnorm(x, norm.weight, norm.eps), [p.weight for p in qkv], biases)     # [N,(H+2K)d]
     q = rope_store(qkv, cos.flatten(0, 1), sin.flatten(0, 1), cache.k, cache.v, ctx.slot_mapping)   # [N,H,d]
     o = decode_attention(q.view(*shape[:2], *q.shape[1:]), cache.k, cache.v, ctx.block_table, ctx.lengths)
     norm, o = block.post_attention_layernorm, gemv(o.view(len(x), -1), [a.o_proj.weight])

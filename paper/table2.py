@@ -46,27 +46,31 @@ class Config:
 
 class Ablation(Scheduler):
     """
-    The scheduler with parts of the engine taken away, for Tables 2 and 3 and Fig. 6. It has no easy pool: solved
-    problems stay in the queue. What the other arguments mean: rollout.Scheduler.
+    The scheduler with parts of the engine taken away, for Tables 2 and 3 and Fig. 6; paper/policy.py gives it to the
+    real engine. What the other arguments mean: rollout.Scheduler.
 
     launch   "continuous": on demand, as the engine does; "wave": `batch` groups at a time, the next when all are graded
     stop     "fifo": as the engine does; "drain": when everything that was launched has completed; "first": at the first
              `batch` valid groups to finish, wrong on purpose (it prefers short answers)
     rate     share of valid groups that is expected before anything is known [report: 41 %]
+    pool     is there an easy pool? False: solved problems stay in the queue
     """
 
     def __init__(self, n_prompts: int, batch: int, G: int, launch: str = "continuous", stop: str = "fifo",
-                 rate: float = 0.41, **scheduler):
+                 rate: float = 0.41, pool: bool = False, **scheduler):
         if launch not in ("continuous", "wave") or stop not in ("fifo", "drain", "first") or not 0 < rate <= 1:
             raise ValueError(f"launch = {launch!r}, stop = {stop!r}, rate = {rate} should be continuous or wave; fifo, "
                              "drain or first; in (0, 1]")
-        self.launch_mode, self.stop_mode = launch, stop
+        self.launch_mode, self.stop_mode, self.has_pool = launch, stop, pool
         super().__init__(n_prompts, batch, G, **scheduler)
         self.rate = rate
 
     def _begin(self) -> None:
         super()._begin()
         self.order: list[Group] = []       # in the order in which their rewards were applied
+
+    def blocked(self, free: int) -> bool:
+        return bool(self.late())           # without the recipe's rules any reward may decide
 
     def _wanted(self) -> bool:
         if self.launch_mode == "continuous" or not self.dynamic or len(self.groups) >= self.max_groups:
@@ -87,7 +91,8 @@ class Ablation(Scheduler):
 
     def batch(self, slots: int = 0, aborted_tokens: int = 0) -> tuple[list[Group], dict]:
         batch = super().batch(slots, aborted_tokens)
-        self.pool.clear()
+        if not self.has_pool:
+            self.pool.clear()
         return batch
 
 
@@ -139,8 +144,9 @@ class World:
 
 @dataclass
 class Answer:
-    """What the scheduler needs of a sample: something sized under .tokens."""
+    """What the scheduler needs of a sample: something sized under .tokens, and how it ended."""
     tokens: range
+    finish: str = "stop"
 
 
 class VirtualJudge:

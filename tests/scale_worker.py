@@ -64,7 +64,9 @@ def main(
     starve=0,
     one_gpu=0,
     full_disk=0,
+    tied=0,
 ):
+    shape = replace(SHAPE, tie_embeddings=True, qkv_bias=False) if tied else SHAPE
     rt = distributed.setup(seed=1, device="cpu", shard_ranks=shard_ranks)
     if full_disk and rt.is_main:                       # only rank 0 looks
         shutil.disk_usage = lambda path: SimpleNamespace(free=1)
@@ -72,7 +74,7 @@ def main(
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         rt = replace(rt, sharded=True, dtype=torch.bfloat16 if one_gpu == 2 else torch.float32)
-    model = mtp.build(SHAPE, "meta")
+    model = mtp.build(shape, "meta")
     if frozen:
         mtp.freeze_all_but_new(model, 1)
     how = {"checkpointing": checkpointing, "shard_ranks": shard_ranks, "compile": bool(compile)}
@@ -120,7 +122,7 @@ def main(
                 config={},
                 meta={"stage": "base"},
                 state={"step": step + 1},
-                shape=vars(SHAPE),
+                shape=vars(shape),
                 rt=rt,
                 background=bool(background),
             )
@@ -146,8 +148,11 @@ def write_data(folder: Path) -> None:
             write_source(str(where), name, documents, 1024)
 
 
-def train_pretrain(folder, term_after=-1):
-    """pretrain.py: two stages with batch warm-up and longer rows, then MTP fine-tuning; 24 steps."""
+def train_pretrain(folder, term_after=-1, recompute=("none", "none", "none")):
+    """
+    pretrain.py: two stages with batch warm-up and longer rows, then MTP fine-tuning; 24 steps. recompute: the stages'
+    activation checkpointing.
+    """
     import configurator
     import pretrain
     folder = Path(folder)
@@ -165,10 +170,11 @@ def train_pretrain(folder, term_after=-1):
         "                    d_ff=64, max_seq_len=64, n_mtp=1)\n"
         "stages = [Stage('one', 12 * 7 * 32, 32, 8, batch_size_start=4, batch_warmup_tokens=1600, lr=1e-3,\n"
         f"                warmup_tokens=600, mtp_weight=0.3, mtp_weight_end=0.1, mtp_switch_tokens=1300,\n"
-        f"                mix={mix}),\n"
+        f"                mix={mix}, checkpointing={recompute[0]!r}),\n"
         f"          Stage('two', 6 * 5 * 64, 64, 5, lr=1e-3, lr_end=1e-4, decay_tokens=800, rope_base=1e5,\n"
-        f"                mix={mix})]\n"
-        f"mtp_stage = Stage('mtp', 4 * 5 * 64, 64, 5, lr=1e-3, mtp_weight=1.0, rope_base=1e5, mix={mix})\n"
+        f"                mix={mix}, checkpointing={recompute[1]!r})]\n"
+        f"mtp_stage = Stage('mtp', 4 * 5 * 64, 64, 5, lr=1e-3, mtp_weight=1.0, rope_base=1e5, mix={mix},\n"
+        f"                  checkpointing={recompute[2]!r})\n"
         "micro_batch, valid_tokens, sample_every, save_every, device = 2, 256, 0, 1000, 'cpu'\n"
     )
     path = folder / f"config{os.environ.get('RANK', 0)}.py"
@@ -295,17 +301,20 @@ def write_base(folder: Path) -> None:
                                                        answer=str(i + i * i)) for i in range(30)])
 
 
-def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank=""):
+def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank="", term_in="", nap=0.0):
     """
     rl.py from write_base's checkpoint: 4 iterations of 4 groups of 4 answers. Answers end by chance, at another moment
     on every rank. OUT.rankR.jsonl: the groups of each update. term_after: SIGTERM comes in that iteration. dtype: of
-    the replicas, as on a GPU. last_rank: what its engine does in iteration 2, "raises" or "exits".
+    the replicas, as on a GPU. last_rank: what its engine does in iteration 2, "raises" or "exits"; in the second
+    evaluation, "raises there". term_in: SIGTERM reaches the last rank in the "rollout" of iteration 2, or in the second
+    "evaluation". nap: seconds that a step of the last rank's engine sleeps in the second evaluation.
     """
     import configurator
     import rl
     rl.Grader = ParityGrader
     setup, asked, calls = distributed.setup, distributed.stop_requested, iter(range(1, 1000))
-    update, step = rl.update, rl.Engine.step
+    update, step, add = rl.update, rl.Engine.step, rl.Engine.add
+    now = {"evaluating": False, "evaluations": 0, "iteration": 0}
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
     def written_update(model, optimizer, batch, *rest):
@@ -315,13 +324,28 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank=""):
         return update(model, optimizer, batch, *rest)
 
     def broken_step(engine):
-        if engine.queue and engine.queue[0].id[0] == 1:
+        if now["iteration"] == 1:
             if last_rank == "exits":
                 while not (Path(out) / "latest").is_file():
                     time.sleep(0.01)
                 time.sleep(0.5)                        # now rank 0 is done with saving, and waits in take()
                 os._exit(7)
             raise ArithmeticError("on purpose")
+        return step(engine)
+
+    def watched_add(engine, request):
+        evaluating = request.temperature == 0.6
+        now["evaluations"] += evaluating and not now["evaluating"]
+        now["evaluating"], now["iteration"] = evaluating, request.id[0]
+        second = evaluating and now["evaluations"] == 2
+        if (term_in == "evaluation" and second) or (term_in == "rollout" and not evaluating and request.id[0] == 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if last_rank == "raises there" and second:
+            raise ArithmeticError("on purpose")
+        add(engine, request)
+
+    def slow_step(engine):
+        time.sleep(nap if now["evaluating"] and now["evaluations"] == 2 else 0)
         return step(engine)
 
     def in_dtype(**how):
@@ -334,8 +358,9 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank=""):
         return asked(rt)
 
     distributed.setup, distributed.stop_requested, rl.update = in_dtype, stop_requested, written_update
-    if last_rank and rank == world - 1:
-        rl.Engine.step = broken_step
+    if rank == world - 1:
+        rl.Engine.add = watched_add
+        rl.Engine.step = broken_step if last_rank in ("raises", "exits") else slow_step
     try:
         rl.main(configurator.load(rl.Config, [
             f"--init={folder}/base", f"--out={out}", f"--problems={folder}/problems.jsonl", "--valid=", "--steps=4",
@@ -344,7 +369,36 @@ def train_rl(folder, out, *flags, term_after=-1, dtype="", last_rank=""):
             "--lr=1e-3", "--save_every=1", "--judge_workers=1", "--reward_lag=2", "--micro_tokens=256", "--device=cpu",
             *flags]))
     finally:
-        distributed.setup, distributed.stop_requested, rl.update, rl.Engine.step = setup, asked, update, step
+        distributed.setup, distributed.stop_requested, rl.update = setup, asked, update
+        rl.Engine.step, rl.Engine.add = step, add
+
+
+def wait_in_vain():
+    """Rank 1 comes to no exchange; the ranks wait a second for each other."""
+    rt = distributed.setup(device="cpu", timeout=30)
+    exchange = distributed.Exchange(replace(rt, timeout=1), 1)
+    if rt.rank == 0:
+        exchange("here")
+    time.sleep(3)
+
+
+def run_eval(folder, name, stop_after=0):
+    """eval.py on write_base's checkpoint and problems. stop_after: SIGTERM reaches rank 1 after so many of its own."""
+    import configurator
+    import eval as evaluation
+    add, count = evaluation.Answers.add, iter(range(1, 1000))
+
+    def counted(self, problem, answers):
+        add(self, problem, answers)
+        if next(count) == stop_after and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+    evaluation.Answers.add = counted
+    try:
+        evaluation.main(configurator.load(evaluation.Config, [
+            f"--ckpt={folder}/base", f"--problems={folder}/problems.jsonl", "--samples=2", "--max_new_tokens=12",
+            "--device=cpu", "--slots=6", f"--out={folder}/{name}.json"]))
+    finally:
+        evaluation.Answers.add = add
 
 
 if __name__ == "__main__":

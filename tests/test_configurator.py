@@ -85,6 +85,7 @@ def test_accepted(flag, name, value):
 
 @pytest.mark.parametrize("argv, message", [
     (["--lr_mx=1"], "unknown key lr_mx -- did you mean lr_max?"),
+    (["--seq_len=9"], "unknown key seq_len -- did you mean stages.0.seq_len?"),
     (["--model.n_layr=1"], "unknown key model.n_layr -- did you mean model.n_layer?"),
     (["--stages.0.seqlen=3"], "unknown key stages.0.seqlen -- did you mean stages.0.seq_len?"),
     (["--stages.9.seq_len=3"], "should be an index from 0 to 1"),

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(decode.library() is None, reason="no C compiler:
 
 # H/K = 1, 2, 4, 3; d = 16, 32, 64, 128 and 6; widths and vocabularies on and off multiples of 16
 SHAPES = [dict(n_head=4, n_kv_head=4, head_dim=16, d_model=64, d_ff=96, vocab_size=1000),
-          dict(n_head=4, n_kv_head=2, head_dim=32, d_model=48, d_ff=72, vocab_size=33),
+          dict(n_head=4, n_kv_head=2, head_dim=32, d_model=48, d_ff=72, vocab_size=33, qkv_bias=False,
+               tie_embeddings=True),
           dict(n_head=4, n_kv_head=1, head_dim=64, d_model=40, d_ff=50, vocab_size=61),
           dict(n_head=2, n_kv_head=1, head_dim=128, d_model=32, d_ff=64, vocab_size=128),
           dict(n_head=3, n_kv_head=1, head_dim=6, d_model=20, d_ff=17, vocab_size=7)]
@@ -65,7 +66,7 @@ class Parts:
         self.table.copy_(blocks.view_as(self.table))
         self.forward, self.lib, p, i = runner.c, decode.library(), c_void_p, c_int64
         cpu.bind(self.lib, trunk=(None, p, p, i, p, i, p), mtp=(None, p, i, p, i, p, p, i, p),
-                 head=(None, p, i, i, p, p))
+                 head=(None, p, i, i, i, p, p))
         self.c_model, self.shape = self.forward.c_model, self.forward.shape
 
     def context(self, first: int, positions: Tensor):
@@ -90,7 +91,7 @@ class Parts:
     def head(self, x: Tensor, layer: int = -1) -> Tensor:
         """x [N,D] -> logits [N,V], behind the trunk's norm (-1) or an MTP layer's."""
         x, logits = decode.pad(x, self.shape.Dp).contiguous(), torch.empty(len(x), self.shape.Vp)
-        self.lib.head(self.c_model, layer, len(x), x.data_ptr(), logits.data_ptr())
+        self.lib.head(self.c_model, layer, len(x), self.shape.V, x.data_ptr(), logits.data_ptr())
         return logits[:, :self.shape.V]
 
 

@@ -153,7 +153,8 @@ def test_proofs_and_choices_go_answers_stay_as_they_are():
             base | {"problem": "No answer?", "answer": None}, base | {"problem": "  find  X. ", "answer": "\\sqrt{2}"}]
     dropped = {}
     (p,) = hub.convert("openr1", rows, dropped)
-    assert p.answer == "\\sqrt{2}" and dropped == {"filtered": 5, "repeat": 1}
+    assert p.answer == "\\sqrt{2}" and dropped == {
+        "proof": 1, "multiple choice": 3, "no question or answer": 1, "repeat": 1}
 
 
 def test_dapo_template_and_hundredfold_repeats(tmp_path):
@@ -265,3 +266,28 @@ def test_command_writes_shards(tmp_path, capsys):
         call("text", tmp_path / "in", tmp_path / "o.jsonl", "--limit=0")
     with pytest.raises(UserError, match="no documents to write"):
         call("text", write(tmp_path / "none.jsonl", [{"text": ""}]), tmp_path / "s2", "--tokenizer=tiny")
+
+
+def test_heldout_is_obeyed_by_every_adapter(tmp_path, capsys):
+    """The held-out question itself, and with two words replaced; a third row stays. Problems, chats and documents."""
+    question = "A train leaves the town of Holt at 9 and needs 4 hours for the 320 miles to Bram. How fast is it?"
+    other = question.replace("A train", "One bus").replace("fast", "quick")
+    write_problems(tmp_path / "test.jsonl", [Problem("0" * 16, "maths", question, answer="80")])
+    texts = [question, other, "How many legs have 3 horses and 2 hens?"]
+    dapo = [{"prompt": [{"role": "user", "content": t}], "reward_model": {"ground_truth": "1"}} for t in texts]
+    apps = [{"question": t, "input_output": json.dumps({"inputs": ["1"], "outputs": ["1"]})} for t in texts]
+    chats = [{"conversations": [{"from": "user", "value": t}, {"from": "assistant", "value": "80"}]} for t in texts]
+    pages = [{"text": f"From the book, page 7. {t} Answer it."} for t in texts]
+    for adapter, rows in (("dapo", dapo), ("apps", apps), ("openthoughts", chats), ("text", pages)):
+        source, out = write(tmp_path / f"{adapter}.jsonl", rows), tmp_path / f"{adapter}_out.jsonl"
+        call(adapter, source, out, f"--heldout={tmp_path / 'test.jsonl'}")
+        left = out.read_text()
+        assert "horses" in left and "Bram" not in left, adapter
+        assert "1 written, 2 held out" in capsys.readouterr().out
+
+
+def test_a_flag_that_would_not_be_used_is_an_error(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"text": "x"}])
+    for flag in ("--labels=l.jsonl", "--name=maths", "--split=test", "--subset=a"):
+        with pytest.raises(UserError, match="are for"):
+            call("text", source, tmp_path / "out.jsonl", flag)

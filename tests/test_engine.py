@@ -699,6 +699,26 @@ def test_drafts_while_few_sequences_are_in_flight(model):
     assert [(got[r.id].tokens, got[r.id].logprobs) for r in runs] == [(s.tokens, s.logprobs) for s in plain]
 
 
+@pytest.mark.parametrize("runner", [None, TorchRunner, GraphRunner])
+def test_drafts_among_the_first_ids(model, runner):
+    """draft_ids: every draft is one of them, the texts are the same; with all ids nothing changes."""
+    runs = requests(30, most=30, temperature=0.0)
+    right = generate(Engine(model, 8, 96, 3, runner=runner), runs)
+    e, seen = Engine(model, 8, 96, 3, draft_ids=17, runner=runner), set()
+    draft = e.runner.draft
+
+    def watched(first, B, E):
+        draft(first, B, E)
+        for row, n in enumerate(e.runner.lengths(first + B)[first:], first):
+            seen.update(e.runner.state["tokens"][row, n:n + 3].tolist())
+    e.runner.draft = watched
+    got = generate(e, runs)
+    assert [s.tokens for s in got] == [s.tokens for s in right] and max(seen) < 17 and len(seen) > 5
+    assert 0 < counts(got)[1][0] < counts(right)[1][0]
+    every = generate(Engine(model, 8, 96, 3, draft_ids=V, runner=runner), runs)
+    assert [(s.tokens, s.accepted) for s in every] == [(s.tokens, s.accepted) for s in right]
+
+
 class Lengths:
     """A runner without a model: a sequence ends at its request's max_new_tokens."""
     n_draft = 0

@@ -4,8 +4,11 @@ import json
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
+import eval as evaluation
+from configurator import UserError, load
 from data import rl_problems
 from data.problems import Problem, Test, prompt_ids, read_problems, stop_ids, write_problems
 from eval import bootstrap, pass_at_k, summary
@@ -75,11 +78,116 @@ def test_grader_pays_right_answers_and_nothing_else():
         got = {}
         while len(got) < len(cases) + 1:
             got |= {key[1]: (reward, info) for key, reward, info in grader.poll()}
-        assert not (grader.maths or grader.code or grader.ready), "nothing is left over"
+        assert grader.maths.empty() and not (grader.code or grader.ready), "nothing is left over"
         grader.close()
     for i, (_, text, want) in enumerate(cases):
         assert got[i][0] == pytest.approx(want), text
     assert got[99] == (0.0, {"passed": False, "verdicts": ["truncated"]})
+
+
+# ---- streaming and resuming -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def asked(tmp_path):
+    """A random model and thirty problems; -> run(name, *flags) -> (result or None, bytes of the answers or None)."""
+    from scale_worker import write_base
+    write_base(tmp_path)
+
+    def run(name, *flags):
+        result = evaluation.main(load(evaluation.Config, [
+            f"--ckpt={tmp_path}/base", f"--problems={tmp_path}/problems.jsonl", "--samples=2", "--max_new_tokens=12",
+            "--device=cpu", f"--out={tmp_path}/{name}.json", *flags]))
+        return result, (tmp_path / f"{name}_answers.jsonl").read_bytes()
+    run.folder = tmp_path
+    return run
+
+
+def stop_after(monkeypatch, n):
+    """SIGTERM comes when n problems are answered."""
+    add, count = evaluation.Answers.add, iter(range(1, 1000))
+    asked = [False]
+
+    def counted(self, problem, answers):
+        add(self, problem, answers)
+        asked[0] = next(count) >= n
+    monkeypatch.setattr(evaluation.Answers, "add", counted)
+    monkeypatch.setattr(evaluation.distributed, "stop_here", lambda: asked[0])
+
+
+def test_answers_depend_on_neither_slots_nor_drafts_and_come_in_the_order_of_the_problems(asked):
+    (result, want), (_, narrow), (_, drafted) = asked("a"), asked("b", "--slots=3"), asked("c", "--n_draft=2")
+    assert narrow == want == drafted
+    ids = [json.loads(line)["id"] for line in want.splitlines()]
+    assert ids == [p.id for p in read_problems(asked.folder / "problems.jsonl")]
+    assert result["problems"]["maths"]["n"] == 30
+    assert sorted(p.name for p in asked.folder.glob("a*")) == ["a.json", "a_answers.jsonl"]
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(asked, monkeypatch):
+    """SIGTERM after some problems, a power cut within a row: the same file as without, and nothing is asked twice."""
+    want = asked("whole")
+    with monkeypatch.context() as m:
+        stop_after(m, 4)
+        with pytest.raises(UserError, match=r"stopped \(SIGTERM\) after [1-9]\d* of 30 problems"):
+            asked("cut", "--slots=4")
+    part = asked.folder / "cut_answers.jsonl.part0"
+    lines = part.read_bytes().splitlines(keepends=True)
+    assert 4 <= len(lines) < 20
+    part.write_bytes(b"".join(lines) + lines[0][:len(lines[0]) // 2])        # torn
+    with pytest.raises(UserError, match="samples = 2, now it is 3.*another --out"):
+        asked("cut", "--samples=3")
+    with pytest.raises(UserError, match="seed = 7, now it is 8"):
+        asked("cut", "--seed=8")
+    first, added = len(lines), []
+    add = evaluation.Answers.add
+    monkeypatch.setattr(evaluation.Answers, "add", lambda self, p, a: (added.append(p.id), add(self, p, a)))
+    result, answers = asked("cut", "--slots=7")                              # slots change no answer
+    assert answers == want[1] and result["problems"] == want[0]["problems"]
+    assert len(added) == 30 - first and not part.exists()
+
+
+def test_answers_without_their_head_are_not_mixed_in(asked):
+    (asked.folder / "x_answers.jsonl.part0").write_text("{}\n")
+    with pytest.raises(UserError, match="part0 is there without"):
+        asked("x")
+
+
+def test_prompts_that_are_too_long_are_named_and_left_out(asked, capsys):
+    """One of thirty is 3 %: named, counted, left out. Three of 32 are over 5 %: refused, before anything is written."""
+    path = asked.folder / "problems.jsonl"
+    problems = read_problems(path)
+    long = [Problem(f"long{i}", "maths", "1+" * 120 + "1?", answer="1") for i in range(3)]
+    write_problems(path, [*problems[:7], long[0], *problems[7:]])
+    result, answers = asked("one")
+    out = capsys.readouterr().out
+    assert "1 of 31 prompts are longer than 116 tokens (max_new_tokens 12 of max_seq_len = 128): long0 (" in out
+    assert result["left_out"] == 1 and result["problems"]["maths"]["n"] == 30 and b"long0" not in answers
+    write_problems(path, [*problems[:29], *long])
+    with pytest.raises(UserError, match="3 of 32 prompts .*long0.*long1.*long2.*at most 5%"):
+        asked("many")
+    assert not list(asked.folder.glob("many*"))
+
+
+def test_tokens_per_forward_is_what_the_engine_counts(asked, monkeypatch):
+    """
+    tokens / (tokens - accepted) is too much: where the end token was an accepted draft, its round made one token fewer.
+    One sequence at a time, so the forwards are the engine's steps.
+    """
+    runs, generate = [], evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda *args: runs.append((args[0], generate(*args))) or runs[-1][1])
+    found = asked("m", "--tasks=['problems','mtp']")[0]["mtp"]
+    engine, samples = runs[1]
+    assert engine.n_draft == 2 and found["tokens_per_forward"] == sum(len(s.tokens) for s in samples) / engine.steps
+    a, b = found["online"]
+    assert found["tokens_per_forward"] <= 1 + a + a * b
+
+
+def test_bootstrap_in_pieces_is_bootstrap():
+    """A million problems at a time do not fit; the random numbers are the same."""
+    x = np.random.default_rng(0).random(3000)
+    picks = np.random.Generator(np.random.PCG64(0)).integers(0, 3000, (2000, 3000))
+    low, high = np.quantile(x[picks].mean(1), [0.025, 0.975])
+    assert bootstrap(list(x)) == (x.mean(), low, high)
 
 
 def test_summary_by_hand():

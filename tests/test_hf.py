@@ -1,7 +1,9 @@
 """hf.py without transformers: the 7B's names, round trips to the bit, streaming, folding, and what ends the run."""
 import json
 import math
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,8 @@ def test_an_import_is_a_checkpoint(tmp_path):
     for name, p in model.named_parameters():
         assert torch.equal(p, state[hf.hub_name(name)].float()), name
     assert Tokenizer.load(ckpt).ranks == Tokenizer.load("tiny").ranks
+    with pytest.raises(UserError, match="a Hugging Face folder: `python hf.py import .*hub OUT` makes one"):
+        find(tmp_path / "hub")
     with pytest.raises(UserError, match="holds step_00000000 already"):
         hf.import_folder(tmp_path / "hub", tmp_path / "run")
 
@@ -252,8 +256,23 @@ def test_the_run_ends_naming_the_tensor(tmp_path, damage, message):
     ({"rope_theta": None}, "rope_theta = None should be int or float"),
     ({"num_key_value_heads": None}, "num_key_value_heads = None should be int"),
     ({"vocab_size": "1024"}, "vocab_size = '1024' should be int"),
-    ({"model_type": "llama"}, "model_type = 'llama' should be mimo or qwen2"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings = True should be False"),
+    ({"model_type": "qwen3"}, "model_type = 'qwen3' should be mimo, qwen2, llama: q and k have a norm of their own"),
+    ({"model_type": "gpt2"}, "model_type = 'gpt2' should be mimo, qwen2, llama"),
+    ({"model_type": ["mimo"]}, "model_type = .'mimo'. should be"),
+    ({"model_type": "llama"}, "attention_bias = True should be False"),
+    ({"model_type": "llama", "attention_bias": False}, "k_proj.bias has no place in the model"),
+    ({"tie_word_embeddings": True}, "lm_head.weight is not model.embed_tokens.weight: .* should be False"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is there, should be absent"),
+    ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, "rope_theta = 640000, but 1000000.0 in"),
+    ({"rope_scaling": None, "rope_parameters": [1]}, "rope_parameters = .1. should be an object"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "RoPE scaling .*llama3"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 should be 1.0"),
+    ({"num_hidden_layers": 10**7}, "num_hidden_layers = 10,000,000, but there are only 43 tensors"),
+    ({"hidden_size": 2**40}, "impossible sizes"),
+    ({"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers = '1' should be int"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no' should be True or False"),
+    ({"head_dim": "4"}, "head_dim = '4' should be int"),
     ({"use_sliding_window": True}, "use_sliding_window = True should be False"),
     ({"rope_scaling": {"type": "yarn", "factor": 4}}, "RoPE scaling .*yarn"),
     ({"num_key_value_heads": 3}, "must be a multiple"),
@@ -303,6 +322,133 @@ def test_mimo_7b_mtps(tmp_path):
     save_file({n: t for n, t in extra.items() if ".1." not in n}, tmp_path / "mtps" / "model.safetensors")
     with pytest.raises(UserError, match="mtp_layers.1.final_layernorm.weight is missing .16 such"):
         hf.import_folder(tmp_path / "hub", tmp_path / "run4", mtps=tmp_path / "mtps")
+
+
+# ---- other families -------------------------------------------------------------------------------------------------
+
+def family(folder, kind, tied, **changes):
+    """A folder of Qwen2's or Llama's shape, bf16, one file, no MTP layer. -> its tensors."""
+    cfg = replace(SMALL, n_mtp=0, qkv_bias=kind != "llama", tie_embeddings=tied)
+    more = {"num_nextn_predict_layers": None, "auto_map": None, "tie_word_embeddings": tied, "model_type": kind,
+            "architectures": [hf.FAMILIES[kind]]}
+    if kind == "llama":
+        more |= {"attention_bias": False, "mlp_bias": False, "use_mrope": None, "max_window_layers": None,
+                 "sliding_window": None, "use_sliding_window": None}
+    official(folder, cfg, shards=1, **(more | changes))
+    (folder / "model.safetensors.index.json").unlink()
+    state = {hf.hub_name(n): p.to(torch.bfloat16) for n, p in rough_model(cfg).named_parameters()}
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return state
+
+
+@pytest.mark.parametrize("kind, tied", [("qwen2", False), ("qwen2", True), ("llama", False), ("llama", True)])
+def test_every_family_there_and_back_and_there(tmp_path, kind, tied):
+    """To the bit, the configuration too: tied stays tied, Llama comes out as Llama, no bias appears."""
+    state = family(tmp_path / "hub", kind, tied)
+    shape, n, _ = hf.import_folder(tmp_path / "hub", tmp_path / "run")
+    assert (shape.qkv_bias, shape.tie_embeddings, shape.n_mtp) == (kind == "qwen2", tied, 0)
+    assert n == len(state) == 27 - 6 * (kind == "llama") - tied
+    assert shape.n_params() == sum(t.numel() for t in state.values())
+    hf.export_folder(tmp_path / "run", tmp_path / "again", kind)
+    same_bits(state, weights_of(tmp_path / "again"))
+    before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("hub", "again"))
+    assert before == after
+    assert hf.import_folder(tmp_path / "again", tmp_path / "run2")[0] == shape
+    same_bits(load_model(tmp_path / "run")[1], load_model(tmp_path / "run2")[1])
+
+
+@pytest.mark.parametrize("kind, tied", [("qwen2", True), ("llama", True), ("llama", False)])
+@torch.no_grad()
+def test_every_family_as_mimo(tmp_path, kind, tied):
+    """Zero biases and a head of its own make no other logit; qwen2 of a Llama keeps the tie."""
+    family(tmp_path / "hub", kind, tied)
+    shape, _, _ = hf.import_folder(tmp_path / "hub", tmp_path / "run", dtype=torch.float32, fresh=1)
+    model, x = mtp.build(shape), torch.arange(30)[None]
+    hf.checkpoint.read_weights(find(tmp_path / "run"), model)
+    for fold in ("no", "yes"):
+        hf.export_folder(tmp_path / "run", tmp_path / fold, "mimo", fold=fold)
+        cfg = hf.import_folder(tmp_path / fold, tmp_path / f"run_{fold}")[0]
+        assert cfg == replace(shape, qkv_bias=True, tie_embeddings=False)
+        other = load_into(tmp_path / fold, cfg)
+        difference = (model.logits(model(x)) - other.logits(other(x))).abs().max()
+        assert difference == 0 if fold == "no" else difference < 1e-4
+    hf.export_folder(tmp_path / "run", tmp_path / "q", "qwen2")
+    cfg = hf.import_folder(tmp_path / "q", tmp_path / "run_q")[0]
+    assert cfg == replace(shape, qkv_bias=True, n_mtp=0)
+    assert not list(tmp_path.glob(".made*")) and not list(tmp_path.glob("*/.made*"))
+
+
+def test_what_older_folders_hold_beside_the_model(tmp_path):
+    """RoPE's frequencies and a second copy of a tied embedding are no part of the model; a pipe is no file."""
+    state = family(tmp_path / "hub", "llama", True)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+            "lm_head.weight": state["model.embed_tokens.weight"].clone()}
+    save_file(state | more, tmp_path / "hub" / "model.safetensors", metadata={"format": "pt"})
+    hf.import_folder(tmp_path / "hub", tmp_path / "run")
+    same_bits({hf.hub_name(n): t for n, t in load_model(tmp_path / "run")[1].items()}, state)
+    (tmp_path / "hub" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "hub" / "model.safetensors")
+    with pytest.raises(UserError, match="is missing, or not a file"):
+        hf.import_folder(tmp_path / "hub", tmp_path / "run2")
+    (tmp_path / "hub" / "model.safetensors").rename(tmp_path / "hub" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin is not read: .*save_pretrained"):
+        hf.import_folder(tmp_path / "hub", tmp_path / "run2")
+    with pytest.raises(UserError, match="huggingface-cli download Qwen/Qwen2.5-0.5B"):
+        hf.import_folder("Qwen/Qwen2.5-0.5B", tmp_path / "run2")
+
+
+def test_what_does_not_belong_to_a_folder_stays_out(tmp_path):
+    """No private file through a link, no code of others through auto_map, no file outside through the index."""
+    (tmp_path / "secret").write_text("s")
+    official(tmp_path / "hub")
+    (tmp_path / "hub" / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="chat_template.jinja is a link to .*secret, should lie in the folder"):
+        hf.import_folder(tmp_path / "hub", tmp_path / "run")
+    (tmp_path / "hub" / "chat_template.jinja").unlink()
+    cache = tmp_path / "models--x--y"                          # the Hugging Face cache: snapshots/COMMIT and blobs
+    (cache / "blobs").mkdir(parents=True)
+    shutil.copytree(tmp_path / "hub", cache / "snapshots" / "1")
+    (cache / "snapshots" / "1" / "vocab.json").rename(cache / "blobs" / "abc")
+    (cache / "snapshots" / "1" / "vocab.json").symlink_to("../../blobs/abc")
+    path = cache / "snapshots" / "1" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["evil--x.Y", None]}}))
+    hf.import_folder(cache / "snapshots" / "1", tmp_path / "run")
+    hf.export_folder(tmp_path / "run", tmp_path / "out", "qwen2")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    for bad in ("../x.safetensors", ["a"], "/x"):
+        index = {"weight_map": {"lm_head.weight": bad}}
+        (tmp_path / "hub" / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match="name of a file in its folder"):
+            hf.import_folder(tmp_path / "hub", tmp_path / "run2")
+
+
+def test_fresh_mtp_layers(tmp_path):
+    """The last block, the trunk's norm; what no block has: gains of 1, and the mean of hidden state and embedding."""
+    state = family(tmp_path / "hub", "qwen2", True)
+    shape, n, _ = hf.import_folder(tmp_path / "hub", tmp_path / "run", fresh=2)
+    hf.import_folder(tmp_path / "hub", tmp_path / "run2", fresh=2)
+    got = load_model(tmp_path / "run")[1]
+    same_bits(got, load_model(tmp_path / "run2")[1])
+    assert shape.n_mtp == 2 and n == len(got) == len(state) + 32 and {t.dtype for t in got.values()} == {torch.bfloat16}
+    for k in (0, 1):
+        for name, t in state.items():
+            if name.startswith("model.layers.1."):
+                assert torch.equal(got[f"mtp_layers.{k}." + name.split(".", 3)[3]], t)
+        assert torch.equal(got[f"mtp_layers.{k}.final_layernorm.weight"], state["model.norm.weight"])
+        assert (got[f"mtp_layers.{k}.token_layernorm.weight"] == 1).all()
+        assert torch.equal(got[f"mtp_layers.{k}.input_proj.weight"].float(), torch.cat([torch.eye(16) / 2] * 2, 1))
+    official(tmp_path / "mimo")
+    with pytest.raises(UserError, match="mtp = 1 adds MTP layers to a model without: this one has 1"):
+        hf.import_folder(tmp_path / "mimo", tmp_path / "run3", fresh=1)
+    assert not list(tmp_path.glob("run3/*"))
+
+
+@pytest.mark.parametrize("template, eos, chat", [(False, "im_end_id", True), (False, "eos_id", False)])
+def test_one_token_that_ends_text_and_turn(tmp_path, template, eos, chat):
+    family(tmp_path / "hub", "llama", True, eos_token_id=[getattr(Tokenizer.load("tiny"), eos)])
+    hf.import_folder(tmp_path / "hub", tmp_path / "run")
+    assert read_meta(find(tmp_path / "run"))["chat"] is chat
 
 
 # ---- export of our own models ---------------------------------------------------------------------------------------
@@ -403,12 +549,36 @@ def test_what_an_export_holds(run, tmp_path):
         compile(file.read_text(), str(file), "exec")
 
 
+def test_what_an_engine_would_run_wrongly_is_not_written(tmp_path, capsys):
+    """vLLM takes a Qwen2's head width as d_model / n_head, whatever the file says, and answers nonsense."""
+    cfg = replace(SMALL, head_dim=8)
+    save(tmp_path / "run", 1, rough_model(cfg), meta={"chat": True}, config={}, state={},
+         tokenizer=Tokenizer.load("tiny"))
+    for flavour in ("mimo", "qwen2"):
+        with pytest.raises(UserError, match="head_dim = 8 is not d_model / n_head = 16/4: .*--odd_heads"):
+            hf.export_folder(tmp_path / "run", tmp_path / "out", flavour)
+    hf.export_folder(tmp_path / "run", tmp_path / "out", "qwen2", odd_heads=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["head_dim"] == 8
+    assert "vLLM's attention starts at 32" in capsys.readouterr().err
+
+
+def test_another_user_can_read_the_weights(run, tmp_path):
+    """safetensors writes them with mode 0600, which a server under another user cannot open."""
+    hf.export_folder(run[0], tmp_path / "out", "mimo")
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    for file in (*(tmp_path / "out").iterdir(), *find(run[0]).iterdir()):
+        assert file.stat().st_mode == usual, file
+
+
 def test_a_base_model_stops_at_the_end_of_text(tmp_path):
     save(tmp_path / "run", 1, rough_model(SMALL), meta={"stage": "pretrain", "chat": False},
          config={}, state={}, tokenizer=Tokenizer.load("tiny"))
     hf.export_folder(tmp_path / "run", tmp_path / "out", "mimo")
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / file).read_text())["eos_token_id"] == 1021
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (config["eos_token"], config["model_max_length"]) == ("<|endoftext|>", 32_768)
 
 
 def test_targets_are_replaced_only_if_they_are_ours(run, tmp_path):
@@ -456,7 +626,9 @@ def test_command_line(run, tmp_path, capsys):
     assert f"{SMALL.n_params():,} parameters" in capsys.readouterr().out
     assert {t.dtype for t in load_model(tmp_path / "run2")[1].values()} == {torch.bfloat16}
     for words, message in ((["export", run[0], "x"], "flavour is missing: .*--flavour=mimo"),
-                           (["export", run[0], "x", "--flavour=llama"], "'llama' should be one of 'mimo', 'qwen2'"),
+                           (["export", run[0], "x", "--flavour=gpt"], "'gpt' should be one of 'mimo', 'qwen2', 'll"),
+                           (["export", run[0], "x", "--flavour=llama"], "has biases on q, k and v, Llama has none"),
+                           (["import", run[0], "x", "--mtp=1", "--mtps=y"], "one of the two"),
                            (["exprot", run[0], "x"], "'exprot' should be one of 'import', 'export'"),
                            (["import", run[0]], "out is missing; usage: .*hf.py ACTION SOURCE OUT"),
                            ([], "action is missing; usage: ")):

@@ -18,14 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("", "config", "data", "data/tiny", "kernels", "kernels/cpu", "judge", "paper", "bench", "hf_export")
 # from the ground up; a module that is not named stands on the floor of its folder
 FLOORS = [
-    ["configurator", "kernels", "kernels.*", "kernels.cpu.*", "data", "data.tiny"],
-    ["schedule", "sampling", "data.jsonl", "tokenizer", "model"],
+    ["configurator", "cache", "kernels", "kernels.*", "kernels.cpu.*", "data", "data.tiny"],
+    ["schedule", "sampling", "data.jsonl", "data.charset", "data.formulas", "data.page", "chat_template", "model"],
+    ["tokenizer"],
     ["mtp", "distributed", "data.problems", "data.shards", "data.dedup", "data.extract", "data.decontaminate",
      "data.tiny.world", "data.tiny.pages", "data.tiny.web"],
     ["metrics", "checkpoint", "judge", "judge.*", "data.*", "data.tiny.*"],
-    ["reward", "cache"],
-    ["engine", "rollout"],
-    ["eval", "data.rl_problems"],
+    ["reward", "runner"],
+    ["engine", "rollout", "data.filters"],
+    ["eval", "data.rl_problems", "data.hub"],
     ["pretrain", "sft", "rl", "sample", "hf"],
     ["plan", "demo", "paper.*", "bench.*", "docs.*"],
 ]

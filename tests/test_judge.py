@@ -6,6 +6,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -71,7 +74,7 @@ def best_judge():
 VERDICTS = {
     "right": (GOOD, "AC AC AC AC"),
     "wrong": ("def f(n):\n    return n", "AC WA WA WA"),
-    "type": ("def f(n):\n    return True if n == 1 else float(n * n)", "WA WA WA WA"),
+    "type": ("def f(n):\n    return True if n == 1 else float(n * n)", "WA AC AC AC"),
     "raises": ("def f(n):\n    return n * n if n != 2 else [][0]", "AC RE AC AC"),
     "syntax": ("def f(n) return n", "RE RE RE RE"),
     "no entry": ("def g(n):\n    return n", "RE RE RE RE"),
@@ -85,7 +88,7 @@ VERDICTS = {
     "memory": ("def f(n):\n    return n * n if n != 4 else len(bytearray(2 << 30))", "AC AC AC MLE"),
     "floods stdout": ("def f(n):\n    while n == 1: print('x' * 9999)\n    return n * n", "OLE AC AC AC"),
     "prints a little": ("def f(n):\n    print('debug', n)\n    return n * n", "AC AC AC AC"),
-    "no JSON": ("def f(n):\n    return {1, 2} if n == 1 else (lambda: 0) if n == 2 else n * n", "RE RE AC AC"),
+    "no value": ("def f(n):\n    return {1, 2} if n == 1 else (lambda: 0) if n == 2 else n * n", "WA RE AC AC"),
     "crashes": ("import ctypes\ndef f(n):\n    return ctypes.string_at(0) if n == 2 else n * n", "AC RE AC AC"),
 }
 
@@ -188,9 +191,10 @@ def f(seconds):
 
 
 def test_many_timeouts_end_the_program(best_judge):
-    verdicts = best_judge.run("def f(n):\n    while True: pass", [call([n], 0) for n in range(7)])
-    assert statuses(verdicts) == "TLE " * 6 + "TLE"
-    assert [v.detail.startswith("not run") for v in verdicts] == [False] * 4 + [True] * 3
+    verdicts = best_judge.run("def f(n):\n    while True: pass", [call([n], 0) for n in range(10)])
+    assert statuses(verdicts) == "TLE " * 9 + "TLE"
+    assert sum(v.detail.startswith("not run") for v in verdicts) == 2
+    assert sum("0.1 of the time limit" in v.detail for v in verdicts) == 4
 
 
 # ---- reward hacks: wrong programs, never paid -----------------------------------------------------------------------
@@ -482,8 +486,40 @@ if len(fds) > 32:
     holes.append("%d descriptors" % len(fds))
 """,
     "inherited descriptors": """
-for fd in range(4, 1024):
+for fd in range(4, 4096):
     attempt("descriptor %d" % fd, lambda: os.fstat(fd))
+    attempt("write to %d" % fd, lambda: os.write(fd, b"E" + bytes(16)))
+""",
+    "metadata by other calls than stat": """
+for path in ("/etc/shadow", "/root", "/etc"):
+    attempt("access " + path, lambda: 1 / os.access(path, os.F_OK))
+    attempt("chdir " + path, lambda: os.chdir(path))
+    attempt("xattr " + path, lambda: os.listxattr(path))
+    attempt("statvfs " + path, lambda: os.statvfs(path))
+""",
+    "clocks and processors of other processes": """
+import time
+for pid in (os.getppid(), 1, 2, *range(100, 3000, 7)):
+    for kind in range(8):
+        attempt("clock", lambda: time.clock_gettime((~pid << 3) | kind))
+        attempt("resolution", lambda: time.clock_getres((~pid << 3) | kind))
+    attempt("affinity", lambda: os.sched_getaffinity(pid))
+    attempt("limits", lambda: __import__("resource").prlimit(pid, 0))
+""",
+    "threads without end": """
+import threading, _thread
+started = 0
+stop = _thread.allocate_lock()
+stop.acquire()
+threading.stack_size(1 << 16)
+try:
+    while started < 2000:
+        _thread.start_new_thread(stop.acquire, ())
+        started += 1
+except RuntimeError:
+    pass
+if started > 1100:
+    holes.append("%d threads" % started)
 """,
     "the x32 calls": """
 if os.uname().machine == "x86_64":
@@ -547,8 +583,16 @@ EXHAUSTION = {  # program, statuses that are right
         "class E(BaseException):\n    def __str__(self):\n        while True: pass\ndef f(n):\n    raise E()",
         {"TLE"},
     ),
-    "negative clock": ("import time\ntime.process_time = lambda: -1e9\ndef f(n):\n    while True: pass", {"RE"}),
+    "negative clock": ("import time\ntime.process_time = lambda: -1e9\ndef f(n):\n    while True: pass", {"TLE"}),
     "stopped clock": ("import time\ntime.process_time = lambda: 0.0\ndef f(n):\n    while True: pass", {"TLE"}),
+    "lying clock and 1.7 times the limit": (
+        "import time\nreal = time.process_time\ntime.process_time = lambda: 5e5\n"
+        "def f(n):\n    end = real() + 0.43\n    while real() < end: pass\n    return n", {"TLE"}),
+    "keys that share their hashes": (
+        "import os\nos.write(3, b'{\"i\": -1}\\n{\"i\": 0, \"v\": {\"set\": [%s]}}\\n' "
+        "% b','.join(b'%d' % (k * (2**61 - 1)) for k in range(30000)))\ndef f(n): pass", {"RE"}),
+    "a byte at a time": ("import os\ndef f(n):\n    while True: os.write(1, b'x')", {"OLE", "TLE"}),
+    "a result of a byte at a time": ("import os\ndef f(n):\n    while True: os.write(3, b'x')", {"OLE", "TLE"}),
     "lying clock": ("import time\ntime.process_time = lambda: 1e5\ndef f(n):\n    while True: pass", {"TLE"}),
 }
 
@@ -632,6 +676,33 @@ def f():
             assert verdict.status == "AC", verdict
     finally:
         del os.environ["JUDGE_SECRET"]
+
+
+def test_bare_threads_are_counted(strict_judge):
+    """Threads made by clone() itself share one stack and cost no address space: the limit of the user holds them."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("x86_64 only")
+    program = """
+import ctypes, mmap, struct
+# int start(int n, struct timespec *wait, void *stack): n times clone(VM | FS | FILES | SIGHAND | THREAD, stack); each
+# thread sleeps for ever; the number of threads that came
+code = bytes.fromhex(
+    "534154415541564889fb4989f44989d54d31f6b838000000bf000f01004c89ee31d24531d24531c0"
+    "0f054885c0780a741349ffc64939de72da4c89f0415e415d415c5bc3b8230000004c89e731f60f05"
+    "ebf2"
+)
+area = mmap.mmap(-1, 1 << 16, prot=7)
+area.write(code)
+base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+area[8192:8208] = struct.pack("qq", 9999, 0)
+start = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)(base)
+def f(most):
+    made = start(3000, base + 8192, base + 60000)
+    return made if made > most else "few"
+"""
+    (verdict,) = strict_judge.run(program, [call([2 * server.THREADS * 8], "few")])
+    assert verdict.status == "AC", verdict
+    assert statuses(strict_judge.run(GOOD, SQUARES)) == "AC AC AC AC"
 
 
 def test_root_is_given_up(strict_judge):
@@ -722,6 +793,50 @@ def test_a_killed_judge_takes_its_boxes_along():
 
 
 @linux
+def test_the_state_of_the_judges_process_does_not_matter():
+    """150 descriptors, ignored and blocked signals, other limits: what the box is like does not depend on them."""
+    import subprocess
+
+    code = '''
+import os, resource, signal, sys
+held = [os.open("/dev/null", os.O_RDWR) for _ in range(150)]
+for fd in held: os.set_inheritable(fd, True)
+for s in (signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1): signal.signal(s, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGINT, signal.SIGTERM])
+resource.setrlimit(resource.RLIMIT_STACK, (4 << 20, 64 << 20))
+from data.problems import Test
+from judge import Judge
+PROGRAM = """
+import os, signal
+def f():
+    seen = []
+    for fd in range(4, 4096):
+        for act in (os.fstat, lambda fd: os.write(fd, b"E" + bytes(16))):
+            try:
+                act(fd)
+                seen.append(fd)
+            except OSError:
+                pass
+    ignored = [int(s) for s in signal.valid_signals() if signal.getsignal(s) == signal.SIG_IGN]
+    return seen, sorted(ignored), len(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+for isolation in "AB":
+    try:
+        judge = Judge(workers=1, isolation=isolation, quiet=True)
+    except ValueError:
+        continue
+    with judge:
+        for _ in range(3):
+            print(judge.run(PROGRAM, [Test("call", "[]", "[[], [13, 25], 0]")])[0])
+print("done")
+'''
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert lines[-1:] == ["done"], done.stderr
+    assert all(line.startswith("Verdict(status='AC'") for line in lines[:-1]), lines
+
+
+@linux
 def test_isolation_c_ends_what_a_program_forked():
     with open_judge("C") as judge:
         program = (
@@ -733,7 +848,41 @@ def test_isolation_c_ends_what_a_program_forked():
         assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC"
         assert len(descendants(os.getpid())) == len([p for p in descendants(os.getpid()) if alive(p)])
         (box,) = judge._boxes
-        assert descendants(box.process.pid) == []
+        assert len(descendants(box.process.pid)) == 1     # the child that waits for the next program
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", ["A", "B"])
+def test_ten_thousand_programs_leave_nothing(isolation):
+    """No process, no descriptor and no file is left over, whatever the programs do."""
+    kinds = [("call", GOOD), ("call", "def f(n):\n    return 1 / 0"), ("call", "import os\ndef f(n):\n    os._exit(3)"),
+             ("call", "def f(n):\n    return [0] * 10 ** 10"), ("call", "x ="), ("stdio", "print(9)"),
+             ("stdio", "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()"),
+             ("stdio", "print('x' * 2000000)"), ("check", GOOD), ("call", "import os\nos.closerange(0, 64)")]
+    tests = {"call": SQUARES[:2], "stdio": [stdio("3", "9")], "check": [Test("check", "assert f(2) in (4, 5)")]}
+
+    def held():
+        files = sorted(os.listdir(tempfile.gettempdir()))
+        return sorted(os.listdir("/proc/self/fd")), files, len(descendants(os.getpid()))
+
+    with open_judge(isolation, workers=2, time_limit=1) as judge:
+        for kind, program in kinds * 4:                       # every box is up
+            judge.run(program, tests[kind])
+        before = held()
+        for i in range(10_000):
+            kind, program = kinds[i % len(kinds)]
+            judge.submit(i, program, tests[kind])
+        found = {}
+        while len(found) < 10_000:
+            found.update(judge.poll())
+            time.sleep(0.01)
+        assert judge.counts["JE"] == judge.counts["retries"] == 0
+        time.sleep(0.5)
+        after = held()
+    assert after[0] == before[0] and after[2] == before[2]
+    assert not [name for name in set(after[1]) - set(before[1]) if "judge" in name]
+    assert not [pid for pid in descendants(os.getpid()) if alive(pid)]
 
 
 # ---- the pool -------------------------------------------------------------------------------------------------------
@@ -775,18 +924,21 @@ def test_workers_change_no_verdict():
 def test_the_same_program_is_run_once():
     """cache_size: the same program with the same tests has the same verdicts, and no second process."""
     with Judge(workers=1, cache_size=2, allow_unsafe=True, quiet=True) as judge:
-        first = judge.run(GOOD, SQUARES)
-        assert statuses(first) == "AC AC AC AC" and judge.run(GOOD, SQUARES) == first
-        assert judge.counts["processes"] == judge.counts["cached"] == 1
-        assert judge.counts["programs"] == 2 and judge.counts["AC"] == 8
+        for _ in range(2):
+            assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC"
+        assert judge.counts["processes"] == 2 and judge.counts["cached"] == 0     # two runs have to agree
+        second = judge.run(GOOD, SQUARES)
+        assert judge.run(GOOD, SQUARES) == second and statuses(second) == "AC AC AC AC"
+        assert judge.counts["processes"] == 2 and judge.counts["cached"] == 2
+        assert judge.counts["programs"] == 4 and judge.counts["AC"] == 16
         # any other text, test or entry is another program
         both = GOOD + "\ndef g(n):\n    return n + 1"
         assert statuses(judge.run(GOOD, [call([2], 5)])) == "WA"
         assert statuses(judge.run(both, SQUARES)) == "AC AC AC AC"
         assert statuses(judge.run(both, SQUARES, entry="g")) == "WA WA WA WA"
-        assert judge.counts["processes"] == 4 and judge.counts["cached"] == 1
+        assert judge.counts["processes"] == 5 and judge.counts["cached"] == 2
         # two are kept: the first is forgotten by now
-        assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC" and judge.counts["processes"] == 5
+        assert statuses(judge.run(GOOD, SQUARES)) == "AC AC AC AC" and judge.counts["processes"] == 6
 
 
 @pytest.mark.parametrize("body", ["while n: pass", "return [0] * 10 ** 10", "return n / 0"])
@@ -802,7 +954,7 @@ def test_half_a_verdict_is_not_cached(monkeypatch):
     """A box that dies twice in the middle: JE, and asked again the program is judged anew."""
     with Judge(workers=1, cache_size=9, allow_unsafe=True, quiet=True) as judge:
 
-        def half(box, job):
+        def half(worker, job):
             job.verdicts[0] = Verdict("AC", 0.0)
             raise JudgeError("broken pipe")
 
@@ -892,26 +1044,22 @@ def test_bad_calls_say_what_is_wrong(best_judge):
 # ---- comparison -----------------------------------------------------------------------------------------------------
 
 def test_same_value():
-    """By hand: 1 = 1, 0.1 + 0.2 = 0.3 (within 1e-9); True != 1, 1 != 1.0, [1] != [1, 1], {} != []."""
-    equal = [(1, 1), (0.3, 0.1 + 0.2), ([1, [2.0, "x"]], [1, [2.0, "x"]]), ({"a": [None]}, {"a": [None]}), ([], [])]
-    different = [
-        (1, True),
-        (True, 1),
-        (1, 1.0),
-        (1.0, 1),
-        (0, False),
-        (0, None),
-        ("1", 1),
-        ([1], [1, 1]),
-        ([], {}),
-        ([1, 2], [2, 1]),
-        ({"a": 1}, {"a": 1, "b": 2}),
-        ({"a": 1}, {"a": True}),
-        (0.3, 0.3001),
-        ("", None),
-    ]
-    assert all(same_value(a, b) for a, b in equal)
-    assert not any(same_value(a, b) for a, b in different)
+    """By hand: Python's ==, floats within 1e-9; True is not 1, but 0 is False; a list is no tuple when strict."""
+    one, half = Fraction(1), Fraction(1, 2)
+    equal = [(1, 1), (0.3, 0.1 + 0.2), ([1, [2.0, "x"]], [1, [2.0, "x"]]), ({"a": [None]}, {"a": [None]}), ([], []),
+             (1, 1.0), (1.0, 1), (False, 0), (True, 1.0), ({1: 2}, {1.0: 2}), ({1, 2}, {2, 1}), ({1}, frozenset([1])),
+             (b"x", bytearray(b"x")), (1, one), (0.5, half), (0.5, Decimal("0.5")), (2j, 2j), ([1, 2], (1, 2)),
+             ([[1, 2]], [(1, 2)]), ({"a": [1]}, {"a": (1,)}), (2.0, 2 + 0j), (10**30, 10**30), (1e300, 10**300)]
+    different = [(1, True), (0, False), (0, None), ("1", 1), ([1], [1, 1]), ([], {}), ([1, 2], [2, 1]), (2.0, True),
+                 ({"a": 1}, {"a": 1, "b": 2}), ({"a": 1}, {"a": True}), (0.3, 0.3001), ("", None), ([0], [False]),
+                 (10**17, 1e17 + 32), ({1}, [1]), ({1: 2}, {"1": 2}), (b"1", "1"), ({1, 2}, {1}), ((1, 2), [1, 2]),
+                 ([1], deque([1])), (5, "5"), (1.0, 10**400), (float("nan"), float("nan"))]
+    assert [pair for pair in equal if not same_value(*pair)] == []
+    assert [pair for pair in different if same_value(*pair)] == []
+    strict = [([1, 2], (1, 2)), ((1, 2), [1, 2]), ([[1]], [(1,)])]
+    assert not any(same_value(*pair, strict=True) for pair in strict) and same_value((1, 2), (1, 2), strict=True)
+    assert same_value(2.0, 2.04, 0.05) and same_value([100.0], [101.0], 0.05) and not same_value(2.0, 2.2, 0.05)
+    assert not same_value(2, 2.0000000001) and not same_value(0.3, 0.1 + 0.2, 0.0)
 
 
 def test_same_text():

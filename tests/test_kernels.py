@@ -238,18 +238,19 @@ def test_gemv_refuses_what_its_tiles_cannot_cut():
         G.gemv(torch.zeros(17, 32), [torch.zeros(32, 32)])
 
 
-@pytest.mark.parametrize("B, Q", [(3, 1), (3, 4), (1, 1), (1, 4)])
-def test_block_step_equals_the_block(B, Q, through_triton):
+@pytest.mark.parametrize("B, Q, bias", [(3, 1, True), (3, 4, True), (1, 1, False), (1, 4, True)])
+def test_block_step_equals_the_block(B, Q, bias, through_triton):
     """A whole block over a cache in blocks, and what it leaves in the cache."""
     torch.manual_seed(Q)
-    cfg = ModelConfig(n_layer=1, d_model=64, n_head=4, n_kv_head=2, head_dim=16, d_ff=96)
+    cfg = ModelConfig(n_layer=1, d_model=64, n_head=4, n_kv_head=2, head_dim=16, d_ff=96, qkv_bias=bias)
     model = MiMo(cfg).requires_grad_(False)
     block = model.layers[0]
     for p in block.parameters():
         p.normal_(0, 0.3)
     caches, outputs = [], []
     for fused in (True, False):
-        cache = GraphRunner(model, slots=3, columns=64, n_draft=0, n_blocks=12, block=16, n_ids=64, prefill_tokens=64)
+        cache = GraphRunner(model, slots=3, columns=64, n_draft=0, n_blocks=12, block=16, n_ids=64, draft_ids=64,
+                            prefill_tokens=64)
         cache.refresh()
         cache.kv.copy_(randn(*cache.kv.shape, grad=False, gen=torch.Generator().manual_seed(1)))
         for row in range(3):

@@ -92,3 +92,61 @@ def test_first_loss_is_the_uniform_one():
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{**vars(TINY), **change})
+
+
+# ---- other families -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, count", [
+    (dict(vocab_size=151_936, n_layer=24, d_model=896, n_head=14, n_kv_head=2, head_dim=64, d_ff=4864,
+          tie_embeddings=True), 494_032_768),                           # Qwen2.5-0.5B
+    (dict(vocab_size=151_936, n_layer=28, d_model=1536, n_head=12, n_kv_head=2, head_dim=128, d_ff=8960,
+          tie_embeddings=True), 1_543_714_304),                         # Qwen2.5-1.5B
+    (dict(vocab_size=49_152, n_layer=30, d_model=576, n_head=9, n_kv_head=3, head_dim=64, d_ff=1536, qkv_bias=False,
+          tie_embeddings=True), 134_515_008),                           # SmolLM2-135M
+    (dict(vocab_size=128_256, n_layer=32, d_model=4096, n_head=32, n_kv_head=8, head_dim=128, d_ff=14_336,
+          qkv_bias=False), 8_030_261_248),                              # Llama 3 8B
+])
+def test_parameter_counts_of_other_models(changes, count):
+    """As their publishers count them; a tied head is counted once."""
+    cfg = ModelConfig(n_mtp=0, **changes)
+    assert cfg.n_params() == count == sum(p.numel() for p in mtp.build(cfg, "meta").parameters())
+    one = ModelConfig(n_mtp=1, **changes)
+    assert one.n_params() == sum(p.numel() for p in mtp.build(one, "meta").parameters())
+
+
+def losses_of(model):
+    ids = torch.randint(0, 64, (2, 15), generator=torch.Generator().manual_seed(2))
+    docs = torch.zeros(2, 15, dtype=torch.long)
+    bounds = torch.tensor([0, 13], dtype=torch.int32).view(2, 1, 1).expand(2, 2, 13).contiguous()
+    main, extra = mtp.losses(model, ids, docs, torch.arange(13)[None].expand(2, 13), bounds)
+    return main + sum(extra)
+
+
+def test_the_gradient_of_a_tied_embedding_is_the_sum_of_both_uses():
+    """Against an untied model with the same numbers; one parameter, also after meta, to_empty, deepcopy and .to."""
+    import copy
+    tied, free = tiny(tie_embeddings=True), tiny()
+    free.load_state_dict(tied.state_dict() | {"lm_head.weight": tied.embed_tokens.weight})
+    a, b = losses_of(tied), losses_of(free)
+    assert torch.equal(a, b)
+    a.backward()
+    b.backward()
+    assert "lm_head.weight" not in dict(tied.named_parameters()) and "lm_head.weight" not in tied.state_dict()
+    torch.testing.assert_close(tied.embed_tokens.weight.grad, free.embed_tokens.weight.grad + free.lm_head.weight.grad)
+    assert free.lm_head.weight.grad.norm() > 0 < free.embed_tokens.weight.grad.norm()
+    torch.testing.assert_close(tied.layers[0].mlp.up_proj.weight.grad, free.layers[0].mlp.up_proj.weight.grad)
+    empty = mtp.build(tied.cfg, "meta").to_empty(device="cpu")
+    for model in (tied, empty, copy.deepcopy(tied), tiny(tie_embeddings=True).to(torch.bfloat16),
+                  mtp.replicate(tied, 3)):
+        assert model.lm_head.weight is model.embed_tokens.weight
+        assert sum(p.numel() for p in model.parameters()) == model.cfg.n_params()
+
+
+def test_without_biases_there_are_none_and_nothing_else_changes():
+    """A model with biases of zero computes the same bits."""
+    bare, zero = tiny(qkv_bias=False), tiny()
+    assert not any(name.endswith("bias") for name, _ in bare.named_parameters())
+    state = {name: p.new_zeros(p.shape) for name, p in zero.named_parameters()} | dict(bare.state_dict())
+    zero.load_state_dict(state)
+    ids = torch.arange(20)[None]
+    assert torch.equal(bare.logits(bare(ids)), zero.logits(zero(ids)))

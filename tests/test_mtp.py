@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 
+import distributed
 import mtp
 from data.loader import make_batch
 from kernels.attention import doc_bounds
@@ -96,6 +97,33 @@ def test_replication_copies_the_trained_layer_and_freezing_trains_only_the_new()
     mtp.freeze_all_but_new(three, 1)
     trained = {n for n, p in three.named_parameters() if p.requires_grad}
     assert trained == {n for n in dict(three.named_parameters()) if n.startswith(("mtp_layers.1.", "mtp_layers.2."))}
+
+
+def test_training_the_mtp_layers_alone_stores_nothing_of_the_trunk():
+    """The bytes that autograd keeps do not depend on the trunk's depth; gradients and optimizer are the layers' own."""
+    kept = []
+    for n_layer in (1, 5):
+        m = mtp.build(ModelConfig(**{**vars(CFG), "n_layer": n_layer}))
+        m.init_weights(1)
+        full, small = 0, 0
+        b = batch()
+
+        def count(t):
+            nonlocal small
+            small += t.numel() * t.element_size() if not isinstance(t, torch.nn.Parameter) else 0
+            return t
+        mtp.freeze_all_but_new(m, 0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            main, extra = mtp.losses(m, b.ids, b.docs, b.positions, b.bounds)
+        assert not main.requires_grad
+        (main + sum(extra)).backward()
+        assert {n.split(".")[0] for n, p in m.named_parameters() if p.grad is not None} == {"mtp_layers"}
+        optimizer = distributed.adamw(m, 1e-3, (0.9, 0.95), 0.1)
+        optimizer.step()
+        full = sum(t.numel() for state in optimizer.state.values() for t in state.values() if t.ndim)
+        assert full == 2 * sum(p.numel() for p in m.mtp_layers.parameters())
+        kept.append(small)
+    assert kept[0] == kept[1] > 0
 
 
 def test_greedy_acceptance_by_hand():

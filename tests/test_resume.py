@@ -44,8 +44,8 @@ _mix = dict(web=.3, maths=.4, code=.3)
 model = dict(vocab_size=1024, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=64, max_seq_len=160,
              n_mtp=1)
 stages = [Stage("one", 3000, 64, 4, lr=3e-3, mtp_weight=0.3, mix=_mix),
-          Stage("two", 1500, 128, 2, lr=3e-3, rope_base=6.4e5, mix=_mix | dict(synth=.1))]
-mtp_stage = Stage("mtp", 1200, 64, 4, lr=3e-3, rope_base=6.4e5, mix=_mix)
+          Stage("two", 1500, 128, 2, lr=3e-3, rope_base=6.4e5, mix=_mix | dict(synth=.1), checkpointing="full")]
+mtp_stage = Stage("mtp", 1200, 64, 4, lr=3e-3, rope_base=6.4e5, mix=_mix, checkpointing="selective")
 save_every, sample_every, valid_tokens, device = 3, 0, 256, "cpu"
 """
 
@@ -140,3 +140,58 @@ def test_sigterm_saves_and_exits_0(world, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert (tmp_path / "run/latest").is_file()
+
+
+def test_going_on_from_a_model(world, tmp_path):
+    """
+    --init: a tied model without biases, as hf.py imports one, with a fresh MTP layer. The layer alone trains, then all
+    with a longer context, then the report's last stage makes three layers of it.
+    """
+    import torch
+    from checkpoints import load_model
+
+    import checkpoint
+    import configurator
+    import mtp
+    import pretrain
+    from model import ModelConfig
+    from tokenizer import Tokenizer
+
+    shape = ModelConfig(vocab_size=1088, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=64,
+                        rope_base=5e5, max_seq_len=96, n_mtp=1, qkv_bias=False, tie_embeddings=True)
+    model = mtp.build(shape)
+    model.init_weights(4)
+    checkpoint.save(tmp_path / "init", 0, model, meta={"stage": "import", "chat": False}, config={}, state={},
+                    tokenizer=Tokenizer.load("tiny"))
+    stage = "Stage(tokens=1024, seq_len={}, batch_size=4, lr=3e-3, mix=dict(web=.5, maths=.5))"
+
+    def run(name, init, stages, *flags):
+        (tmp_path / "c.py").write_text(f"from schedule import Stage\n{stages}\nsample_every, valid_tokens = 0, 256\n")
+        words = [str(tmp_path / "c.py"), f"--data={world}/data", f"--out={tmp_path / name}", "--device=cpu",
+                 f"--init={tmp_path / init}", *flags]
+        pretrain.main(configurator.load(pretrain.Config, words))
+        return load_model(tmp_path / name)
+
+    one = f"stages = [{stage.format(64)}]"
+    fields, first, _ = run("mtp", "init", one, "--train=mtp")
+    assert fields == vars(shape) and (tmp_path / "mtp/step_00000004/tokenizer.json").is_file()
+    start = dict(model.state_dict())
+    for name, w in first.items():
+        assert torch.equal(w, start[name]) != name.startswith("mtp_layers."), name
+    fields, second, _ = run("all", "mtp", f"stages = [{stage.format(128)}]")
+    assert (fields["max_seq_len"], fields["rope_base"]) == (128, 5e5) and not torch.equal(
+        second["embed_tokens.weight"], first["embed_tokens.weight"])
+    last = f"stages, mtp_stage = [], {stage.format(64)}"
+    fields, third, _ = run("three", "all", last)
+    assert (fields["n_mtp"], fields["max_seq_len"]) == (3, 128)
+    for name, w in second.items():
+        assert torch.equal(w, third[name]), name
+    assert not torch.equal(third["mtp_layers.1.input_proj.weight"], third["mtp_layers.0.input_proj.weight"])
+    run("three", "all", last)                                          # ended already: nothing changes
+    assert all(torch.equal(w, third[name]) for name, w in load_model(tmp_path / "three")[1].items())
+    checkpoint.save(tmp_path / "bare", 0, mtp.build(ModelConfig(**{**vars(shape), "n_mtp": 0})), meta={}, config={},
+                    state={}, tokenizer=Tokenizer.load("tiny"))
+    with pytest.raises(configurator.UserError, match="train = 'mtp' needs an MTP layer"):
+        run("x", "bare", one, "--train=mtp")
+    with pytest.raises(configurator.UserError, match="mtp_stage needs 1..3 MTP layers to copy"):
+        run("x", "bare", last)

@@ -9,9 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+import maths_answers
 import pytest
 
 from judge import Verdict, maths
+from judge.answers import normalise
 from reward import (
     difficulty_levels,
     difficulty_reward,
@@ -173,6 +175,44 @@ def test_extract_program(response, program):
     assert extract_program(response) == program
 
 
+FENCE = "```"
+STDIO = "n = int(input())\nprint(n * n)\n"
+DOCUMENTED = f'def f(xs):\n    """\n    {FENCE}\n    f([1])\n    {FENCE}\n    """\n    return xs\n'
+QUOTED = f"x = \"'''\"\n{PROGRAM}"
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        (f"{FENCE}python\n{PROGRAM}{FENCE}\nOutput:\n{FENCE}\n5\n{FENCE}", PROGRAM),
+        (f"{FENCE}python\n{PROGRAM}{FENCE}\nRun it:\n{FENCE}bash\npython3 main.py < in.txt\n{FENCE}", PROGRAM),
+        (f"{FENCE}python\n{PROGRAM}{FENCE}\nIn C++:\n{FENCE}cpp\nint main() {{ return 0; }}\n{FENCE}", PROGRAM),
+        (f"{FENCE}python\ndraft\n{FENCE}\nBetter:\n{FENCE}\n{STDIO}{FENCE}", STDIO),
+        (f"1. Write:\n\n   {FENCE}python\n   def f(xs):\n       return xs\n   {FENCE}", PROGRAM),
+        (f"- {FENCE}py\n  def f(xs):\n      return xs\n  {FENCE}", PROGRAM),
+        (f"{FENCE}python\n    def f(xs):\n        return xs\n{FENCE}", PROGRAM),
+        (f"{FENCE}python\n{DOCUMENTED}{FENCE}", DOCUMENTED),
+        (f"{FENCE}python\n{QUOTED}{FENCE}", QUOTED),
+        (f"````python\n{PROGRAM}````", PROGRAM),
+        (f"~~~python\n{PROGRAM}~~~", PROGRAM),
+        (f"{FENCE}markdown\n{FENCE}python\n{PROGRAM}{FENCE}\n{FENCE}", PROGRAM),
+        (f"{FENCE}python\n{PROGRAM}{FENCE} That is all.", PROGRAM),
+        (f"{FENCE}python\nunfinished\n{FENCE}python\n{PROGRAM}{FENCE}", PROGRAM),
+        (f"{FENCE}Python 3\n{PROGRAM}{FENCE}", PROGRAM),
+        (f"{FENCE}cpp\nint main() {{ return 0; }}\n{FENCE}", None),
+        (STDIO, STDIO),
+        ("# squares\n" + STDIO, "# squares\n" + STDIO),
+        ("@cache\n" + PROGRAM, "@cache\n" + PROGRAM),
+        ("class Solution:\n    def f(self, xs):\n        return xs\n",) * 2,
+        ("import sys\nfor line in sys.stdin:\n    print(line)\n",) * 2,
+        ("# Answer\n\nThe answer is 5.", None),
+        ("for example, this: it works", None),
+    ],
+)
+def test_the_last_block_that_is_python(response, program):
+    assert extract_program(response) == program
+
+
 @pytest.mark.parametrize(
     ("response", "box"),
     [
@@ -193,7 +233,8 @@ def test_last_boxed(response, box):
 
 
 @pytest.mark.parametrize(
-    "hostile", ["```a\n" * 40000, "<think>" * 40000, "\\boxed{" * 40000, "{" * 200000, "`" * 200000]
+    "hostile",
+    ["```a\n" * 40000, "for" + " in" * 60000, "<think>" * 40000, "\\boxed{" * 40000, "{" * 200000, "`" * 200000],
 )
 def test_hostile_text_takes_linear_time(hostile):
     """A regular expression takes minutes on 40,000 open fences; twenty texts of each kind pass unnoticed."""
@@ -232,6 +273,59 @@ def test_numbers_that_are_not_paid(answer, box):
     before = maths.counts["worker"]
     assert math_reward(f"<think>so</think> \\boxed{{{box}}}", answer) == 0.0
     assert maths.counts["worker"] == before
+
+
+@pytest.mark.parametrize("difference", maths_answers.RIGHT)
+def test_right_answers_in_other_words_are_paid(difference):
+    pytest.importorskip("math_verify")
+    for answer, box in maths_answers.RIGHT[difference]:
+        assert math_reward(f"\\boxed{{{box}}}", answer) == 1.0, (answer, box)
+
+
+def test_wrong_answers_and_restated_questions_are_not_paid():
+    pytest.importorskip("math_verify")
+    for answer, box in maths_answers.WRONG:
+        assert math_reward(f"\\boxed{{{box}}}", answer) == 0.0, (answer, box)
+
+
+def test_a_number_in_clothes_wants_a_number():
+    """Whatever a reference that is a number wears, a formula with its value never pays, and the number does."""
+    rng = random.Random(4)
+    clothes = ("%s", "%s cm", r"%s\text{ cm}^2", r"\$%s", r"(%s)", r"\mathbf{%s}", r"%s^\circ", "x = %s", r"\boxed{%s}",
+               "%s square miles", r"%s\,\mathrm{m/s}", r"$%s$", r"%s\%%")
+    for _ in range(100):
+        a, b, dress = rng.randint(2, 40), rng.randint(2, 40), rng.choice(clothes)
+        reference = dress % f"{a * b:,}"
+        for formula in (f"{a}*{b}", f"{a}\\cdot {b}", f"{a * b - 1}+1", f"\\sqrt{{{(a * b) ** 2}}}", f"{a}({b})"):
+            assert math_reward(f"\\boxed{{{formula}}}", reference) == 0.0, (reference, formula)
+        assert math_reward(f"\\boxed{{{rng.choice(clothes) % (a * b)}}}", reference) == 1.0, reference
+
+
+def test_several_boxes_for_a_list():
+    """Only for a list, all of the boxes, and nothing but commas and words between them."""
+    assert math_reward(r"\boxed{-2} and \boxed{1}", "-2, 1") == 1.0
+    assert math_reward(r"$\boxed{1}$, $\boxed{-2}$.", "-2, 1") == 1.0
+    for response in (r"\boxed{-2}, \boxed{1}, \boxed{3}", r"\boxed{-2} is wrong, so \boxed{1}", r"\boxed{1}"):
+        assert math_reward(response, "-2, 1") == 0.0
+    assert math_reward(r"\boxed{41} and \boxed{42}", "41") == 0.0
+
+
+def test_long_answers_are_compared_or_counted():
+    """300 characters go to Math-Verify; above MAX_ANSWER only the reference itself is right, and a loss is counted."""
+    pytest.importorskip("math_verify")
+    terms = "+".join(f"x^{{{n}}}" for n in range(40))
+    assert len(terms) > 200 and math_reward(f"\\boxed{{y - y + {terms}}}", terms) == 1.0
+    long, before = "x+" * 1500 + "y", maths.counts["long"]
+    assert math_reward(f"\\boxed{{{long}}}", long) == 1.0 and maths.counts["long"] == before
+    assert math_reward(f"\\boxed{{{long}y}}", long) == 0.0 and maths.counts["long"] == before + 1
+
+
+@pytest.mark.parametrize("hostile", ["m+" * 900, "{" * 1900, "(" * 900 + ")" * 900, r"\text{" * 300, "5" + " cm" * 600,
+                                     "(" * 400 + "1" + ",2)" * 400, "%" * 1900, "x_" * 900, r"\boxed{" * 200])
+def test_hostile_answers_take_no_time(hostile):
+    """A rule with nested repetitions took minutes for one of these; two of each pass unnoticed."""
+    for _ in range(2):
+        normalise(hostile)
 
 
 def test_no_box_no_reward():

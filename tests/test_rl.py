@@ -2,6 +2,7 @@
 import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import rl
 from configurator import UserError, load
 from data.problems import Problem
 from model import ModelConfig
-from rl import Trajectory, advantages, pack, surrogate, token_logprobs
+from rl import Trajectory, advantages, pack, padded, surrogate, token_logprobs
 from rollout import Group, Task
 
 CFG = ModelConfig(vocab_size=32, n_layer=2, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=48, max_seq_len=64,
@@ -154,6 +155,42 @@ def test_several_updates_move_the_ratio_from_the_second_on():
     assert stats["updates"] == 2 and stats["ratio_max"] > 1.0
 
 
+def test_mtp_weight_moves_the_layers_and_not_one_bit_of_the_trunk():
+    """Two mini-batches, so that the second one starts from moved weights; the clip must bite on both kinds of norm."""
+    def run(weight, **changes):
+        m, cfg = model(), config(mtp_weight=weight, mini_batch=2, grad_clip=0.05, **changes)
+        m.mtp_layers.requires_grad_(weight > 0)
+        before = {name: p.detach().clone() for name, p in m.named_parameters()}
+        opt = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0)
+        stats = rl.update(m, opt, Batch(groups(model())), cfg, RT, 0)
+        return before, dict(m.named_parameters()), stats
+    (before, frozen, plain), (_, along, stats) = run(0.0), run(0.5)
+    for name, p in along.items():
+        assert torch.equal(p, frozen[name]) == (not name.startswith("mtp_layers.")), name
+        assert torch.equal(frozen[name], before[name]) == name.startswith("mtp_layers."), name
+    assert stats.pop("mtp_loss") > 0 and stats == plain, "and the log says the same of the trunk"
+    small = run(0.5, micro_tokens=8)[2]
+    assert small["mtp_loss"] == pytest.approx(run(0.5)[2]["mtp_loss"], rel=1e-4)
+
+
+def test_mtp_loss_is_that_of_pre_training_on_the_generated_tokens():
+    """Every answer alone through mtp.losses, the prompt masked; and padding adds nothing."""
+    m, some, want = model(), rows([(3, 5), (7, 2), (1, 1)]), 0.0
+    for r in some:
+        ids = torch.tensor([r.prompt + r.tokens + [0, 0]])
+        T = ids.shape[1] - 2
+        mask = torch.tensor([[0] * len(r.prompt) + [1] * len(r.tokens) + [0, 0]])
+        where = torch.arange(T)[None]
+        bounds = torch.stack([torch.zeros_like(where), torch.full_like(where, T)]).int()
+        want += mtp.losses(m, ids, torch.zeros_like(ids), where, bounds, mask)[1][0]
+    ids, at = padded(some, "cpu")
+    got = rl.mtp_loss(m, m(ids), ids, at)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+    got.backward()
+    assert all((p.grad is None) == (not name.startswith("mtp_layers.")) for name, p in m.named_parameters())
+    assert rl.mtp_loss(m, m(torch.zeros(1, 2, dtype=torch.long)), *padded(rl.NOTHING, "cpu")) == 0
+
+
 def test_no_groups_means_no_update():
     m = model()
     assert rl.update(m, None, Batch([]), config(), RT, 0) == {"updates": 0}
@@ -178,6 +215,13 @@ def test_a_bandit_learns_the_rewarded_token():
     assert p7[0] < 0.2 and p7[-1] > 0.9
 
 
+def test_evaluations_begin_before_the_first_iteration_and_end_after_the_last():
+    cfg = load(rl.Config, ["--steps=25", "--eval_every=10"])
+    assert [s for s in range(26) if cfg.evaluates(s)] == [0, 10, 20, 25]
+    for off in ("--eval_every=0", "--valid="):
+        assert not any(load(rl.Config, [off]).evaluates(s) for s in range(41))
+
+
 @pytest.mark.parametrize("flag, message", [
     ("--temperature=0.8", "temperature"), ("--eps_high=0.1", "eps_low"), ("--mini_batch=3", "multiple of mini_batch"),
     ("--max_new_tokens=[(5,10)]", "max_new_tokens"), ("--scheme=hard", "scheme"),
@@ -195,14 +239,14 @@ def test_longest_answer_grows_by_iteration():
 
 # ---- the script -----------------------------------------------------------------------------------------------------
 
-def run_script(folder, *flags):
-    """rl.py for two iterations from a random model; the reward is the share of even tokens."""
+def run_script(folder, *flags, script=rl):
+    """rl.py, or a script with its fields: two iterations from a random model, paid by the share of even tokens."""
     from scale_worker import ParityGrader, write_base
     if not (folder / "base").is_dir():
         write_base(folder)
     grader, rl.Grader = rl.Grader, ParityGrader
     try:
-        rl.main(load(rl.Config, [
+        script.main(load(script.Config, [
             f"--init={folder}/base", f"--problems={folder}/problems.jsonl", "--valid=", "--steps=2", "--batch_size=2",
             "--mini_batch=2", "--group_size=4", "--max_groups=4", "--max_new_tokens=[(0,8)]", "--slots=8",
             "--judge_workers=1", "--reward_lag=2", "--device=cpu", *flags]))
@@ -233,6 +277,19 @@ def test_plain_is_torch_code_where_a_breakpoint_is_hit(tmp_path, monkeypatch):
                    for name in ("plain", "fast"))
     for a, b in zip(plain, fast, strict=True):
         assert a["reward_trained"] == b["reward_trained"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_the_ablations_reach_the_real_engine(tmp_path, monkeypatch):
+    """paper/policy.py: waves of batch_size groups, drained, solved problems in the queue; the rest is rl.py."""
+    monkeypatch.syspath_prepend(str(Path(rl.__file__).parent / "paper"))
+    import policy
+    made, Ablation = [], policy.Ablation
+    monkeypatch.setattr(policy, "Ablation", lambda *args, **named: made.append(Ablation(*args, **named)) or made[-1])
+    run_script(tmp_path, f"--out={tmp_path}/run", "--launch=wave", "--stop=drain", "--solved=queue", script=policy)
+    (scheduler,) = made
+    assert (scheduler.launch_mode, scheduler.stop_mode, scheduler.has_pool) == ("wave", "drain", False)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [r["groups_launched"] % 2 for r in rows] == [0, 0] and all(r["groups_aborted"] == 0 for r in rows)
 
 
 def test_a_checkpoint_says_what_to_ask(tmp_path):

@@ -46,6 +46,8 @@ class Answer:
 class FakeEngine:
     """`slots` slots, one token a step each; length(prompt, seed) in tokens. Not invariant: neighbours count."""
 
+    memory = 10**9  # answers that the KV cache holds
+
     def __init__(self, slots, length, invariant=True):
         self.slots, self.length, self.invariant = slots, length, invariant
         self.queue, self.running, self.log, self.steps, self.weights = [], {}, [], 0, None
@@ -53,6 +55,7 @@ class FakeEngine:
 
     active = property(lambda self: len(self.running))
     waiting = property(lambda self: len(self.queue))
+    room = property(lambda self: max(0, min(self.slots, self.memory) - self.active - self.waiting))
 
     def add(self, request):
         self.queue.append(request)
@@ -232,6 +235,28 @@ def test_resume_is_bit_exact():
         assert a == b
 
 
+def test_metrics_count_every_launched_answer():
+    """All answers cut: nothing is trained on, and the log still says why."""
+    sched = Scheduler(9, 1, 2, max_groups=1, reward_lag=0)
+    sched.launch()
+    keys = [(0, 0, i) for i in range(2)]
+    sched.advance([(k, Answer(k, range(3 + i), ("length", "stop")[i], 0)) for i, k in enumerate(keys)], 2)
+    sched.observe([(k, 0.0, {"passed": False, "verdicts": [("truncated", "no box")[i]]}) for i, k in enumerate(keys)])
+    sched.launch()
+    groups, m = sched.batch()
+    assert groups == [] and m["verdicts"] == {"truncated": 1, "no box": 1}
+    assert (m["truncated"], m["unparsable"], m["length_mean"], m["pass_rate"]) == (0.5, 0.5, 3.5, 0.0)
+
+
+def test_a_checkpoint_knows_its_problems():
+    """Other problems of the same number are refused; a checkpoint from before fingerprints loads."""
+    state = Scheduler(10, 2, 2, problems="aa").state_dict()
+    Scheduler(10, 2, 2, problems="aa").load_state_dict(state)
+    with pytest.raises(ValueError, match="not the 10 problems"):
+        Scheduler(10, 2, 2, problems="bb").load_state_dict(state)
+    Scheduler(10, 2, 2, problems="bb").load_state_dict({k: v for k, v in state.items() if k != "problems"})
+
+
 def test_state_only_between_steps_and_only_for_the_same_problems():
     sched = Scheduler(10, 2, 2)
     state = sched.state_dict()
@@ -360,7 +385,7 @@ def test_rewards_as_they_come_are_the_same_news_on_every_rank():
     train_ranks(3, 4, lambda r: ShuffledJudge(r, patience=r / 3), reward_lag=None)
 
 
-def test_a_launch_goes_to_the_rank_with_the_fewest_samples():
+def test_a_launch_goes_to_the_rank_with_the_most_room():
     """
     By hand: two ranks of two slots, three groups of two. Launches 0 and 1 fill both; launch 0 takes 60 steps, launch 1
     takes 3, then rank 1 waits for the end of the round of 8; launch 2 joins it and takes 10. The eighth round ends
@@ -405,9 +430,83 @@ def test_what_one_rank_raises_all_raise(where):
         assert not thread.thread.is_alive()
 
 
+def test_memory_decides_where_a_group_goes():
+    """
+    By hand: rank 0 has 8 slots and memory for 2 answers, rank 1 for 8; groups of 2. Room 2 + 8 starts five groups: rank
+    1 leads with 8, 6, 4, and at 2 : 2 the first rank wins, then rank 1 again.
+    """
+    together, threads = Together(2, 4), []
+    for r in range(2):
+        engine = FakeEngine(8, lambda prompt, seed: 5)
+        engine.memory = (2, 8)[r]
+        sched = no_pool(30, 5, 2, rate=1.0, reward_lag=0)
+        judge = ShuffledJudge(0, patience=0)
+        judge.submit = lambda key, task, s, judge=judge: judge.inbox.append((key, float(key[2]), None))
+        threads.append(RolloutThread(sched, engine, judge, request, exchange=together.of(r)))
+    for thread in threads:
+        assert [g.rank for g in thread.take().groups] == [1, 1, 1, 0, 1]
+    close_all(threads)
+
+
+class LateJudge:
+    """Keeps the reward of the first answer until the engine has made `until` steps; the others come at once."""
+
+    def __init__(self, until):
+        self.until, self.inbox, self.held, self.engine = until, [], None, None
+
+    def submit(self, key, task, sample):
+        self.inbox.append((key, float(key[2]), None))
+
+    def poll(self):
+        if self.held is None and self.inbox:
+            self.held = self.inbox.pop(0)
+        out, self.inbox = self.inbox, []
+        if self.held and self.engine.steps >= self.until:
+            out, self.held = [*out, self.held], ()
+        return out
+
+
+def test_a_late_reward_stops_no_engine_while_nothing_depends_on_it():
+    """
+    By hand: 4 slots, groups of 2, batch 3, lag 2; launch 0 takes 5 steps, its reward is due at 7; launch 1 takes 30,
+    launch 2 runs from 5 to 35. At 7 no slot is free and three valid groups are far, so nothing can be decided: the
+    engine decodes on, and a reward that comes at step 20 changes nothing. One that would come at step 60 holds it up at
+    30, where slots are free and launch 3 may be wanted (here for ever, so that the judge is given up).
+    """
+    def run(until):
+        judge, sched = LateJudge(until), no_pool(9, 3, 2, rate=1.0, reward_lag=2)
+        sched.blocked = lambda free: Scheduler.blocked(sched, free)          # the recipe's, not the ablation's
+        order = sorted(range(9), key=lambda i: hash64(0, "epoch", 0, i))
+        judge.engine = engine = FakeEngine(4, lambda prompt, seed: 5 if prompt == order[0] else 30)
+        rollout = RolloutThread(sched, engine, judge, request, judge_timeout=0.2)
+        try:
+            return engine, rollout.take()
+        finally:
+            rollout.close()
+    engine, batch = run(until=20)
+    assert engine.steps == batch.metrics["engine_steps"] == 35 and batch.timing["judge_wait_s"] == 0
+    assert run(until=0)[1].metrics == batch.metrics, "as with a judge that is never late"
+    with pytest.raises(RuntimeError, match="silent for"):
+        run(until=60)
+
+
+def test_a_slow_judge_is_not_a_silent_one():
+    """judge_timeout counts silence: 24 rewards that are due at once come one each 0.05 s, 1.2 s in all, limit 0.4 s."""
+    class Slow(ShuffledJudge):
+        last = 0.0
+        def poll(self):
+            if time.monotonic() < self.last + 0.05 or not self.inbox:
+                return []
+            self.last = time.monotonic()
+            return [self.inbox.pop(0)]
+    _, rollout = start(FakeEngine(24, lambda *_: 3), Slow(0), judge_timeout=0.4)
+    assert rollout.take().timing["judge_wait_s"] > 0.4
+    rollout.close()
+
+
 def test_a_silent_judge_of_one_rank_ends_all():
     _, threads = ranks(2, 8, lambda r: ShuffledJudge(r, patience=1.1 * r))
-    threads[1].judge_timeout = 0.05
+    threads[1].rollout.judge_timeout = 0.05
     for thread in threads:
         with pytest.raises(RuntimeError, match="rank 1 failed: .*the judge owes"):
             thread.take()
@@ -423,7 +522,7 @@ def test_to_close_one_rank_is_to_end_all(when):
     if when == "one rests":                   # the others have begun the next batch and wait for rank 2
         for thread in threads[:2]:
             thread.publish("v1")
-        wait_until(lambda: threads[0].exchange.all.barrier.n_waiting == 2)
+        wait_until(lambda: threads[0].rollout.exchange.all.barrier.n_waiting == 2)
         threads[2].close()
         for thread in threads[:2]:
             with pytest.raises(RuntimeError, match="rank 2 has closed its rollout thread"):
@@ -437,7 +536,7 @@ def test_a_rank_that_is_gone_ends_the_others():
     for thread in threads:
         thread.take()
     threads[0].publish("v1")
-    threads[0].exchange.all.barrier.abort()   # gloo raises, too
+    threads[0].rollout.exchange.all.barrier.abort()   # gloo raises, too
     with pytest.raises(RuntimeError, match="rank 0 lost the other ranks"):
         threads[0].take()
     close_all(threads)
@@ -886,6 +985,107 @@ def test_close_does_not_wait_for_an_engine_that_hangs():
     rollout.close(timeout=0.05)
     assert rollout.thread.is_alive()
     hang.set()
+
+
+# ---- evaluation, and SIGTERM -----------------------------------------------------------------------------------------
+
+
+def evaluations(at, samples=3, seen=None):
+    """evaluation() of a RolloutThread: 7 held-out problems at these versions. seen: keys it has asked for."""
+    def ask(task, i, seed):
+        (seen if seen is not None else set()).add(task.key(i))
+        return (task.key(i), 100 + task.prompt, hash64("held", task.prompt, i))
+    return lambda version: (Scheduler(7, 7, samples, alpha=0.0, dynamic=False, reward_lag=None),
+                            ShuffledJudge(version), ask) if version in at else None
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_evaluation_sees_the_weights_it_is_named_after(staleness):
+    """Due at 0, 2 and 3 of 3 updates: all problems, in launch order; batches are those of a run without evaluations."""
+    def run(at):
+        engine, rollout = start(max_staleness=staleness, evaluation=evaluations(at), last=3)
+        got, batches, at_load = [], [], {}
+        load, engine.load = engine.load, lambda w: (at_load.setdefault(w, engine.steps), load(w))
+        for k in range(4):
+            if k in at:
+                got.append([(g.task.prompt, len(g.samples), [s.luck for s in g.samples]) for g in rollout.evaluated()])
+            if k < 3:
+                batch = rollout.take()
+                batches.append(([(g.task, [s.luck for s in g.samples]) for g in batch.groups], batch.metrics))
+                rollout.publish(f"v{k + 1}")
+        rollout.close()
+        assert not rollout.thread.is_alive() and engine.active == engine.waiting == 0
+        return got, batches
+    got, batches = run((0, 2, 3))
+    assert batches == run(())[1]
+    for k, found in zip((0, 2, 3), got, strict=True):
+        weights = None if k == 0 else f"v{k}"
+        assert sorted(p for p, *_ in found) == list(range(7)) and all(n == 3 for _, n, _ in found)
+        for p, _, luck in found:                            # what these weights say to this problem, in any company
+            for i, said in enumerate(luck):
+                value = hash64(100 + p, hash64("held", p, i), weights)
+                for _ in range(lengths(100 + p, hash64("held", p, i))):
+                    value = hash64(value, 0)
+                assert said == value
+
+
+def together_with_evaluation(world, at=(0, 1), **more):
+    together = Together(world, 8)
+    engines = [FakeEngine(20 // world, lengths) for _ in range(world)]
+    return engines, [RolloutThread(Scheduler(60, 4, 2, seed=1, reward_lag=4), engine, ShuffledJudge(r), request,
+                                   evaluation=evaluations(at), last=2, exchange=together.of(r),
+                                   **{k: v(r) for k, v in more.items()}) for r, engine in enumerate(engines)]
+
+
+def test_an_evaluation_is_shared_by_all_ranks_and_known_on_each():
+    def what(groups):
+        return [(g.task.prompt, g.rewards, [len(s.tokens) for s in g.samples]) for g in groups]
+    (_, (alone,)), (_, threads) = together_with_evaluation(1), together_with_evaluation(3)
+    want = what(alone.evaluated())
+    for thread in threads:
+        groups = thread.evaluated()
+        assert what(groups) == want and {g.rank for g in groups} == {0, 1, 2}
+    close_all([alone])
+    close_all(threads)
+
+
+@pytest.mark.parametrize("where", ["step", "submit"])
+def test_an_error_in_an_evaluation_ends_all_ranks(where):
+    together = Together(2, 8)
+    threads = []
+    for r in range(2):
+        engine = FakeEngine(10, lengths)
+        sched, judge, ask = evaluations((0,))(0)
+        if r == 1:
+            setattr(engine if where == "step" else judge, where, fail)
+        threads.append(RolloutThread(Scheduler(60, 4, 2, seed=1), engine, ShuffledJudge(r), request,
+                                     evaluation=lambda v, job=(sched, judge, ask): job, exchange=together.of(r)))
+    for thread in threads:
+        with pytest.raises(RuntimeError, match="rank 1 failed: ZeroDivisionError"):
+            thread.evaluated()
+    close_all(threads)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("when", ["rollout", "evaluation", "judge"])
+def test_a_stop_on_one_rank_is_obeyed_by_all_at_the_next_round(world, when):
+    """In a batch, an evaluation, or while a silent judge is waited for: all are told, nothing is left in an engine."""
+    signal = threading.Event()
+    engines, threads = together_with_evaluation(world, at=(0,) if when == "evaluation" else (),
+                                                stop=lambda r: (lambda: r == world - 1 and signal.is_set()))
+    for engine, thread in zip(engines, threads, strict=True):
+        if when == "judge":
+            thread.grader.poll = list
+        else:
+            engine.length = lambda *_: 10**9
+    wait_until(lambda: all(e.steps > 5 for e in engines))
+    signal.set()
+    for engine, thread in zip(engines, threads, strict=True):
+        assert (thread.evaluated() if when == "evaluation" else thread.take()) is None
+        thread.thread.join(5)
+        assert not thread.thread.is_alive() and engine.active == engine.waiting == 0
+        thread.publish("v1")                                # the trainer may be in an update: no error
+    close_all(threads)
 
 
 # ---- the simulation behind Tables 2 and 3 ---------------------------------------------------------------------------

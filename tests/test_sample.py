@@ -217,10 +217,12 @@ def test_the_form_of_a_prompt(meta, raw, form):
 def test_prompts_take_the_form_of_the_model():
     tokenizer = Tokenizer.load("tiny")
 
-    def text(prompt: str, form: str, system: str = "") -> str:
-        return tokenizer.decode(sample.prompt_tokens({"prompt": prompt}, tokenizer, form, system))
-    assert text("hi", "chat", "be brief") == \
-        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    def text(prompt: str, form: str, tokenizer: Tokenizer = tokenizer) -> str:
+        return tokenizer.decode(sample.prompt_tokens({"prompt": prompt}, tokenizer, form))
+    assert text("hi", "chat") == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    for system in ("be brief", ""):                                  # "" is an empty turn, as MiMo's README advises
+        assert text("hi", "chat", tokenizer.with_system(system)) == \
+            f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert text("hi", "text") == "hi"
     assert text("What is 1+1?", "problem") == "Problem: What is 1+1?\nSolution:"
     assert text("Problem: 3 + 4 =", "problem") == "Problem: 3 + 4 ="            # has the form already

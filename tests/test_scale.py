@@ -15,7 +15,7 @@ import torch
 from checkpoints import load_model
 from fork_ranks import run_ranks, start
 from scale_worker import main as train
-from scale_worker import train_pretrain, train_rl, train_rl_updates, train_sft, write_base
+from scale_worker import run_eval, train_pretrain, train_rl, train_rl_updates, train_sft, wait_in_vain, write_base
 
 import checkpoint
 import distributed
@@ -140,6 +140,20 @@ def test_frozen_trunk(tmp_path):
             assert two["weights"][name] == pytest.approx(norm, rel=1e-9)
 
 
+def test_tied_embeddings(tmp_path):
+    """One parameter of two uses, sharded over two ranks; written by both, resumed on one."""
+    run = str(tmp_path / "run")
+    train(tmp_path / "one.json", steps=6, tied=1)
+    run_ranks(2, tmp_path, train, str(tmp_path / "two.json"), steps=6, tied=1, run=run, save_at=2)
+    train(tmp_path / "again.json", steps=6, tied=1, run=run, resume=1)
+    one, two, again = (read(tmp_path / f"{name}.json") for name in ("one", "two", "again"))
+    same(one, two)
+    same(one, again)
+    assert "lm_head.weight" not in one["weights"] and not any(name.endswith("bias") for name in one["weights"])
+    for name, norm in one["weights"].items():
+        assert two["weights"][name] == pytest.approx(norm, rel=1e-4), name
+
+
 def test_one_bad_rank_ends_all(tmp_path):
     """A rank without rows ends every rank with one line, no rank hangs in a collective."""
     codes = run_ranks(2, tmp_path, train, str(tmp_path / "out.json"), starve=1)
@@ -158,12 +172,13 @@ def losses_of(folder):
 def test_pretrain_and_sft_do_not_depend_on_the_number_of_ranks(tmp_path, worlds):
     """
     pretrain.py through two stages (batch warm-up: 5, 7, 8 rows) and the MTP stage, then sft.py from its
-    result.
+    result. Several ranks switch activation checkpointing between the stages, under FSDP.
     """
     for world in (1, *worlds):
         folder = tmp_path / f"world{world}"
         folder.mkdir()
-        codes = run_ranks(world, folder, train_pretrain, str(folder))
+        how = {} if world == 1 else {"recompute": ("full", "none", "selective")}
+        codes = run_ranks(world, folder, train_pretrain, str(folder), **how)
         assert set(codes) <= {0, -6}, (folder / "rank0.log").read_text()
     one = losses_of(tmp_path / "world1/base")
     assert len(one) >= 20 and len(one[-1]) == 1 + 3 + 1              # three MTP layers at the end
@@ -230,6 +245,7 @@ def same_rl(one, many):
     for x, y in zip(rl_log(one), rl_log(many), strict=True):
         for name in x.keys() - by_ranks:
             exact = name in ("reward_launched", "reward_trained", "verdicts", "truncated", "length_mean", "length_p95",
+                             "unparsable",
                              "pool_size", "pool_draws", "valid", "all0", "all1", "trained_tokens", "epoch", "capped")
             assert y[name] == (x[name] if exact else pytest.approx(x[name], rel=1e-5, abs=1e-5)), (name, x["step"])
     ends = [run / (run / "latest").read_text().strip() for run in (one, many)]
@@ -249,7 +265,7 @@ def test_rl_does_not_depend_on_the_number_of_ranks(tmp_path, staleness):
     1e-3 of lr or more, and a draw that lies so close between two tokens would take the other one.
     """
     write_base(tmp_path)
-    flags = [f"--max_staleness={staleness}", "--lr=1e-5"]
+    flags = [f"--max_staleness={staleness}", "--lr=1e-5", f"--mtp_weight={0.0 if staleness else 0.3}"]
     one = tmp_path / "one"
     train_rl(tmp_path, one, *flags)
     want = trained_groups(one, 1)
@@ -270,7 +286,7 @@ def test_rl_does_not_depend_on_the_number_of_ranks(tmp_path, staleness):
 
 @pytest.mark.parametrize("last_rank, message, codes", [
     ("raises", "rank 1 failed: ArithmeticError('on purpose')", [99, 99]),
-    ("exits", "rank 0 lost the other ranks|gloo", [99, 7]),       # the thread's exchange, or the trainer's collective
+    ("exits", "rank 0 lost the other ranks|another rank is gone", [99, 7]),   # the thread's exchange, the trainer's
 ])
 def test_no_rank_waits_for_a_rollout_that_broke(tmp_path, last_rank, message, codes):
     """In iteration 2 the engine of rank 1 raises, and both ranks say so; or its process is gone, and rank 0 says so."""
@@ -283,6 +299,75 @@ def test_no_rank_waits_for_a_rollout_that_broke(tmp_path, last_rank, message, co
         last = (tmp_path / f"rank{rank}.log").read_text().strip().splitlines()[-1]
         assert any(words in last for words in message.split("|")), last
     assert weights_of(tmp_path / "run")[0] == "step_00000001"
+
+
+HELD = ["--eval_every=2", "--eval_samples=2", "--steps=2"]
+
+
+@pytest.mark.parametrize("world, where", [(2, "evaluation"), *(
+    pytest.param(*how, marks=pytest.mark.slow) for how in ((1, "rollout"), (1, "evaluation"), (2, "rollout")))])
+def test_sigterm_in_rl_ends_all_ranks_at_once_and_resumes_to_the_same_end(tmp_path, world, where):
+    """
+    The last rank gets SIGTERM in the rollout of iteration 2, or in the evaluation behind it: that work is dropped, what
+    was finished is saved though save_every says otherwise, the exit is clean, and the same command ends bit-equal.
+    """
+    write_base(tmp_path)
+    flags = [f"--valid={tmp_path}/problems.jsonl", *HELD, "--save_every=100"]
+    run_ranks(world, tmp_path, train_rl, str(tmp_path), str(tmp_path / "whole"), *flags)
+    codes = run_ranks(world, tmp_path, train_rl, str(tmp_path), str(tmp_path / "cut"), *flags, term_in=where)
+    log = (tmp_path / "rank0.log").read_text()
+    assert set(codes) <= {0, -6} and "stopped (SIGTERM)" in log and "Traceback" not in log, log
+    assert weights_of(tmp_path / "cut")[0] == ("step_00000001" if where == "rollout" else "step_00000002")
+    run_ranks(world, tmp_path, train_rl, str(tmp_path), str(tmp_path / "cut"), *flags)
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
+    rows = rl_log(tmp_path / "cut")
+    assert rows == rl_log(tmp_path / "whole") and [r["step"] for r in rows if "heldout" in r] == [0, 2]
+
+
+@pytest.mark.slow
+def test_an_evaluation_may_take_longer_than_the_time_out(tmp_path):
+    """Rank 1 decodes the second evaluation slowly, for more than the 10 s that ranks wait for each other: both meet."""
+    write_base(tmp_path)
+    flags = [f"--valid={tmp_path}/problems.jsonl", *HELD, "--steps=1", "--timeout=10"]
+    codes = run_ranks(2, tmp_path, train_rl, str(tmp_path), str(tmp_path / "run"), *flags, nap=0.2)
+    assert set(codes) <= {0, -6}, (tmp_path / "rank1.log").read_text()
+    first, second = [r for _, r in read_rows(tmp_path / "run/metrics.jsonl") if "heldout" in r]
+    assert second["heldout_s"] > 10 and second["step"] == 1
+
+
+def test_an_error_in_an_evaluation_ends_both_ranks(tmp_path):
+    write_base(tmp_path)
+    processes = start(2, tmp_path, train_rl, str(tmp_path), str(tmp_path / "run"), f"--valid={tmp_path}/problems.jsonl",
+                      *HELD, last_rank="raises there")
+    for p in processes:
+        p.join(60)
+    for rank in range(2):
+        assert processes[rank].exitcode not in (0, None)
+        assert "rank 1 failed: ArithmeticError('on purpose')" in (tmp_path / f"rank{rank}.log").read_text()
+    assert weights_of(tmp_path / "run")[0] == "step_00000002", "what was trained is saved before it is evaluated"
+
+
+def test_a_time_out_says_who_waited_for_what(tmp_path):
+    run_ranks(2, tmp_path, wait_in_vain)
+    words = (tmp_path / "rank0.log").read_text()
+    assert "error: rank 0 waited 1 s for the next round of the rollout, in vain" in words and "timeout" in words
+
+
+@pytest.mark.parametrize("how", ["whole", "stopped"])
+def test_an_evaluation_on_two_ranks_is_that_of_one(tmp_path, how):
+    """eval.py: the same answers file, also where SIGTERM has reached one rank, and one rank alone goes on."""
+    write_base(tmp_path)
+    run_eval(tmp_path, "one")
+    codes = run_ranks(2, tmp_path, run_eval, str(tmp_path), "two", stop_after=3 if how == "stopped" else 0)
+    if how == "stopped":
+        logs = [(tmp_path / f"rank{r}.log").read_text() for r in range(2)]
+        assert codes == [1, 1] and all("error: stopped (SIGTERM) after" in log for log in logs), logs
+        run_eval(tmp_path, "two")
+    else:
+        assert set(codes) <= {0, -6}, (tmp_path / "rank0.log").read_text()
+    assert (tmp_path / "one_answers.jsonl").read_bytes() == (tmp_path / "two_answers.jsonl").read_bytes()
+    one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
+    assert one["problems"] == two["problems"] and not list(tmp_path.glob("two_answers.jsonl.*"))
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
@@ -344,7 +429,7 @@ def test_rl_publishes_in_the_replicas_dtype(tmp_path, monkeypatch, staleness):
         assert {w.dtype for w in published[0].values()} == {torch.bfloat16}
         got = published[0]
     else:
-        assert published == [None]
+        assert published == [None, None]
         got, state = engine.model.state_dict(), load_model(tmp_path / "run/step_00000002")[1]
     assert all(torch.equal(got[name], w.bfloat16()) for name, w in state.items()) and len(got) == len(state)
 
@@ -366,6 +451,27 @@ def test_recomputation_changes_nothing(kind):
         (trunk + sum(extra)).backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_recomputation_is_switched_on_and_off():
+    """How often a block's attention runs for one forward and backward: the second time is the recomputation."""
+    from scale_worker import SHAPE, batch_at
+
+    import mtp
+    rt, calls = distributed.setup(seed=1, device="cpu"), []
+    model = distributed.shard(mtp.build(SHAPE, "meta"), rt, checkpointing="full")
+    checkpoint.materialise(model, rt, seed=3)
+    for block in [*model.layers, *model.mtp_layers]:
+        block.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    b, found = batch_at(0, 0, 1, False), []
+    for kind in ("full", "none", "selective", "selective", "none"):
+        if found:
+            distributed.set_checkpointing(model, kind)
+        calls.clear()
+        trunk, extra = mtp.losses(model, b.ids, b.docs, b.positions, b.bounds, b.mask)
+        (trunk + sum(extra)).backward()
+        found.append(len(calls) / (SHAPE.n_layer + SHAPE.n_mtp))
+    assert found == [2, 1, 2, 2, 1]
 
 
 def test_compiled_blocks_give_the_same_losses(alone, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Tokenizer: equal to Hugging Face on all we can think of; chat masks, files, and what must be refused."""
 import json
 import random
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,7 +206,6 @@ def test_save_and_load_round_trip(hf, tmp_path):
 
 def test_padded_rows(hf, tmp_path):
     """The embedding's extra rows are no tokens; how many there are comes from the model's config."""
-    import shutil
     folder = tmp_path / "m"
     shutil.copytree(hf[1]["fast"], folder)
     (folder / "config.json").write_text(json.dumps({"vocab_size": 1000}))
@@ -224,22 +225,254 @@ def edit(folder, change):
     path.write_text(json.dumps(data))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda d: d["model"]["merges"].reverse(), "merge 0 is"),
-    (lambda d: d["model"]["merges"].pop(), "merges for"),
-    (lambda d: d["normalizer"].update(type="NFKC"), "should be NFC"),
-    (lambda d: d["added_tokens"][0].update(lstrip=True), "lstrip=true"),
-    (lambda d: d["pre_tokenizer"]["pretokenizers"].pop(0), "split by"),
-    (lambda d: d["model"].update(ignore_merges=True), "ignore_merges"),
-])
-def test_a_tokenizer_of_another_kind_is_refused(hf, tmp_path, change, message):
-    """Each of these would load in silence and give other ids than Hugging Face."""
-    import shutil
-    folder = tmp_path / "t"
-    shutil.copytree(hf[1]["fast"], folder)
+def llama_3(d):
+    """Llama 3's kind: its own pattern with up to three digits, no normalizer, tokens taken whole before merging."""
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    d["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    d["model"]["ignore_merges"], d["normalizer"] = True, None
+
+
+def smollm2(d):
+    """SmolLM2's kind: digits alone, GPT-2's pattern, no normalizer, control tokens first and 21 bytes missing."""
+    d["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}
+    d["normalizer"] = None
+    gone = set("ÀÁõö÷øùúûüýþÿðñòóô")
+    d["model"]["vocab"] = {t: i for t, i in d["model"]["vocab"].items() if not gone & set(t)}
+    d["model"]["merges"] = [m for m in d["model"]["merges"] if not gone & set("".join(m))]
+
+
+KINDS = {
+    "merges reversed": lambda d: d["model"]["merges"].reverse(),
+    "a token without a merge": lambda d: d["model"]["merges"].pop(),
+    "NFKC": lambda d: d["normalizer"].update(type="NFKC"),
+    "a greedy control token": lambda d: d["added_tokens"][0].update(lstrip=True),
+    "no pattern": lambda d: d["pre_tokenizer"]["pretokenizers"].pop(0),
+    "a step more": lambda d: d["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits",
+                                                                            "individual_digits": False}),
+    "ignore_merges": lambda d: d["model"].update(ignore_merges=True), "Llama 3": llama_3, "SmolLM2": smollm2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_byte_level_bpe(hf, tmp_path, kind):
+    """Where tiktoken with Qwen2's rule would give other ids, Hugging Face's library encodes; saved and read again."""
+    shutil.copytree(hf[1]["fast"], tmp_path / "t")
+    edit(tmp_path / "t", KINDS[kind])
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json"))
+    ours = Tokenizer.load(tmp_path / "t")
+    ours.save(tmp_path / "again")
+    assert ours.ranks is None and (ours.eos_id, ours.im_start_id, ours.im_end_id) == (700, 701, 702)
+    for tokenizer in (ours, Tokenizer.load(tmp_path / "again")):
+        theirs.encode_special_tokens = False
+        for text in [*NASTY, *fuzz(1000)]:
+            assert tokenizer.encode(text, control=True) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+        theirs.encode_special_tokens = True
+        for text in [*NASTY, *fuzz(300, seed=1)]:
+            assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+        assert tokenizer.decode(tokenizer.encode("don't 1+1")) == "don't 1+1"
+        assert tokenizer.encode("\ud800") == tokenizer.encode("\ufffd")
+        ids, mask = tokenizer.chat([{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b"}])
+        assert ids.count(ours.im_end_id) == 2 and sum(mask) == 2
+
+
+def test_what_is_no_byte_level_bpe_is_refused(hf, tmp_path):
+    for k, change in enumerate((lambda d: d["model"].update(type="Unigram"), lambda d: d.update(decoder=None),
+                                lambda d: d["model"].update(byte_fallback=True))):
+        shutil.copytree(hf[1]["fast"], tmp_path / str(k))
+        edit(tmp_path / str(k), change)
+        with pytest.raises(UserError, match="only byte-level BPE is read, not SentencePiece"):
+            Tokenizer.load(tmp_path / str(k))
+
+
+def test_control_tokens_are_control_whatever_the_file_says(hf, tmp_path):
+    """A folder may call <|im_end|> an ordinary token: then every user could end a turn."""
+    shutil.copytree(hf[1]["fast"], tmp_path / "t")
+    edit(tmp_path / "t", lambda d: [t.update(special=False) for t in d["added_tokens"]])
+    tok = Tokenizer.load(tmp_path / "t")
+    assert not {tok.eos_id, tok.im_start_id, tok.im_end_id} & set(tok.encode(IM_START + "x" + IM_END + EOS))
+    assert tok.decode([tok.im_end_id], skip_control=True) == ""
+    assert tok.encode("<tool_call>") == [703]
+
+
+# ---- chat templates -------------------------------------------------------------------------------------------------
+
+QWEN = ("{%- if messages[0]['role'] == 'system' %}\n    {{- '<|im_start|>system\\n' + messages[0]['content'] "
+        "+ '<|im_end|>\\n' }}\n{%- else %}\n    {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}\n"
+        "{%- endif %}\n"
+        "{%- for message in messages %}\n    {%- if not (message.role == 'system' and loop.first) %}\n        "
+        "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n    {%- endif %}\n"
+        "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n")
+R1 = ("{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+      "{% set ns = namespace(system='') %}{%- for m in messages %}{%- if m['role'] == 'system' %}"
+      "{% set ns.system = m['content'] %}{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system }}"
+      "{%- for m in messages %}{%- if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}{%- endif %}"
+      "{%- if m['role'] == 'assistant' %}{% set content = m['content'] %}{% if '</think>' in content %}"
+      "{% set content = content.split('</think>')[-1] %}{% endif %}"
+      "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{%- endif %}{%- endfor %}"
+      "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}")
+LLAMA = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' "
+         "+ message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
+         "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+EMPTY, HI, YO = ({"role": r, "content": c} for r, c in (("system", ""), ("user", " hi\n"), ("assistant", "yo")))
+
+
+def renamed(folder, names, config):
+    """The tokenizer of the fixture with other added tokens, as DeepSeek and Llama have them."""
+    def change(d):
+        for entry, name in zip(d["added_tokens"], names, strict=False):
+            entry["content"] = name
     edit(folder, change)
-    with pytest.raises(ValueError, match=message):
-        Tokenizer.load(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+FAMILIES = {
+    "qwen": ((), dict(chat_template=QWEN, eos_token=IM_END), IM_END),
+    "named": ((), dict(chat_template=[{"name": "tool_use", "template": "x"}, {"name": "default", "template": QWEN}],
+                       eos_token=IM_END), IM_END),
+    "r1": (("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
+           dict(chat_template=R1, eos_token={"__type": "AddedToken", "content": "<｜end▁of▁sentence｜>"},
+                bos_token="<｜begin▁of▁sentence｜>"),
+           "<｜end▁of▁sentence｜>"),
+    "llama": (("<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+              dict(chat_template=LLAMA, eos_token="<|eot_id|>", bos_token="<|begin_of_text|>"), "<|eot_id|>")}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, hf, tmp_path):
+    names, config, end = FAMILIES[request.param]
+    shutil.copytree(hf[1]["fast"], tmp_path / "t")
+    renamed(tmp_path / "t", names, config)
+    return request.param, tmp_path / "t", end
+
+
+def test_chat_templates_as_transformers_renders_them(family, tmp_path):
+    """The same ids for prompts and conversations, before and after save(); an empty system turn is a turn."""
+    transformers = pytest.importorskip("transformers")
+    name, folder, end = family
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    Tokenizer.load(folder).save(tmp_path / "again")
+    for ours in (Tokenizer.load(folder), Tokenizer.load(tmp_path / "again")):
+        assert ours.im_end_id == theirs.convert_tokens_to_ids(end)
+        for messages, add in (([HI], True), ([EMPTY, HI], True), ([EMPTY, HI, YO, HI], True), ([HI, YO], False),
+                              ([EMPTY, HI, YO, HI, YO], False)):
+            if name == "r1" and YO in messages and add:          # its template takes <think> out of what was said
+                with pytest.raises(UserError, match="rewrites the turns before it"):
+                    ours.chat(messages, add)
+                continue
+            if name == "r1" and YO in messages:
+                continue
+            text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=add)
+            assert ours.chat(messages, add)[0] == theirs(text, add_special_tokens=False)["input_ids"], messages
+
+
+def test_what_is_trained_under_another_template(family):
+    """The answer and what ends it, behind exactly the prompt that is served; R1's thinking is trained, not cut out."""
+    name, folder, end = family
+    tok = Tokenizer.load(folder)
+    for answer in ("<think>\n1+1\n</think>\n\n2", "\n x", "say <|eot_id|> or <｜User｜>", ""):
+        prompt, _ = tok.chat([HI], add_generation_prompt=True)
+        ids, mask = tok.chat([HI, {"role": "assistant", "content": answer}])
+        trained = tok.decode([i for i, m in zip(ids, mask, strict=True) if m])
+        assert ids[:len(prompt)] == prompt and not any(mask[:len(prompt)])
+        expect = answer.removeprefix("<think>\n") if name == "r1" else answer.strip() if name == "llama" else answer
+        assert trained == expect + end
+        assert sum(i == tok.im_end_id for i in ids) == sum(i == tok.im_end_id for i in prompt) + 1
+
+
+@pytest.mark.parametrize("system", ["", "Be brief.", "quote ' \\ {{ x }} {% if %} \"\n", "naïve 😀"])
+def test_a_system_prompt_of_ones_own_is_saved(family, tmp_path, system):
+    """with_system() writes it into the template, so a server that was given none sends it too."""
+    tok = Tokenizer.load(family[1]).with_system(system)
+    asked = Tokenizer.load(family[1]).chat([{"role": "system", "content": system}, HI], add_generation_prompt=True)
+    tok.save(tmp_path / "again")
+    assert tok.chat([HI], add_generation_prompt=True) == asked
+    assert Tokenizer.load(tmp_path / "again").chat([HI], add_generation_prompt=True) == asked
+    own = [{"role": "system", "content": "mine"}, HI]
+    assert tok.chat(own) == Tokenizer.load(family[1]).chat(own)
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{% for m in messages %}", "chat template: Unexpected end"),
+    ("{{ raise_exception('no system role') }}", "chat template: no system role"),
+    ("{{ messages[7]['content'] }}", "chat template: .*no element 7"),
+    ("{{ messages.__class__.__mro__ }}", "chat template: .*unsafe"),
+    ("{{ messages.append(1) }}", "chat template: .*unsafe"),
+])
+def test_a_bad_template_ends_with_one_line(template, message):
+    tiny = Tokenizer.load("tiny")
+    tok = Tokenizer(tiny.ranks, tiny.added, tiny.vocab_size, template)
+    with pytest.raises(UserError, match=message):
+        tok.chat([HI])
+    with pytest.raises(UserError, match="no chat template"):
+        Tokenizer(tiny.ranks, tiny.added, tiny.vocab_size, None).chat([HI])
+
+
+def test_the_end_token_of_a_base_model(tmp_path):
+    """A base model's files name <|endoftext|>: what does not read generation_config.json would run on otherwise."""
+    for chat, end in ((True, IM_END), (False, EOS)):
+        Tokenizer.load("tiny").save(tmp_path / "t", chat=chat)
+        assert json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())["eos_token"] == end
+        tok = Tokenizer.load(tmp_path / "t")
+        assert (tok.eos_id, tok.im_end_id) == (1021, 1023)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: d["added_tokens"][3].update(id=-1), "an id is not a number from 0 on"),
+    (lambda d: d["added_tokens"][3].update(id=5), "two tokens share an id"),
+    (lambda d: [t.update(content=f"x{k}") for k, t in enumerate(d["added_tokens"])],
+     "needs the token <.endoftext.>, or eos_token"),
+    (lambda d: d["model"].pop("merges"), "not of a byte-level BPE's form"),
+])
+def test_a_damaged_tokenizer_is_one_line(hf, tmp_path, change, message):
+    shutil.copytree(hf[1]["fast"], tmp_path / "t")
+    edit(tmp_path / "t", change)
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(tmp_path / "t")
+
+
+def test_a_hostile_tokenizer_takes_no_time_and_no_memory(hf, tmp_path):
+    """Checking the merges of a token of n bytes takes n^2 steps; rows of 10^13 would be 10 TB; JSON in JSON in ..."""
+    shutil.copytree(hf[1]["slow"], tmp_path / "t")
+    vocab = json.loads((tmp_path / "t" / "vocab.json").read_text())
+    (tmp_path / "t" / "vocab.json").write_text(json.dumps(vocab | {"ab" * 100_000: 710}))
+    with pytest.raises(UserError, match="a token of 200,000 bytes, should be at most 1,024"):
+        Tokenizer.load(tmp_path / "t")
+    (tmp_path / "t" / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "t" / "model.json").write_text(json.dumps({"vocab_size": 10**13}))
+    with pytest.raises(UserError, match="does not fit a vocabulary of 10000000000000 .at most 16,777,216"):
+        Tokenizer.load(tmp_path / "t")
+    (tmp_path / "t" / "tokenizer_config.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(UserError, match="not JSON"):
+        Tokenizer.load(tmp_path / "t")
+
+
+def test_qwens_own_ranks(tmp_path):
+    """
+    The real 151,643 ranks, which the wheel qwen-agent carries: a known file, 151,387 merges, and on NASTY the ids of
+    Hugging Face's library. Skipped where the wheel is not installed; its code is not run.
+    """
+    import base64
+    import hashlib
+    import importlib.util
+    spec = importlib.util.find_spec("qwen_agent")
+    if spec is None:
+        pytest.skip("pip install --no-deps qwen-agent")
+    data = (Path(spec.submodule_search_locations[0]) / "utils" / "qwen.tiktoken").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
+    added = {name: (151_643 + k, True) for k, name in enumerate((EOS, IM_START, IM_END))}
+    tok = Tokenizer(ranks, added, 151_680)
+    assert len(ranks) == 151_643 and len(tok.merges) == 151_387
+    tok.save(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in [*NASTY, *fuzz(1000)]:
+        assert tok.encode(text, control=True) == library.encode(text).ids, repr(text)
 
 
 def test_an_unreachable_token_is_refused():

@@ -35,7 +35,8 @@ def pointers(*names: str) -> dict:
 
 
 # what each field means stands beside it in decode_cpu.c
-Shape = struct("Shape", **dict.fromkeys(("D", "Dp", "d", "dp", "H", "K", "Fp", "V", "Vp", "C", "block", "half"),
+Shape = struct("Shape", **dict.fromkeys(("D", "Dp", "d", "dp", "H", "K", "Fp", "V", "Vp", "C", "draft_V", "block",
+                                         "half"),
                                         c_int32), eps=c_float)
 BlockWeights = struct("Block", **pointers("norm1", "norm2", "q_bias", "kv_bias", "q", "kv", "o", "gate_up", "down"))
 MtpWeights = struct("Mtp", **pointers("hidden_norm", "token_norm", "final_norm", "input_proj"))
@@ -104,19 +105,20 @@ class CpuForward:
     kv           fp32 [layers, n_blocks + 1, floats of a block], the KV cache
     state        TorchRunner.new_state
     n_ids        rows of lm_head that are tokens; the rest is padding
+    draft_ids    drafts are among the first draft_ids of them
     block        tokens of a block
     most_tokens  most tokens of one forward
     keep_weights False: the model's own weights are freed as they are packed, and the model cannot be used any more
     """
-    def __init__(self, model: nn.Module, most_drafts: int, kv: Tensor, state: dict[str, Tensor], n_ids: int, block: int,
-                 most_tokens: int, keep_weights: bool):
+    def __init__(self, model: nn.Module, most_drafts: int, kv: Tensor, state: dict[str, Tensor], n_ids: int,
+                 draft_ids: int, block: int, most_tokens: int, keep_weights: bool):
         cfg, self.model, self.lib, self.version = model.cfg, model, library(), None
         self.mtp_layers, self.keep_weights = list(model.mtp_layers[:most_drafts]), keep_weights
         self.free = torch.empty(0, dtype=torch.uint8)               # what is left of the last large_pages()
         self.kept: dict[str, Tensor] = {"cache": kv}                # all tensors of which C holds the addresses
         S, C = state["tokens"].shape
         s = Shape(cfg.d_model, up16(cfg.d_model), cfg.head_dim, up16(cfg.head_dim), cfg.n_head, cfg.n_kv_head,
-                  up16(cfg.d_ff), n_ids, up16(n_ids), C, block, model.lm_head.weight.dtype == torch.bfloat16,
+                  up16(cfg.d_ff), n_ids, up16(n_ids), C, draft_ids, block, model.lm_head.weight.dtype == torch.bfloat16,
                   cfg.rms_eps)
         self.blocks, self.mtp = (BlockWeights * len(kv))(), (MtpWeights * max(1, most_drafts))()
         caches = (c_void_p * len(kv))(*(layer.data_ptr() for layer in kv))
@@ -214,7 +216,7 @@ class CpuForward:
         return self.kept[name].copy_(value).data_ptr()
 
 
-def packed(block: nn.Module, s: Shape) -> dict[str, Tensor]:
+def packed(block: nn.Module, s: Shape) -> dict[str, Tensor | None]:
     """
     The weights of one model.Block in the layout of decode_cpu.c and in the order in which it reads them: heads and
     widths are padded with zeros to multiples of 16.

@@ -159,12 +159,13 @@ static float softmax(float *s, int n, int L) {
 
 typedef struct {                                    // of model.ModelConfig; widths ending in p are padded to 16
     int32_t D, Dp, d, dp, H, K, Fp, V, Vp, C;       // C: columns (tokens) of a row of the state
+    int32_t draft_V;                                // drafts are among the first draft_V ids
     int32_t block;                                  // columns of a block of the KV cache, a multiple of 16
     int32_t half;                                   // 1: matrices and embedding are bf16, 0: fp32
     float eps;
 } Shape;
 
-typedef struct {                                    // one block: matrices are packed; gains and biases are fp32
+typedef struct {                                    // one block: matrices are packed; gains, biases fp32; no bias: 0
     const float *norm1, *norm2, *q_bias, *kv_bias;
     const void *q, *kv, *o, *gate_up, *down;
 } Block;
@@ -330,23 +331,26 @@ void mtp(const Model *m, int64_t k, const Context *ctx, int64_t N, const float *
     block(m, m->n_layer + k, ctx, N, emit, x);
 }
 
-// logits [N,Vp] = lm_head(RMSNorm(x)), x [N,Dp]; layer: whose norm, -1 = the trunk's, k = MTP layer k's.
-void head(const Model *m, int64_t layer, int64_t N, const float *x, float *logits) {
+// logits [N,V rounded up to 16] = the first V rows of lm_head(RMSNorm(x)), x [N,Dp], and -inf behind them; layer: whose
+// norm, -1 = the trunk's, k = MTP layer k's.
+void head(const Model *m, int64_t layer, int64_t N, int64_t V, const float *x, float *logits) {
     const Shape *s = &m->s;
     const float *norm = layer < 0 ? m->norm : m->mtp[layer].final_norm;
+    long Vp = (V + 15) / 16 * 16;
     for (int first = 0; first < N; first += MAX_ROWS) {
         int M = N - first < MAX_ROWS ? N - first : MAX_ROWS;
         for (int i = 0; i < M; i++)
             rmsnorm(x + (long)(first + i) * s->Dp, norm, s->D, s->Dp, s->eps, m->scratch + (long)i * s->Dp);
-        linear(s->half, M, s->Dp, s->Vp, m->scratch, m->lm_head, 0, 0, logits + (long)first * s->Vp);
+        linear(s->half, M, s->Dp, Vp, m->scratch, m->lm_head, 0, 0, logits + first * Vp);
     }
+    for (int i = 0; i < N; i++)
+        for (int j = V; j < Vp; j++) logits[i * Vp + j] = -INFINITY;
 }
 
-// The first of the largest logits [Vp], whose padding is set to -inf. 0 if all are NaN.
-static int argmax(const Shape *s, float *logits) {
-    for (int i = s->V; i < s->Vp; i++) logits[i] = -INFINITY;
-    float max = largest(logits, s->Vp);
-    for (int i = 0; i < s->V; i++)
+// The first of the largest of V logits, with -inf up to a multiple of 16 behind them. 0 if all are NaN.
+static int argmax(int V, const float *logits) {
+    float max = largest(logits, (V + 15) / 16 * 16);
+    for (int i = 0; i < V; i++)
         if (logits[i] == max) return i;
     return 0;
 }
@@ -394,7 +398,7 @@ static int sample_token(const Model *m, const float *logits, float u, float temp
     int V = m->s.V, Vp = m->s.Vp, id = 0;
     float *e = m->scratch + scratch_floats(&m->s) - 3L * Vp;        // [Vp], behind it [V] candidates
     for (int i = 0; i < V; i++) e[i] = temperature > 0 ? logits[i] / temperature : logits[i];
-    if (temperature == 0) id = argmax(&m->s, e);
+    if (temperature == 0) id = argmax(V, logits);
     float total = softmax(e, V, Vp), sum = 0, piece = 0, before = 0;
     if (temperature > 0) {
         if (top_p < 1 || top_k > 0) total = top_p_filter(V, e, (Candidate *)(e + Vp), total, top_p, top_k);
@@ -477,7 +481,7 @@ int64_t decode(const Model *m, const State *t, int64_t R, int64_t *n_ended) {
         }
     Context ctx = {Q, t->positions, t->positions, t->table};
     trunk(m, &ctx, R * Q, t->ids, 0, t->x);
-    head(m, -1, R * Q, t->x, t->logits);
+    head(m, -1, R * Q, m->s.V, t->x, t->logits);
     *n_ended = 0;
     for (int r = 0; r < R; r++) {
         int64_t n = t->n[r], n_committed = 0, *tokens = t->tokens + r * C, accepted = 1;
@@ -519,10 +523,10 @@ void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) 
     for (int k = 0; k < m->n_draft; k++) {
         for (int i = 0; i < B * W; i++) t->ids[i] = t->tokens[(first + i / W) * C + t->positions[i] + k + 1];
         mtp(m, k, &ctx, B * W, t->states, t->ids, W, t->x);
-        head(m, k, B, t->x, t->logits);
+        head(m, k, B, m->s.draft_V, t->x, t->logits);
         for (int r = 0; r < B; r++) {
             int64_t target = (first + r) * C + t->n[first + r] + k;
-            t->tokens[target] = argmax(&m->s, t->logits + (long)r * m->s.Vp);
+            t->tokens[target] = argmax(m->s.draft_V, t->logits + r * ((m->s.draft_V + 15L) / 16 * 16));
         }
     }
 }
