@@ -6,7 +6,7 @@ Decoding at sizes that people use, on one CPU thread: ours in fp32 and bf16 besi
     cmake -B build -DGGML_NATIVE=ON -DLLAMA_CURL=OFF && cmake --build build --target llama-batched-bench
     python bench/real_sizes.py --llama=../llama.cpp/build/bin/llama-batched-bench          # 112M; ten minutes
     python bench/real_sizes.py --shape=135m --llama=...                                    # SmolLM2's shape
-    python bench/real_sizes.py --ckpt=out/smollm2 --llama=...    # weights that hf.py has imported, in their shape
+    python bench/real_sizes.py --ckpt=out/smollm2 --llama=...    # a model that hf.py has imported
 
 112M is config/mimo_100m.py with a vocabulary of 8,192. Weights are random unless --ckpt names some: the time of a step
 does not depend on their values. A step is one token for each of 1 or 32 sequences with 32 tokens before it; prefill is
@@ -56,7 +56,7 @@ SHAPES = {
     "112m": ModelConfig(vocab_size=8192, n_layer=16, d_model=768, n_head=12, n_kv_head=3, head_dim=64, d_ff=2048,
                         n_mtp=3),
     "135m": ModelConfig(vocab_size=49_152, n_layer=30, d_model=576, n_head=9, n_kv_head=3, head_dim=64, d_ff=1536,
-                        n_mtp=3),
+                        n_mtp=3, tie_embeddings=True),
     "tiny": ModelConfig(n_mtp=3)}
 
 
@@ -135,14 +135,15 @@ def load_transformers(model: MiMo, dtype: torch.dtype):
                          num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
                          intermediate_size=c.d_ff, rms_norm_eps=c.rms_eps, max_position_embeddings=c.max_seq_len,
                          rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
-                         tie_word_embeddings=False)
+                         tie_word_embeddings=c.tie_embeddings)
     peer = Qwen2ForCausalLM(config)
     trunk = {hf.hub_name(name): w for name, w in model.state_dict().items() if not name.startswith("mtp_layers.")}
     missing, unknown = peer.load_state_dict(trunk, strict=False)
-    if unknown or any(not name.endswith("_proj.bias") for name in missing):
+    if unknown or any(not name.endswith(("_proj.bias", "lm_head.weight")) for name in missing):
         raise RuntimeError(f"transformers' Qwen2 lacks {unknown} or has too much: {missing}")
-    for name in missing:
-        peer.get_parameter(name).data.zero_()
+    for name in missing:                                            # a Llama has no biases, a tied model no lm_head
+        if name.endswith("bias"):
+            peer.get_parameter(name).data.zero_()
     peer.generation_config.eos_token_id = peer.generation_config.pad_token_id = None
     return peer.to(dtype).eval()
 
@@ -169,6 +170,14 @@ def write_gguf(model: MiMo, path: Path, half: bool) -> None:
     """The trunk as a GGUF file of the architecture qwen2, without a tokenizer; matrices in f16 or f32."""
     import gguf
     c, w = model.cfg, gguf.GGUFWriter(path, "qwen2")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, c.n_layer)
+    zeros = {} if c.qkv_bias else {f"layers.{i}.self_attn.{p}_proj.bias": torch.zeros(n * c.head_dim)
+                                   for i in range(c.n_layer)
+                                   for p, n in (("q", c.n_head), ("k", c.n_kv_head), ("v", c.n_kv_head))}
+    for name, t in (model.state_dict() | zeros).items():
+        if not name.startswith("mtp_layers.") and (name != "lm_head.weight" or not c.tie_embeddings):
+            target = names.get_name(hf.hub_name(name), (".weight", ".bias"))
+            w.add_tensor(target, t.to(torch.float16 if half and t.ndim > 1 else torch.float32).numpy())
     w.add_vocab_size(c.vocab_size)
     w.add_context_length(c.max_seq_len)
     w.add_embedding_length(c.d_model)
@@ -182,11 +191,6 @@ def write_gguf(model: MiMo, path: Path, half: bool) -> None:
     w.add_layer_norm_rms_eps(c.rms_eps)
     w.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
     w.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, c.n_layer)
-    for name, t in model.state_dict().items():
-        if not name.startswith("mtp_layers."):
-            target = names.get_name(hf.hub_name(name), (".weight", ".bias"))
-            w.add_tensor(target, t.to(torch.float16 if half and t.ndim > 1 else torch.float32).numpy())
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -196,9 +200,9 @@ def write_gguf(model: MiMo, path: Path, half: bool) -> None:
 def llama_step(file: Path, cfg: Config) -> Callable[[int], float]:
     """llama.cpp's own benchmark: decoding alone, wall time x the process's share of a core."""
     def seconds(batch: int) -> float:
-        command = [cfg.llama, "-m", str(file), "-c", str(batch * (PROMPT + cfg.steps) + 64), "-b", "2048", "-ub", "512",
+        command = [cfg.llama, "-m", str(file), "-c", str(batch * max(256, PROMPT + cfg.steps)), "-b", "2048", "-ub", "512",
                    "-npp", str(PROMPT), "-ntg", str(cfg.steps), "-npl", str(batch), "-t", str(cfg.threads), "-tb",
-                   str(cfg.threads), "-ngl", "0", "--output-format", "jsonl"]
+                   str(cfg.threads), "--output-format", "jsonl"]
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -243,9 +247,7 @@ def main(cfg: Config) -> None:
     half = mtp.build(shape).to(torch.bfloat16).requires_grad_(False)
     half.load_state_dict(model.state_dict())
     parts = shape.params_by_part()
-    tied = bool(torch.equal(model.embed_tokens.weight, model.lm_head.weight))
-    size = sum(parts[name] for name in ("embedding", "blocks", "final norm", "lm_head")) - tied * parts["lm_head"]
-    read = parts["blocks"] + parts["lm_head"]
+    size, read = shape.n_params() - parts["MTP layers"], parts["blocks"] + model.lm_head.weight.numel()
     print(f"{size / 1e6:.0f}M parameters ({shape.n_layer} layers, D = {shape.d_model}, V = {shape.vocab_size:,}), "
           f"{'weights of ' + cfg.ckpt if cfg.ckpt else 'random weights'}; a step reads {4 * read / 1e6:.0f} MB in "
           f"fp32; {cfg.threads} thread of {cpu_name()}")

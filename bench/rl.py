@@ -338,7 +338,7 @@ def compare(cfg: Config) -> None:
         seconds = {name: median(counted, name) for name in ("seconds", *PARTS)}
         each = [row["seconds"] for row in counted]
         rows[side] = {**{f"median_{name}": s for name, s in seconds.items()}, "least": min(each), "most": max(each),
-                      "share": {name: seconds[name] / seconds["seconds"] for name in PARTS},
+                      "share": {name: sum(row[name] for row in counted) / sum(each) for name in PARTS},
                       "decoded_tokens_per_second": median(counted, "tokens") / seconds["decode"],
                       "updated_tokens_per_second": median(counted, "tokens") / seconds["update"],
                       "iterations": all_rows}
