@@ -3,7 +3,7 @@ Decoding at sizes that people use, on one CPU thread: ours in fp32 and bf16 besi
 
     pip install transformers gguf         # the peers; never needed by the recipe. llama.cpp, once:
     git clone https://github.com/ggml-org/llama.cpp && cd llama.cpp
-    cmake -B build -DGGML_NATIVE=ON -DLLAMA_CURL=OFF && cmake --build build --target llama-batched-bench
+    cmake -B build -DGGML_NATIVE=ON && cmake --build build --target llama-batched-bench
     python bench/real_sizes.py --llama=../llama.cpp/build/bin/llama-batched-bench          # 112M; ten minutes
     python bench/real_sizes.py --shape=135m --llama=...                                    # SmolLM2's shape
     python bench/real_sizes.py --ckpt=out/smollm2 --llama=...    # a model that hf.py has imported
@@ -200,9 +200,10 @@ def write_gguf(model: MiMo, path: Path, half: bool) -> None:
 def llama_step(file: Path, cfg: Config) -> Callable[[int], float]:
     """llama.cpp's own benchmark: decoding alone, wall time x the process's share of a core."""
     def seconds(batch: int) -> float:
-        command = [cfg.llama, "-m", str(file), "-c", str(batch * max(256, PROMPT + cfg.steps)), "-b", "2048", "-ub", "512",
-                   "-npp", str(PROMPT), "-ntg", str(cfg.steps), "-npl", str(batch), "-t", str(cfg.threads), "-tb",
-                   str(cfg.threads), "--output-format", "jsonl"]
+        context = batch * max(256, PROMPT + cfg.steps)              # with less than 256 a sequence it prints nothing
+        command = [cfg.llama, "-m", str(file), "-c", str(context), "-b", "2048", "-ub", "512", "-npp", str(PROMPT),
+                   "-ntg", str(cfg.steps), "-npl", str(batch), "-t", str(cfg.threads), "-tb", str(cfg.threads),
+                   "--output-format", "jsonl"]
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
