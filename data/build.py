@@ -24,7 +24,7 @@ import time
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -43,7 +43,7 @@ from data.dedup import band_keys, canonical_url, clusters, shingles, signatures
 from data.extract import extract
 from data.jsonl import read_jsonl, whole_file
 from data.problems import identity
-from data.readers import Bad, hub_rows, lines_before, listing, needed, read_rows
+from data.readers import Bad, check_hub_name, hub_rows, lines_before, listing, needed, read_rows
 from data.sft_data import read_questions
 from data.shards import ShardWriter, read_manifest, write_manifest
 from tokenizer import Tokenizer
@@ -115,9 +115,16 @@ def check_rejected(work: Path, counts: Counter, share: float, least: int = 0) ->
     """UserError when more than `share` of the rows, and more than nine, were rejected; not before `least` rows."""
     rows, bad = counts["rows"], counts["rejected"]
     if rows >= least and bad > max(9, share * rows):
-        first = next((row for path in sorted(work.glob("rejected_*.jsonl")) for _, row in read_jsonl(path)), {})
-        raise UserError(f"{bad:,} of {rows:,} rows rejected, more than max_rejected = {share:g} allows; the first: "
-                        f"{first.get('file')}:{first.get('row')}: {first.get('reason')}")
+        raise UserError(f"{bad:,} of {rows:,} rows rejected, more than max_rejected = {share:g} allows"
+                        f"{first_rejected(work)}")
+
+
+def first_rejected(work: Path) -> str:
+    """The words "; the first: FILE:ROW: why", or none if nothing was rejected."""
+    for path in sorted(work.glob("rejected_*.jsonl")):
+        for _, row in read_jsonl(path):
+            return f"; the first: {row['file']}:{row['row']}: {row['reason']}"
+    return ""
 
 
 # ---- plan -----------------------------------------------------------------------------------------------------------
@@ -141,8 +148,11 @@ def plan(job: Job, replace: bool = False, append: bool = False) -> tuple[Path, i
                 made_by = read_manifest(folder / f"{name}.json").get("tokenizer")
                 if made_by and made_by != tokenizer.fingerprint:
                     raise UserError(f"source {name!r} in {folder} was made with another tokenizer: nothing to add to")
+    if not Path(job.source).exists():
+        check_hub_name(job.source)
     if job.heldout:
         read_questions(job.heldout)
+    labels = tagging.read_labels(job.labels) if job.labels else None
     stats = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]] or [(job.source, 0, 0)]
     made = {"job": asdict(job), "files": [list(s) for s in stats], "unread": [str(f) for f in unread],
             "parts": cut(stats, job.limit)}
@@ -151,8 +161,8 @@ def plan(job: Job, replace: bool = False, append: bool = False) -> tuple[Path, i
         shutil.rmtree(work, ignore_errors=True)              # of another command, or of files that have changed
         with whole_file(path) as f:
             json.dump(made, f)
-        if job.labels:
-            tagger, accuracy = tagging.train(*tagging.read_labels(job.labels))
+        if labels:
+            tagger, accuracy = tagging.train(*labels)
             tagging.save(tagger, work / "tagger.pt")
             print("tagger, held-out: " + ", ".join(f"{k} {v:.3g}" for k, v in accuracy.items()))
     elif any(work.glob("part_*.json")) or (work / "moves.json").is_file():
@@ -403,8 +413,11 @@ def finish(work: Path, append: bool = False) -> str:
     check_rejected(work, total, job.max_rejected)
     places = [f"{folder}{name}" for folder in ("", "valid/") for name in job.sources]
     if not any(w["shards"] for w in wrote):
-        raise UserError(f"{job.source}: nothing is left to write: {summary(total) or 'there is no row'}"
-                        + (f"; what was rejected is in {work}" if total["rejected"] else ""))
+        first = first_rejected(work)
+        shutil.rmtree(work)                                  # there is nothing to go on with
+        with suppress(OSError):
+            out.rmdir()                                      # made for this; not if something else is in it
+        raise UserError(f"{job.source}: nothing is left to write: {summary(total) or 'there is no row'}{first}")
     reasons = out / f"{job.name}.rejected.jsonl"
     old = reasons.read_bytes() if append and reasons.is_file() else b""
     with whole_file(reasons, "wb") as f:

@@ -153,14 +153,19 @@ def hub_rows(source: str, split: str, subset: str) -> Iterator[tuple[tuple[str, 
     ((name, row number), row) of a data set of the Hugging Face hub, streamed. UserError when there is no such set,
     subset or split.
     """
-    if source.startswith((".", "/")) or source.count("/") != 1:
-        raise UserError(f"{source}: no such folder or file, and not a hub name like owner/dataset")
+    check_hub_name(source)
     datasets = optional("datasets")                         # 375 MB with its dependencies, only for the hub
     try:
         rows = datasets.load_dataset(source, subset or None, split=split, streaming=True)
         yield from (((source, n), row) for n, row in enumerate(rows, 1))
     except ValueError as e:                                 # no such subset or split
         raise UserError(f"{source}: {' '.join(str(e).split())}") from None
+
+
+def check_hub_name(source: str) -> None:
+    """UserError when a source that is no file or folder cannot be a data set of the hub either."""
+    if source.startswith((".", "/")) or source.count("/") != 1:
+        raise UserError(f"{source}: no such folder or file, and not a hub name like owner/dataset")
 
 
 def unpacked(path: Path, raw: BinaryIO) -> BinaryIO:

@@ -553,7 +553,8 @@ def test_rl_that_does_not_fit(world):
 # ---- the other commands --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, words", [
-    (b"", ["nothing left"]), (b"{", ["a.jsonl:1:", "not JSON"]), (b'{"body": 1}', ["row 1", "columns: body"]),
+    (b"", ["left to write", "there is no row"]), (b"{", ["a.jsonl:1:", "not JSON"]),
+    (b'{"body": 1}', ["a.jsonl:1:", "columns: body"]),
     (b'{"text": "\xff"}', ["a.jsonl:1:", "UTF-8"]), (None, ["no such folder"]),
 ])
 def test_hub(tmp_path, text, words):
@@ -563,7 +564,6 @@ def test_hub(tmp_path, text, words):
     else:
         source.write_bytes(text)
     for more in ((), ("--tokenizer=tiny",)):
-        words = ["no documents"] if more and text == b"" else words
         ends(script(hub, "text", source, tmp_path / "out.jsonl", *more), *words)
         assert [p for p in tmp_path.iterdir() if p != source] == []
 
@@ -579,10 +579,11 @@ def test_hub_more(tmp_path):
     ends(script(hub, "text", tmp_path / "b.jsonl", tmp_path / "o", "--tokenizer=nowhere"), "nowhere")
     ends(script(hub, "text", tmp_path / "b.jsonl", tmp_path / "o", "--tokenizer=tiny", "--labels=none"), "none")
     for adapter, row in (("apps", {"question": "q", "input_output": "[1]"}), ("livecodebench", {
-            "question_content": "q", "public_test_cases": "[3]"}), ("openthoughts", {"conversations": []}),
-            ("dapo", {"prompt": []})):
+            "question_content": "q", "public_test_cases": "[3]"}), ("dapo", {"prompt": []})):
         (tmp_path / "c.jsonl").write_bytes(lines(row))
-        ends(script(hub, adapter, tmp_path / "c.jsonl", tmp_path / "o"), adapter, "row 1")
+        ends(script(hub, adapter, tmp_path / "c.jsonl", tmp_path / "o"), adapter, "c.jsonl:1:")
+    (tmp_path / "c.jsonl").write_bytes(lines({"conversations": []}))
+    ends(script(hub, "openthoughts", tmp_path / "c.jsonl", tmp_path / "o"), "c.jsonl", "nothing in it 1")
     assert not (tmp_path / "o").exists()
 
 
@@ -656,7 +657,7 @@ def test_the_7b_without_data_says_on_one_screen_what_is_missing():
                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     *screen, last = process.stderr.strip().split("\n")
     assert process.returncode == 1 and len(screen) < 20 and max(map(len, screen)) < 120, process.stderr
-    for word in ("tokenizer files", "MiMo-7B-Base", "token shards", "docs/data.md", "python plan.py"):
+    for word in ("tokenizer files", "MiMo-7B-Base", "token shards", "docs/your_data.md", "python plan.py"):
         assert word in "\n".join(screen), word
     assert last.startswith("error: no tokenizer files in ") and " and no token shards in " in last
 
