@@ -866,19 +866,21 @@ def test_ten_thousand_programs_leave_nothing(isolation):
         files = sorted(os.listdir(tempfile.gettempdir()))
         return sorted(os.listdir("/proc/self/fd")), files, len(descendants(os.getpid()))
 
-    with open_judge(isolation, workers=2, time_limit=1) as judge:
-        for kind, program in kinds * 4:                       # every box is up
-            judge.run(program, tests[kind])
-        before = held()
-        for i in range(10_000):
+    def run(n: int) -> None:
+        for i in range(n):
             kind, program = kinds[i % len(kinds)]
             judge.submit(i, program, tests[kind])
         found = {}
-        while len(found) < 10_000:
+        while len(found) < n:
             found.update(judge.poll())
             time.sleep(0.01)
-        assert judge.counts["JE"] == judge.counts["retries"] == 0
         time.sleep(0.5)
+
+    with open_judge(isolation, workers=2, time_limit=1) as judge:
+        run(500)                                              # both workers have started all their boxes
+        before = held()
+        run(10_000)
+        assert judge.counts["JE"] == judge.counts["retries"] == 0
         after = held()
     assert after[0] == before[0] and after[2] == before[2]
     assert not [name for name in set(after[1]) - set(before[1]) if "judge" in name]
