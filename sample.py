@@ -73,6 +73,7 @@ class Config:
     seed: int = 0                         # answer j of prompt i uses seed + i * n + j
     mtp: bool = False                     # speculative decoding with the model's MTP layers
     n_draft: int = 0                      # how many of them, 0 = all
+    draft_ids: int = 0                    # drafts are among this many first ids, 0 = all: faster where ids are many
     mark: bool = False                    # with --mtp: mark accepted drafts in plain text, ‹token›¹, instead of colours
     compare: bool = False                 # run the prompts plain and speculative, print both and the ratio
     plain: bool = False                   # torch code only: no C, no Triton; for reading and debugging
@@ -91,7 +92,7 @@ class Config:
         if self.mark and not self.mtp:
             raise ValueError("mark goes with mtp: it marks the accepted drafts of speculative decoding")
         configurator.at_least(self, 1, "n", "max_new_tokens", "slots", "threads")
-        configurator.at_least(self, 0, "temperature", "top_k", "n_draft", "max_len", "kv_tokens")
+        configurator.at_least(self, 0, "temperature", "top_k", "n_draft", "draft_ids", "max_len", "kv_tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} should be in (0, 1]")
 
@@ -219,8 +220,8 @@ def engine_for(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_dra
     """An engine just large enough for these requests."""
     limit = cfg.max_len or model.cfg.max_seq_len
     longest = min(limit, max(len(r.prompt) + r.max_new_tokens for r in requests))
-    return Engine(model, min(cfg.slots, len(requests)), longest, n_draft, kv_tokens=cfg.kv_tokens,
-                  n_ids=tokenizer.n_ids, keep_weights=keep_weights)
+    return Engine(model, min(cfg.slots, len(requests)), longest, n_draft, draft_ids=cfg.draft_ids,
+                  kv_tokens=cfg.kv_tokens, n_ids=tokenizer.n_ids, keep_weights=keep_weights)
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -392,7 +393,7 @@ def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, ckpt: Path, 
     which the oldest are dropped when the context is full; for every other model a line stands alone.
     """
     limit = cfg.max_len or model.cfg.max_seq_len
-    engine = Engine(model, 1, limit, n_draft, n_ids=tokenizer.n_ids, keep_weights=False)
+    engine = Engine(model, 1, limit, n_draft, draft_ids=cfg.draft_ids, n_ids=tokenizer.n_ids, keep_weights=False)
     # checkpoints written before the key "turns" came: this project's own training data are single questions
     turns_of_training = meta.get("turns") or ("single" if meta.get("stage") in ("sft", "rl") else "multi")
     remembers = form == "chat" and turns_of_training == "multi"
