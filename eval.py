@@ -75,7 +75,7 @@ class Config:
     slots: int = 128                      # answers decoded at a time, per process
     kv_tokens: int = 0                    # tokens in the engine's KV cache; 0 = slots x longest answer
     n_draft: int = 0                      # MTP layers that draft; the same answers
-    draft_below: int = 0                  # draft only while at most so many answers are decoded; 0 = always
+    draft_below: int = 0                  # draft only while at most this many answers are in flight; 0 = always
     judge_workers: int = 1                # sandboxed test runners, per process
     judge_seconds: float = 1.0            # processor seconds a test may take [ours]
     judge_memory_mb: int = 512            # address space of a program, MB [ours]

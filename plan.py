@@ -287,7 +287,7 @@ def rl_memory(shape: ModelConfig, run: rl.Config, world: int, device: str = "cud
     """
     e, n = (2 if device == "cuda" else 4), run.shard_ranks or world
     stage = Stage(tokens=1e9, seq_len=run.micro_tokens, checkpointing=run.checkpointing)
-    trained = shape if getattr(run, "mtp_weight", 0) else replace(shape, n_mtp=0)
+    trained = shape if run.mtp_weight else replace(shape, n_mtp=0)
     (row,) = plan(trained, [stage], world, shard_ranks=run.shard_ranks, reduce_each=run.reduce_each, device=device)
     kinds, frozen, V = row["memory"], shape.n_params() - trained.n_params(), shape.vocab_size
     reserve = {"reserve": kinds.pop("reserve")}                     # printed last

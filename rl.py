@@ -92,7 +92,7 @@ class Config:
     slots: int = 128                      # answers decoded at a time, per process
     system: str | None = None             # system prompt; "" = an empty system turn, None = what the chat template says
     n_draft: int = 0                      # MTP layers that draft during rollouts; exact, but slower on large batches
-    draft_below: int = 0                  # draft only while at most so many answers are decoded; 0 = always
+    draft_below: int = 0                  # draft only while at most this many answers are in flight; 0 = always
     mtp_weight: float = 0.0               # train the MTP layers along, on trunk states that they cannot change; 0 =
                                           # frozen [paper 2.2]; above 0 [ours]
     judge_workers: int = 2                # sandboxed test runners, per process

@@ -28,7 +28,6 @@ with MKL, asserted in tests/test_engine.py:
 torch's own attention (SDPA) has no such rule, so attend() below is written out.
 """
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -195,7 +194,7 @@ class TorchRunner:
 
     # -- rows of the state
 
-    def put(self, name: str, at: slice | int | tuple, values: Sequence | int) -> None:
+    def put(self, name: str, at: slice | int | tuple, values: list | int) -> None:
         """state[name][at] = a list of values, or one number for all."""
         array = self.arrays[name]
         array[at] = torch.tensor(values, dtype=array.dtype) if isinstance(array, Tensor) else values
@@ -206,7 +205,7 @@ class TorchRunner:
         self.put("n", row, done + 1)
         self.map_row(row, table)
 
-    def map_row(self, row: int, table: Sequence[int] = ()) -> None:
+    def map_row(self, row: int, table: list[int] | tuple = ()) -> None:
         """The row's sequence has these blocks now; none: what the row writes goes to block 0, which nobody reads."""
         self.put("table", row, 0)
         self.put("table", (row, slice(0, len(table))), table)
