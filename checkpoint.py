@@ -65,7 +65,7 @@ def steps_in(run: Path) -> list[Path]:
         with os.scandir(run) as entries:
             return sorted((Path(run) / e.name for e in entries if re.fullmatch(r"step_\d+", e.name) and e.is_dir()),
                           reverse=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
@@ -257,7 +257,7 @@ def same_run(ckpt: Path, cfg: Any, fixed: Iterable[str]) -> list[str]:
 def steps_left(ckpt: Path, done: int, steps: int) -> None:
     """UserError when a run has more steps behind it than the configuration asks for."""
     if steps < done:
-        raise UserError(f"steps = {steps} here, but {ckpt} has {done} already; give more, or another --out for a new run")
+        raise UserError(f"steps = {steps} here, but {ckpt} has {done} already; give more, or another --out")
 
 
 def weight_files(ckpt: str | Path) -> dict[str, Path]:

@@ -196,7 +196,8 @@ class MixtureLoader:
         """
         now = self.state_dict()
         if state["seed"] != now["seed"]:
-            raise UserError(f"loader: the saved run used seed {state['seed']}, this one {now['seed']}")
+            raise UserError(f"loader: the saved run used seed {state['seed']}, this one {now['seed']}; give "
+                            "another --out for a new run")
         for name in sorted(set(state["data"]) & set(now["data"])):
             if state["data"][name] != now["data"][name]:
                 raise UserError(f"loader: source {name!r} is not the one the saved run was reading: "
