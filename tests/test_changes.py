@@ -278,6 +278,7 @@ def resumed(finished, tmp_path, monkeypatch):
     for module in SCRIPTS.values():
         monkeypatch.setattr(module, "Metrics", stop)
     monkeypatch.setattr(rl, "Judge", Judge)
+    monkeypatch.setattr(torch, "compile", lambda forward: forward)             # which takes seconds to import itself
     monkeypatch.setattr(rl, "Grader", lambda *_: SimpleNamespace())
 
     def resumed(script, *flags):
