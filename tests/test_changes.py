@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import sys
 import typing
 from pathlib import Path
@@ -66,6 +67,7 @@ def world(tmp_path_factory):
     for name in ("base", "other"):
         model = checkpoint.materialise(mtp.build(ModelConfig(**SHAPE), "meta"), distributed.setup(device="cpu"), seed=3)
         checkpoint.save(world / name, 1, model, tokenizer=TINY, config={}, meta={"chat": True}, state={})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)      # setup() has taken it from pytest
     return world
 
 
@@ -259,6 +261,7 @@ def finished(world):
     for script in ("pretrain.py", "sft.py"):
         module = SCRIPTS[script]
         module.main(configurator.load(module.Config, words_of(script, world, world / f"run_{script}")))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cfg = configurator.load(rl.Config, words_of("rl.py", world, world / "run_rl.py"))
     model = checkpoint.materialise(mtp.build(ModelConfig(**SHAPE), "meta"), distributed.setup(device="cpu"), seed=3)
     problems = rl.read_problems(cfg.problems)

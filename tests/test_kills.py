@@ -63,6 +63,7 @@ def world(tmp_path_factory):
     (world / "small.py").write_text(CONFIG)
     model = checkpoint.materialise(mtp.build(ModelConfig(**SHAPE), "meta"), distributed.setup(device="cpu"), seed=3)
     checkpoint.save(world / "base", 1, model, tokenizer=TINY, config={}, meta={"stage": "sft", "chat": True}, state={})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)      # setup() has taken it from pytest
     return world
 
 
@@ -74,7 +75,8 @@ def words(script, world, out):
                 "--batch_size=4", "--steps=40", "--lr=1e-3", "--device=cpu"]
     return [f"--init={world}/base", f"--out={out}", f"--problems={world}/problems.jsonl", "--batch_size=2",
             f"--valid={world}/valid.jsonl", "--steps=8", "--mini_batch=1", "--group_size=4", "--max_groups=4",
-            "--slots=8", "--lr=1e-3", "--max_new_tokens=[(0,8),(3,12)]", "--eval_every=3", "--eval_samples=2", "--reward_lag=2", "--device=cpu"]
+            "--slots=8", "--lr=1e-3", "--max_new_tokens=[(0,8),(3,12)]",
+            "--eval_every=3", "--eval_samples=2", "--reward_lag=2", "--device=cpu"]
 
 
 def work(script, argv):
@@ -132,7 +134,7 @@ def test_killed_at_random_moments(world, tmp_path, script, kills):
         assert not [p for p in (tmp_path / "x").glob(".*") if ".writing_old" in p.name]
         shutil.rmtree(tmp_path / "x")
         runs += 1
-    print(f"{script}: {done} kills, {runs} runs of {seconds:.1f} s")
+        print(f"{script}: {done} kills, {runs} whole runs of {seconds:.1f} s", flush=True)
 
 
 def finished(run: Path, rows: list) -> bool:
