@@ -241,7 +241,8 @@ def same_run(ckpt: Path, cfg: Any, fixed: Iterable[str]) -> list[str]:
     """
     saved, wrong, obeyed = read_json(Path(ckpt) / "config.json"), [], []
     for name, old, new in configurator.changes(saved, cfg):
-        if name == "init" and all(map(os.path.exists, (old, new))) and find(old).samefile(find(new)):
+        if name == "init" and all(all_gather_object(all(map(os.path.exists, (old, new))))) \
+                and find(old).samefile(find(new)):
             continue                                   # another spelling of one place
         was, here = (repr(v["name"] if isinstance(v, dict) and "name" in v else v) for v in (old, new))    # a stage
         if any(f"{name}.".startswith(f"{f}.") or f.startswith(f"{name}.") for f in fixed):

@@ -367,6 +367,23 @@ def test_pretraining_goes_on_with_the_same_tokens_alone(world, tmp_path):
         run(world, tmp_path / "x", *longer, stage("c"), flags=[f"--data={tmp_path}/data"])
 
 
+# ---- nothing that can be resumed ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("harm", ["a byte short", "gone"])
+def test_a_run_that_cannot_be_read_is_not_begun_anew(resumed, script, harm, tmp_path):
+    """The fault: step 1 again, an empty log, and the old folders pruned."""
+    with pytest.raises(ReachedError):
+        resumed(script)
+    for ckpt in checkpoint.steps_in(tmp_path / "run"):
+        file = ckpt / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1]) if harm == "a byte short" else shutil.rmtree(ckpt)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="can be used: step_0.* bytes, should" if "short" in harm else "latest names"):
+        resumed(script)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
 # ---- stages shorter than a step -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tokens", [(130, 100), (130, 1, 1), (1, 1, 640), (200, 30, 20, 10, 300)])
@@ -419,6 +436,20 @@ def test_a_source_of_empty_documents(world, tmp_path):
     with pytest.raises(UserError, match="step 0: no targets in this batch.*documents of web have one token"):
         run(world, tmp_path / "x", stage("a", mix={"web": 1.0}), flags=[f"--data={tmp_path}/data"])
     assert not checkpoint.steps_in(tmp_path / "x")
+
+
+# ---- spikes ---------------------------------------------------------------------------------------------------------
+
+def test_the_spike_guard_in_a_run(world, tmp_path, monkeypatch):
+    """The fault: text known by heart (norm 0.2), then another source (norm 9): that stage was skipped to its end."""
+    norms = iter([0.2] * 25 + [9.0] * 22 + [1e9] * 99)
+    monkeypatch.setattr(distributed, "clip_grad_norm", lambda *_: next(norms))
+    table = stage("a", 25 * 16, seq_len=16, batch_size=1), stage("b", 99 * 16, seq_len=16, batch_size=1)
+    with pytest.raises(UserError, match="gradient norm 1e.09 is above skip_spikes = 10 .* max_skips = 3 steps in a row"):
+        run(world, tmp_path, *table, flags=["--skip_spikes=10", "--max_skips=3"])
+    log = [row for row in rows(tmp_path) if "valid" not in row]
+    assert [row["skipped"] for row in log] == [False] * 47 + [True] * 3
+    assert checkpoint.latest(tmp_path).name == "step_00000025"
 
 
 # ---- seeds ----------------------------------------------------------------------------------------------------------
