@@ -16,6 +16,7 @@ THE ALGORITHM, one iteration:
     4. advantage   A_i = (r_i - mean(r)) / std(r) over the group, the same for every token of o_i              (Eq. 2)
     5. ratio       rho_ij = pi_theta(o_ij | q, o_i<j) / pi_old(o_ij | q, o_i<j) for every generated token
     6. objective   J = 1 / sum_i |o_i|  sum_i sum_j min(rho_ij A_i, clip(rho_ij, 1 - eps_low, 1 + eps_high) A_i) (Eq. 1)
+                   i runs over all answers of the mini-batch, or over each group's apart: the field divide_by
     7. update      one AdamW step on -J per mini-batch of groups; then the engine gets the weights: pi_old = pi_theta
 
 Steps 1 to 3 run in the rollout thread (rollout.py, reward.py), steps 4 to 7 in update(). docs/tutorial/grpo.py is the
@@ -79,6 +80,8 @@ class Config:
     warmup_steps: int = 0                 # linear warm-up, iterations [ours]
     eps_low: float = 0.2                  # Eq. 1 [ours, as DAPO]
     eps_high: float = 0.28                # Eq. 1: upper clip (DAPO's clip-higher), at least eps_low [ours, as DAPO]
+    divide_by: Literal["batch", "group"] = "batch"   # whose tokens Eq. 1 divides by: of all answers of the mini-batch
+                                          # [DAPO's code], or of each group, then the mean over groups [paper Eq. 1]
     scheme: Literal["vanilla", "strict", "soft"] = "soft"   # code reward [paper 3.3.1]
     easy_alpha: float = 0.1               # probability of drawing from the easy pool [paper 3.3.2]
     dynamic_sampling: bool = True         # drop groups whose rewards are all equal [paper 3.3]
@@ -412,10 +415,11 @@ class Trajectory:
     tokens: list[int]                    # generated token ids, the end token included
     rollout_logprobs: list[float]        # log-prob of each generated token when the engine sampled it
     A: float                             # advantage
+    share: float = 1.0                   # weight of each of its tokens in Eq. 1: one over what divide_by names
     old: Tensor | None = None            # [len(tokens)] the trainer's log-probs under pi_old, where they are needed
 
 
-NOTHING = [Trajectory([0], [0], [0.0], 0.0)]       # advantage 0: a forward and backward that add nothing
+NOTHING = [Trajectory([0], [0], [0.0], 0.0, 0.0)]       # advantage 0: a forward and backward that add nothing
 
 
 def mini_batches(groups: list[Group], cfg: Config, step: int, rt: Runtime) -> list[list[Trajectory]]:
@@ -430,10 +434,13 @@ def mini_batches(groups: list[Group], cfg: Config, step: int, rt: Runtime) -> li
     ends = [len(groups) * i // n for i in range(n + 1)]             # the judge or the cap may have left fewer groups
     mine, parts, sizes = [], [[torch.empty(0, dtype=torch.int32)] for _ in range(rt.world)], [0] * rt.world
     for a, b in zip(ends, ends[1:], strict=False):
-        answers = [(g.rank, s, A) for g in groups[a:b] for s, A in zip(g.samples, advantages(g.rewards), strict=True)]
+        lengths = [sum(len(s.tokens) for s in g.samples) for g in groups[a:b]]                  # sum_i |o_i| per group
+        answers = [(g.rank, s, A, 1 / sum(lengths) if cfg.divide_by == "batch" else 1 / (length * len(lengths)))
+                   for g, length in zip(groups[a:b], lengths, strict=True)
+                   for s, A in zip(g.samples, advantages(g.rewards), strict=True)]
         answers.sort(key=lambda x: len(x[1].prompt) + len(x[1].tokens))
         mine.append(answers[rt.rank::rt.world])
-        for i, (source, s, _) in enumerate(answers):
+        for i, (source, s, _, _) in enumerate(answers):
             if source == rt.rank:                                   # this rank has the tokens: send them
                 ids = torch.tensor([*s.prompt, *s.tokens], dtype=torch.int32)
                 parts[i % rt.world] += [ids, torch.tensor(s.logprobs, dtype=torch.float32).view(torch.int32)]
@@ -443,11 +450,11 @@ def mini_batches(groups: list[Group], cfg: Config, step: int, rt: Runtime) -> li
     out = []
     for answers in mine:
         out.append([])
-        for source, s, A in answers:
+        for source, s, A, share in answers:
             P, N, begin = len(s.prompt), len(s.tokens), at[source]
             at[source] += P + 2 * N
             prompt, tokens, logprobs = received[source][begin:at[source]].split([P, N, N])
-            out[-1].append(Trajectory(prompt.tolist(), tokens.tolist(), logprobs.view(torch.float32).tolist(), A))
+            out[-1].append(Trajectory(prompt.tolist(), tokens.tolist(), logprobs.view(torch.float32).tolist(), A, share))
     return out
 
 
@@ -532,15 +539,15 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
             logp, entropy = logprobs_at(model, h, ids, at)                              # [N], [N]
             # 6. objective (Eq. 1) and its gradient. With a single update rho = 1 exactly: the plain policy gradient
             n = torch.tensor([len(t.tokens) for t in micro], device=rt.device)
-            A = torch.tensor([t.A for t in micro], device=rt.device).repeat_interleave(n)           # [N]
+            A, share = torch.tensor([[t.A, t.share] for t in micro], device=rt.device).repeat_interleave(n, 0).T  # [N]
             old = logp.detach() if micro[0].old is None else torch.cat([t.old for t in micro])      # [N]
             rollout_logprobs = torch.tensor([x for t in micro for x in t.rollout_logprobs], device=rt.device)
             summand, rho, clipped = surrogate(logp, old, A, cfg.eps_low, cfg.eps_high)
             if cfg.max_staleness:                                   # truncated importance weights [ours]
                 summand = summand * (old - rollout_logprobs).exp().clamp_max(cfg.is_cap)
             distributed.sync_gradients(model, m == len(micros) - 1 or cfg.reduce_each, rt)
-            loss, extra = -(summand.sum() / count) * rt.world, torch.zeros_like(count)  # FSDP averages over ranks; the
-            if cfg.mtp_weight:                                                          # count is global
+            loss, extra = -(share * summand).sum() * rt.world, torch.zeros_like(count)  # FSDP averages over ranks; the
+            if cfg.mtp_weight:                                                          # shares are global
                 extra = mtp_loss(model, h, ids, at)                 # its gradients end in the MTP layers [ours]
                 loss = loss + cfg.mtp_weight * (extra / count) * rt.world
             loss.backward()
