@@ -454,7 +454,8 @@ def mini_batches(groups: list[Group], cfg: Config, step: int, rt: Runtime) -> li
             P, N, begin = len(s.prompt), len(s.tokens), at[source]
             at[source] += P + 2 * N
             prompt, tokens, logprobs = received[source][begin:at[source]].split([P, N, N])
-            out[-1].append(Trajectory(prompt.tolist(), tokens.tolist(), logprobs.view(torch.float32).tolist(), A, share))
+            out[-1].append(Trajectory(prompt.tolist(), tokens.tolist(), logprobs.view(torch.float32).tolist(), A,
+                                      share))
     return out
 
 
