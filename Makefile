@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-slow lint bench figures clean
+.PHONY: demo test test-slow lint bench figures paper clean
 
 demo: .venv/run                  # the whole recipe on the CPU, about a quarter of an hour on two idle cores
 	$(PY) demo.py
@@ -18,6 +18,9 @@ lint: .venv/dev
 
 figures: .venv/run               # the report's tables and figures, remade from the runs under out/
 	$(PY) paper/figures.py --run=out/tiny
+
+paper: .venv/run                 # the report's claims put to the test (paper/claims.py); CLAIM=fig5 for one. Resumes
+	$(PY) paper/experiments.py --claim=$(CLAIM)
 
 bench: .venv/run                 # every benchmark with its command; each compares with a named alternative
 	@for f in bench/*.py; do $(PY) -c "import ast, sys; print(sys.argv[1] + '\n   ', (ast.get_docstring(ast.parse(open(sys.argv[1]).read())) or '').split('\n')[0])" $$f; done
