@@ -5,6 +5,7 @@ All data of the tiny run, made from one seed (report sections 2.1, 3.1, 3.2).
 
     problems/test.jsonl      held out by identity: what eval.py measures
     problems/valid.jsonl     held out by identity: the curves during RL
+    problems/short.jsonl     held out by identity: one operation, "What is 12 - 5?"; not in the demo's averages
     problems/rl_all.jsonl    training problems of RL, code with a ladder of tests; data.rl_problems filters them
     sft.jsonl                chat samples, maths with worked reasoning
     data/<source>            token shards for the mixtures of the stages: web, maths, code, books, synth
@@ -122,7 +123,8 @@ def main(cfg: Config) -> None:
             for split, n in (("test", cfg.test), ("valid", cfg.valid))}
     for split, kinds in held.items():
         write_problems(out / f"problems/{split}.jsonl", kinds["maths"] + kinds["code"])
-    rl = [*maths.problems(cfg.rl_maths, "train", cfg.seed),
+    write_problems(out / "problems/short.jsonl", maths.problems(min(cfg.test, 100), "test", cfg.seed, levels=(0,)))
+    rl = [*maths.problems(cfg.rl_maths, "train", cfg.seed, levels=maths.TRAINED),
           *code.problems(cfg.rl_code, "train", cfg.seed, tests=cfg.tests)]
     write_problems(out / "problems/rl_all.jsonl", rl)
     print(f"problems: {2 * cfg.test} test, {2 * cfg.valid} valid, {len(rl)} for RL")
