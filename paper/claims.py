@@ -26,8 +26,10 @@ from typing import Literal
 
 @dataclass(frozen=True, eq=False)             # runs are told apart by what their whole chain of commands says
 class Run:
-    """A command as typed after `python`. {out}, {seed} and the names in `uses` are filled in; {x:answers=9000} is the
-    newest checkpoint of x that saw at most so many answers."""
+    """
+    A command as typed after `python`. {out}, {seed} and the names in `uses` are filled in; {x:answers=9000} is the
+    newest checkpoint of x that saw at most so many answers.
+    """
     name: str
     command: str
     uses: dict[str, "Run"] = field(default_factory=dict)

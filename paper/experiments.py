@@ -30,6 +30,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "paper")]
+import claims_page  # noqa: E402
 from claims import CLAIMS, Claim, Contrast, Run  # noqa: E402
 
 import configurator  # noqa: E402
@@ -258,7 +259,7 @@ METRICS: dict[str, Callable[[Path], dict[str, float] | float]] = {
 
 
 def value(claim: Claim, operand: str, metric: str, seed: int) -> dict[str, float] | float:
-    """"ARM.MEASURE", "A.M - B.N" (a rise), or "A.M | B.N": of the arm whose `run` ends with the best held-out point."""
+    """Of "ARM.MEASURE", of "A.M - B.N" (a rise), or of "A.M | B.N": the arm whose run ends best on valid problems."""
     if " | " in operand:
         best = max(operand.split(" | "),
                    key=lambda o: heldout_points(folder(claim.arms[o.rpartition(".")[0]]["run"], seed))[-1])
@@ -361,6 +362,7 @@ def main(cfg: Config) -> None:
         print(f"{(time.time() - t0) / 3600:.1f} hours; {failed} runs failed" if failed else "all runs are done")
     for claim in claims:
         judge(claim)
+    claims_page.main(claims_page.Config())
     if not cfg.judge and failed:
         raise UserError(f"{failed} runs failed: log.txt in their folders says why; the same command tries them again")
 

@@ -154,3 +154,30 @@ def test_scores_leave_out_problems_that_were_looked_at(tmp_path):
     (tmp_path / "eval_answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert experiments.solved(tmp_path) == {"new1": 50.0, "new2": 25.0}
     assert experiments.solved(tmp_path, "code") == {"new2": 25.0}
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+def test_the_page_says_what_the_files_say(tmp_path):
+    """A claim that is judged, one that is only registered, and a transcript: in both pages, and nothing is loaded."""
+    import claims_page
+    judged_claim, registered = CLAIMS[0], CLAIMS[1]
+    rows = [vars(c) | {"per_seed": [4.0, 5.0, 6.0], "mean": 5.0, "low": 3.0, "high": 7.0, "verdict": "agrees"}
+            for c in judged_claim.contrasts]
+    found = {"seeds_done": [11, 12, 13], "values": {"RL": {"test score": [60.0, 61.0, 65.0]}}, "contrasts": rows,
+             "verdict": "agrees", "hours": 1.5, "commits": ["abc"], "machine": "x86", "remark": "By a <wide> margin."}
+    for claim, more in ((judged_claim, found), (registered, {})):
+        note = {"registered": {"commit": "c0ffee", "entry": experiments.entry(claim)}} | more
+        (tmp_path / f"{claim.key}.json").write_text(json.dumps(note))
+    answer = {"step": 30, "reward": 0.5, "verdicts": ["AC", "WA"], "finish": "stop", "tokens": [["a<b", 0.25, 2]]}
+    test = {"kind": "call", "input": "[[1]]", "expected": "1", "difficulty": 2}
+    problem = {"kind": "code", "question": "q?", "solution": "s", "tests": [test, test], "answers": [answer]}
+    (tmp_path / "transcripts.json").write_text(json.dumps(
+        {"run": "out/rl", "scheme": "strict", "temperature": 1.0, "commit": "abc", "problems": [problem]}))
+    claims_page.main(claims_page.Config(results=str(tmp_path)))
+    text, page = ((tmp_path / name).read_text() for name in ("README.md", "claims.html"))
+    for out in (text, page):
+        assert "+5.0 points" in out and "[+3.0, +7.0]" in out and "3 of 3 seeds on the report" in out
+        assert "62.0  (60.0, 61.0, 65.0)" in out and "c0ffee" in out and registered.key in out
+    assert "By a &lt;wide&gt; margin." in page and 'class="t l2" style="--p:0.25"' in page and "a&lt;b" in page
+    assert "<script" not in page and "http" not in page.replace("http-equiv", ""), "it opens offline"
