@@ -432,16 +432,21 @@ def make_probes(tokenizer: Tokenizer, context: int, cfg: Config) -> dict[tuple[i
 
 @torch.no_grad()
 def measure_probes(model: MiMo, tokenizer: Tokenizer, asked: dict) -> dict[str, dict[int, float]]:
-    """Mean score of RULER-like probes (greedy), per kind and context length in tokens [report Fig. 4]."""
+    """
+    Mean score of RULER-like probes (greedy), per kind and context length in tokens [report Fig. 4]; for the needles
+    also the share of right digits of the first number ("single digits").
+    """
     found: dict[str, dict[int, float]] = {}
     stop = stop_ids(tokenizer, True)
     for (length, kind), some in asked.items():
         engine = Engine(model, slots=8, max_len=length, n_ids=tokenizer.n_ids)
         replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), REPLY, temperature=0.0, stop=stop)
                                     for i, p in enumerate(some)])
-        scores = [probes.score(p, tokenizer.decode(s.tokens, skip_control=True))
-                  for p, s in zip(some, replies, strict=True)]
-        found.setdefault(kind, {})[length] = sum(scores) / len(scores)
+        texts = [tokenizer.decode(s.tokens, skip_control=True) for s in replies]
+        for name, score in ((kind, probes.score), (f"{kind} digits", probes.digits)):
+            if score is probes.score or some[0].answers[0].isdigit():
+                scores = [score(p, text) for p, text in zip(some, texts, strict=True)]
+                found.setdefault(name, {})[length] = sum(scores) / len(scores)
     return found
 
 

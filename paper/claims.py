@@ -247,4 +247,99 @@ def mtp() -> Claim:
         differs="1.3 M parameters, 2.2 M tokens.")
 
 
-CLAIMS: list[Claim] = [table5(), eq1(), fig5(), easy_pool(), fig7(), fig8(), mtp()]
+def three_stages() -> Claim:
+    arms = {name: pretrained(config=f"paper/arms/{name}.py", world=WORLD) for name in ("three_stages", "one_mixture")}
+    return Claim(
+        "three_stages", "2.1",
+        "Three stages (general text, then maths and code at 70%, then long context and synthetic reasoning) rather "
+        "than one mixture. No number is given.",
+        {name: {"run": run, "test": evaluated(run)} for name, run in arms.items()},
+        [Contrast("problems solved by the base", "three_stages.test", "one_mixture.test", "score"),
+         Contrast("maths", "three_stages.test", "one_mixture.test", "maths"),
+         Contrast("code", "three_stages.test", "one_mixture.test", "code"),
+         Contrast("held-out loss, maths and code, nats", "three_stages.run", "one_mixture.run", "valid_loss", -1)],
+        differs="2.2 M tokens; both arms see every source equally often, with the same learning rates and contexts.")
+
+
+def synth_epochs() -> Claim:
+    """One, ten and fifty readings of 200,000, 20,000 and 4,000 tokens of synthetic reasoning."""
+    worlds = {n: Run("world", f"{WORLD.command} --synth={3000 // n}") for n in (1, 10, 50)}
+    arms = {n: pretrained(world, "paper/arms/synth.py") for n, world in worlds.items()}
+    return Claim(
+        "synth_epochs", "2.1",
+        "Synthetic reasoning data can be read for very many epochs without overfitting to it.",
+        {f"{n} epochs": {"run": run, "test": evaluated(run, world=worlds[n])} for n, run in arms.items()},
+        [Contrast("ten epochs solve no fewer problems than one", "10 epochs.test", "1 epochs.test", "score"),
+         Contrast("fifty epochs against one", "50 epochs.test", "1 epochs.test", "score"),
+         Contrast("held-out loss, maths and code, nats: fifty against one", "50 epochs.run", "1 epochs.run",
+                  "valid_loss", -1)],
+        differs="A third of stage 3 is synthetic, and the number of its tokens is the same in all arms.")
+
+
+def pipeline() -> Claim:
+    worlds = {name: Run("world", WORLD.command + flag) for name, flag in (
+        ("whole", ""), ("no extraction", " --without=\"['extract']\""), ("no dedup", " --without=\"['dedup']\""),
+        ("no tags", " --without=\"['rebalance']\""))}
+    arms = {name: pretrained(world, flags="--mtp_stage=None") for name, world in worlds.items()}
+    return Claim(
+        "pipeline", "2.1",
+        "Better extraction, global dedup and model tags raise the density of reasoning in the data.",
+        {name: {"run": run, "test": evaluated(run, world=worlds[name])} for name, run in arms.items()},
+        [Contrast("with extraction above without", "whole.test", "no extraction.test", "score"),
+         Contrast("with dedup above without", "whole.test", "no dedup.test", "score"),
+         Contrast("with tags above without", "whole.test", "no tags.test", "score")],
+        differs="On the toy's crawl. Without tags the sources are still told apart, but nothing is weighted.")
+
+
+def sft_scale() -> Claim:
+    arms = {n: tuned(BASE, flags=f"--steps={80 * n}") for n in (1, 12)}
+    return Claim(
+        "sft_scale", "3.6, Table 6",
+        "Twelve times the SFT samples give a better start (AIME24 58.7 to 68.3) that RL still improves.",
+        {f"SFT x{n}": {"sft": evaluated(run), "rl": evaluated(rl(run, PROBLEMS))} for n, run in arms.items()},
+        [Contrast("more SFT is better before RL", "SFT x12.sft", "SFT x1.sft", "score"),
+         Contrast("RL still improves the longer SFT", "SFT x12.rl", "SFT x12.sft", "score"),
+         Contrast("more SFT is better after RL", "SFT x12.rl", "SFT x1.rl", "score")],
+        differs="The same 4,000 samples read 0.7 and 8.5 times, not other samples.")
+
+
+def fig3() -> Claim:
+    """pass@k at temperature 1 of the bases at the ends of stages 1, 2 and 3."""
+    long = pretrained(flags="--mtp_stage=None --keep=99")
+    at = {"stage 1": "/step_00000407", "stage 2": "/step_00000797", "stage 3": ""}
+    return Claim(
+        "fig3", "2.4, Fig. 3",
+        "The stages raise the share of problems that a base model solves at least once in k answers; the lead grows "
+        "with k.",
+        {name: {"test": evaluated(long, step, flags="--samples=64 --temperature=1.0 --top_p=1.0")}
+         for name, step in at.items()},
+        [Contrast("pass@64, stage 3 above stage 1", "stage 3.test", "stage 1.test", "pass_64"),
+         Contrast("pass@64, stage 3 above stage 2", "stage 3.test", "stage 2.test", "pass_64"),
+         Contrast("the lead over stage 1 grows from k = 1 to 8", "stage 3.test", "stage 1.test", "pass_8_over_1"),
+         Contrast("the lead over stage 1 grows from k = 8 to 64", "stage 3.test", "stage 1.test", "pass_64_over_8")],
+        differs="The report compares models, not stages.")
+
+
+def fig4() -> Claim:
+    """Numbers to be repeated in stages 1 and 2, long books and probes in stage 3: then probes can be learned."""
+    world = Run("world", WORLD.command + " --recall=6000 --books=300")
+    base = pretrained(world, "paper/arms/recall.py", "--keep=99")
+    plain = pretrained(flags="--mtp_stage=None")
+    probes = "--tasks=\"['probes']\" --probe_count=40"
+    return Claim(
+        "fig4", "2.4, Fig. 4",
+        "After stage 3 the base finds needles at every depth of its long context.",
+        {"stage 2": {"test": evaluated(base, "/step_00000797", world, probes)},
+         "stage 3": {"test": evaluated(base, "", world, probes)},
+         "stage 3, without recall documents": {"test": evaluated(plain, flags=probes)}},
+        [Contrast("needle at 512 tokens, right digits, after stage 3 against before", "stage 3.test", "stage 2.test",
+                  "needle_digits"),
+         Contrast("needle at 512 tokens, whole numbers", "stage 3.test", "stage 2.test", "needle"),
+         Contrast("with recall documents against without, right digits", "stage 3.test",
+                  "stage 3, without recall documents.test", "needle_digits")],
+        differs="1,024 tokens instead of 32K. Probes are learned only with documents that say numbers twice; the demo "
+                "has none.")
+
+
+CLAIMS: list[Claim] = [table5(), eq1(), fig5(), easy_pool(), fig7(), fig8(), mtp(), three_stages(), synth_epochs(),
+                       pipeline(), sft_scale(), fig3(), fig4()]

@@ -36,6 +36,7 @@ from claims import CLAIMS, Claim, Contrast, Run  # noqa: E402
 import configurator  # noqa: E402
 from configurator import UserError  # noqa: E402
 from data.jsonl import whole_file  # noqa: E402
+from eval import pass_at_k  # noqa: E402
 
 OUT, RESULTS = ROOT / "out/paper", ROOT / "results/claims"
 
@@ -229,6 +230,17 @@ def solved(out: Path, kind: str = "") -> dict[str, float]:
             if kind in ("", kinds[row["id"]]) and row["id"] not in looked_at()}
 
 
+def pass_at(out: Path, k: int, less: int = 0) -> dict[str, float]:
+    """pass@k per fresh test problem, percent; with `less`, pass@k minus pass@less."""
+    return {id: 100 * (pass_at_k(64, c, k) - (pass_at_k(64, c, less) if less else 0.0))
+            for id, c in ((id, round(0.64 * share)) for id, share in solved(out).items())}
+
+
+def probed(out: Path, kind: str) -> float:
+    """Score of a long-context probe at 512 tokens, percent."""
+    return 100 * json.loads((out / "eval.json").read_text())["probes"][kind]["512"]
+
+
 def heldout_points(out: Path) -> list[float]:
     """The held-out curve of an RL run on the validation problems, percent, mean of the kinds."""
     return [100 * float(np.mean([kind["avg"] for kind in row["heldout"].values()])) for row in metrics(out)
@@ -254,6 +266,11 @@ METRICS: dict[str, Callable[[Path], dict[str, float] | float]] = {
     "grad_norm": lambda out: last_half(out, "grad_norm"),                           # second half of the run
     "unsteady": lambda out: float(np.std(np.diff(heldout_points(out)))),            # points
     "answers": lambda out: 8 * last_half(out, "groups_launched"),                   # launched per iteration
+    "pass_64": lambda out: pass_at(out, 64),
+    "pass_8_over_1": lambda out: pass_at(out, 8, 1),
+    "pass_64_over_8": lambda out: pass_at(out, 64, 8),
+    "needle": lambda out: probed(out, "single"),
+    "needle_digits": lambda out: probed(out, "single digits"),
     "acceptance_3": lambda out: 100 * json.loads((out / "eval.json").read_text())["mtp"]["online"][2],   # percent
 }
 
