@@ -111,7 +111,8 @@ border-top:1px solid var(--line);padding-top:1.2rem}p{margin:.5rem 0}.soft{color
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;width:100%}
 td,th{text-align:left;padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 code,pre{font:.85rem/1.5 ui-monospace,monospace}
-svg{width:100%;height:auto;color:var(--ink);font:12px system-ui,sans-serif}a{color:inherit}
+svg{width:100%;height:auto}a{color:inherit}.row{display:flex;justify-content:space-between;gap:1rem;font-size:.88rem}
+.row .soft{white-space:nowrap}
 details{border-bottom:1px solid var(--line);padding:.4rem 0}summary{cursor:pointer}pre{white-space:pre-wrap;
 overflow-wrap:anywhere;margin:.3rem 0 .8rem}.t{border-radius:2px}label{margin-right:1rem}
 #p:checked~.answers .t{background:color-mix(in srgb,var(--hot) calc((1 - var(--p))*100%),transparent)}
@@ -120,28 +121,23 @@ overflow-wrap:anywhere;margin:.3rem 0 .8rem}.t{border-radius:2px}label{margin-ri
 
 
 def plot(claim: dict) -> str:
-    """The contrasts as SVG: interval and mean, a dot per seed; one scale per unit, 0 in the middle line."""
-    rows, parts, y = claim["contrasts"], [], 14
-    for c in rows:
-        ends = [abs(v) for v in (c["low"], c["high"], *c["per_seed"]) if abs(v) < 1e300]
-        top = max(ends, default=1.0) * 1.1 or 1.0
-        place = lambda v, top=top: 350 + 330 * max(-1, min(1, v / top))
-        mark = STATES.get(c["verdict"], "open")
-        low, high = place(c["low"]), place(c["high"])
-        parts += [f'<text x="10" y="{y}" fill="currentColor">{html.escape(c["says"])}</text>',
-                  f'<line x1="20" x2="680" y1="{y + 16}" y2="{y + 16}" stroke="var(--line)"/>',
-                  f'<line x1="350" x2="350" y1="{y + 8}" y2="{y + 24}" stroke="currentColor"/>',
-                  f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 16}" y2="{y + 16}" stroke="var(--{mark})" '
-                  'stroke-width="4" stroke-linecap="round" opacity=".55"/>']
-        parts += [f'<circle cx="{place(v):.1f}" cy="{y + 16}" r="3.5" fill="none" stroke="currentColor"/>'
-                  for v in c["per_seed"]]
-        parts += [f'<circle cx="{place(c["mean"]):.1f}" cy="{y + 16}" r="4.5" fill="var(--{mark})"/>',
-                  f'<text x="690" y="{y}" text-anchor="end" fill="var(--soft)">{number(c["mean"], c["metric"])} '
-                  f'{UNITS.get(c["metric"], "points")}</text>']
-        y += 46
-    return (f'<svg viewBox="0 0 700 {y}" role="img" aria-label="differences with 95% intervals">{"".join(parts)}</svg>'
-            '<p class="soft">Left of the line: below 0. Bar: 95% interval; full dot: mean; rings: seeds. Each row has '
-            'its own scale.</p>')
+    """The contrasts: interval, mean, and a ring per seed, each on its own scale around 0."""
+    parts = []
+    for c in claim["contrasts"]:
+        top = 1.1 * max([abs(v) for v in (c["low"], c["high"], *c["per_seed"]) if abs(v) < 1e300], default=0.0) or 1.0
+        low, high, mean, *seeds = (350 + 340 * max(-1, min(1, v / top)) for v in
+                                   (c["low"], c["high"], c["mean"], *c["per_seed"]))
+        colour = f"var(--{STATES.get(c['verdict'], 'open')})"
+        rings = "".join(f'<circle cx="{x:.1f}" cy="14" r="5" fill="none" stroke="currentColor"/>' for x in seeds)
+        unit = UNITS.get(c["metric"], "points")
+        parts.append(f'<div class="row"><span>{html.escape(c["says"])}</span><span class="soft">'
+                     f'{number(c["mean"], c["metric"])} {unit}</span></div><svg viewBox="0 0 700 28" role="img" '
+                     'aria-label="difference with its 95% interval"><path d="M10 14H690" stroke="var(--line)"/>'
+                     f'<path d="M350 4V24" stroke="currentColor"/><path d="M{low:.1f} 14H{high:.1f}" stroke="{colour}" '
+                     f'stroke-width="5" stroke-linecap="round" opacity=".55"/>{rings}'
+                     f'<circle cx="{mean:.1f}" cy="14" r="6.5" fill="{colour}"/></svg>')
+    return ("".join(parts) + '<p class="soft">The mark is 0. Bar: 95% interval; full dot: mean; rings: seeds. Each row '
+            'has its own scale.</p>')
 
 
 def section(c: dict) -> str:
