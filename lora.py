@@ -47,8 +47,8 @@ HARMLESS = {"base_model_name_or_path", "revision", "task_type", "inference_mode"
             "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
             "lora_dropout", "megatron_core", "qalora_group_size", "eva_config", "velora_config", "runtime_config",
             "ensure_weight_tying"}
-REQUIRED = {"peft_type": ("LORA",), "bias": ("none",),
-            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}    # the others change the base too
+REQUIRED = {"peft_type": ("LORA",), "bias": ("none",),     # the other ways to begin change the base too
+            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica")}
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,14 @@ def writer(model: nn.Module, cfg: LoRA, base: Path) -> Callable[[Path], None] | 
     distributed.reshard(model)
     tensors = {peft_name(name): distributed.full(p.detach()).cpu().contiguous()
                for name, p in distributed.adapters_of(model).items()}
-    imported = read_json(base / "config.json").get("imported")       # hf.py import: the folder it was made from
+    made = read_json(base / "config.json")         # of an import: the folder that it is, if nothing was merged into it
+    hub = str(base) if made.get("adapter") else made.get("imported", str(base))
 
     def write(folder: Path) -> None:
         (folder / FOLDER).mkdir()
         save_file(tensors, folder / FOLDER / WEIGHTS, metadata={"format": "pt"})
         usual_mode(folder / FOLDER / WEIGHTS)
-        write_json(folder / FOLDER / CONFIG, peft_config(cfg, imported or str(base)))
+        write_json(folder / FOLDER / CONFIG, peft_config(cfg, hub))
     return write
 
 
