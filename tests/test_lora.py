@@ -340,6 +340,41 @@ def test_two_ranks_give_the_result_of_one(base, words):
     train(base, "two", "--steps=3", *words)
 
 
+def one_gpu_step(out):
+    """What distributed.setup() does for one GPU, on a CPU: a mesh of one rank, bf16 compute; two updates."""
+    rt = distributed.setup(**RT)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    rt, seen = replace(rt, sharded=True, dtype=torch.bfloat16), []
+    model = mtp.build(TINY, "meta")
+    lora.attach(model, LoRA(rank=3), rt.dtype)
+    model = distributed.shard(model, rt, checkpointing="selective").to_empty(device="cpu")
+    distributed.fill(model, mtp.build(TINY).initial_weights(1))
+    lora.restore(model, None, 1)
+    optimizer = distributed.adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    for _ in range(3):
+        for last in (False, True):
+            distributed.sync_gradients(model, last, rt)
+            loss = F.cross_entropy(model.logits(model(ids()))[:, :-1].flatten(0, 1), ids()[:, 1:].flatten())
+            loss.backward()
+        seen.append(float(loss.detach()))
+        dtypes = {(str(p.dtype), str(p.grad.dtype)) for p in model.parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+    replica = rl.new_replica(model, rt)
+    with torch.no_grad():
+        near = F.cosine_similarity(replica(ids()).float(), model(ids()).float(), -1).min()
+    Path(out).write_text(json.dumps([seen, sorted(dtypes), float(near)]))
+    distributed.teardown(rt)
+
+
+def test_one_gpu_is_a_mesh_of_one_with_a_bf16_base(tmp_path):
+    """Gradients and updates of the adapters in fp32; the engine's replica is near the trainer's forward, both bf16."""
+    run_ranks(1, tmp_path, one_gpu_step, str(tmp_path / "out"))
+    losses, dtypes, near = json.loads((tmp_path / "out").read_text())
+    assert losses[2] < losses[1] < losses[0] and dtypes == [["torch.float32"] * 2] and near > 0.999
+
+
 # ---- PEFT -----------------------------------------------------------------------------------------------------------
 
 def adapter_of(folder, r=3, layers=("self_attn.q_proj", "mlp.down_proj"), **config):
