@@ -135,6 +135,9 @@ def main(cfg: Config) -> None:
         print(configurator.show(cfg))
         print(f"samples: {report}; {loader.n_dropped} longer than a row; rows filled to {loader.fill:.1%}"
               + (f"; resumed at step {step} from {ckpt}" if saved else f"; starting from {start}"))
+        if cfg.lora.rank and not checkpoint.read_meta(base).get("chat", True):
+            print(f"note: {base} is no chat model, and LoRA leaves embedding and head as they are: a token that they "
+                  "were never trained on, <|im_end|> for one, is not learnt (docs/lab_log.md)")
     metrics = Metrics(run, resume_at=step, enabled=rt.is_main)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="sft", disable=None if rt.is_main else True)
 

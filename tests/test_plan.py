@@ -335,6 +335,12 @@ def test_pages_say_what_plan_prints(capsys):
         assert text in printed_by(words.split(), capsys), f"docs/scale.md: what does plan.py {words} print?"
     two = ["config/mimo_1b_rl.py", "--gpus=2", "--set.slots=64", "--set.kv_tokens=65536", "--set.micro_tokens=8192"]
     assert " 23.5  24 GB" in printed_by(two, capsys) and "takes 23.5 GB on each of two" in page
+    yours = (ROOT / "docs/your_model.md").read_text(encoding="utf-8")
+    for words, said in ((["qwen_sft.py"], "8.3 GB for SFT"), (["qwen_rl.py"], "14.6 GB for RL with LoRA"),
+                        (["mimo_7b_sft_lora.py"], "SFT 40.2 GB"), (["mimo_7b_rl_lora.py"], "RL 70.7 GB")):
+        more = ["--model=config/qwen_1b5.py", "--set.lora.rank=16"] if words[0].startswith("qwen") else []
+        number = re.search(r"[\d.]+(?= GB)", said)[0]
+        assert said in yours and f" {number}  " in printed_by([f"config/{words[0]}", "--gpus=1", *more], capsys)
     rows = re.findall(r"^\| `(\w+)` \| (\d+) x (\w+) \| (.*) \|$", page, re.MULTILINE)
     shipped = {p.stem for p in ROOT.glob("config/mimo_*.py")} - {"mimo_7b_problems"}
     assert {name for name, *_ in rows} == shipped
