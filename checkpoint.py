@@ -6,6 +6,7 @@ Checkpoints: one folder each, written whole or not at all, checked when read.
                           config.json           the resolved configuration of the run
                           tokenizer files       tokenizer.save()
                           train_state.pt        optimizer, RNG states, and what the training script hands over
+                          adapter/              of a run with LoRA: its adapters in PEFT's format (lora.py)
                           manifest.json         step, commit, meta, and size + sha256 of every other file
     RUN/latest            names the newest whole one
 
