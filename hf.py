@@ -4,6 +4,7 @@ Weights in and out: Hugging Face folders <-> our checkpoints (report 2.2; MiMo-7
     python hf.py import MiMo-7B-RL out/mimo_7b                       # 451 tensors, 7,833,409,536 parameters
     python hf.py import MiMo-7B-Base out/base --mtps=MiMo-7B-MTPs    # with MTP layers 2 and 3: 483 tensors
     python hf.py import Qwen2.5-0.5B out/qwen --mtp=1                # Qwen2, Qwen2.5, Llama; a fresh MTP layer to train
+    python hf.py import Qwen2.5-0.5B out/qwen --adapter=PEFT         # with a LoRA adapter of PEFT, merged
     python hf.py export out/tiny/rl out/hf --flavour=mimo            # MiMoForCausalLM, one MTP layer
     python hf.py export out/tiny/rl out/hf --flavour=qwen2           # Qwen2ForCausalLM without it; llama: Llama's
 
@@ -37,6 +38,7 @@ from torch import Tensor
 
 import checkpoint
 import configurator
+import lora
 import mtp
 from checkpoint import opened, read_json, usual_mode, weight_map_of, write_json
 from configurator import UserError, from_dict
@@ -67,6 +69,7 @@ class Config:
     out: str = ""                               # folder to write
     flavour: Literal["mimo", "qwen2", "llama"] = ""   # export, required: the family whose code loads the folder
     mtps: str = ""                              # folder of MTP layers 2 and 3 (MiMo-7B-MTPs), read or written
+    adapter: str = ""                           # import: a PEFT folder with a LoRA adapter, merged into the weights
     mtp: int = 0                                # import: fresh MTP layers for a model without, to be trained
     dtype: Literal["stored", "bfloat16", "float16", "float32"] = "stored"   # of the written weights
     chat: Literal["auto", "yes", "no"] = "auto"   # import: is it a chat model? auto: yes if it ends with <|im_end|>
@@ -81,6 +84,8 @@ class Config:
         configurator.at_least(self, 0, "mtp")
         if self.action == "export" and not self.flavour:
             raise ValueError("flavour is missing: an export needs --flavour=mimo, --flavour=qwen2 or --flavour=llama")
+        if self.adapter and self.action == "export":
+            raise ValueError(f"adapter = {self.adapter!r} should be empty: adapters come in at an import")
         if self.mtp and (self.mtps or self.action == "export"):
             raise ValueError(f"mtp = {self.mtp} makes fresh MTP layers at an import, mtps names a folder of trained "
                              "ones: one of the two")
@@ -90,7 +95,8 @@ def main(cfg: Config) -> None:
     dtype = None if cfg.dtype == "stored" else getattr(torch, cfg.dtype)
     mtps, shard_bytes = cfg.mtps or None, cfg.shard_gb * 1e9
     if cfg.action == "import":
-        shape, n, size = import_folder(cfg.source, cfg.out, mtps, dtype, shard_bytes, cfg.chat, cfg.mtp)
+        shape, n, size = import_folder(cfg.source, cfg.out, mtps, dtype, shard_bytes, cfg.chat, cfg.mtp,
+                                       cfg.adapter or None)
         print(f"{cfg.source} -> {cfg.out}: {n} tensors, {shape.n_params():,} parameters, {size / 1e9:.2f} GB, "
               f"{shape.n_mtp} MTP layer(s), RoPE base {shape.rope_base:,.0f}, context {shape.max_seq_len:,}")
     else:
@@ -347,18 +353,18 @@ def store(tensors: dict[str, Tensor], folder: Path) -> Sources:
 
 
 def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None = None, dtype: torch.dtype | None = None,
-                  shard_bytes: float = 5e9, chat: str = "auto",
-                  fresh: int = 0) -> tuple[ModelConfig, int, int]:
+                  shard_bytes: float = 5e9, chat: str = "auto", fresh: int = 0,
+                  adapter: str | Path | None = None) -> tuple[ModelConfig, int, int]:
     """
     A Hugging Face folder -> the checkpoint OUT/step_00000000 and OUT/latest, which pretrain.py, sft.py, rl.py,
     sample.py and eval.py read like their own. mtps: folder of MTP layers 2 and 3. dtype: None = as stored. chat:
-    "auto", "yes" or "no". fresh: untrained MTP layers to add. -> (shape, tensors, bytes). UserError says what does not
-    fit; nothing half-made is left.
+    "auto", "yes" or "no". fresh: untrained MTP layers to add. adapter: a PEFT folder, merged in. -> (shape, tensors,
+    bytes). UserError says what does not fit; nothing half-made is left.
     """
     source, out = Path(source), Path(out)
     if not (source / "config.json").is_file():
         hint = (f"; `huggingface-cli download {source} --local-dir DIR` fetches one" if not source.exists() else
-                ", but a LoRA adapter: merge it first (PEFT's merge_and_unload)"
+                f", but a LoRA adapter: `python hf.py import BASE OUT --adapter={source}` merges it into its base"
                 if (source / "adapter_config.json").is_file() else "")
         raise UserError(f"{source / 'config.json'} is missing: {source} is not a Hugging Face model folder{hint}")
     if checkpoint.steps_in(out):
@@ -373,6 +379,7 @@ def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None =
         raise UserError(f"{source}: num_hidden_layers = {shape.n_layer:,}, but there are only {len(files)} tensors")
     have = {name: (path, name) for name, path in drop_unused(files, shape).items()}
     check_tensors(have, expected(shape), source)
+    merge = lora.merging(Path(adapter), expected(shape)) if adapter else lambda name, t: t
     try:
         tokenizer = Tokenizer.load(source)
     except (ValueError, OSError) as e:
@@ -393,11 +400,11 @@ def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None =
                 have, shape = fresh_layers(have, shape, fresh, Path(made))
             ours = {name.removeprefix("model."): have[name] for name in expected(shape)}
             check_space(out, ours, dtype)
-            n_bytes = write_shards(temporary, ours, shard_bytes, dtype)
+            n_bytes = write_shards(temporary, ours, shard_bytes, dtype, lambda name, t: merge(hub_name(name), t))
         write_json(temporary / "model.json", vars(shape))
         write_json(temporary / CONFIG, hf)
         write_json(temporary / "config.json", {"imported": str(source), "mtps": str(mtps) if mtps else None,
-                                               "fresh_mtp": fresh})
+                                               "adapter": str(adapter) if adapter else None, "fresh_mtp": fresh})
         for file in copies:
             shutil.copyfile(source / file, temporary / file)
         generation = read_json(source / GENERATION) if GENERATION in copies else {}

@@ -50,6 +50,7 @@ import checkpoint
 import configurator
 import distributed
 import kernels
+import lora
 import mtp
 from configurator import UserError
 from data.filters import check_references
@@ -59,6 +60,7 @@ from engine import Engine, Request
 from eval import fingerprint, fitting, sample_seed, summary
 from judge import Judge
 from kernels.linear_cross_entropy import logprob_entropy
+from lora import LoRA
 from metrics import Metrics, check_finite, read_rows
 from model import MiMo, ModelConfig
 from reward import Grader, nothing_learned
@@ -105,6 +107,7 @@ class Config:
     judge_tolerance: float | None = None  # by which floats may differ; None: 1e-9 in calls, not at all in text
     judge_isolation: Literal["auto", "A", "B", "C"] = "auto"   # docs/judge.md; C only for programs you trust
     judge_timeout: float = 600.0          # seconds without any reward, while some are waited for, that end the run
+    lora: LoRA = LoRA()                   # adapters on a frozen base instead of all parameters: --lora.rank=16 [ours]
     micro_tokens: int = 8192              # padded tokens per forward of the trainer; never changes the result
     beta1: float = 0.9                    # AdamW [paper 2.3]
     beta2: float = 0.95                   # AdamW [paper 2.3]
@@ -145,6 +148,9 @@ class Config:
         if not 0 < self.eps_low <= self.eps_high:
             raise ValueError(f"eps_low = {self.eps_low}, eps_high = {self.eps_high}: "
                              "clip-higher needs 0 < eps_low <= eps_high")
+        if self.lora.rank and self.mtp_weight:
+            raise ValueError(f"lora.rank = {self.lora.rank} freezes the MTP layers, mtp_weight = {self.mtp_weight} "
+                             "trains them: should be 0; sft.py --train=mtp trains them afterwards")
         if self.batch_size % self.mini_batch:
             raise ValueError(f"batch_size = {self.batch_size} must be a multiple of "
                              f"mini_batch = {self.mini_batch} (groups)")
@@ -188,8 +194,14 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     chat = meta["chat"]
     model = mtp.build(shape, "meta")
     model.mtp_layers.requires_grad_(cfg.mtp_weight > 0)             # frozen in RL [paper 2.2]
+    if cfg.lora.rank:
+        lora.attach(model, cfg.lora, rt.dtype)
     model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks)
-    model = checkpoint.materialise(model, rt, ckpt=start)           # each rank reads its own rows
+    base = lora.base_of(ckpt, cfg.lora) if ckpt else start          # with adapters: what the run began with, frozen
+    model = checkpoint.materialise(model, rt, ckpt=base)            # each rank reads its own rows
+    if cfg.lora.rank:
+        lora.restore(model, ckpt, cfg.seed)
+        meta["base"] = lora.identity(base)
     optimizer = distributed.adamw(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
 
     # ---- 3. the two threads: rollout there, updates here ------------------------------------------------------------
@@ -246,7 +258,8 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
 
     def save(step: int) -> None:
         checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), meta=meta,
-                        optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt, state={"scheduler": state})
+                        optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt, state={"scheduler": state},
+                        beside=lora.writer(model, cfg.lora, base))
 
     # ---- 4. the loop: SIGTERM drops the step in flight, saves what is finished and leaves; the same command goes on --
     with bar, judge, held_judge, closing(grader), closing(held_grader), closing(rollout):
@@ -271,7 +284,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
             # 4c. new weights to the engine's replica, while the rollout thread rests; with max_staleness = 1 a copy
             t2 = time.perf_counter()
             if not cfg.max_staleness:
-                distributed.copy_weights(model, replica)
+                distributed.fill(replica, distributed.replica_state(model))
             rollout.publish(copied_weights(model, rt) if cfg.max_staleness else None)
 
             # 4d. log and save
@@ -327,8 +340,12 @@ def checkpoint_meta(cfg: Config, start: Path, held: list[Problem]) -> dict:
 
 
 def new_replica(model: MiMo, rt: Runtime) -> MiMo:
-    """A plain copy of the policy in rt.dtype, whatever the trainer is sharded over. A collective under FSDP."""
-    return distributed.copy_weights(model, distributed.replica(model, rt.device, rt.dtype))
+    """
+    A plain copy of the policy in rt.dtype, adapters merged, whatever the trainer is sharded over. A collective under
+    FSDP: every rank calls it.
+    """
+    plain = mtp.build(model.cfg, "meta").to(rt.dtype).to_empty(device=rt.device).requires_grad_(False)
+    return distributed.fill(plain, distributed.replica_state(model))
 
 
 def copied_weights(model: MiMo, rt: Runtime) -> dict[str, Tensor]:

@@ -27,10 +27,12 @@ import checkpoint
 import configurator
 import distributed
 import kernels
+import lora
 import mtp
 from configurator import UserError
 from data.pack import PackedLoader
 from data.sft_data import load_samples, read_questions
+from lora import LoRA
 from metrics import Metrics, check_finite
 from model import ModelConfig
 from tokenizer import Tokenizer
@@ -57,6 +59,7 @@ class Config:
     system: str | None = None             # system prompt of samples without one; "" = an empty system turn, None = what
                                           # the chat template says
     train: Literal["all", "mtp"] = "all"  # mtp: the MTP layers alone, on a frozen trunk
+    lora: LoRA = LoRA()                   # adapters on a frozen base instead of all parameters: --lora.rank=16 [ours]
     save_every: int = 50                  # steps between checkpoints
     keep: int = 2                         # checkpoints kept
     seed: int = 1                         # order of rows
@@ -77,6 +80,9 @@ class Config:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
+        if self.lora.rank and self.train == "mtp":
+            raise ValueError(f"lora.rank = {self.lora.rank} trains adapters of the trunk, train = 'mtp' the MTP "
+                             "layers: should be one of the two")
 
 
 def main(cfg: Config) -> None:
@@ -98,9 +104,14 @@ def main(cfg: Config) -> None:
     model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{start}/model.json"), "meta")
     if cfg.train == "mtp":
         mtp.freeze_all_but_new(model, 0)
+    if cfg.lora.rank:
+        lora.attach(model, cfg.lora, rt.dtype)
     model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile,
                               shard_ranks=cfg.shard_ranks)
-    model = checkpoint.materialise(model, rt, ckpt=start)    # each rank reads its own rows
+    base = lora.base_of(ckpt, cfg.lora) if ckpt else start   # with adapters: what the run began with, frozen
+    model = checkpoint.materialise(model, rt, ckpt=base)     # each rank reads its own rows
+    if cfg.lora.rank:
+        lora.restore(model, ckpt, cfg.seed)
     optimizer = distributed.adamw(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     n_mtp = len(model.mtp_layers)
     if cfg.train == "mtp" and not (n_mtp and cfg.mtp_weight):
@@ -119,11 +130,14 @@ def main(cfg: Config) -> None:
     # the trunk of a base model stays one when only its MTP layers train
     chat = cfg.train == "all" or checkpoint.read_meta(start).get("chat", True)
     meta = {"stage": "sft", "chat": chat, "init": str(cfg.init if saved else start), "turns": turns(samples),
-            "examples": examples(cfg.heldout)}
+            "examples": examples(cfg.heldout)} | ({"base": lora.identity(base)} if cfg.lora.rank else {})
     if rt.is_main:
         print(configurator.show(cfg))
         print(f"samples: {report}; {loader.n_dropped} longer than a row; rows filled to {loader.fill:.1%}"
               + (f"; resumed at step {step} from {ckpt}" if saved else f"; starting from {start}"))
+        if cfg.lora.rank and not checkpoint.read_meta(base).get("chat", True):
+            print(f"note: {base} is no chat model, and LoRA leaves embedding and head as they are: a token that they "
+                  "were never trained on, <|im_end|> for one, is not learnt (docs/lab_log.md)")
     metrics = Metrics(run, resume_at=step, enabled=rt.is_main)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="sft", disable=None if rt.is_main else True)
 
@@ -172,7 +186,8 @@ def main(cfg: Config) -> None:
         if stop or step == cfg.steps or step % cfg.save_every == 0:
             checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), meta=meta,
                             optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt,
-                            state={"step": step, "loader": loader.state_dict()})
+                            state={"step": step, "loader": loader.state_dict()},
+                            beside=lora.writer(model, cfg.lora, base))
         if stop:
             break
     bar.close()
