@@ -32,7 +32,7 @@ import sys
 import threading
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import configurator
 import kernels
-from configurator import UserError
+from configurator import UserError, os_words
 from distributed import Runtime, all_gather_object, assign, fill, is_sharded, local, ranks, replica_state, reshard
 from kernels.cpu.decode import library
 from tokenizer import Tokenizer
@@ -57,8 +58,16 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def steps_in(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first."""
-    return sorted((p for p in Path(run).glob("step_*") if p.is_dir() and p.name[5:].isdigit()), reverse=True)
+    """
+    Checkpoint folders of a run, newest first; none where there is no folder `run`. OSError when it cannot be read:
+    Path.glob would find nothing there, and a run that cannot be seen is not a new one.
+    """
+    try:
+        with os.scandir(run) as entries:
+            return sorted((Path(run) / e.name for e in entries if re.fullmatch(r"step_\d+", e.name) and e.is_dir()),
+                          reverse=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def digest(path: Path) -> str:
@@ -70,10 +79,11 @@ def digest(path: Path) -> str:
     return h.hexdigest()
 
 
-def problem_with(ckpt: Path, part: int = 0, parts: int = 1) -> str | None:
+def problem_with(ckpt: Path, part: int = 0, parts: int = 1, sums: bool = True) -> str | None:
     """
     What is wrong with a checkpoint folder, in words; None when every file has the size and checksum it was written
-    with. Only files part, part + parts, part + 2 parts ... are checked, so that ranks can share the reading.
+    with. Only files part, part + parts, part + 2 parts ... are checked, so that ranks can share the reading. sums=False
+    looks at the sizes only. OSError for what cannot be read, which may be whole.
     """
     try:
         files = sorted(read_manifest(ckpt)["files"].items())
@@ -83,27 +93,50 @@ def problem_with(ckpt: Path, part: int = 0, parts: int = 1) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size:,} bytes, should have {size:,}"
-            if digest(path) != checksum:
+            if sums and digest(path) != checksum:
                 return f"{name} does not match its checksum"
-    except OSError as e:
-        return f"{Path(e.filename or ckpt).name} cannot be read ({e.strerror or e})"
+    except FileNotFoundError as e:
+        return f"{Path(e.filename or ckpt).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is not readable"
     return None
 
 
+def everywhere(look: Callable[[], Any]) -> list:
+    """look() on every rank, in rank order. A collective; an OSError of one rank is raised as a UserError on all."""
+    try:
+        mine = look()
+    except OSError as e:
+        mine = e
+    found = all_gather_object(mine)
+    for e in found:
+        if isinstance(e, OSError):
+            raise UserError(f"{os_words(e)}: whether there is a checkpoint to go on from cannot be told; nothing was "
+                            "changed. Try again when it can be read, or move what is broken out of the way") from e
+    return found
+
+
 def latest(run: str | Path) -> Path | None:
     """
-    The newest checkpoint of a run that passes its check, None if there is none. A broken newer one is named on stderr.
+    The newest checkpoint of a run that passes its check; None for a folder that never had one. A broken newer one is
+    named on stderr. UserError when there are checkpoints and none can be used: no run begins anew on top of them.
     Under several ranks each checks a share of the files, and all agree.
     """
     rank, world = ranks()
-    for ckpt in all_gather_object(steps_in(Path(run)))[0]:
-        wrong = next((w for w in all_gather_object(problem_with(ckpt, rank, world)) if w), None)
+    run, broken = Path(run), []
+    for ckpt in everywhere(lambda: steps_in(run))[0]:
+        wrong = next(filter(None, everywhere(lambda at=ckpt: problem_with(at, rank, world))), None)
         if wrong is None:
+            if broken and rank == 0:
+                print(*(f"warning: {run}/{words}; using the checkpoint before it" for words in broken), sep="\n",
+                      file=sys.stderr)
             return ckpt
-        if rank == 0:
-            print(f"warning: {ckpt} is not whole: {wrong}; using the checkpoint before it", file=sys.stderr)
+        broken.append(f"{ckpt.name} is not whole: {wrong}")
+    what_to_do = "restore it from a copy, or move it away to begin anew, or name another folder"
+    if broken:
+        raise UserError(f"no checkpoint in {run} can be used: {'; '.join(broken)}. Nothing was changed: {what_to_do}")
+    if everywhere((run / "latest").is_file)[0]:
+        raise UserError(f"{run}/latest names a checkpoint, and there is none. Nothing was changed: {what_to_do}")
     return None
 
 
@@ -125,15 +158,28 @@ def find(path: str | Path) -> Path:
                                                           "makes one of it" if hub else ""))
         return ckpt
     if written or (path / "manifest.json").is_file():
-        for wrong in filter(None, all_gather_object(problem_with(path, *ranks()))):
+        for wrong in filter(None, everywhere(lambda: problem_with(path, *ranks()))):
             raise UserError(f"checkpoint {path} is not whole: {wrong}")
     return path
 
 
-def newest(root: str | Path = "out") -> Path | None:
-    """The checkpoint that was written last anywhere under root, None if there is none."""
-    runs = sorted(Path(root).glob("**/latest"), key=lambda p: p.stat().st_mtime, reverse=True)
-    return next((c for c in (latest(p.parent) for p in runs) if c), None)
+def newest(root: str | Path = "out", order: Callable[[Path], Any] = lambda run: 0) -> Path | None:
+    """
+    The checkpoint that was written last anywhere under root, None if there is none; with `order`, that of the run for
+    which order(run) is smallest. Runs without one that can be used are named on stderr. UserError if all are such.
+    """
+    runs = sorted((p.parent for p in Path(root).glob("**/latest")), key=lambda run: -(run / "latest").stat().st_mtime)
+    useless = []
+    for run in sorted(runs, key=order):
+        try:
+            if ckpt := latest(run):
+                return ckpt
+        except UserError as e:
+            useless.append(e)
+            print(f"warning: {e}", file=sys.stderr)
+    if useless:
+        raise useless[0]
+    return None
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -188,6 +234,34 @@ def same_start(ckpt: str | Path, init: str | Path) -> None:
             same_shape(have, want, f"{ckpt}, to be resumed as it lies in the output folder,")
 
 
+def same_run(ckpt: Path, cfg: Any, fixed: Iterable[str]) -> list[str]:
+    """
+    Compare the configuration that ckpt was saved with to cfg, of which a run shall be resumed. fixed: names of fields
+    (`seed`; `model` with all that is in it) that a started run keeps. -> what else differs, as `lr = 0.1, now 0.2`:
+    the run obeys it from here on. UserError for fixed fields, with the saved and the given value.
+    """
+    saved, wrong, obeyed = read_json(Path(ckpt) / "config.json"), [], []
+    for name, old, new in configurator.changes(saved, cfg):
+        if name == "init" and all(all_gather_object(all(map(os.path.exists, (old, new))))) \
+                and find(old).samefile(find(new)):
+            continue                                   # another spelling of one place
+        was, here = (repr(v["name"] if isinstance(v, dict) and "name" in v else v) for v in (old, new))    # a stage
+        if any(f"{name}.".startswith(f"{f}.") or f.startswith(f"{name}.") for f in fixed):
+            wrong.append(f"{name} = {here} here, {was} there")
+        elif name not in ("out", "data", "tokenizer", "problems"):      # places: what is in them is compared elsewhere
+            obeyed.append(f"{name} = {was}, now {here}")
+    if wrong:
+        raise UserError(f"{ckpt} cannot be resumed with another {wrong[0].split(' ')[0]}: {'; '.join(wrong)}; give the "
+                        "old value, or another --out for a new run (docs/scale.md has the rules)")
+    return obeyed
+
+
+def steps_left(ckpt: Path, done: int, steps: int) -> None:
+    """UserError when a run has more steps behind it than the configuration asks for."""
+    if steps < done:
+        raise UserError(f"steps = {steps} here, but {ckpt} has {done} already; give more, or another --out")
+
+
 def weight_files(ckpt: str | Path) -> dict[str, Path]:
     """Tensor name -> the file it lies in. UserError if there are no weights."""
     ckpt = Path(ckpt)
@@ -234,13 +308,15 @@ def inference_dtype(ckpt: str | Path, rt: Runtime) -> torch.dtype:
 
 
 @torch.no_grad()
-def read_weights(ckpt: str | Path, model: nn.Module) -> None:
+def read_weights(ckpt: str | Path, model: nn.Module, fewer_layers: bool = False) -> None:
     """
     Fill a model in place, but for LoRA's adapters; a sharded one reads its own rows only. UserError unless every tensor
-    is there, with the right shape, and none is left over.
+    is there, with the right shape, and none is left over; fewer_layers: MTP layers beyond those of the model may be.
     """
     reshard(model)
     files, params = weight_files(ckpt), {n: p for n, p in model.named_parameters() if "lora_" not in n}
+    if fewer_layers:
+        files = {n: f for n, f in files.items() if n in params or not n.startswith("mtp_layers.")}
     missing, unused = sorted(set(params) - set(files)), sorted(set(files) - set(params))
     if missing or unused:
         what = f"lacks {missing[0]!r}" if missing else f"has {unused[0]!r} too many"
@@ -256,9 +332,11 @@ def read_weights(ckpt: str | Path, model: nn.Module) -> None:
                 assign(p, piece)
 
 
-def materialise(model: nn.Module, rt: Runtime, *, seed: int = 0, ckpt: str | Path | None = None) -> nn.Module:
+def materialise(model: nn.Module, rt: Runtime, *, seed: int = 0, ckpt: str | Path | None = None,
+                fewer_layers: bool = False) -> nn.Module:
     """
-    Memory for a model on the meta device, then its weights: from the checkpoint folder ckpt, else drawn from seed.
+    Memory for a model on the meta device, then its weights: from the checkpoint folder ckpt (fewer_layers: as in
+    read_weights), else drawn from seed.
 
     A sharded model gets this rank's rows only; a plain one that will be sharded stays in CPU memory until shard() moves
     it block by block. The draws come from one CPU generator in name order: any number of ranks starts from the same
@@ -269,7 +347,7 @@ def materialise(model: nn.Module, rt: Runtime, *, seed: int = 0, ckpt: str | Pat
         later = rt.sharded and not is_sharded(model)
         model.to_empty(device="cpu" if later else rt.device)
     if ckpt is not None:
-        read_weights(ckpt, model)
+        read_weights(ckpt, model, fewer_layers)
     else:
         fill(model, model.initial_weights(seed))
     return model
@@ -307,23 +385,21 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 @torch.no_grad()
 def load_optimizer(ckpt: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """
-    AdamW's moments and the RNG states, from a checkpoint that may have been written on another number of ranks.
-    UserError naming a parameter that the optimizer trains and the checkpoint lacks.
+    AdamW's moments and the RNG states, from a checkpoint that may have been written on another number of ranks. A
+    parameter that was frozen there begins without moments.
     """
     reshard(model)
     saved = torch_load(ckpt)
     names = {p: name for name, p in model.named_parameters()}
     trained = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
     have = saved["optimizer"]
-    missing = [n for n in trained if n not in have]
-    if have and missing:
-        raise UserError(f"{ckpt}: no optimizer state for {missing[0]!r} ({len(missing)} in all)")
+    trained = {name: p for name, p in trained.items() if name in have}
     fused = optimizer.param_groups[0].get("fused")
     state = {}
-    for name, p in trained.items() if have else ():
+    for name, p in trained.items():
         state[name] = {"step": torch.zeros((), device=local(p).device if fused else "cpu"),
                        "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    if (Path(ckpt) / "optimizer").is_dir():
+    if state and (Path(ckpt) / "optimizer").is_dir():
         import torch.distributed.checkpoint as dcp
         with warnings.catch_warnings():                # that a single process loads is no accident
             warnings.simplefilter("ignore", UserWarning)
@@ -332,7 +408,7 @@ def load_optimizer(ckpt: str | Path, model: nn.Module, optimizer: torch.optim.Op
         for name, parts in state.items():
             for key, value in parts.items():
                 assign(value, have[name][key])
-    for name, p in trained.items() if have else ():
+    for name, p in trained.items():
         optimizer.state[p] = state[name]
     restore_rng(saved["rng"])
 
@@ -592,7 +668,10 @@ def fingerprints(folder: Path, part: int, parts: int) -> dict[str, list]:
 
 
 def commit(run: Path, step: int, temporary: Path, meta: dict, keep: int, world: int, files: dict) -> None:
-    """Manifest, rename, `latest`, then the oldest go. At every moment a whole newest checkpoint is on the disk."""
+    """
+    Manifest, rename, look at it again, `latest`, then the oldest go. At every moment a whole newest checkpoint is on
+    the disk.
+    """
     manifest = {"step": step, "commit": git_commit(), "meta": meta, "world": world, "files": files}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(temporary / "manifest.json")
@@ -603,6 +682,9 @@ def commit(run: Path, step: int, temporary: Path, meta: dict, keep: int, world: 
         target.rename(run / f".writing_old_{uuid.uuid4().hex}")
     os.replace(temporary, target)
     sync(run)
+    wrong = problem_with(target, sums=False)           # the sums were made of what fingerprints() read back
+    if wrong or read_manifest(target)["files"] != files:
+        raise OSError(f"read back, {wrong or 'manifest.json is another one'}")
     pointer = run / f".latest_{uuid.uuid4().hex}"
     pointer.write_text(target.name + "\n", encoding="utf-8")
     sync(pointer)

@@ -18,6 +18,8 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
+import json
 import math
 import os
 import re
@@ -256,7 +258,9 @@ def check(value: Any, hint: Any, key: str, place: str = ""):
     if hint is float and type(value) is int:
         return float(value)
     if hint is int and type(value) is float and value.is_integer():
-        return int(value)
+        value = int(value)
+    if hint is int and type(value) is int and not -2**63 <= value < 2**63:
+        raise wrong("an int below 2^63 (9,223,372,036,854,775,808)")
     if type(value) is hint:                            # exact: True is not an int here
         return value
     raise wrong(name_of(hint))
@@ -295,6 +299,26 @@ def leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
     if isinstance(node, (list, tuple)) and node and dataclasses.is_dataclass(node[0]):
         return [x for i, v in enumerate(node) for x in leaves(v, f"{path}{i}.")]
     return [(path[:-1], node)]
+
+
+def changes(saved: dict, cfg: Any) -> list[tuple[str, Any, Any]]:
+    """
+    (dotted name, saved value, value now) wherever cfg differs from what to_dict() gave, perhaps read back from JSON.
+    A field that the saved one does not have came later and is no difference; a stage more or less is one, with None.
+    """
+    plain = lambda v: json.loads(json.dumps(to_dict(v) if dataclasses.is_dataclass(v) else v))
+
+    def walk(old: Any, new: Any, path: str) -> Iterable[tuple[str, Any, Any]]:
+        if dataclasses.is_dataclass(new) and isinstance(old, dict):
+            for f in dataclasses.fields(new):
+                if f.name in old:
+                    yield from walk(old[f.name], getattr(new, f.name), f"{path}{f.name}.")
+        elif isinstance(new, list) and isinstance(old, list) and any(map(dataclasses.is_dataclass, new)):
+            for i, pair in enumerate(itertools.zip_longest(old, new)):
+                yield from walk(*pair, f"{path}{i}.")
+        elif plain(old) != plain(new):
+            yield path[:-1], plain(old), plain(new)
+    return list(walk(saved, cfg, ""))
 
 
 def show(cfg: Any) -> str:

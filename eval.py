@@ -93,7 +93,7 @@ class Config:
     def __post_init__(self):
         configurator.at_least(self, 1, "samples", "max_new_tokens", "probe_count", "slots", "judge_workers", "threads",
                               "judge_memory_mb", "judge_output_kb", "timeout")
-        configurator.at_least(self, 0, "limit", "temperature", "kv_tokens", "n_draft", "draft_below")
+        configurator.at_least(self, 0, "limit", "temperature", "kv_tokens", "n_draft", "draft_below", "seed")
         configurator.at_least(self, 0.01, "judge_seconds", "judge_timeout")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} should be in (0, 1]")

@@ -115,26 +115,47 @@ def check_finite(values: dict[str, Tensor | float], model: nn.Module | None = No
                     + "; the last checkpoint is from before this step")
 
 
+def check_targets(count: Tensor, step: int, why: str) -> None:
+    """Raises UserError when a batch has no target (count 0, over all ranks): its loss would be 0 / 0."""
+    if not int(count):
+        raise UserError(f"step {step}: no targets in this batch, nothing to learn: {why}")
+
+
 class SpikeGuard:
     """
-    Opt-in: skip(norm) is True when a gradient norm exceeds `factor` times its running mean (0.98 old + 0.02 new, over
-    the steps that were not skipped; never in the first `warm` steps). The caller then leaves out optimizer.step() and
-    logs skipped=True. The report does not mention spikes; large runs skip a step rather than restart.
+    Opt-in: skip(norm) is True when a gradient norm exceeds `factor` times its running mean (0.98 old + 0.02 new; never
+    in the first `warm` steps of a stage). The caller then leaves out optimizer.step() and logs skipped=True. The report
+    does not mention spikes; large runs skip a step rather than restart.
+
+    A spike is short; a new level that lasts is let through: a skipped norm enters the mean as factor * mean, so that
+    the limit rises with each (factor 10: by 18%). UserError when that takes more than `most` skips in a row.
     """
-    def __init__(self, factor: float = 0.0, warm: int = 20):
-        self.factor, self.warm, self.mean, self.n, self.skipped = factor, warm, 0.0, 0, 0
+    def __init__(self, factor: float = 0.0, most: int = 20, warm: int = 20):
+        self.factor, self.most, self.warm, self.skipped = factor, most, warm, 0
+        self.begin_stage()
+
+    def begin_stage(self) -> None:
+        """Another mixture, context or set of trained weights has another norm: the mean starts anew."""
+        self.mean, self.n, self.in_a_row = 0.0, 0, 0
 
     def skip(self, norm: float) -> bool:
-        if self.factor and self.n >= self.warm and norm > self.factor * self.mean:
-            self.skipped += 1
-            return True
+        limit = self.factor * self.mean
+        spike = bool(self.factor) and self.n >= self.warm and norm > limit
+        self.in_a_row = self.in_a_row + 1 if spike else 0
+        self.skipped += spike
+        if self.in_a_row > self.most:
+            raise UserError(f"gradient norm {norm:.3g} is above skip_spikes = {self.factor:g} times its running mean, "
+                            f"{self.mean:.3g}, for more than max_skips = {self.most} steps in a row: no spike. Lower "
+                            "the learning rate, look at the data of these steps, or raise skip_spikes (0 = never skip);"
+                            " the last checkpoint is from before this step")
         keep = min(0.98, self.n / (self.n + 1))        # a plain mean until it is longer than 50 steps
-        self.mean = keep * self.mean + (1 - keep) * norm
+        self.mean = keep * self.mean + (1 - keep) * (limit if spike else norm)
         self.n += 1
-        return False
+        return spike
 
     def state_dict(self) -> dict:
-        return {"mean": self.mean, "n": self.n, "skipped": self.skipped}
+        return {"mean": self.mean, "n": self.n, "skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict) -> None:
         self.mean, self.n, self.skipped = state["mean"], state["n"], state["skipped"]
+        self.in_a_row = state.get("in_a_row", 0)

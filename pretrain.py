@@ -23,7 +23,7 @@ source is printed where a stage ends; results/demo keeps the curves of a whole r
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,9 +41,9 @@ from data.loader import Batch, MixtureLoader
 from data.shards import Shards, sources
 from distributed import Runtime
 from engine import Engine, Request, generate
-from metrics import Metrics, SpikeGuard, check_finite, mfu
+from metrics import Metrics, SpikeGuard, check_finite, check_targets, mfu
 from model import MiMo, ModelConfig
-from schedule import Stage, batch_size_at, lr_at, mtp_weight_at, stage_at, total_tokens
+from schedule import Stage, batch_size_at, lr_at, mtp_weight_at, next_stage, total_tokens
 from tokenizer import Tokenizer
 
 SAMPLE_PROMPT = "Problem: What is 7+4-6?\nSolution:"     # continued greedily now and then, for the screen
@@ -80,13 +80,16 @@ class Config:
     async_save: bool = False              # write checkpoints in the background while training goes on
     skip_spikes: float = 0.0              # skip a step whose gradient norm exceeds this multiple of its running mean,
                                           # 0 = never
+    max_skips: int = 20                   # so many in a row may be skipped; one more is no spike and ends the run
     plain: bool = False                   # torch code only: no C, no Triton; for reading and debugging
 
     def __post_init__(self):
         if not self.all_stages():
             raise ValueError("stages = []: a run needs at least one Stage")
-        configurator.at_least(self, 1, "micro_batch", "valid_tokens", "save_every", "keep", "threads", "n_mtp_final")
-        configurator.at_least(self, 0, "weight_decay", "grad_clip", "sample_every", "shard_ranks", "skip_spikes")
+        configurator.at_least(self, 1, "micro_batch", "valid_tokens", "save_every", "keep", "threads", "n_mtp_final",
+                              "max_skips")
+        configurator.at_least(self, 0, "weight_decay", "grad_clip", "sample_every", "shard_ranks", "skip_spikes",
+                              "seed")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
@@ -97,6 +100,9 @@ class Config:
         if self.mtp_stage and not 1 <= self.model.n_mtp <= self.n_mtp_final:
             raise ValueError(f"mtp_stage needs 1..{self.n_mtp_final} MTP layers to copy, "
                              f"model.n_mtp = {self.model.n_mtp}")
+        if self.mtp_stage and self.model.n_mtp == self.n_mtp_final:
+            raise ValueError(f"mtp_stage has nothing to train: model.n_mtp = n_mtp_final = {self.n_mtp_final}, so no "
+                             "layer is copied; raise n_mtp_final, or give mtp_stage = None")
         if self.train == "mtp" and self.model.n_mtp < 1:
             raise ValueError("train = 'mtp' needs an MTP layer, the model has none: `hf.py import --mtp=1` adds one")
 
@@ -104,43 +110,54 @@ class Config:
         return self.stages + ([self.mtp_stage] if self.mtp_stage else [])
 
 
+# What a started run keeps; docs/scale.md has the table of all fields. Stages: Position
+FIXED = ["init", "seed", *(f"model.{f.name}" for f in fields(ModelConfig) if f.name != "max_seq_len")]
+PAST = [f.name for f in fields(Stage) if f.name not in ("name", "checkpointing")]      # of a stage that is over
+
+
 def main(cfg: Config) -> None:
     # ---- 1. where we run, what we read --------------------------------------------------------------------------
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     kernels.set_plain(cfg.plain)
+    run = Path(cfg.out)
+    ckpt = checkpoint.latest(run)
     if cfg.init:
-        cfg = going_on(cfg)
-    stages, run = cfg.all_stages(), Path(cfg.out)
+        cfg = going_on(cfg, ckpt)
+    stages = cfg.all_stages()
     end, shortest = total_tokens(stages), min(s.seq_len for s in stages)
     tokenizer, loader = open_data(cfg, stages)
 
     # ---- 2. start or resume -------------------------------------------------------------------------------------
-    ckpt = checkpoint.latest(run)
-    model, optimizer, saved = start(cfg, stages, loader, rt, ckpt)
-    # at: the stage that model and optimizer are set up for, -1 before the first one
-    seen, step, at = (saved["seen"], saved["step"], saved["stage"]) if saved else (0, 0, -1)
-    spikes = SpikeGuard(cfg.skip_spikes)
-    if saved:
-        spikes.load_state_dict(saved["spikes"])
+    spikes = SpikeGuard(cfg.skip_spikes, cfg.max_skips)
+    if ckpt:
+        model, optimizer, place, changed = resume(cfg, stages, tokenizer, loader, spikes, rt, ckpt)
+    else:
+        place, changed, source = Place(), [], cfg.tokenizer if cfg.init else None       # with init the same folder
+        model, optimizer = set_up(mtp.build(cfg.model, "meta"), stages, -1, cfg, rt, source)
+    seen, step, at, began = place.seen, place.step, place.stage, place.began
+    left = seen < end or at < len(stages) - 1
     if rt.is_main:
         print(configurator.show(cfg))
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {end:,.0f} tokens, {rt.world} process(es) "
-              f"on {rt.device}" + (f", resumed at step {step} from {ckpt}" if saved else ""))
+              f"on {rt.device}" + (f", resumed at step {step} from {ckpt}" if ckpt else ""),
+              *(f"  changed: {words}" for words in changed), *([] if left else ["nothing is left to train"]), sep="\n")
     metrics = Metrics(run, resume_at=step, enabled=rt.is_main)
     bar = tqdm(total=int(end), initial=seen, unit="tok", unit_scale=True, desc="pretrain",
                disable=None if rt.is_main else True)
 
     # ---- 3. the loop --------------------------------------------------------------------------------------------
-    while seen < end:
+    while left:
         t0 = time.perf_counter()
-        i, _ = stage_at(stages, seen)
-        if i != at:                                          # a stage begins: context, RoPE base, perhaps new layers
-            at = i
+        if (i := next_stage(stages, seen, at)) != at:        # a stage begins: context, RoPE base, perhaps new layers
+            at, began = i, seen
             model, optimizer = begin_stage(model, optimizer, stages, at, cfg, rt)
+            spikes.begin_stage()
 
         # 3a. what the table says of this step
-        s, rows, w = stages[i], batch_size_at(stages, seen), mtp_weight_at(stages, seen)
-        tokens, stage_end, n_mtp = rows * s.seq_len, total_tokens(stages[:i + 1]), len(model.mtp_layers)
+        stage_end = total_tokens(stages[:i + 1])
+        here = min(seen, stage_end - 1)                      # a stage shorter than the step before it gets one step
+        s, rows, w = stages[i], batch_size_at(stages, here), mtp_weight_at(stages, here)
+        tokens, n_mtp = rows * s.seq_len, len(model.mtp_layers)
         micro = max(1, cfg.micro_batch * shortest // s.seq_len)      # rows per forward: about as many tokens everywhere
         lr = lr_at(stages, min(seen + tokens / 2, stage_end - 1))     # at the step's middle: never 0 at step 0
 
@@ -148,6 +165,7 @@ def main(cfg: Config) -> None:
         # a mean over tokens, whatever the number of ranks and micro-batches
         batch = loader.next_batch(i, s.mix, s.seq_len, rows, rt.rank, rt.world).to(rt.device)
         counts = distributed.all_reduce(mtp.target_counts(batch.ids, batch.docs, s.seq_len, n_mtp), rt)
+        check_targets(counts[0], step, f"the documents of {', '.join(sorted(set(batch.sources)))} have one token each")
 
         # 3c. forward and backward
         total = torch.zeros(1 + n_mtp, device=rt.device)
@@ -172,6 +190,7 @@ def main(cfg: Config) -> None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen, step = seen + tokens, step + 1
+        left = seen < end or at < len(stages) - 1
 
         # 3e. log, validate, save
         seconds = time.perf_counter() - t0
@@ -192,7 +211,7 @@ def main(cfg: Config) -> None:
                           + ", ".join(f"{name} {v['loss']:.3f}" for name, v in valid.items()))
         stop = distributed.stop_requested(rt)
         if stage_ended or stop or step % cfg.save_every == 0:
-            state = {"seen": seen, "step": step, "stage": at, "loader": loader.state_dict(),
+            state = {"seen": seen, "step": step, "stage": at, "began": began, "loader": loader.state_dict(),
                      "spikes": spikes.state_dict()}
             checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), state=state,
                             meta={"stage": "base", "chat": False, "tokens": seen}, optimizer=optimizer, keep=cfg.keep,
@@ -206,18 +225,20 @@ def main(cfg: Config) -> None:
 
 # ---- start, resume, stages ------------------------------------------------------------------------------------------
 
-def going_on(cfg: Config) -> Config:
+def going_on(cfg: Config, ckpt: Path | None = None) -> Config:
     """
-    cfg with the shape and the tokenizer of the checkpoint that it starts from, cfg.init; the context is that of the
-    model, or of a stage with a longer one. UserError without a checkpoint.
+    cfg with the shape and the tokenizer of the checkpoint that it starts from, cfg.init; those that a started run took
+    from there where it stands at ckpt. The context is that of the model, or of a stage with a longer one. UserError
+    without a checkpoint.
     """
-    init = checkpoint.find(cfg.init)
-    shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(init), f"{init}/model.json")
+    shape = checkpoint.read_json(ckpt / "config.json").get("model") if ckpt else None
+    source = ckpt if shape else checkpoint.find(cfg.init)
+    shape = configurator.from_dict(ModelConfig, shape or checkpoint.read_shape(source), f"{source}/model.json")
     shape = replace(shape, max_seq_len=max(shape.max_seq_len, *(s.seq_len for s in cfg.all_stages())))
     try:
-        return replace(cfg, init=str(init), model=shape, tokenizer=str(init))
+        return replace(cfg, model=shape, tokenizer=str(source))
     except ValueError as e:                                  # a rule of Config that this model breaks
-        raise UserError(f"{init}: {e}") from None
+        raise UserError(f"{source}: {e}") from None
 
 
 def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoader]:
@@ -250,24 +271,66 @@ def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoade
     return tokenizer, loader
 
 
-def start(cfg: Config, stages: list[Stage], loader: MixtureLoader, rt: Runtime,
-          ckpt: Path | None,
-          ) -> tuple[MiMo, torch.optim.AdamW, dict | None]:
-    """A new model, or that of ckpt with optimizer and loader where they were. -> (model, optimizer, saved state)."""
-    saved = checkpoint.read_state(ckpt, "seen", "loader", "spikes") if ckpt else None
-    shape, at = cfg.model, -1
-    if saved:
-        at = saved["stage"]
-        if at >= len(stages):
-            raise UserError(f"{ckpt} is in stage {at + 1} of its table, this configuration has {len(stages)}")
-        loader.load_state_dict(saved["loader"])
-        fields = checkpoint.read_shape(ckpt)
-        checkpoint.same_shape(fields, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
-        shape = configurator.from_dict(ModelConfig, fields, f"{ckpt}/model.json")
-    model, optimizer = set_up(mtp.build(shape, "meta"), stages, at, cfg, rt, ckpt or (cfg.init or None))
-    if saved:
-        checkpoint.load_optimizer(ckpt, model, optimizer)
-    return model, optimizer, saved
+@dataclass
+class Place:
+    """Where in its table a run stands."""
+    seen: int = 0               # tokens of the table that are trained
+    step: int = 0               # steps that were made
+    stage: int = -1             # the stage that model and optimizer are set up for, -1 before the first one
+    began: int = 0              # `seen` where it began
+    back: bool = False          # MTP fine-tuning will be made again: the table has more for the trunk than it had
+
+
+def place_in_table(cfg: Config, saved: dict, old: dict) -> tuple[Place, list[str]]:
+    """
+    Where a run of the configuration `old` (config.json) that stands at `saved` goes on in cfg's table. -> (place, the
+    fields of the table that must be as they were). Stages that are over stay; of the one that has begun, the RoPE base.
+
+    MTP fine-tuning leaves the trunk and the first layer alone. So a table that trains the trunk further goes on from
+    where it began, without its copies, and makes it again at the end.
+    """
+    place = Place(saved["seen"], saved["step"], saved["stage"], saved.get("began", 0))
+    n, fixed = len(old.get("stages", [])), []
+    tuned = place.stage == n and old.get("mtp_stage") is not None
+    trunk = place                                            # where the trunk stands
+    if tuned:
+        begun = saved.get("began", sum(s["tokens"] for s in old["stages"]))
+        trunk = Place(begun, place.step, n - 1, 0, back=True)
+    for i in range(trunk.stage + 1):
+        over = i < trunk.stage or trunk.seen >= total_tokens(cfg.stages[:i + 1])
+        fixed += [f"stages.{i}.{name}" for name in (PAST if over else ["rope_base"])]
+    if tuned and (len(cfg.stages) > n or trunk.seen < total_tokens(cfg.stages)):
+        return trunk, fixed
+    if tuned:
+        over = place.seen >= total_tokens(cfg.all_stages())
+        fixed += ["n_mtp_final", *(f"mtp_stage.{name}" for name in (PAST if over else ["rope_base"]))]
+    return place, fixed
+
+
+def resume(cfg: Config, stages: list[Stage], tokenizer: Tokenizer, loader: MixtureLoader, spikes: SpikeGuard,
+           rt: Runtime, ckpt: Path) -> tuple[MiMo, torch.optim.AdamW, Place, list[str]]:
+    """
+    Everything as it was at ckpt. -> (model, optimizer, place, what is different from here on, in words). UserError for
+    a configuration that cannot be obeyed.
+    """
+    saved = checkpoint.read_state(ckpt, "seen", "loader", "spikes")
+    fields = checkpoint.read_shape(ckpt)
+    checkpoint.same_shape(fields, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
+    loader.load_state_dict(saved["loader"])
+    place, fixed = place_in_table(cfg, saved, checkpoint.read_json(ckpt / "config.json"))
+    fixed += ["tokenizer"] if Tokenizer.load(ckpt).fingerprint != tokenizer.fingerprint else []
+    changed = checkpoint.same_run(ckpt, cfg, FIXED + fixed)
+    shape = configurator.from_dict(ModelConfig, fields, f"{ckpt}/model.json")
+    if place.back:
+        shape = replace(shape, n_mtp=cfg.model.n_mtp)
+        changed.append("more for the trunk: back to where MTP fine-tuning began, without its copies; AdamW starts anew")
+    else:
+        spikes.load_state_dict(saved["spikes"])
+    model = mtp.build(shape, "meta")
+    set_context(model, stages, place.stage, cfg)
+    model, optimizer = set_up(model, stages, place.stage, cfg, rt, ckpt, place.back)
+    checkpoint.load_optimizer(ckpt, model, optimizer)
+    return model, optimizer, place, changed
 
 
 def begin_stage(model: MiMo, optimizer: torch.optim.AdamW, stages: list[Stage], at: int, cfg: Config, rt: Runtime,
@@ -279,21 +342,28 @@ def begin_stage(model: MiMo, optimizer: torch.optim.AdamW, stages: list[Stage], 
     stage = stages[at]
     if stage is cfg.mtp_stage:
         model = distributed.place(mtp.replicate(distributed.unshard(model), cfg.n_mtp_final), rt)
-    longest = max(s.seq_len for s in stages[:at + 1])
-    if cfg.init:                                             # a model that exists keeps the context it was trained for
-        longest = max(longest, cfg.model.max_seq_len)
-    model.set_context(model.cfg.rope_base if stage.rope_base is None else stage.rope_base, longest)
+    set_context(model, stages, at, cfg)
     if stage is cfg.mtp_stage:
         return set_up(model, stages, at, cfg, rt)
     distributed.set_checkpointing(model, stage.checkpointing, cfg.compile)
     return model, optimizer
 
 
+def set_context(model: MiMo, stages: list[Stage], at: int, cfg: Config) -> None:
+    """RoPE base and context of stage `at`, on a model with those of the stage before it."""
+    longest = max(s.seq_len for s in stages[:at + 1])
+    if cfg.init:                                             # a model that exists keeps the context it was trained for
+        longest = max(longest, cfg.model.max_seq_len)
+    base = stages[at].rope_base
+    model.set_context(model.cfg.rope_base if base is None else base, longest)
+
+
 def set_up(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime,
-           ckpt: str | Path | None = None) -> tuple[MiMo, torch.optim.AdamW]:
+           ckpt: str | Path | None = None, fewer_layers: bool = False) -> tuple[MiMo, torch.optim.AdamW]:
     """
     Freeze what stage `at` does not train, shard, fill a model that is still on the meta device (each rank its own rows,
-    from the checkpoint or the seed), and make the optimizer. at = -1 before the first stage.
+    from the checkpoint or the seed; fewer_layers: as in checkpoint.read_weights), and make the optimizer. at = -1
+    before the first stage.
     """
     model.requires_grad_(True)
     if 0 <= at and stages[at] is cfg.mtp_stage:
@@ -303,7 +373,7 @@ def set_up(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime,
     model = distributed.shard(model, rt, checkpointing=stages[max(at, 0)].checkpointing, compile=cfg.compile,
                               shard_ranks=cfg.shard_ranks)
     if next(model.parameters()).is_meta:
-        model = checkpoint.materialise(model, rt, seed=cfg.seed, ckpt=ckpt)
+        model = checkpoint.materialise(model, rt, seed=cfg.seed, ckpt=ckpt, fewer_layers=fewer_layers)
     return model, distributed.adamw(model, lr=0.0, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
 
 

@@ -135,7 +135,7 @@ class Config:
                               "judge_memory_mb", "judge_output_kb", "timeout")
         configurator.at_least(self, 0, "lr", "warmup_steps", "easy_alpha", "reward_lag", "n_draft", "weight_decay",
                               "grad_clip", "eval_every", "max_staleness", "shard_ranks", "kv_tokens", "draft_below",
-                              "mtp_weight")
+                              "mtp_weight", "seed")
         configurator.at_least(self, 0.01, "judge_seconds", "judge_timeout")
         for name, high in (("easy_alpha", 1), ("max_staleness", 1), ("beta1", 0.999999), ("beta2", 0.999999)):
             if not 0 <= getattr(self, name) <= high:
@@ -167,6 +167,9 @@ class Config:
         return bool(self.valid and self.eval_every) and (step % self.eval_every == 0 or step == self.steps)
 
 
+FIXED = ["init", "seed", "system"]     # what a started run keeps, beside its problems; docs/scale.md has the table
+
+
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> None:
@@ -179,9 +182,10 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
 
     # ---- 2. start from cfg.init, or resume --------------------------------------------------------------------------
     ckpt = checkpoint.latest(run)
-    saved = checkpoint.read_state(ckpt, "scheduler") if ckpt else None
+    saved, changed = checkpoint.read_state(ckpt, "scheduler") if ckpt else None, []
     if ckpt:
         checkpoint.same_start(ckpt, cfg.init)
+        changed = checkpoint.same_run(ckpt, cfg, FIXED)
     start = ckpt or checkpoint.find(cfg.init)
     shape = configurator.from_dict(ModelConfig, checkpoint.read_shape(start), f"{start}/model.json")
     tokenizer = Tokenizer.load(start)
@@ -219,6 +223,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
                                problems=fingerprint(problems))
     if saved:
         scheduler.load_state_dict(saved["scheduler"])
+        checkpoint.steps_left(ckpt, scheduler.step, cfg.steps)
         checkpoint.load_optimizer(ckpt, model, optimizer)
     first, state = scheduler.step, scheduler.state_dict()
     replica = new_replica(model, rt)
@@ -228,7 +233,8 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     if rt.is_main:
         print(configurator.show(cfg))
         print(f"{len(problems)} problems, {'chat template' if chat else 'plain text (RL-Zero)'}; judge isolation "
-              f"{judge.isolation}; {f'resumed at iteration {first} from' if saved else 'starting from'} {start}")
+              f"{judge.isolation}; {f'resumed at iteration {first} from' if saved else 'starting from'} {start}",
+              *(f"  changed: {words}" for words in changed), sep="\n")
     metrics = Metrics(run, resume_at=first, enabled=rt.is_main)
     evaluated = last_evaluation(metrics, rt)        # a run that was stopped in an evaluation begins with it
     stop = stop_ids(tokenizer, chat)

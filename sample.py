@@ -40,7 +40,7 @@ import configurator
 import distributed
 import kernels
 import mtp
-from checkpoint import find, latest, read_meta, read_shape
+from checkpoint import find, newest, read_meta, read_shape
 from configurator import UserError
 from data.jsonl import line_of, read_jsonl, write_jsonl
 from data.problems import PLAIN, stop_ids
@@ -92,7 +92,8 @@ class Config:
         if self.mark and not self.mtp:
             raise ValueError("mark goes with mtp: it marks the accepted drafts of speculative decoding")
         configurator.at_least(self, 1, "n", "max_new_tokens", "slots", "threads")
-        configurator.at_least(self, 0, "temperature", "top_k", "n_draft", "draft_ids", "max_len", "kv_tokens")
+        configurator.at_least(self, 0, "temperature", "top_k", "n_draft", "draft_ids", "max_len", "kv_tokens",
+                              "seed")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} should be in (0, 1]")
 
@@ -146,12 +147,11 @@ def best_checkpoint(root: str) -> Path:
     def rank(meta: dict) -> int:
         return {"rl": 0, "sft": 1}.get(meta.get("stage"), 2) if meta.get("chat") else 3
 
-    runs = sorted((p.parent for p in Path(root).glob("**/latest")), key=lambda run: -(run / "latest").stat().st_mtime)
-    for run, meta in sorted(((run, newest_meta(run)) for run in runs), key=lambda pair: rank(pair[1])):
-        if ckpt := latest(run):
-            what = ("RL chat model", "SFT chat model", "chat model", "base model (there is no chat model)")[rank(meta)]
-            note(f"{run}: the newest {what}; --ckpt=DIR takes another")
-            return ckpt
+    if ckpt := newest(root, lambda run: rank(newest_meta(run))):
+        kind = rank(newest_meta(ckpt.parent))
+        what = ("RL chat model", "SFT chat model", "chat model", "base model (there is no chat model)")[kind]
+        note(f"{ckpt.parent}: the newest {what}; --ckpt=DIR takes another")
+        return ckpt
     raise UserError(f"no checkpoint under {root}/: `make demo` trains one in about a quarter of an hour")
 
 

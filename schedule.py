@@ -44,8 +44,8 @@ class Stage:
                                         # less memory, +17% or +33% FLOPs, the same numbers [ours]
 
     def __post_init__(self):
-        if not 0 < self.tokens < math.inf:
-            raise ValueError(f"stage {self.name}: tokens = {self.tokens} must be positive")
+        if not 1 <= self.tokens < math.inf:
+            raise ValueError(f"stage {self.name}: tokens = {self.tokens} must be at least 1")
         for name in ("batch_size_start", "batch_warmup_tokens", "lr", "lr_start", "warmup_tokens", "lr_end",
                      "decay_tokens", "mtp_weight", "mtp_weight_end", "mtp_switch_tokens"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -74,6 +74,14 @@ def stage_at(stages: list[Stage], seen: float) -> tuple[int, float]:
             return i, seen
         seen -= s.tokens
     raise ValueError("stages is empty: a run needs at least one Stage")
+
+
+def next_stage(stages: list[Stage], seen: float, at: int) -> int:
+    """
+    Index of the stage that the next step trains, after steps of stage `at` (-1 = none yet). A step may end beyond its
+    stage, but a stage that lies within that step is not passed over: it gets one step.
+    """
+    return min(stage_at(stages, seen)[0], at + 1)
 
 
 def lr_at(stages: list[Stage], seen: float) -> float:

@@ -33,7 +33,7 @@ from configurator import UserError
 from data.pack import PackedLoader
 from data.sft_data import load_samples, read_questions
 from lora import LoRA
-from metrics import Metrics, check_finite
+from metrics import Metrics, check_finite, check_targets
 from model import ModelConfig
 from tokenizer import Tokenizer
 
@@ -76,7 +76,8 @@ class Config:
         configurator.at_least(self, 2, "seq_len")
         configurator.at_least(self, 1, "batch_size", "micro_batch", "steps", "max_per_query", "save_every", "keep",
                               "threads")
-        configurator.at_least(self, 0, "warmup_steps", "lr", "mtp_weight", "weight_decay", "grad_clip", "shard_ranks")
+        configurator.at_least(self, 0, "warmup_steps", "lr", "mtp_weight", "weight_decay", "grad_clip", "shard_ranks",
+                              "seed")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
@@ -85,15 +86,20 @@ class Config:
                              "layers: should be one of the two")
 
 
+FIXED = ["init", "seed", "seq_len", "system"]     # what a started run keeps; docs/scale.md has the table of all fields
+
+
 def main(cfg: Config) -> None:
     # ---- 1. where we run, start or resume -----------------------------------------------------------------------
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
     ckpt = checkpoint.latest(run)
-    saved = checkpoint.read_state(ckpt, "step", "loader") if ckpt else None
+    saved, changed = checkpoint.read_state(ckpt, "step", "loader") if ckpt else None, []
     if ckpt:
         checkpoint.same_start(ckpt, cfg.init)
+        changed = checkpoint.same_run(ckpt, cfg, FIXED)
+        checkpoint.steps_left(ckpt, saved["step"], cfg.steps)
     start = ckpt or checkpoint.find(cfg.init)                # a folder of checkpoints or one checkpoint
     shape, tokenizer = checkpoint.read_shape(start), Tokenizer.load(start)
     if cfg.system is not None:
@@ -134,7 +140,8 @@ def main(cfg: Config) -> None:
     if rt.is_main:
         print(configurator.show(cfg))
         print(f"samples: {report}; {loader.n_dropped} longer than a row; rows filled to {loader.fill:.1%}"
-              + (f"; resumed at step {step} from {ckpt}" if saved else f"; starting from {start}"))
+              + (f"; resumed at step {step} from {ckpt}" if saved else f"; starting from {start}"),
+              *(f"  changed: {words}" for words in changed), sep="\n")
         if cfg.lora.rank and not checkpoint.read_meta(base).get("chat", True):
             print(f"note: {base} is no chat model, and LoRA leaves embedding and head as they are: a token that they "
                   "were never trained on, <|im_end|> for one, is not learnt (docs/lab_log.md)")
@@ -150,6 +157,7 @@ def main(cfg: Config) -> None:
         batch = loader.next_batch(cfg.batch_size, rt.rank, rt.world).to(rt.device)
         counts = mtp.target_counts(batch.ids, batch.docs, cfg.seq_len, n_mtp, batch.mask)
         counts = distributed.all_reduce(counts, rt)
+        check_targets(counts[0], step, f"no sample of these rows of {cfg.data} has a token to train on")
 
         # 3b. forward and backward
         total = torch.zeros(1 + n_mtp, device=rt.device)

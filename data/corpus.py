@@ -44,6 +44,7 @@ class Config:
     def __post_init__(self):
         configurator.at_least(self, 20, "pages")
         configurator.at_least(self, 1, "maths", "code")
+        configurator.at_least(self, 0, "seed")
 
 
 @dataclass

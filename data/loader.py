@@ -142,6 +142,8 @@ class MixtureLoader:
         self.stage, self.seq = 0, 0                        # current stage, rows taken in it
         self.taken = dict.fromkeys(names, 0)               # tokens taken from each source over the whole run
         self.here = dict.fromkeys(names, 0)                # rows taken from each source in the current stage
+        self.share: dict[str, float] | None = None         # the mixture, normalised
+        self.absent: dict[str, int] = {}                   # fingerprints of sources that were read once and are not now
 
     def next_batch(self, stage: int, mix: dict[str, float], seq_len: int, batch_size: int, rank: int = 0,
                    world: int = 1, mask_documents: bool = True) -> Batch:
@@ -157,9 +159,10 @@ class MixtureLoader:
         total = sum(mix.values())
         if total <= 0 or min(mix.values()) < 0:
             raise UserError(f"mix = {mix} needs weights >= 0 with a positive sum")
-        if stage != self.stage:                            # cursors stay: no document is seen again early
-            self.stage, self.seq, self.here = stage, 0, dict.fromkeys(self.here, 0)
         share = {name: w / total for name, w in mix.items() if w > 0}
+        if stage != self.stage or share != (self.share or share):      # the cursors, `taken`, stay: no document is
+            self.stage, self.seq, self.here = stage, 0, dict.fromkeys(self.here, 0)              # seen again early
+        self.share = share
         rows = []                                          # (source, its first token)
         for _ in range(batch_size):
             self.seq += 1
@@ -183,19 +186,26 @@ class MixtureLoader:
     def state_dict(self) -> dict:
         """Plain JSON values; the same on every rank."""
         return {"stage": self.stage, "seq": self.seq, "taken": dict(self.taken), "here": dict(self.here),
-                "seed": self.seed, "data": {name: s.shards.fingerprint for name, s in self.streams.items()}}
+                "mix": self.share, "seed": self.seed,
+                "data": self.absent | {name: s.shards.fingerprint for name, s in self.streams.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue exactly. UserError if the seed, the sources or their contents are not those of the saved run."""
+        """
+        Continue exactly. Sources may be new, and some of the saved run not be read any more. UserError if the seed, or
+        the contents of a source, are not those of the saved run.
+        """
         now = self.state_dict()
         if state["seed"] != now["seed"]:
-            raise UserError(f"loader: the saved run used seed {state['seed']}, this one {now['seed']}")
-        for name in sorted(set(state["data"]) | set(now["data"])):
-            if state["data"].get(name) != now["data"].get(name):
-                raise UserError(f"loader: source {name!r} is not the one the saved run was reading "
-                                "(other files, or added to or removed from the mixture)")
-        self.stage, self.seq = state["stage"], state["seq"]
-        self.taken, self.here = dict(state["taken"]), dict(state["here"])
+            raise UserError(f"loader: the saved run used seed {state['seed']}, this one {now['seed']}; give "
+                            "another --out for a new run")
+        for name in sorted(set(state["data"]) & set(now["data"])):
+            if state["data"][name] != now["data"][name]:
+                raise UserError(f"loader: source {name!r} is not the one the saved run was reading: "
+                                f"fingerprint {now['data'][name]}, the saved one {state['data'][name]}; give the same "
+                                "shards as --data, or another --out for a new run")
+        self.stage, self.seq, self.share = state["stage"], state["seq"], state.get("mix")
+        self.taken, self.here = self.taken | state["taken"], self.here | state["here"]
+        self.absent = {name: data for name, data in state["data"].items() if name not in self.streams}
 
 
 # ---- how fast, and in which shares ----------------------------------------------------------------------------------

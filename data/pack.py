@@ -8,6 +8,7 @@ would teach the model to stop midway. Each sample has its own positions and atte
 
     pytest tests/test_pack.py      # no script of its own; sft.py uses it
 """
+import zlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
@@ -72,11 +73,14 @@ class PackedLoader:
                  n_mtp: int = 0, seed: int = 0, vocab_size: int | None = None, max_seq_len: int | None = None):
         if max_seq_len and seq_len > max_seq_len:
             raise UserError(f"seq_len = {seq_len} is longer than the model's context, max_seq_len = {max_seq_len}")
+        self.fingerprint = 0                               # of all samples, in their order
         for k, (ids, mask) in enumerate(samples):
             if len(ids) != len(mask):
                 raise UserError(f"sample {k}: {len(ids)} ids but {len(mask)} mask values")
             if len(ids) and vocab_size is not None and not 0 <= np.min(ids) <= np.max(ids) < vocab_size:
                 raise UserError(f"sample {k}: token id {np.max(ids)} does not fit {vocab_size} rows")
+            for part, dtype in ((ids, np.int64), (mask, bool)):
+                self.fingerprint = zlib.crc32(np.asarray(part, dtype).tobytes(), self.fingerprint)
         self.samples, self.T, self.A, self.pad_id, self.seed = samples, seq_len, 1 + n_mtp, pad_id, seed
         lengths = [len(ids) for ids, _ in samples]
         self.rows, dropped = best_fit(lengths, seq_len)
@@ -121,13 +125,18 @@ class PackedLoader:
         return self.taken / len(self.rows)
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps: four numbers."""
-        return {"taken": self.taken, "seed": self.seed, "rows": len(self.rows), "seq_len": self.T}
+        """What a checkpoint keeps: five numbers."""
+        return {"taken": self.taken, "seed": self.seed, "rows": len(self.rows), "seq_len": self.T,
+                "samples": self.fingerprint}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue exactly there. UserError if data, row length or seed are not those of the saved run."""
         now = self.state_dict()
-        for key in ("seed", "rows", "seq_len"):
+        for key in ("seed", "seq_len"):
             if state[key] != now[key]:
                 raise UserError(f"packed loader: {key} = {now[key]}, the saved run had {state[key]}")
+        if state["rows"] != now["rows"] or state.get("samples", now["samples"]) != now["samples"]:
+            raise UserError(f"these are not the samples that the saved run was trained on: "
+                            f"rows = {now['rows']}, fingerprint {now['samples']}; the saved run had {state['rows']}, "
+                            f"{state.get('samples')}; give the same data and filters, or another --out for a new run")
         self.taken = state["taken"]

@@ -65,7 +65,7 @@ class Config:
     def __post_init__(self):
         configurator.at_least(self, 1, "book_words", "maths_problems", "code_problems", "synth", "sft", "rl_maths",
                               "rl_code", "test", "valid", "tests", "threads")
-        configurator.at_least(self, 0, "books", "tables", "recall")
+        configurator.at_least(self, 0, "books", "tables", "recall", "seed")
         configurator.at_least(self, 20, "pages")
         for name in ("steps_share", "careless_share"):
             if not 0 <= getattr(self, name) <= 1:

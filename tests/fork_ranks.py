@@ -22,7 +22,7 @@ sys.path[:0] = [p for p in FOLDERS if p not in sys.path]
 import configurator  # noqa: E402
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "pretrain", "sft"])
+server.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "pretrain", "sft", "rl"])
 
 
 def free_port() -> int:

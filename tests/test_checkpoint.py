@@ -165,6 +165,80 @@ def test_other_shapes_and_vocabularies_are_named(tmp_path):
         checkpoint.save(tmp_path, 2, model, config={}, meta={}, state={"cursor": {1}})
 
 
+# ---- none that can be used -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, how", [("model.safetensors", "truncated"), ("train_state.pt", "missing"),
+                                       ("manifest.json", "missing")])
+def test_a_run_of_which_nothing_can_be_used_is_no_new_run(tmp_path, name, how):
+    """The error names each folder and what is wrong with it."""
+    rt, model, optimizer = small()
+    for step in (1, 2):
+        save(tmp_path / "run", step, model, optimizer)
+        break_file(tmp_path / f"run/step_0000000{step}" / name, how)
+    for look in (checkpoint.latest, checkpoint.find):
+        with pytest.raises(UserError, match=f"no checkpoint in .*run can be used: step_00000002 is not whole: {name}"
+                                            f".*; step_00000001 is not whole: {name}.*Nothing was changed: restore"):
+            look(tmp_path / "run")
+    for ckpt in checkpoint.steps_in(tmp_path / "run"):
+        shutil.rmtree(ckpt)
+    with pytest.raises(UserError, match="latest names a checkpoint, and there is none"):
+        checkpoint.latest(tmp_path / "run")
+    (tmp_path / "run/latest").unlink()
+    assert checkpoint.latest(tmp_path / "run") is None
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("call", ["scandir", "digest", "read_manifest"])
+@pytest.mark.parametrize("what", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_cannot_be_read_now_is_neither_new_nor_broken(tmp_path, monkeypatch, call, what):
+    """A hiccup of a network file system: no new run, and no way back to an older checkpoint."""
+    rt, model, optimizer = small()
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer)
+
+    def fail(path, *args):
+        raise OSError(what, os.strerror(what), str(path))
+    with monkeypatch.context() as m:
+        m.setattr(os if call == "scandir" else checkpoint, call, fail)
+        with pytest.raises(UserError, match=f"{os.strerror(what)}.*nothing was changed"):
+            checkpoint.latest(tmp_path)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000002"
+
+
+def test_the_newest_under_a_folder_passes_over_a_run_of_which_nothing_can_be_used(tmp_path, capsys):
+    rt, model, optimizer = small()
+    for name in ("a", "b"):
+        save(tmp_path / name, 1, model, optimizer)
+        os.utime(tmp_path / name / "latest", (ord(name), ord(name)))
+    break_file(tmp_path / "b/step_00000001/model.safetensors", "truncated")
+    assert checkpoint.newest(tmp_path) == tmp_path / "a/step_00000001"
+    assert "no checkpoint in" in capsys.readouterr().err
+    break_file(tmp_path / "a/step_00000001/model.safetensors", "corrupt")
+    with pytest.raises(UserError, match="b can be used"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "manifest.json"])
+def test_nothing_is_pruned_before_the_newer_one_is_verified(tmp_path, monkeypatch, lost):
+    """The file system says that all is written, and then it is not."""
+    rt, model, optimizer = small()
+    save(tmp_path, 1, model, optimizer, keep=1)
+    replace = os.replace
+
+    def forgetful(source, target):
+        replace(source, target)
+        if Path(target).name == "step_00000002":
+            break_file(Path(target) / lost, "truncated")
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", forgetful)
+        with pytest.raises(UserError, match="step 2 in .* could not be written: .*read back.*; earlier checkpoints"):
+            save(tmp_path, 2, model, optimizer, keep=1)
+    assert (tmp_path / "latest").read_text().strip() == "step_00000001"
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000001"
+    save(tmp_path, 2, model, optimizer, keep=1)
+    assert checkpoint.steps_in(tmp_path) == [tmp_path / "step_00000002"]
+
+
 # ---- full disks --------------------------------------------------------------------------------------------
 
 def test_no_room_is_told_before_a_byte_is_written(tmp_path, monkeypatch):

@@ -147,17 +147,42 @@ def test_first_bad_tensor_is_named(bad, kind):
         check_finite({"norm": 1.0, "loss": torch.tensor([1.0, bad])}, model, 12)
 
 
-def test_spikes_are_skipped_only_when_asked_and_do_not_move_the_mean():
+def test_spikes_are_skipped_only_when_asked_and_hardly_move_the_mean():
+    """By hand, after 20 norms of 1: a spike enters as the limit, 5, so that the mean is 25/21 and the limit 125/21."""
     off, on = SpikeGuard(), SpikeGuard(5.0)
     for norm in [1.0] * 20:
         assert not on.skip(norm) and not off.skip(1e6)
     assert on.mean == pytest.approx(1.0)
-    assert on.skip(5.1) and on.skip(1e9) and not on.skip(4.9) and on.skipped == 2
+    assert on.skip(1e30) and on.mean == pytest.approx(25 / 21)
+    assert not on.skip(5.9) and on.skip(1e9) and on.skip(1e9) and not on.skip(4.9) and on.skipped == 3
     again = SpikeGuard(5.0)
     again.load_state_dict(on.state_dict())
-    assert (again.mean, again.n, again.skipped) == (on.mean, on.n, 2)
+    assert again.state_dict() == on.state_dict() and again.skip(1e9) == on.skip(1e9)
     # the first 20 are never skipped
     assert not any(SpikeGuard(2.0).skip(10.0 ** k) for k in range(20))
+
+
+@pytest.mark.parametrize("factor", [2.0, 5.0, 10.0])
+@pytest.mark.parametrize("level", [1.5, 4.0, 11.0, 45.0, 1e4, 1e30])
+def test_a_norm_that_lasts_is_let_through_or_ends_the_run(factor, level):
+    """The fault: after 100 steps at norm 1, 10,000 steps at norm 11 were skipped, and the run ended with status 0."""
+    guard = SpikeGuard(factor, most=20)
+    assert not any(guard.skip(1.0) for _ in range(100))
+    try:
+        skipped = [guard.skip(level) for _ in range(10_000)]
+    except UserError as e:
+        assert "for more than max_skips = 20 steps in a row" in str(e) and f"{level:.3g}" in str(e)
+        assert level > factor * (1 + 0.02 * (factor - 1)) ** 20 and guard.skipped == 21
+    else:
+        assert sum(skipped) <= 20 and not any(skipped[20:])
+        assert skipped[0] == (level > factor)
+
+
+def test_each_stage_has_its_own_mean(rt):
+    guard = SpikeGuard(10.0)
+    assert not any(guard.skip(0.2) for _ in range(100))
+    guard.begin_stage()
+    assert not any(guard.skip(9.0) for _ in range(100)) and guard.skipped == 0 and guard.skip(100.0)
 
 
 # ---- micro-batches -----------------------------------------------------------------------------------------
