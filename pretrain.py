@@ -38,6 +38,7 @@ import kernels
 import mtp
 from configurator import UserError
 from data.loader import Batch, MixtureLoader
+from data.lock import hold
 from data.shards import Shards, sources
 from distributed import Runtime
 from engine import Engine, Request, generate
@@ -115,6 +116,7 @@ def main(cfg: Config) -> None:
     tokenizer, loader = open_data(cfg, stages)
 
     # ---- 2. start or resume -------------------------------------------------------------------------------------
+    lock = hold(run / "run.lock")                            # one run, one folder
     ckpt = checkpoint.latest(run)
     model, optimizer, saved = start(cfg, stages, loader, rt, ckpt)
     # at: the stage that model and optimizer are set up for, -1 before the first one
@@ -202,6 +204,7 @@ def main(cfg: Config) -> None:
     bar.close()
     checkpoint.finish()
     distributed.teardown(rt)
+    lock.release()
 
 
 # ---- start, resume, stages ------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ import chat_template
 import configurator
 from chat_template import CHAT_TEMPLATE
 from configurator import UserError
+from data.text import whole
 
 try:   # Python's Unicode tables differ from Hugging Face's for 51 combining marks: use theirs where installed
     from tokenizers.normalizers import NFC
@@ -62,11 +63,6 @@ ENDS_OF_TEXT = (EOS, "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>")     # <|im_start|>, <｜User｜>
 LONGEST_TOKEN = 1024                             # bytes
 MOST_ROWS = 1 << 24                              # of an embedding
-
-
-def whole(text: str) -> str:
-    """text with U+FFFD for each half of a surrogate pair, which has no UTF-8 form."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @dataclass(frozen=True)
