@@ -44,6 +44,7 @@ sequences that are left are computed again, once, to fill the KV cache of the MT
 Differs from the report, which patches vLLM: all MTP layers draft, in parallel form, each with a KV cache of its own.
 Numbers to expect: docs/engine.md. Tests: tests/test_engine.py.
 """
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -52,6 +53,7 @@ from torch import Tensor
 
 import kernels
 from cache import BlockManager
+from configurator import UserError
 from model import MiMo
 from runner import MAX_STOPS, MIN_ROWS, CpuRunner, GraphRunner, TorchRunner
 
@@ -200,7 +202,10 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Sample]:
-        """Schedule, prefill, decode, retire, draft: one step for every sequence. -> samples that have ended."""
+        """
+        Schedule, prefill, decode, retire, draft: one step for every sequence. -> samples that have ended. UserError
+        names a request for which the model's logits are NaN or infinite; it is taken out.
+        """
         if not self.in_flight:
             return []
         self.schedule()
@@ -430,12 +435,18 @@ class Engine:
     # ---- the end of a sequence --------------------------------------------------------------------------------------
 
     def retire(self, ended: Tensor) -> list[Sample]:
-        """ended bool [A]. -> the samples of these rows, which leave the batch."""
+        """ended bool [A]. -> the samples of these rows, which leave the batch. UserError where logits were no numbers."""
         rows = [i for i, has_ended in enumerate(ended.tolist()) if has_ended]
         samples = [self.read(i).sample() for i in rows]
         self.remove(rows)
         for sample in samples:
             del self.in_flight[sample.id]
+        for s in samples:                                           # the runners have marked what is no number
+            where = [f"after {len(s.tokens) - 1} tokens of its answer"] if math.isnan(s.logprobs[-1]) else \
+                [f"MTP layer {k + 1}" for k, n in enumerate(s.accepted) if n < 0]
+            if where:
+                raise UserError(f"request {s.id!r}: the model's logits are not finite (NaN or infinity), {where[0]}: its "
+                                "weights are broken, or too large")
         return samples
 
     def read(self, row: int) -> Sequence:

@@ -43,6 +43,7 @@ from sampling import sample_tokens, signed64, uniform
 
 MIN_ROWS, KEY_STEP, SUM_PIECE = 4, 16, 128
 MAX_STOPS = 8                                       # most stop ids of a request
+BROKEN = -(1 << 62)                                 # count of accepted drafts of a layer whose logits are not finite
 
 
 def power_of_two(n: int) -> int:
@@ -349,7 +350,8 @@ class TorchRunner:
         sampled, logp = (t.view(R, Q) for t in sample_tokens(self.logits(h, self.model.norm, self.n_ids), u, *how))
         s["tokens"].scatter_(1, targets, sampled)
         s["logp"].scatter_(1, targets, logp)
-        is_stop = (sampled[:, :, None] == s["stop"][:, None, :]).any(-1)        # [R,Q]
+        # a logit that is no number ends the sequence too: Engine.retire says so
+        is_stop = (sampled[:, :, None] == s["stop"][:, None, :]).any(-1) | logp.isnan()         # [R,Q]
         if Q == 1:
             n += 1
             return ((n >= s["limit"]) | is_stop[:, 0])[:A], 1
@@ -395,6 +397,8 @@ class TorchRunner:
             z = self.mtp(k, h, tokens.gather(1, real + k + 1), ctx)                    # [B,W,D]
             logits = self.logits(z[:, -1:], layer.final_layernorm, self.draft_ids)
             tokens.scatter_(1, n + k, logits.argmax(-1, keepdim=True))
+            low, high = logits.aminmax(dim=-1)
+            s["accepted"][rows, k].masked_fill_(~(low.isfinite() & high.isfinite()), BROKEN)
 
 
 # ---- a GPU ----------------------------------------------------------------------------------------------------------

@@ -392,6 +392,8 @@ static float sum16(const float *e) {
     return sum_of(sum);
 }
 
+#define BROKEN (-(1LL << 62))                       // runner.BROKEN
+
 // e [V] = logits / temperature. -> 0 if any of them is NaN or infinite.
 static int scaled(int V, const float *logits, float temperature, float *e) {
     uint32_t odd = 0, bits;
@@ -545,7 +547,10 @@ void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) 
         head(m, k, B, m->s.draft_V, t->x, t->logits);
         for (int r = 0; r < B; r++) {
             int64_t target = (first + r) * C + t->n[first + r] + k;
-            t->tokens[target] = argmax(m->s.draft_V, t->logits + r * ((m->s.draft_V + 15L) / 16 * 16));
+            const float *logits = t->logits + r * ((m->s.draft_V + 15L) / 16 * 16);
+            t->tokens[target] = argmax(m->s.draft_V, logits);
+            if (!scaled(m->s.draft_V, logits, 1, m->scratch))       // no number: Engine.retire says so
+                t->accepted[(first + r) * t->most_drafts + k] = BROKEN;
         }
     }
 }
