@@ -31,6 +31,7 @@ import sys
 import threading
 import uuid
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -535,8 +536,27 @@ def write(run: Path, step: int, weights: dict[str, Tensor], parts: dict, meta: d
             if todo:
                 todo()
         except Exception as e:
-            error = e
+            error = e if room_in(temporary) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         agree(error, run, step, temporary, group)
+
+
+def room_in(folder: Path) -> bool:
+    """
+    Can a megabyte still be written there? On a full disk torch.save and safetensors end with errors of their own, which
+    do not say so; a quota may be used up on a disk with room.
+    """
+    probe = folder / ".probe"
+    try:
+        with open(probe, "wb") as f:
+            f.write(bytes(1 << 20))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        return e.errno not in (errno.ENOSPC, errno.EDQUOT)
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return True
 
 
 def write_json(path: Path, value: object) -> None:

@@ -46,6 +46,7 @@ from data.filters import check_references
 from data.jsonl import whole_file
 from data.loader import make_batch
 from data.problems import Problem, prompt_ids, read_problems, stop_ids
+from data.text import shown
 from data.tiny import probes
 from data.tiny.world import World, make_world
 from distributed import Exchange, Runtime
@@ -182,7 +183,7 @@ def fitting(path: str, problems: list[Problem], tokenizer: Tokenizer, chat: bool
         if len(long) > MAX_LEFT_OUT * len(problems):
             raise UserError(f"{words}; at most {MAX_LEFT_OUT:.0%} of them may be left out")
         if rt.is_main:
-            print(f"left out: {words}")
+            print(shown(f"left out: {words}", lines=False))
     kept = [(p, ids) for p, ids in zip(problems, prompts, strict=True) if len(ids) <= most]
     return [p for p, _ in kept], [ids for _, ids in kept]
 

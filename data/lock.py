@@ -62,9 +62,9 @@ class Lock:
     """A lock file, held or not. release() of one that is not held does nothing."""
     def __init__(self, path: Path):
         self.path, self.held, self.made_folder, self.ended = path, False, False, threading.Event()
-        self.me = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid(),
-                   "start": start_of(os.getpid()), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(sys.argv)[:200],
-                   "token": uuid.uuid4().hex}
+        pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+        self.me = {"host": socket.gethostname(), "machine": machine(), "pid": pid, "start": start_of(pid),
+                   "since": since, "command": " ".join(sys.argv)[:200], "token": uuid.uuid4().hex}
 
     def take(self) -> str | None:
         """None when it is ours now, else who holds it, in words. OSError when the folder cannot be written."""

@@ -41,6 +41,11 @@ def shown(text: str, lines: bool = True) -> str:
     return text if lines else text.replace("\n", "\\n")
 
 
+def for_stdout(text: str) -> str:
+    """text as it goes to stdout: shown where that is a terminal, as it is where it is a file or a pipe."""
+    return shown(text) if sys.stdout.isatty() else text
+
+
 def safe_streams() -> None:
     """
     Printing and typing never end a run: what stdout and stderr cannot encode is written as \\u4e2d, bytes typed that

@@ -26,7 +26,8 @@ def new_model():
 
 
 def break_it(model, where, value):
-    weight = {"lm_head": model.lm_head.weight, "prompt": model.embed_tokens.weight[2:3], "gain": model.norm.weight[None],
+    weight = {"lm_head": model.lm_head.weight, "prompt": model.embed_tokens.weight[2:3],
+              "gain": model.norm.weight[None],
               "block": model.layers[0].mlp.up_proj.weight, "mtp": model.mtp_layers[1].input_proj.weight}[where]
     weight[0, 3] = value
 
