@@ -17,9 +17,10 @@ your text as it stands.
 
 What is shown. Text appears as it is generated; a terminal gets control characters as \\x1b, a pipe or a file as they
 are (data/text.py). With --mtp each accepted draft has the colour of the MTP layer that wrote it: green, cyan, magenta.
-NO_COLOR and pipes get plain text; --mark writes ‹draft›¹ instead, with the number of the layer. A line behind each answer gives tokens per second, memory traffic in GB/s, tokens per forward and acceptance
-per layer; in a chat the last two count the whole session. Speculation never changes the text (engine.py). At the
-default temperature of 0.6 a question that is asked twice in a chat may get two answers; --temperature=0 is greedy.
+NO_COLOR and pipes get plain text; --mark writes ‹draft›¹ instead, with the number of the layer. A line behind each
+answer gives tokens per second, memory traffic in GB/s, tokens per forward and acceptance per layer; in a chat the last
+two count the whole session. Speculation never changes the text (engine.py). At the default temperature of 0.6 a
+question that is asked twice in a chat may get two answers; --temperature=0 is greedy.
 
 Numbers to expect from the demo's checkpoint on one CPU core: docs/engine.md.
 """

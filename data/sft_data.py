@@ -185,7 +185,7 @@ def read_samples(path: str | Path) -> list[dict]:
             for one in found:
                 check_turns(one["messages"])
             score = sample.get("score", 0.0)
-            if type(score) not in (int, float) or not math.isfinite(score):      # NaN is larger and smaller than nothing
+            if type(score) not in (int, float) or not math.isfinite(score):
                 raise UserError(f"score = {score!r} should be a finite number")
         samples += found
     if not samples:
