@@ -77,15 +77,16 @@ class Lock:
                 f.flush()
                 os.fsync(f.fileno())
             for _ in range(50):
-                if made(mine, self.path):
-                    break
-                if wrong := self.take_over(mine):
+                self.held = made(mine, self.path)
+                wrong = None if self.held else self.take_over(mine)
+                if wrong:
                     return wrong
+                if self.held:
+                    break
             else:
                 return f"{self.path} changes hands all the time: start one run in this folder, not many"
         finally:
             mine.unlink(missing_ok=True)
-        self.held = True
         atexit.register(self.release)
         threading.Thread(target=self.beat, name="lock", daemon=True).start()
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -93,7 +94,7 @@ class Lock:
         return None
 
     def take_over(self, mine: Path) -> str | None:
-        """The file is there: who holds it, in words; None to try again, when it is gone or its owner is and it goes."""
+        """The file is there: who holds it, in words; None when it is ours now (held), or to try again."""
         try:
             holder, silent = read(self.path), now(mine) - self.path.stat().st_mtime
         except FileNotFoundError:
@@ -113,7 +114,8 @@ class Lock:
             return None
         try:
             if read(self.path) == holder:              # and nobody was faster
-                self.path.unlink()
+                os.replace(mine, self.path)
+                self.held = True
                 if holder["pid"] != os.getpid():
                     print(shown(f"note: {who}, which has ended without releasing it: this run takes over", lines=False),
                           file=sys.stderr)
