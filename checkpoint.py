@@ -43,7 +43,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kernels
-from configurator import UserError
+from configurator import UserError, at_end
 from distributed import Runtime, all_gather_object, assign, fill, full, is_sharded, local, ranks, reshard
 from kernels.cpu.decode import library
 from tokenizer import Tokenizer
@@ -396,6 +396,7 @@ def save(run: str | Path, step: int, model: nn.Module, *, meta: dict, config: di
         return
     _pending.thread = threading.Thread(target=_write_quietly, kwargs=job, name="checkpoint", daemon=False)
     _pending.thread.start()
+    at_end.callback(_pending.thread.join)              # before the run gives its folder away
 
 
 class Pending:

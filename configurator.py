@@ -15,6 +15,7 @@ Errors. Whatever a person or a disk did wrong is raised as UserError, anywhere i
 run(): one line on stderr and exit status 1. Every other exception is a bug and keeps its traceback.
 """
 import ast
+import atexit
 import dataclasses
 import difflib
 import inspect
@@ -26,7 +27,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -37,11 +38,18 @@ class UserError(ValueError):
     """What a person gave, or what a disk did, cannot be used. The message is one line that says what would be right."""
 
 
+at_end = ExitStack()            # at_end.callback(f): f() is called when the script ends, whatever ends it (data/lock.py)
+atexit.register(at_end.close)
+
+
 def run(main: Callable, Config: type):
     """What a script does when it is called: `if __name__ == "__main__": configurator.run(main, Config)`."""
     safe_streams()
     with one_line():
-        return main(load(Config))
+        try:
+            return main(load(Config))
+        finally:
+            at_end.close()
 
 
 @contextmanager

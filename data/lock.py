@@ -21,7 +21,6 @@ Two that find a dead lock at the same moment: the one that makes LOCK.after, aga
 
     cat out/tiny/base/run.lock
 """
-import atexit
 import errno
 import json
 import os
@@ -35,7 +34,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from configurator import UserError, os_words
+from configurator import UserError, at_end, os_words
 from data.text import shown
 from distributed import all_gather_object, ranks
 
@@ -87,10 +86,10 @@ class Lock:
                 return f"{self.path} changes hands all the time: start one run in this folder, not many"
         finally:
             mine.unlink(missing_ok=True)
-        atexit.register(self.release)
+        at_end.callback(self.release)
         threading.Thread(target=self.beat, name="lock", daemon=True).start()
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))      # so that atexit has its turn
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))      # so that at_end has its turn
         return None
 
     def take_over(self, mine: Path) -> str | None:
@@ -168,7 +167,6 @@ class Lock:
             return
         self.held = False
         self.ended.set()
-        atexit.unregister(self.release)
         with suppress(OSError):
             if (read(self.path) or {}).get("token") == self.me["token"]:
                 self.path.unlink()

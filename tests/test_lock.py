@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from fork_ranks import run_ranks
+from test_bad_input import WORDS, as_it_was, ends, hub, pretrain, rl, script, sft, whole, world  # noqa: F401
 
 import configurator
 from configurator import UserError
@@ -226,3 +228,50 @@ def test_escape_sequences_of_a_lock_are_shown(tmp_path, capsys):
     with pytest.raises(SystemExit) as e, configurator.one_line():
         hold(forged(tmp_path / "run.lock", command="\x1b]0;owned\x07"))
     assert r"\x1b]0;owned\x07" in e.value.code and "\x1b" not in e.value.code
+
+
+# ---- the scripts ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("module", [pretrain, sft, rl])
+def test_a_second_run_in_the_folder_ends_before_it_touches_anything(world, module, gone):  # noqa: F811
+    """A living owner: one line, the folder as it was. A dead one: the run takes over, and the lock is gone then."""
+    more = ["--heldout="] if module is sft else []
+    (world / "run").mkdir()
+    lock = forged(world / "run/run.lock")
+    ends(script(module, *WORDS[module](world, *more)), f"{lock}: held by pid {os.getppid()} on ", "another --out")
+    assert [p.name for p in (world / "run").iterdir()] == ["run.lock"]
+    forged(lock, pid=gone[0], start=gone[1])
+    script(module, *WORDS[module](world, *more))()
+    assert not lock.exists() and (world / "run/latest").is_file()
+
+
+def test_a_corpus_is_built_by_one(tmp_path):
+    """As lines and as shards: in a file's lock, and in one of the source, so that two sources can be made at a time."""
+    rows = [json.dumps({"text": f"page {i} of many words " * 9}) for i in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    forged(tmp_path / "o.jsonl.lock")
+    ends(script(hub, "text", tmp_path / "a.jsonl", tmp_path / "o.jsonl"), "o.jsonl.lock: held by")
+    (tmp_path / "shards").mkdir()
+    forged(tmp_path / "shards/web.lock")
+    words = ["text", tmp_path / "a.jsonl", tmp_path / "shards", "--tokenizer=tiny", "--valid_share=0"]
+    ends(script(hub, *words), "web.lock: held by")
+    script(hub, *words, "--name=books")()
+    assert sorted(p.name for p in tmp_path.glob("shards/*.lock")) == ["web.lock"]
+
+
+def rank_that_wants(path):
+    import distributed
+    rt = distributed.setup(device="cpu", timeout=60)
+    lock = hold(path)
+    distributed.teardown(rt)
+    lock.release()
+
+
+def test_all_ranks_end_when_rank_0_is_refused(tmp_path):
+    """And none hangs; the same line on each."""
+    forged(tmp_path / "run.lock")
+    assert run_ranks(2, tmp_path, rank_that_wants, tmp_path / "run.lock") == [1, 1]
+    assert all("run.lock: held by pid" in (tmp_path / f"rank{r}.log").read_text() for r in (0, 1))
+    (tmp_path / "run.lock").unlink()
+    assert run_ranks(2, tmp_path, rank_that_wants, tmp_path / "run.lock")[0] in (0, -signal.SIGABRT)
+    assert not (tmp_path / "run.lock").exists()

@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL | None:
     The compiled library, made if need be; None without a compiler, after one line that says so. train.py and decode.py
     each declare the functions that they call.
     """
-    compiler = os.environ.get("CC", "cc")
+    compiler = os.environ.get("CC", "").strip() or "cc"
     try:
         return ctypes.CDLL(str(build(compiler)))
     except (OSError, ValueError, subprocess.CalledProcessError) as e:      # ValueError: quotes in CC that do not close
