@@ -38,7 +38,7 @@ class UserError(ValueError):
     """What a person gave, or what a disk did, cannot be used. The message is one line that says what would be right."""
 
 
-at_end = ExitStack()            # at_end.callback(f): f() is called when the script ends, whatever ends it (data/lock.py)
+at_end = ExitStack()            # at_end.callback(f) calls f() when the script ends, whatever ends it (data/lock.py)
 atexit.register(at_end.close)
 
 

@@ -25,6 +25,7 @@ import json
 import math
 import random
 import signal
+import sys
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def main(cfg: Config) -> dict:
     distributed.teardown(rt)                                 # no rank waits for what rank 0 does from here on
     if not rt.is_main:
         return {}
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)            # and SIGTERM may end it at any moment
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and SIGTERM may end it at any moment
     if "problems" in cfg.tasks:
         results["problems"], results["left_out"] = {}, n_read - len(problems)
         graded = answers.finish([p.id for p in asked], lambda line: [
