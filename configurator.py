@@ -233,7 +233,6 @@ def check(value: Any, hint: Any, key: str, place: str = ""):
 
     if isinstance(value, Word):
         value = value.read_as(hint)
-
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value

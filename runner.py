@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configurator import UserError
 from kernels.cpu.decode import CpuForward, library, up16
 from kernels.decode import decode_attention
 from kernels.gemv import block_step, gemv, gemv_applies
@@ -116,7 +117,7 @@ class CacheLayer:
 
 class TorchRunner:
     """
-    model.py's forward over a KV cache in blocks. ValueError for options that cannot work.
+    model.py's forward over a KV cache in blocks. UserError for options that cannot work.
 
     model           a MiMo, shared with its owner
     slots           most sequences in flight
@@ -432,7 +433,7 @@ class GraphRunner(TorchRunner):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         if self.most_drafts > 7:
-            raise ValueError(f"n_draft = {self.most_drafts} should be at most 7: kernels.decode takes 8 tokens")
+            raise UserError(f"n_draft = {self.most_drafts} should be at most 7: kernels.decode takes 8 tokens")
         self.graphs, self.kinds = {}, [TorchRunner.sampling] * self.S
 
     @staticmethod
@@ -539,7 +540,7 @@ class CpuRunner(TorchRunner):
     def __init__(self, model: MiMo, slots: int, columns: int, n_draft: int, n_blocks: int, block: int, n_ids: int,
                  draft_ids: int, prefill_tokens: int, keep_weights: bool = True):
         if block % KEY_STEP:
-            raise ValueError(f"block = {block} should be a multiple of {KEY_STEP}, the columns of a piece of the cache")
+            raise UserError(f"block = {block} should be a multiple of {KEY_STEP}, the columns of a piece of the cache")
         super().__init__(model, slots, columns, n_draft, n_blocks, block, n_ids, draft_ids, prefill_tokens)
         self.c = CpuForward(model, n_draft, self.kv, self.state, n_ids, draft_ids, block,
                             most_tokens=max(prefill_tokens, self.S * (n_draft + 1)), keep_weights=keep_weights)

@@ -82,13 +82,18 @@ class Answers:
 
 
 def whole_rows(part: Path) -> Iterator[tuple[Hashable, int, int]]:
-    """(key, offset, length in bytes) of each row; cuts off a last one that was not written to its end."""
+    """
+    (key, offset, length in bytes) of each row; cuts off a last one that was not written to its end. UserError for what
+    are no rows of Answers.add.
+    """
     at = 0
     with open(part, "rb") as f:
         for line in f:
-            if not line.endswith(b"]\n"):
+            if not line.endswith(b"\n"):
                 os.truncate(part, at)
                 break
+            if not line.startswith(b"["):
+                raise UserError(f"{part}: its rows were written by another version: delete it, or finish with that one")
             head = line[:1024].decode("utf-8", "ignore")     # without parsing the answers: there may be 100 GB of them
             key, end = json.JSONDecoder().raw_decode(head, 1)
             begin = len(head[:end].encode()) + 2

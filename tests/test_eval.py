@@ -150,6 +150,14 @@ def test_answers_without_their_head_are_not_mixed_in(asked):
     (asked.folder / "x_answers.jsonl.part0").write_text("{}\n")
     with pytest.raises(UserError, match="part0 is there without"):
         asked("x")
+    (asked.folder / "x_answers.jsonl.part0").unlink()
+    with pytest.MonkeyPatch.context() as m:
+        stop_after(m, 4)
+        with pytest.raises(UserError, match="stopped"):
+            asked("x", "--slots=4")
+    (asked.folder / "x_answers.jsonl.part0").write_text('{"id": "a", "answers": []}\n')
+    with pytest.raises(UserError, match="part0: its rows were written by another version"):
+        asked("x")
 
 
 def test_prompts_that_are_too_long_are_named_and_left_out(asked, capsys):
