@@ -33,6 +33,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from torch import Tensor, nn
 
 import configurator
 import kernels
-from configurator import UserError, os_words
+from configurator import UserError, at_end, os_words
 from distributed import Runtime, all_gather_object, assign, fill, is_sharded, local, ranks, replica_state, reshard
 from kernels.cpu.decode import library
 from tokenizer import Tokenizer
@@ -474,6 +475,7 @@ def save(run: str | Path, step: int, model: nn.Module, *, meta: dict, config: di
         return
     _pending.thread = threading.Thread(target=_write_quietly, kwargs=job, name="checkpoint", daemon=False)
     _pending.thread.start()
+    at_end.callback(_pending.thread.join)              # before the run gives its folder away
 
 
 class Pending:
@@ -617,8 +619,27 @@ def write(run: Path, step: int, weights: dict[str, Tensor], parts: dict, meta: d
             if todo:
                 todo()
         except Exception as e:
-            error = e
+            error = e if room_in(temporary) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         agree(error, run, step, temporary, group)
+
+
+def room_in(folder: Path) -> bool:
+    """
+    Can a megabyte still be written there? On a full disk torch.save and safetensors end with errors of their own, which
+    do not say so; a quota may be used up on a disk with room.
+    """
+    probe = folder / ".probe"
+    try:
+        with open(probe, "wb") as f:
+            f.write(bytes(1 << 20))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        return e.errno not in (errno.ENOSPC, errno.EDQUOT)
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return True
 
 
 def write_json(path: Path, value: object) -> None:

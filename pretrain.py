@@ -38,6 +38,7 @@ import kernels
 import mtp
 from configurator import UserError
 from data.loader import Batch, MixtureLoader
+from data.lock import hold
 from data.shards import Shards, sources
 from distributed import Runtime
 from engine import Engine, Request, generate
@@ -120,6 +121,7 @@ def main(cfg: Config) -> None:
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
+    lock = hold(run / "run.lock")                            # one run, one folder
     ckpt = checkpoint.latest(run)
     if cfg.init:
         cfg = going_on(cfg, ckpt)
@@ -221,6 +223,7 @@ def main(cfg: Config) -> None:
     bar.close()
     checkpoint.finish()
     distributed.teardown(rt)
+    lock.release()
 
 
 # ---- start, resume, stages ------------------------------------------------------------------------------------------

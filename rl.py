@@ -54,6 +54,7 @@ import lora
 import mtp
 from configurator import UserError
 from data.filters import check_references
+from data.lock import hold
 from data.problems import Problem, read_problems, stop_ids
 from distributed import Runtime
 from engine import Engine, Request
@@ -179,6 +180,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
                            timeout=cfg.timeout)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
+    lock = hold(run / "run.lock")                                   # one run, one folder
 
     # ---- 2. start from cfg.init, or resume --------------------------------------------------------------------------
     ckpt = checkpoint.latest(run)
@@ -308,6 +310,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     if stopped and rt.is_main:
         print("stopped (SIGTERM); the same command goes on")
     distributed.teardown(rt)
+    lock.release()
 
 
 def read_all(cfg: Config, shape: ModelConfig, start: Path, tokenizer: Tokenizer, rt: Runtime) -> list[tuple]:

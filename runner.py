@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configurator import UserError
 from kernels.cpu.decode import CpuForward, library, up16
 from kernels.decode import decode_attention
 from kernels.gemv import block_step, gemv, gemv_applies
@@ -43,6 +44,7 @@ from sampling import sample_tokens, signed64, uniform
 
 MIN_ROWS, KEY_STEP, SUM_PIECE = 4, 16, 128
 MAX_STOPS = 8                                       # most stop ids of a request
+BROKEN = -(1 << 62)                                 # count of accepted drafts of a layer whose logits are not finite
 
 
 def power_of_two(n: int) -> int:
@@ -115,7 +117,7 @@ class CacheLayer:
 
 class TorchRunner:
     """
-    model.py's forward over a KV cache in blocks. ValueError for options that cannot work.
+    model.py's forward over a KV cache in blocks. UserError for options that cannot work.
 
     model           a MiMo, shared with its owner
     slots           most sequences in flight
@@ -349,7 +351,8 @@ class TorchRunner:
         sampled, logp = (t.view(R, Q) for t in sample_tokens(self.logits(h, self.model.norm, self.n_ids), u, *how))
         s["tokens"].scatter_(1, targets, sampled)
         s["logp"].scatter_(1, targets, logp)
-        is_stop = (sampled[:, :, None] == s["stop"][:, None, :]).any(-1)        # [R,Q]
+        # a logit that is no number ends the sequence too: Engine.retire says so
+        is_stop = (sampled[:, :, None] == s["stop"][:, None, :]).any(-1) | logp.isnan()         # [R,Q]
         if Q == 1:
             n += 1
             return ((n >= s["limit"]) | is_stop[:, 0])[:A], 1
@@ -395,6 +398,8 @@ class TorchRunner:
             z = self.mtp(k, h, tokens.gather(1, real + k + 1), ctx)                    # [B,W,D]
             logits = self.logits(z[:, -1:], layer.final_layernorm, self.draft_ids)
             tokens.scatter_(1, n + k, logits.argmax(-1, keepdim=True))
+            low, high = logits.aminmax(dim=-1)
+            s["accepted"][rows, k].masked_fill_(~(low.isfinite() & high.isfinite()), BROKEN)
 
 
 # ---- a GPU ----------------------------------------------------------------------------------------------------------
@@ -428,7 +433,7 @@ class GraphRunner(TorchRunner):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         if self.most_drafts > 7:
-            raise ValueError(f"n_draft = {self.most_drafts} should be at most 7: kernels.decode takes 8 tokens")
+            raise UserError(f"n_draft = {self.most_drafts} should be at most 7: kernels.decode takes 8 tokens")
         self.graphs, self.kinds = {}, [TorchRunner.sampling] * self.S
 
     @staticmethod
@@ -535,7 +540,7 @@ class CpuRunner(TorchRunner):
     def __init__(self, model: MiMo, slots: int, columns: int, n_draft: int, n_blocks: int, block: int, n_ids: int,
                  draft_ids: int, prefill_tokens: int, keep_weights: bool = True):
         if block % KEY_STEP:
-            raise ValueError(f"block = {block} should be a multiple of {KEY_STEP}, the columns of a piece of the cache")
+            raise UserError(f"block = {block} should be a multiple of {KEY_STEP}, the columns of a piece of the cache")
         super().__init__(model, slots, columns, n_draft, n_blocks, block, n_ids, draft_ids, prefill_tokens)
         self.c = CpuForward(model, n_draft, self.kv, self.state, n_ids, draft_ids, block,
                             most_tokens=max(prefill_tokens, self.S * (n_draft + 1)), keep_weights=keep_weights)

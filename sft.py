@@ -30,6 +30,7 @@ import kernels
 import lora
 import mtp
 from configurator import UserError
+from data.lock import hold
 from data.pack import PackedLoader
 from data.sft_data import load_samples, read_questions
 from lora import LoRA
@@ -94,6 +95,7 @@ def main(cfg: Config) -> None:
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
+    lock = hold(run / "run.lock")                            # one run, one folder
     ckpt = checkpoint.latest(run)
     saved, changed = checkpoint.read_state(ckpt, "step", "loader") if ckpt else None, []
     if ckpt:
@@ -201,6 +203,7 @@ def main(cfg: Config) -> None:
     bar.close()
     checkpoint.finish()
     distributed.teardown(rt)
+    lock.release()
 
 
 def turns(samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:

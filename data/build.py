@@ -46,6 +46,7 @@ from data.problems import identity
 from data.readers import Bad, check_hub_name, hub_rows, lines_before, listing, needed, read_rows
 from data.sft_data import read_questions
 from data.shards import ShardWriter, read_manifest, write_manifest
+from data.text import whole
 from tokenizer import Tokenizer
 
 PART = (8 << 20, 512 << 20)      # bytes of the files of a part, at least and at most
@@ -251,7 +252,7 @@ def documents(work: Path, k: int, counts: Counter, reject: Callable[[tuple, str]
         if isinstance(text, Bad):
             reject(place, text.why)
         elif text.strip():
-            yield Record(item.url.encode("utf-8", "replace").decode(), text=text)
+            yield Record(whole(item.url), text=text)
         else:
             counts["empty"] += 1
     counts.update({f"{PAGE}{what}": n for what, n in pages.items()})
@@ -259,12 +260,11 @@ def documents(work: Path, k: int, counts: Counter, reject: Callable[[tuple, str]
 
 def text_of(record: Record, pages: Counter | None = None) -> str | Bad:
     """
-    Its text, of a page the extracted one. Half of a surrogate pair, which no file can hold, becomes U+FFFD. pages: what
+    Its text, of a page the extracted one (data/text.py: U+FFFD for half of a surrogate pair). pages: what
     data/extract.py counts.
     """
     try:
-        text = record.text or extract(record.html, record.charset, pages)
-        return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return whole(record.text or extract(record.html, record.charset, pages))
     except Exception as e:                                   # whatever a page does to the parser, it is one page
         return Bad(f"extraction failed: {type(e).__name__}: {' '.join(str(e).split())}")
 

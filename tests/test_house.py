@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("", "config", "data", "data/tiny", "kernels", "kernels/cpu", "judge", "paper", "bench", "hf_export")
 # from the ground up; a module that is not named stands on the floor of its folder
 FLOORS = [
-    ["configurator", "cache", "kernels", "kernels.*", "kernels.cpu.*", "data", "data.tiny"],
+    ["configurator", "cache", "kernels", "kernels.*", "kernels.cpu.*", "data", "data.text", "data.tiny"],
     ["schedule", "sampling", "data.jsonl", "data.charset", "data.formulas", "data.page", "data.readers",
      "data.published", "chat_template", "model"],
     ["tokenizer"],

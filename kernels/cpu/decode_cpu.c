@@ -392,12 +392,33 @@ static float sum16(const float *e) {
     return sum_of(sum);
 }
 
-// The first id whose cumulated probability exceeds u; at temperature 0 the most likely. -> id; its log-prob in *logp.
+#define BROKEN (-(1LL << 62))                       // runner.BROKEN
+
+// e [V] = logits / temperature. -> 0 if any of them is NaN or infinite.
+static int scaled(int V, const float *logits, float temperature, float *e) {
+    uint32_t odd = 0, bits;
+    for (int i = 0; i < V; i++) {
+        e[i] = logits[i] / temperature;
+        memcpy(&bits, e + i, 4);
+        odd |= (bits & 0x7f800000u) == 0x7f800000u;                 // an exponent of ones
+    }
+    return !odd;
+}
+
+// The first id whose cumulated probability exceeds u; at temperature 0 the most likely. -> id; its log-prob in *logp,
+// which is NaN where a logit is NaN or infinite.
 static int sample_token(const Model *m, const float *logits, float u, float temperature, float top_p, int64_t top_k,
                         float *logp) {
     int V = m->s.V, Vp = m->s.Vp, id = 0;
     float *e = m->scratch + scratch_floats(&m->s) - 3L * Vp;        // [Vp], behind it [V] candidates
-    for (int i = 0; i < V; i++) e[i] = temperature > 0 ? logits[i] / temperature : logits[i];
+    if (!scaled(V, logits, temperature > 0 ? temperature : 1, e)) {
+        if (!scaled(V, logits, 1, e)) {
+            *logp = NAN;
+            return 0;
+        }
+        float max = largest(logits, Vp);                            // the temperature alone is so low: this keeps
+        for (int i = 0; i < V; i++) e[i] = (logits[i] - max) / temperature;   // the largest at 0
+    }
     if (temperature == 0) id = argmax(V, logits);
     float total = softmax(e, V, Vp), sum = 0, piece = 0, before = 0;
     if (temperature > 0) {
@@ -498,7 +519,7 @@ int64_t decode(const Model *m, const State *t, int64_t R, int64_t *n_ended) {
                 t->accepted[r * t->most_drafts + q] += accepted;
             }
             tokens[n + q] = id;
-            t->ended[r] = n + n_committed >= t->limit[r];
+            t->ended[r] = n + n_committed >= t->limit[r] || isnan(t->logp[target]);
             for (int i = 0; i < t->n_stops; i++) t->ended[r] |= t->stop[r * t->n_stops + i] == id;
         }
         t->n[r] = n + n_committed;
@@ -526,7 +547,10 @@ void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) 
         head(m, k, B, m->s.draft_V, t->x, t->logits);
         for (int r = 0; r < B; r++) {
             int64_t target = (first + r) * C + t->n[first + r] + k;
-            t->tokens[target] = argmax(m->s.draft_V, t->logits + r * ((m->s.draft_V + 15L) / 16 * 16));
+            const float *logits = t->logits + r * ((m->s.draft_V + 15L) / 16 * 16);
+            t->tokens[target] = argmax(m->s.draft_V, logits);
+            if (!scaled(m->s.draft_V, logits, 1, m->scratch))       // no number: Engine.retire says so
+                t->accepted[(first + r) * t->most_drafts + k] = BROKEN;
         }
     }
 }
