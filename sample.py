@@ -72,7 +72,7 @@ class Config:
     top_k: int = 0                        # 0 = off
     seed: int = 0                         # answer j of prompt i uses seed + i * n + j
     mtp: bool = False                     # speculative decoding with the model's MTP layers
-    n_draft: int = 0                      # how many of them, 0 = all
+    n_draft: int = 0                      # drafts a step: 0 = one per layer; of a single layer up to 7
     draft_ids: int = 0                    # drafts are among this many first ids, 0 = all: faster where ids are many
     mark: bool = False                    # with --mtp: mark accepted drafts in plain text, ‹token›¹, instead of colours
     compare: bool = False                 # run the prompts plain and speculative, print both and the ratio
@@ -116,7 +116,8 @@ def main(cfg: Config) -> None:
     layers = len(model.mtp_layers)
     if (cfg.mtp or cfg.compare) and layers == 0:
         raise UserError(f"{ckpt} has no MTP layers to draft with; run without --mtp")
-    n_draft = min(cfg.n_draft or layers, layers)
+    n_draft = cfg.n_draft or layers
+    mtp.check_drafts(n_draft, layers, str(ckpt))
     size = sum(p.numel() for p in model.parameters())
     kind, form = "chat" if meta.get("chat") else "base", form_of(meta, cfg.raw)
     note(f"{ckpt}  {kind} model, {size:,} parameters, {layers} MTP layers, {rt.device}")
