@@ -357,13 +357,13 @@ def speed(samples: list[Sample], seconds: float, engine: Engine) -> str:
 
 
 def speculation(samples: list[Sample], engine: Engine) -> str:
-    """Tokens per forward and acceptance per layer, "" without drafts."""
+    """Tokens per forward and acceptance per layer, or per draft of a single layer; "" without drafts."""
     if not engine.n_draft:
         return ""
     tokens = sum(len(s.tokens) for s in samples)
     text = f", {tokens / max(1, engine.sequence_steps):.2f} tokens per forward, drafts accepted:"
     for k, share in enumerate(acceptance(samples)):
-        text += f" layer {k + 1} {share}"
+        text += f" {'layer' if len(engine.model.mtp_layers) >= engine.n_draft else 'draft'} {k + 1} {share}"
     return text
 
 

@@ -456,7 +456,7 @@ void prefill(const Model *m, const State *t, int64_t first, int64_t B, int64_t T
     trunk(m, &ctx, N, t->ids, m->n_draft == 0, t->x);
     if (m->n_draft == 0) return;
     for (int i = 0; i < N; i++) memcpy(t->states + i * D, t->x + (long)i * m->s.Dp, D * sizeof(float));
-    for (int k = 0; k < m->n_draft && k < m->n_mtp; k++) {          // position p of layer k takes x_{p+k+1} where the prompt has it
+    for (int k = 0; k < m->n_draft && k < m->n_mtp; k++) {      // position p of layer k takes x_{p+k+1} where it exists
         for (int i = 0; i < N; i++) {
             int64_t ahead = t->positions[i] + k + 1;
             t->ids[i] = tokens[i / T * C + (ahead < C ? ahead : C - 1)];
