@@ -55,6 +55,7 @@ import kernels
 from cache import BlockManager
 from configurator import UserError
 from model import MiMo
+from mtp import check_drafts
 from runner import MAX_STOPS, MIN_ROWS, CpuRunner, GraphRunner, TorchRunner
 
 
@@ -79,8 +80,8 @@ class Sample:
     tokens: list[int]               # generated ids, the stop token included
     logprobs: list[float]           # ln of the probability each token was sampled with (greedy: at temperature 1)
     finish: str                     # "stop" | "length" (max_new_tokens, or the engine's max_len) | "abort"
-    verified: tuple[int, ...] = ()  # per MTP layer: its drafts that were verified (all drafts before them accepted)
-    accepted: tuple[int, ...] = ()  # per MTP layer: of these, the drafts that equalled the sampled token
+    verified: tuple[int, ...] = ()  # per draft of a step: how often verified (all drafts before it accepted)
+    accepted: tuple[int, ...] = ()  # per draft of a step: how often it equalled the sampled token
 
 
 @dataclass(eq=False)
@@ -109,7 +110,7 @@ class Engine:
     model           a MiMo, shared with its owner; only load() writes to it
     slots           most sequences that run at a time
     max_len         longest prompt + answer, tokens
-    n_draft         MTP layers that draft, 0 = no speculation
+    n_draft         drafts a step, 0 = no speculation: at most one per MTP layer, or up to 7 of one layer
     draft_below     they draft while at most this many sequences are in flight; 0 = always
     draft_ids       drafts are among this many first ids, 0 = all: ids are roughly in order of frequency, and a part of
                     lm_head is read faster (FR-Spec, arXiv 2502.14856)
@@ -129,8 +130,7 @@ class Engine:
         V = model.cfg.vocab_size
         if n_ids is not None and not 1 <= n_ids <= V:
             raise UserError(f"n_ids = {n_ids} should be 1 to {V}, the rows of lm_head")
-        if not 0 <= n_draft <= len(model.mtp_layers):
-            raise UserError(f"n_draft = {n_draft} should be 0 to {len(model.mtp_layers)}, the MTP layers")
+        check_drafts(n_draft, len(model.mtp_layers), "the model")
         if slots < 1 or max_len < 2:
             raise UserError(f"slots = {slots} and max_len = {max_len} should be at least 1 and 2")
         self.model, self.slots, self.max_len, self.n_draft = model, slots, max_len, n_draft

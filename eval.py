@@ -74,7 +74,7 @@ class Config:
     probe_count: int = 10                 # probes per kind and length
     slots: int = 128                      # answers decoded at a time, per process
     kv_tokens: int = 0                    # tokens in the engine's KV cache; 0 = slots x longest answer
-    n_draft: int = 0                      # MTP layers that draft; the same answers
+    n_draft: int = 0                      # drafts a step; the same answers
     draft_below: int = 0                  # draft only while at most this many answers are in flight; 0 = always
     judge_workers: int = 1                # sandboxed test runners, per process
     judge_seconds: float = 1.0            # processor seconds a test may take [ours]
@@ -116,8 +116,7 @@ def main(cfg: Config) -> dict:
     if problems and rt.is_main:
         check_references(cfg.problems, problems, at_most=1000)
     chat = checkpoint.read_meta(ckpt).get("chat", False)
-    if not cfg.n_draft <= shape.n_mtp:
-        raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {ckpt}")
+    mtp.check_drafts(cfg.n_draft, shape.n_mtp, str(ckpt))
     n_read = len(problems)
     problems, prompts = fitting(cfg.problems, problems, tokenizer, chat, shape.max_seq_len - cfg.max_new_tokens,
                                 f"max_new_tokens {cfg.max_new_tokens} of max_seq_len = {shape.max_seq_len}", rt)

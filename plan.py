@@ -110,7 +110,7 @@ def main(cfg: Config) -> None:
     train = getattr(run, "train", "all")
     if run.shard_ranks and cfg.gpus % run.shard_ranks:
         raise UserError(f"shard_ranks = {run.shard_ranks} should divide gpus = {cfg.gpus}")
-    how = dict(shard_ranks=run.shard_ranks, reduce_each=run.reduce_each)
+    how = dict(shard_ranks=run.shard_ranks, reduce_each=run.reduce_each, mtp_depth=getattr(run, "mtp_depth", 1))
     if script is pretrain:
         run = pretrain.going_on(run) if run.init else run
         print(report(run.model, run.stages, cfg, train=train, mtp_stage=run.mtp_stage, n_mtp_final=run.n_mtp_final,
@@ -228,12 +228,14 @@ def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool
 
 def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: int = 1, shard_ranks: int = 0,
          mtp_stage: Stage | None = None, n_mtp_final: int = 3, reduce_each: bool = False, device: str = "cuda",
-         mfu: float = 0.4, tflops: float = 989.0, train: str = "all", lora: LoRA | None = None) -> list[dict]:
+         mfu: float = 0.4, tflops: float = 989.0, train: str = "all", mtp_depth: int = 1,
+         lora: LoRA | None = None) -> list[dict]:
     """
     One dict per stage: tokens, steps, rows of a micro-batch, parameters, FLOPs per token, days, and bytes per rank by
     kind. stages: the pre-training table; mtp_stage: the fine-tuning of new MTP layers after it, or None. micro_batch
-    counts rows of the shortest context, as in pretrain.py; train="mtp": the MTP layers alone, on a frozen trunk; lora:
-    adapters of the trunk alone, if its rank is not 0. ValueError if shard_ranks does not divide world.
+    counts rows of the shortest context, as in pretrain.py; train="mtp": the MTP layers alone, on a frozen trunk, one
+    layer mtp_depth times; lora: adapters of the trunk alone, if its rank is not 0. ValueError if shard_ranks does not
+    divide world.
     """
     if shard_ranks and world % shard_ranks:
         raise ValueError(f"shard_ranks = {shard_ranks} should divide the number of GPUs, {world}")
@@ -250,9 +252,9 @@ def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: in
         count, P = here.params_by_part(), here.n_params()
         new = n_mtp - shape.n_mtp if last else n_mtp
         trained = new * (count["MTP layers"] // n_mtp) if frozen else adapter_params(shape, lora) if lora else P
-        head, losses = not (frozen or lora), n_mtp + (not frozen)
         micro = max(1, micro_batch * shortest // s.seq_len)
-        tokens = micro * s.seq_len
+        tokens, n_mtp = micro * s.seq_len, n_mtp * mtp_depth
+        head, losses = not (frozen or lora), n_mtp + (not frozen)
         root = count["embedding"] + count["lm_head"] + count["final norm"]
         gathered = root + count["MTP layers"] + 2 * shape.block_params()     # 2: block in use and the next
         passing = passing_bytes(shape, tokens, kind, gpu, head)
@@ -267,7 +269,8 @@ def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: in
             "reduction": root * (4 + max(e, 4 / n)) if sharded and head else 0,
             "reserve": (4e9 if world > 1 else 2e9) if gpu else 0,
         }
-        flops = flops_per_token(here, s.seq_len, train="mtp" if frozen else "lora" if lora else "all")
+        flops = flops_per_token(replace(here, n_mtp=n_mtp), s.seq_len,
+                                train="mtp" if frozen else "lora" if lora else "all")
         again = recomputed_flops(here, s.seq_len, kind, n_mtp + (0 if frozen else shape.n_layer))
         rows.append({"name": s.name, "tokens": s.tokens, "steps": steps_of(s), "seq_len": s.seq_len,
                      "batch_size": s.batch_size, "micro_batch": micro, "checkpointing": kind, "parameters": count,

@@ -319,8 +319,7 @@ def read_all(cfg: Config, shape: ModelConfig, start: Path, tokenizer: Tokenizer,
     no room for the longest answer (eval.fitting). UserError when these are many, or there are fewer MTP layers than
     shall draft or be trained.
     """
-    if cfg.n_draft > shape.n_mtp:
-        raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {start}")
+    mtp.check_drafts(cfg.n_draft, shape.n_mtp, str(start))
     if cfg.mtp_weight and not shape.n_mtp:
         raise UserError(f"mtp_weight = {cfg.mtp_weight} trains MTP layers, and {start} has none")
     chat = checkpoint.read_meta(start).get("chat", False)

@@ -77,7 +77,7 @@ class Config:
     top_k: int = 0                        # 0 = off
     seed: int = 0                         # answer j of prompt i uses seed + i * n + j
     mtp: bool = False                     # speculative decoding with the model's MTP layers
-    n_draft: int = 0                      # how many of them, 0 = all
+    n_draft: int = 0                      # drafts a step: 0 = one per layer; of a single layer up to 7
     draft_ids: int = 0                    # drafts are among this many first ids, 0 = all: faster where ids are many
     mark: bool = False                    # with --mtp: mark accepted drafts in plain text, ‹token›¹, instead of colours
     compare: bool = False                 # run the prompts plain and speculative, print both and the ratio
@@ -126,9 +126,8 @@ def main(cfg: Config) -> None:
     layers = len(model.mtp_layers)
     if (cfg.mtp or cfg.compare) and layers == 0:
         raise UserError(f"{ckpt} has no MTP layers to draft with; run without --mtp")
-    if cfg.n_draft > layers:
-        raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {layers}, the MTP layers of {ckpt}")
     n_draft = cfg.n_draft or layers
+    mtp.check_drafts(n_draft, layers, str(ckpt))
     size = sum(p.numel() for p in model.parameters())
     kind, form = "chat" if meta.get("chat") else "base", form_of(meta, cfg.raw)
     note(f"{ckpt}  {kind} model, {size:,} parameters, {layers} MTP layers, {rt.device}")
@@ -412,13 +411,13 @@ def speed(samples: list[Sample], seconds: float, engine: Engine) -> str:
 
 
 def speculation(samples: list[Sample], engine: Engine) -> str:
-    """Tokens per forward and acceptance per layer, "" without drafts."""
+    """Tokens per forward and acceptance per layer, or per draft of a single layer; "" without drafts."""
     if not engine.n_draft:
         return ""
     tokens = sum(len(s.tokens) for s in samples)
     text = f", {tokens / max(1, engine.sequence_steps):.2f} tokens per forward, drafts accepted:"
     for k, share in enumerate(acceptance(samples)):
-        text += f" layer {k + 1} {share}"
+        text += f" {'layer' if len(engine.model.mtp_layers) >= engine.n_draft else 'draft'} {k + 1} {share}"
     return text
 
 

@@ -61,6 +61,8 @@ class Config:
                                           # the chat template says
     train: Literal["all", "mtp"] = "all"  # mtp: the MTP layers alone, on a frozen trunk
     lora: LoRA = LoRA()                   # adapters on a frozen base instead of all parameters: --lora.rank=16 [ours]
+    mtp_depth: int = 1                    # applications of the one MTP layer in the loss, for engines that draft that
+                                          # many tokens with it [FastMTP: 3]
     save_every: int = 50                  # steps between checkpoints
     keep: int = 2                         # checkpoints kept
     seed: int = 1                         # order of rows
@@ -76,7 +78,7 @@ class Config:
     def __post_init__(self):
         configurator.at_least(self, 2, "seq_len")
         configurator.at_least(self, 1, "batch_size", "micro_batch", "steps", "max_per_query", "save_every", "keep",
-                              "threads")
+                              "threads", "mtp_depth")
         configurator.at_least(self, 0, "warmup_steps", "lr", "mtp_weight", "weight_decay", "grad_clip", "shard_ranks",
                               "seed")
         for name in ("beta1", "beta2"):
@@ -121,9 +123,10 @@ def main(cfg: Config) -> None:
     if cfg.lora.rank:
         lora.restore(model, ckpt, cfg.seed)
     optimizer = distributed.adamw(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    n_mtp = len(model.mtp_layers)
-    if cfg.train == "mtp" and not (n_mtp and cfg.mtp_weight):
-        raise UserError(f"train = 'mtp' has nothing to train: {start} has {n_mtp} MTP layer(s), mtp_weight = "
+    n_mtp = max(cfg.mtp_depth, len(model.mtp_layers))        # losses beside the trunk's
+    mtp.check_depth(cfg.mtp_depth, cfg.train, shape["n_mtp"], str(start))
+    if cfg.train == "mtp" and not (shape["n_mtp"] and cfg.mtp_weight):
+        raise UserError(f"train = 'mtp' has nothing to train: {start} has {shape['n_mtp']} MTP layer(s), mtp_weight = "
                         f"{cfg.mtp_weight}; `hf.py import --mtp=1` adds a layer")
 
     # ---- 2. samples: filter, then pack --------------------------------------------------------------------------
@@ -164,12 +167,13 @@ def main(cfg: Config) -> None:
         # 3b. forward and backward
         total = torch.zeros(1 + n_mtp, device=rt.device)
         for part, last in distributed.micro_batches(batch, cfg.micro_batch, rt):
-            main_sum, extra = mtp.losses(model, part.ids, part.docs, part.positions, part.bounds, part.mask)
+            main_sum, extra = mtp.losses(model, part.ids, part.docs, part.positions, part.bounds, part.mask,
+                                          cfg.mtp_depth)
             sums = torch.stack([main_sum, *extra])           # [1 + n_mtp] summed nats
             # a mean over all trained tokens of the global batch: per-row means would overweigh short rows
             loss = sums[0] / counts[0]
             if n_mtp:
-                loss = loss + cfg.mtp_weight * (sums[1:] / counts[1:].clamp_min(1)).mean()
+                loss = loss + cfg.mtp_weight * mtp.mean_loss(sums[1:] / counts[1:].clamp_min(1), cfg.mtp_depth)
             distributed.sync_gradients(model, last or cfg.reduce_each, rt)
             (loss * rt.world).backward()
             total += sums.detach()

@@ -177,7 +177,7 @@ typedef struct {                                    // what an MTP layer has bes
 
 typedef struct {
     Shape s;
-    int64_t n_layer, n_draft;                       // blocks and caches: n_layer of the trunk, then n_draft MTP layers
+    int64_t n_layer, n_draft, n_mtp;                // blocks and caches: n_layer of the trunk, then n_mtp MTP layers
     const Block *blocks;
     float *const *caches;
     const Mtp *mtp;
@@ -477,7 +477,7 @@ void prefill(const Model *m, const State *t, int64_t first, int64_t B, int64_t T
     trunk(m, &ctx, N, t->ids, m->n_draft == 0, t->x);
     if (m->n_draft == 0) return;
     for (int i = 0; i < N; i++) memcpy(t->states + i * D, t->x + (long)i * m->s.Dp, D * sizeof(float));
-    for (int k = 0; k < m->n_draft; k++) {          // position p of layer k takes x_{p+k+1} where the prompt has it
+    for (int k = 0; k < m->n_draft && k < m->n_mtp; k++) {      // position p of layer k takes x_{p+k+1} where it exists
         for (int i = 0; i < N; i++) {
             int64_t ahead = t->positions[i] + k + 1;
             t->ids[i] = tokens[i / T * C + (ahead < C ? ahead : C - 1)];
@@ -530,7 +530,8 @@ int64_t decode(const Model *m, const State *t, int64_t R, int64_t *n_ended) {
 }
 
 // New drafts for rows first .. first + B - 1, over the window that TorchRunner.draft explains: layer k reads the trunk
-// states of positions n-1-W .. n-2 from the ring and writes the draft of x_{n+k}.
+// states of positions n-1-W .. n-2 from the ring and writes the draft of x_{n+k}. Further drafts than layers: the first
+// layer again, one position further on, on its own normed state.
 void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) {
     int64_t W = E > m->n_draft ? E : m->n_draft, C = m->s.C, D = m->s.D;
     for (int r = 0; r < B; r++)
@@ -542,9 +543,16 @@ void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) 
         }
     Context ctx = {W, t->positions, t->columns, t->table + first * (C / m->s.block)};
     for (int k = 0; k < m->n_draft; k++) {
-        for (int i = 0; i < B * W; i++) t->ids[i] = t->tokens[(first + i / W) * C + t->positions[i] + k + 1];
-        mtp(m, k, &ctx, B * W, t->states, t->ids, W, t->x);
-        head(m, k, B, m->s.draft_V, t->x, t->logits);
+        int layer = k < m->n_mtp ? k : 0, ahead = layer + 1;
+        for (int r = 0; r < B && k >= m->n_mtp; r++) {
+            rmsnorm(t->x + r * m->s.Dp, m->mtp->final_norm, D, m->s.Dp, m->s.eps, m->scratch);
+            for (int i = 0; i < D; i++) t->states[r * D + i] = m->scratch[i] / m->norm[i];
+            t->positions[r] = t->columns[r] = t->n[first + r] - 2 + k;
+            ctx.Q = W = 1;
+        }
+        for (int i = 0; i < B * W; i++) t->ids[i] = t->tokens[(first + i / W) * C + t->positions[i] + ahead];
+        mtp(m, layer, &ctx, B * W, t->states, t->ids, W, t->x);
+        head(m, layer, B, m->s.draft_V, t->x, t->logits);
         for (int r = 0; r < B; r++) {
             int64_t target = (first + r) * C + t->n[first + r] + k;
             const float *logits = t->logits + r * ((m->s.draft_V + 15L) / 16 * 16);
