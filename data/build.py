@@ -39,7 +39,7 @@ from data import tag as tagging
 from data.adapters import convert
 from data.corpus import SOURCE_OF, SOURCES, Record, copies, put_tags
 from data.decontaminate import build_index, contaminated
-from data.dedup import band_keys, canonical_url, clusters, shingles, signatures
+from data.dedup import band_keys, canonical_url, clusters, shingle_hashes, shingles, signatures
 from data.extract import extract
 from data.jsonl import read_jsonl, whole_file
 from data.problems import identity
@@ -220,7 +220,7 @@ def read_part(work: Path, k: int) -> dict:
             out.write(json.dumps({"file": path, "row": row, "reason": why}) + "\n")
 
         for batch in batches(documents(work, k, counts, reject)):
-            keys.append(band_keys(signatures(shingles([r.text for r in batch]))))
+            keys.append(band_keys(signatures(shingle_hashes([r.text for r in batch]))))
             for record in batch:
                 names.extend((hashed(canonical_url(record.url)), hashed(record.text), texts.tell()))
                 texts.write(json.dumps([record.url, record.text], ensure_ascii=False).encode() + b"\n")
