@@ -6,6 +6,7 @@ Checkpoints: one folder each, written whole or not at all, checked when read.
                           config.json           the resolved configuration of the run
                           tokenizer files       tokenizer.save()
                           train_state.pt        optimizer, RNG states, and what the training script hands over
+                          adapter/              of a run with LoRA: its adapters in PEFT's format (lora.py)
                           manifest.json         step, commit, meta, and size + sha256 of every other file
     RUN/latest            names the newest whole one
 
@@ -32,6 +33,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,8 @@ from torch import Tensor, nn
 
 import configurator
 import kernels
-from configurator import UserError, os_words
-from distributed import Runtime, all_gather_object, assign, fill, full, is_sharded, local, ranks, reshard
+from configurator import UserError, at_end, os_words
+from distributed import Runtime, all_gather_object, assign, fill, is_sharded, local, ranks, replica_state, reshard
 from kernels.cpu.decode import library
 from tokenizer import Tokenizer
 
@@ -309,11 +311,11 @@ def inference_dtype(ckpt: str | Path, rt: Runtime) -> torch.dtype:
 @torch.no_grad()
 def read_weights(ckpt: str | Path, model: nn.Module, fewer_layers: bool = False) -> None:
     """
-    Fill a model in place; a sharded one reads its own rows only. UserError unless every tensor is there, with the right
-    shape, and none is left over; fewer_layers: MTP layers beyond those of the model may be.
+    Fill a model in place, but for LoRA's adapters; a sharded one reads its own rows only. UserError unless every tensor
+    is there, with the right shape, and none is left over; fewer_layers: MTP layers beyond those of the model may be.
     """
     reshard(model)
-    files, params = weight_files(ckpt), dict(model.named_parameters())
+    files, params = weight_files(ckpt), {n: p for n, p in model.named_parameters() if "lora_" not in n}
     if fewer_layers:
         files = {n: f for n, f in files.items() if n in params or not n.startswith("mtp_layers.")}
     missing, unused = sorted(set(params) - set(files)), sorted(set(files) - set(params))
@@ -438,13 +440,15 @@ def restore_rng(saved: dict) -> None:
 
 def save(run: str | Path, step: int, model: nn.Module, *, meta: dict, config: dict, state: dict,
          tokenizer: Tokenizer | None = None, optimizer: torch.optim.Optimizer | None = None, keep: int = 2,
-         shape: dict | None = None, rt: Runtime | None = None, background: bool = False) -> None:
+         shape: dict | None = None, rt: Runtime | None = None, background: bool = False,
+         beside: Callable[[Path], None] | None = None) -> None:
     """
     Write RUN/step_XXXXXXXX and point RUN/latest at it; the newest `keep` folders stay. Every rank must call it.
 
       meta    {"stage": "sft", "chat": True, ...}, read back by read_meta
       state   plain values and tensors (schedule position, loader cursors, scheduler), read back by read_state
       shape   ModelConfig fields, default vars(model.cfg)
+      beside  rank 0 calls it with the folder, to put more files there (lora.writer)
 
     background=True copies everything to CPU memory and returns; a thread writes. At most one such save is under way:
     the next one and finish() wait for it. UserError when the disk is full or fails; the previous checkpoint and
@@ -455,7 +459,7 @@ def save(run: str | Path, step: int, model: nn.Module, *, meta: dict, config: di
     reshard(model)
     optim = optimizer_state(model, optimizer) if optimizer is not None else {}
     check_space(run, model, optim)
-    weights = owned_weights(model)
+    weights, order = owned_weights(model)
     check_plain(state, "state")
     dcp = is_sharded(model) and ranks()[1] > 1
     if not dcp:                                        # one GPU: shards of one, saved as what they are
@@ -465,13 +469,13 @@ def save(run: str | Path, step: int, model: nn.Module, *, meta: dict, config: di
         weights, parts = snapshot(weights, "weights"), snapshot(parts, "parts")
     job = dict(run=run, step=step, weights=weights, parts=parts, meta=meta, config=config,
                tokenizer=tokenizer, keep=keep, shape=dict(shape if shape is not None else vars(model.cfg)),
-               distributed=dcp, order=[name for name, _ in model.named_parameters()],
-               group=getattr(rt, "save_group", None))
+               distributed=dcp, order=order, group=getattr(rt, "save_group", None), beside=beside)
     if not background:
         write(**job)
         return
     _pending.thread = threading.Thread(target=_write_quietly, kwargs=job, name="checkpoint", daemon=False)
     _pending.thread.start()
+    at_end.callback(_pending.thread.join)              # before the run gives its folder away
 
 
 class Pending:
@@ -519,18 +523,18 @@ def check_plain(value: object, where: str) -> None:
                         "only plain values and tensors can be saved")
 
 
-def owned_weights(model: nn.Module) -> dict[str, Tensor]:
+def owned_weights(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """
-    The whole tensors that this rank writes: all of them at world size 1, else parameter i belongs to rank i mod world.
-    Gathered one at a time, so no rank ever holds more than its share.
+    -> (the whole tensors that this rank writes, the names of all): all of them at world size 1, else tensor i belongs
+    to rank i mod world. Gathered one at a time, so no rank ever holds more than its share.
     """
     rank, world = ranks()
-    mine = {}
-    for i, (name, p) in enumerate(model.named_parameters()):
-        whole = full(p.detach())
+    mine, order = {}, []
+    for i, (name, whole) in enumerate(replica_state(model)):
+        order.append(name)
         if i % world == rank:
             mine[name] = whole.cpu() if world > 1 or whole.is_cuda else whole
-    return mine
+    return mine, order
 
 
 def snapshot(tree: object, key: object):
@@ -576,7 +580,8 @@ def no_space(run: Path, model: nn.Module, optim: dict) -> str | None:
 
 
 def write(run: Path, step: int, weights: dict[str, Tensor], parts: dict, meta: dict, config: dict,
-          tokenizer: Tokenizer | None, keep: int, shape: dict, distributed: bool, order: list[str], group: Any) -> None:
+          tokenizer: Tokenizer | None, keep: int, shape: dict, distributed: bool, order: list[str], group: Any,
+          beside: Callable[[Path], None] | None) -> None:
     """The writing itself, in the caller's thread or in the background. Collectives, if any, run on `group`."""
     rank, world = ranks()
     temporary = run / f".writing_{step:08d}"
@@ -600,6 +605,8 @@ def write(run: Path, step: int, weights: dict[str, Tensor], parts: dict, meta: d
             write_json(temporary / "config.json", config)
             if tokenizer is not None:
                 tokenizer.save(temporary, chat=bool(meta.get("chat", True)))
+            if beside is not None:
+                beside(temporary)
 
     def describe():
         for part in all_gather_object(fingerprints(temporary, rank, world), group):
@@ -612,8 +619,27 @@ def write(run: Path, step: int, weights: dict[str, Tensor], parts: dict, meta: d
             if todo:
                 todo()
         except Exception as e:
-            error = e
+            error = e if room_in(temporary) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         agree(error, run, step, temporary, group)
+
+
+def room_in(folder: Path) -> bool:
+    """
+    Can a megabyte still be written there? On a full disk torch.save and safetensors end with errors of their own, which
+    do not say so; a quota may be used up on a disk with room.
+    """
+    probe = folder / ".probe"
+    try:
+        with open(probe, "wb") as f:
+            f.write(bytes(1 << 20))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        return e.errno not in (errno.ENOSPC, errno.EDQUOT)
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return True
 
 
 def write_json(path: Path, value: object) -> None:

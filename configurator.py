@@ -15,6 +15,7 @@ Errors. Whatever a person or a disk did wrong is raised as UserError, anywhere i
 run(): one line on stderr and exit status 1. Every other exception is a bug and keeps its traceback.
 """
 import ast
+import atexit
 import dataclasses
 import difflib
 import inspect
@@ -28,19 +29,29 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
+
+from data.text import safe_streams, shown
 
 
 class UserError(ValueError):
     """What a person gave, or what a disk did, cannot be used. The message is one line that says what would be right."""
 
 
+at_end = ExitStack()            # at_end.callback(f) calls f() when the script ends, whatever ends it (data/lock.py)
+atexit.register(at_end.close)
+
+
 def run(main: Callable, Config: type):
     """What a script does when it is called: `if __name__ == "__main__": configurator.run(main, Config)`."""
+    safe_streams()
     with one_line():
-        return main(load(Config))
+        try:
+            return main(load(Config))
+        finally:
+            at_end.close()
 
 
 @contextmanager
@@ -52,9 +63,9 @@ def one_line():
     try:
         yield
     except UserError as e:
-        raise SystemExit(f"error: {e}") from None
+        raise SystemExit(f"error: {shown(str(e), lines=False)}") from None
     except OSError as e:
-        raise SystemExit(f"error: {os_words(e)}") from None
+        raise SystemExit(f"error: {shown(os_words(e), lines=False)}") from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -104,11 +115,10 @@ def load(Config: type, argv: list[str] | None = None):
     for path in bare[len(names):]:                     # files first: flags win over files wherever they stand
         cfg = update(cfg, read_file(path), where=path)
     for name, word in zip(names, bare, strict=False):
-        hint = typing.get_type_hints(Config)[name]
-        cfg = set_path(cfg, [name], word if hint is str else parse(word), name)
+        cfg = set_path(cfg, [name], Word(word), name)
     for word in flags:
         key, eq, value = word[2:].partition("=")       # only the first "=" splits: --prompt=a=b is fine
-        cfg = set_path(cfg, key.split("."), parse(value) if eq else True, key)
+        cfg = set_path(cfg, key.split("."), Word(value) if eq else True, key)
     for name in names:
         if getattr(cfg, name) == "":
             raise UserError(f"{name} is missing; usage: {usage(Config)}")
@@ -218,11 +228,13 @@ def make(cls: type, values: dict[str, Any]):
 def check(value: Any, hint: Any, key: str, place: str = ""):
     """
     value if it has the type `hint`, else UserError. An int is taken for a float and an integral float (1e6) for an
-    int; a nested dataclass takes an instance or a dict; nothing else is converted.
+    int; a nested dataclass takes an instance or a dict; a Word is read; nothing else is converted.
     """
     def wrong(want: str):
         return UserError(f"{key} = {value!r} should be {want}{place}")
 
+    if isinstance(value, Word):
+        value = value.read_as(hint)
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -272,12 +284,21 @@ def name_of(hint: Any) -> str:
         else re.sub(r"\b[\w.]+\.(\w+)", r"\1", str(hint))
 
 
-def parse(text: str):
-    """A Python literal if it reads as one, else the text itself: 3e-4, True, [1,2], None, or a plain word."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError):
-        return text
+class Word(str):
+    """What stands behind --key= on the command line: what it means depends on the type of the field."""
+
+    def read_as(self, hint: Any):
+        """
+        Text is taken as it stands: --prompt=123, --out=2024, --prompt='"quoted"'; None where the field may be None.
+        Elsewhere a Python literal if it reads as one, 3e-4, True, [1,2], else the word itself.
+        """
+        arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if str in arms and not (self == "None" and types.NoneType in arms):
+            return str(self)
+        try:
+            return ast.literal_eval(self)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return str(self)
 
 
 # ---- showing and storing --------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from configurator import UserError
 from data.jsonl import read_jsonl
 from data.problems import read_problems
 from data.shards import Shards, sources
+from data.text import shown
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -101,7 +102,7 @@ def main(cfg: Config) -> None:
                     ranks=min(2, cores()) if step is PRETRAIN else 1)
     summary = summarise(out, clock, memory.stop())
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(screen(summary, out))
+    print(shown(screen(summary, out)))
 
 
 # ---- running the steps ----------------------------------------------------------------------------------------------

@@ -381,10 +381,11 @@ def recomputed(block: nn.Module, kind: str):
     if kind == "full":
         return partial(checkpoint, block.forward, use_reentrant=False)
     products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-    F = block.mlp.gate_proj.out_features
+    # an axis of the weights [D,F], [F,D] of the MLP, and of LoRA's [D,r], [r,D]
+    again = {block.mlp.gate_proj.out_features, *(A.shape[0] for n, A in adapters_of(block).items() if n[-1] == "A")}
 
     def policy(ctx, op, *args, **kwargs):
-        keep = F not in args[-1].shape if op in products else "attention" in str(op)   # weight [D,F], [F,D]
+        keep = again.isdisjoint(args[-1].shape) if op in products else "attention" in str(op)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return partial(checkpoint, block.forward, use_reentrant=False,
@@ -452,27 +453,28 @@ def reshard(model: nn.Module) -> None:
 
 # ---- whole models out of a sharded one ------------------------------------------------------------------------------
 
-def replica_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """
-    (name, full tensor) parameter by parameter: what an engine's replica, an export or a checkpoint is filled from. At
-    most one gathered parameter exists at a time. Under FSDP every rank must run through it.
-    """
-    reshard(model)
-    for name, p in model.named_parameters():
-        yield name, full(p.detach())
+def adapters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter of LoRA's adapters (lora.py); {} for a model without."""
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> nn.Module:
+def replica_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
-    The weights of a model, sharded or not, into a plain one of the same shape, parameter by parameter, cast to the
-    target's dtype: how an engine's replica follows the trainer. Under FSDP every rank must call it. -> target.
+    (name, full tensor) weight by weight: what an engine's replica, an export or a checkpoint is filled from; LoRA's
+    adapters are merged into the weight that they stand beside. At most one gathered parameter exists at a time. Under
+    FSDP every rank must run through it.
     """
-    if getattr(source, UNSHARDED, None) is not None:
-        reshard(source)
-    for p, q in zip(source.parameters(), target.parameters(), strict=True):
-        q.copy_(p.full_tensor() if hasattr(p, "placements") else p)
-    return target
+    reshard(model)
+    adapters = adapters_of(model)
+    for name, p in model.named_parameters():
+        if name in adapters:
+            continue
+        layer, weight = name.removesuffix(".weight"), full(p.detach())
+        if f"{layer}.lora_A" in adapters:
+            pair = (full(adapters[f"{layer}.lora_{which}"]) for which in "AB")
+            weight = model.get_submodule(layer).merged(weight, *pair)
+        yield name, weight
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -484,7 +486,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
 
 def replica(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """
-    A plain model of the same shape, with memory but without weights: copy_weights(model, replica) sets them.
+    A plain model of the same shape, with memory but without weights: fill(replica, replica_state(model)) sets them.
     """
     twin = copy.deepcopy(getattr(model, UNSHARDED)) if is_sharded(model) else meta_twin(model)
     twin.cfg = model.cfg                          # set_context may have moved on since the twin was made
@@ -495,7 +497,7 @@ def unshard(model: nn.Module) -> nn.Module:
     """The whole model as a plain one in CPU memory on every rank; itself when it is not sharded."""
     if not is_sharded(model):
         return model
-    return copy_weights(model, replica(model, "cpu", torch.float32))
+    return fill(replica(model, "cpu", torch.float32), replica_state(model))
 
 
 def place(model: nn.Module, rt: Runtime) -> nn.Module:

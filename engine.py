@@ -44,6 +44,7 @@ sequences that are left are computed again, once, to fill the KV cache of the MT
 Differs from the report, which patches vLLM: all MTP layers draft, in parallel form, each with a KV cache of its own.
 Numbers to expect: docs/engine.md. Tests: tests/test_engine.py.
 """
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -52,7 +53,9 @@ from torch import Tensor
 
 import kernels
 from cache import BlockManager
+from configurator import UserError
 from model import MiMo
+from mtp import check_drafts
 from runner import MAX_STOPS, MIN_ROWS, CpuRunner, GraphRunner, TorchRunner
 
 
@@ -77,8 +80,8 @@ class Sample:
     tokens: list[int]               # generated ids, the stop token included
     logprobs: list[float]           # ln of the probability each token was sampled with (greedy: at temperature 1)
     finish: str                     # "stop" | "length" (max_new_tokens, or the engine's max_len) | "abort"
-    verified: tuple[int, ...] = ()  # per MTP layer: its drafts that were verified (all drafts before them accepted)
-    accepted: tuple[int, ...] = ()  # per MTP layer: of these, the drafts that equalled the sampled token
+    verified: tuple[int, ...] = ()  # per draft of a step: how often verified (all drafts before it accepted)
+    accepted: tuple[int, ...] = ()  # per draft of a step: how often it equalled the sampled token
 
 
 @dataclass(eq=False)
@@ -102,12 +105,12 @@ class Sequence:
 
 class Engine:
     """
-    Continuous batching over one model. ValueError for options that cannot work.
+    Continuous batching over one model. UserError for options that cannot work.
 
     model           a MiMo, shared with its owner; only load() writes to it
     slots           most sequences that run at a time
     max_len         longest prompt + answer, tokens
-    n_draft         MTP layers that draft, 0 = no speculation
+    n_draft         drafts a step, 0 = no speculation: at most one per MTP layer, or up to 7 of one layer
     draft_below     they draft while at most this many sequences are in flight; 0 = always
     draft_ids       drafts are among this many first ids, 0 = all: ids are roughly in order of frequency, and a part of
                     lm_head is read faster (FR-Spec, arXiv 2502.14856)
@@ -126,11 +129,10 @@ class Engine:
                  runner: type[TorchRunner] | None = None):
         V = model.cfg.vocab_size
         if n_ids is not None and not 1 <= n_ids <= V:
-            raise ValueError(f"n_ids = {n_ids} should be 1 to {V}, the rows of lm_head")
-        if not 0 <= n_draft <= len(model.mtp_layers):
-            raise ValueError(f"n_draft = {n_draft} should be 0 to {len(model.mtp_layers)}, the MTP layers")
+            raise UserError(f"n_ids = {n_ids} should be 1 to {V}, the rows of lm_head")
+        check_drafts(n_draft, len(model.mtp_layers), "the model")
         if slots < 1 or max_len < 2:
-            raise ValueError(f"slots = {slots} and max_len = {max_len} should be at least 1 and 2")
+            raise UserError(f"slots = {slots} and max_len = {max_len} should be at least 1 and 2")
         self.model, self.slots, self.max_len, self.n_draft = model, slots, max_len, n_draft
         self.draft_below, self.chunk = draft_below, max(chunk, MIN_ROWS)
         self.prefill_tokens = max(prefill_tokens, self.chunk)
@@ -174,23 +176,23 @@ class Engine:
         return min(self.slots - active, spare * active // used if active else spare)
 
     def add(self, request: Request) -> None:
-        """Queue a request; a later step admits it. ValueError says what would be right."""
+        """Queue a request; a later step admits it. UserError says what would be right."""
         n, V, name = len(request.prompt), self.model.cfg.vocab_size, f"request {request.id!r}"
         if request.id in self.in_flight:
-            raise ValueError(f"{name}: a request with this id is in flight")
+            raise UserError(f"{name}: a request with this id is in flight")
         if not 1 <= n < self.max_len:
-            raise ValueError(f"{name}: its prompt of {n} tokens should have 1 to max_len - 1 = {self.max_len - 1}")
+            raise UserError(f"{name}: its prompt of {n} tokens should have 1 to max_len - 1 = {self.max_len - 1}")
         r = request
         if r.max_new_tokens < 1 or not r.temperature >= 0 or not 0 < r.top_p <= 1 or r.top_k < 0:
-            raise ValueError(f"{name}: max_new_tokens = {r.max_new_tokens} should be >= 1, temperature = "
+            raise UserError(f"{name}: max_new_tokens = {r.max_new_tokens} should be >= 1, temperature = "
                              f"{r.temperature} >= 0, top_p = {r.top_p} in (0, 1], top_k = {r.top_k} >= 0")
         if len(request.stop) > MAX_STOPS:
-            raise ValueError(f"{name}: {len(request.stop)} stop ids should be at most {MAX_STOPS}")
+            raise UserError(f"{name}: {len(request.stop)} stop ids should be at most {MAX_STOPS}")
         if min(request.prompt) < 0 or max(request.prompt) >= V:
-            raise ValueError(f"{name}: its prompt ids should be in 0..{V - 1}")
+            raise UserError(f"{name}: its prompt ids should be in 0..{V - 1}")
         limit = min(n + request.max_new_tokens, self.max_len)
         if limit + self.n_draft > self.blocks.n_blocks * self.blocks.block:
-            raise ValueError(f"{name}: {limit + self.n_draft} tokens should fit the cache of "
+            raise UserError(f"{name}: {limit + self.n_draft} tokens should fit the cache of "
                              f"{self.blocks.n_blocks * self.blocks.block}")
         if not self.in_flight:
             self.runner.refresh()                           # weights and RoPE base may have changed since
@@ -200,7 +202,10 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Sample]:
-        """Schedule, prefill, decode, retire, draft: one step for every sequence. -> samples that have ended."""
+        """
+        Schedule, prefill, decode, retire, draft: one step for every sequence. -> samples that have ended. UserError
+        names a request for which the model's logits are NaN or infinite; it is taken out.
+        """
         if not self.in_flight:
             return []
         self.schedule()
@@ -430,12 +435,18 @@ class Engine:
     # ---- the end of a sequence --------------------------------------------------------------------------------------
 
     def retire(self, ended: Tensor) -> list[Sample]:
-        """ended bool [A]. -> the samples of these rows, which leave the batch."""
+        """ended bool [A]. -> the samples of these rows, which leave the batch. UserError: as step()."""
         rows = [i for i, has_ended in enumerate(ended.tolist()) if has_ended]
         samples = [self.read(i).sample() for i in rows]
         self.remove(rows)
         for sample in samples:
             del self.in_flight[sample.id]
+        for s in samples:                                           # the runners have marked what is no number
+            where = [f"after {len(s.tokens) - 1} tokens of its answer"] if math.isnan(s.logprobs[-1]) else \
+                [f"MTP layer {k + 1}" for k, n in enumerate(s.accepted) if n < 0]
+            if where:
+                raise UserError(f"request {s.id!r}: the model's logits are not finite (NaN or infinity), {where[0]}: "
+                                "its weights are broken, or too large")
         return samples
 
     def read(self, row: int) -> Sequence:

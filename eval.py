@@ -20,16 +20,14 @@ launched at once, by the loop that makes RL batches (rollout.py; Table 3), on an
 problem are on the disk as soon as the last one is graded, so a long run can be stopped (SIGTERM, or a power cut): the
 same command asks only what is missing. Answers depend on neither ranks, slots, memory nor drafts.
 """
-import glob
 import hashlib
 import json
 import math
-import os
 import random
 import signal
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,10 +42,12 @@ import distributed
 import kernels
 import mtp
 from configurator import UserError
+from data.answers import Answers
 from data.filters import check_references
 from data.jsonl import whole_file
 from data.loader import make_batch
 from data.problems import Problem, prompt_ids, read_problems, stop_ids
+from data.text import shown
 from data.tiny import probes
 from data.tiny.world import World, make_world
 from distributed import Exchange, Runtime
@@ -74,7 +74,7 @@ class Config:
     probe_count: int = 10                 # probes per kind and length
     slots: int = 128                      # answers decoded at a time, per process
     kv_tokens: int = 0                    # tokens in the engine's KV cache; 0 = slots x longest answer
-    n_draft: int = 0                      # MTP layers that draft; the same answers
+    n_draft: int = 0                      # drafts a step; the same answers
     draft_below: int = 0                  # draft only while at most this many answers are in flight; 0 = always
     judge_workers: int = 1                # sandboxed test runners, per process
     judge_seconds: float = 1.0            # processor seconds a test may take [ours]
@@ -116,8 +116,7 @@ def main(cfg: Config) -> dict:
     if problems and rt.is_main:
         check_references(cfg.problems, problems, at_most=1000)
     chat = checkpoint.read_meta(ckpt).get("chat", False)
-    if not cfg.n_draft <= shape.n_mtp:
-        raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {ckpt}")
+    mtp.check_drafts(cfg.n_draft, shape.n_mtp, str(ckpt))
     n_read = len(problems)
     problems, prompts = fitting(cfg.problems, problems, tokenizer, chat, shape.max_seq_len - cfg.max_new_tokens,
                                 f"max_new_tokens {cfg.max_new_tokens} of max_seq_len = {shape.max_seq_len}", rt)
@@ -133,15 +132,16 @@ def main(cfg: Config) -> dict:
         kinds = sorted({p.kind for p in problems})
         asked = [p for kind in kinds for p in [p for p in problems if p.kind == kind][:cfg.limit or None]]
         ids = {p.id: prompt for p, prompt in zip(problems, prompts, strict=True)}
-        answers = Answers(path.with_name(f"{path.stem}_answers.jsonl"), made_with(cfg, ckpt, asked, rt), rt)
+        answers = Answers(path.with_name(f"{path.stem}_answers.jsonl"), made_with(cfg, ckpt, asked, rt))
         answer_problems(model, tokenizer, asked, ids, stop_ids(tokenizer, chat), cfg, rt, answers)
     distributed.teardown(rt)                                 # no rank waits for what rank 0 does from here on
     if not rt.is_main:
         return {}
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)            # and SIGTERM may end it at any moment
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and SIGTERM may end it at any moment
     if "problems" in cfg.tasks:
         results["problems"], results["left_out"] = {}, n_read - len(problems)
-        graded = answers.finish(asked)
+        graded = answers.finish([p.id for p in asked], lambda line: [
+            {key: a[key] for key in ("passed", "tokens", "finish")} for a in json.loads(line)["answers"]])
         for kind in kinds:
             some = [row for p, row in zip(asked, graded, strict=True) if p.kind == kind]
             results["problems"][kind] = row = summary(some)
@@ -183,7 +183,7 @@ def fitting(path: str, problems: list[Problem], tokenizer: Tokenizer, chat: bool
         if len(long) > MAX_LEFT_OUT * len(problems):
             raise UserError(f"{words}; at most {MAX_LEFT_OUT:.0%} of them may be left out")
         if rt.is_main:
-            print(f"left out: {words}")
+            print(shown(f"left out: {words}", lines=False))
     kept = [(p, ids) for p, ids in zip(problems, prompts, strict=True) if len(ids) <= most]
     return [p for p, _ in kept], [ids for _, ids in kept]
 
@@ -252,76 +252,6 @@ def made_with(cfg: Config, ckpt: Path, problems: list[Problem], rt: Runtime) -> 
             "fingerprint of the problems": fingerprint(problems)}
 
 
-class Answers:
-    """
-    The answers of one run on their way to `path`: each rank appends a row per finished problem to PATH.partRANK, and
-    PATH.run says what they were made with. finish() puts the rows in order. A run that was cut short finds them again.
-
-    done: ids of the problems that are answered. UserError when the files there were made with something else.
-    """
-    def __init__(self, path: Path, made: dict, rt: Runtime):
-        self.path, self.head = path, path.with_name(path.name + ".run")
-        parts = self.parts()
-        if self.head.is_file():
-            saved = json.loads(self.head.read_text(encoding="utf-8"))
-            for name, value in json.loads(json.dumps(made)).items():
-                if saved.get(name) != value:
-                    raise UserError(f"{self.head}: the unfinished answers there were made with {name} = "
-                                    f"{saved.get(name)!r}, now it is {value!r}: give the same, or another --out, or "
-                                    f"delete {self.head} and {path.name}.part*")
-        elif parts:
-            raise UserError(f"{parts[0]} is there without {self.head.name}, which says what it answers: delete it")
-        found = [id for part in parts[rt.rank::rt.world] for id, _, _ in whole_rows(part)]
-        self.done = {id for some in distributed.all_gather_object(found) for id in some}
-        if rt.is_main and not self.head.is_file():
-            with whole_file(self.head) as f:
-                json.dump(made, f, indent=1)
-        self.file = open(path.with_name(f"{path.name}.part{rt.rank}"), "ab")   # one writer each: no lock
-
-    def parts(self) -> list[Path]:
-        """The files of all ranks, of earlier runs too."""
-        return sorted(self.path.parent.glob(glob.escape(self.path.name) + ".part*"))
-
-    def add(self, problem: Problem, answers: list[dict]) -> None:
-        """One problem is finished: its row is on the disk when this returns."""
-        row = {"id": problem.id, "question": problem.question, "answers": answers}
-        self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        self.file.flush()
-
-    def close(self) -> None:
-        """No more rows."""
-        self.file.close()
-
-    def finish(self, problems: list[Problem]) -> list[list[dict]]:
-        """Write `path` in the order of the problems, delete the parts. -> what summary() takes. One rank calls it."""
-        parts, graded = self.parts(), []
-        with ExitStack() as stack, whole_file(self.path, "wb") as out:
-            files = [stack.enter_context(open(part, "rb")) for part in parts]
-            where = {id: (f, at, n) for f, part in zip(files, parts, strict=True) for id, at, n in whole_rows(part)}
-            for p in problems:
-                f, at, n = where[p.id]
-                f.seek(at)
-                out.write(line := f.read(n))
-                graded.append([{key: a[key] for key in ("passed", "tokens", "finish")}
-                               for a in json.loads(line)["answers"]])
-        for file in [*parts, self.head]:
-            file.unlink()
-        return graded
-
-
-def whole_rows(part: Path) -> Iterator[tuple[str, int, int]]:
-    """(problem id, offset, length in bytes) of each row; cuts off a last one that was not written to its end."""
-    at = 0
-    with open(part, "rb") as f:
-        for line in f:
-            if not line.endswith(b"\n"):
-                os.truncate(part, at)
-                break
-            head = line[:1024].decode("utf-8", "ignore")     # without parsing the answers: there may be 100 GB of them
-            yield json.JSONDecoder().raw_decode(head, len('{"id": '))[0], at, len(line)
-            at += len(line)
-
-
 def answer_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], prompts: dict[str, list[int]],
                     stop: tuple[int, ...], cfg: Config, rt: Runtime, answers: Answers) -> None:
     """
@@ -347,9 +277,10 @@ def answer_problems(model: MiMo, tokenizer: Tokenizer, problems: list[Problem], 
 
     def done(group: Group) -> None:
         if group.rank == rt.rank:
-            answers.add(todo[group.task.prompt], [
+            problem = todo[group.task.prompt]
+            answers.add(problem.id, {"id": problem.id, "question": problem.question, "answers": [
                 info | {"text": tokenizer.decode(s.tokens, skip_control=True), "tokens": len(s.tokens),
-                        "finish": s.finish} for s, info in zip(group.samples, group.infos, strict=True)])
+                        "finish": s.finish} for s, info in zip(group.samples, group.infos, strict=True)]})
         group.samples = group.rewards = group.infos = ()     # on the disk now
         answers.done.add(todo[group.task.prompt].id)
         bar.update(1)
@@ -432,16 +363,21 @@ def make_probes(tokenizer: Tokenizer, context: int, cfg: Config) -> dict[tuple[i
 
 @torch.no_grad()
 def measure_probes(model: MiMo, tokenizer: Tokenizer, asked: dict) -> dict[str, dict[int, float]]:
-    """Mean score of RULER-like probes (greedy), per kind and context length in tokens [report Fig. 4]."""
+    """
+    Mean score of RULER-like probes (greedy), per kind and context length in tokens [report Fig. 4]; for the needles
+    also the share of right digits of the first number ("single digits").
+    """
     found: dict[str, dict[int, float]] = {}
     stop = stop_ids(tokenizer, True)
     for (length, kind), some in asked.items():
         engine = Engine(model, slots=8, max_len=length, n_ids=tokenizer.n_ids)
         replies = generate(engine, [Request(i, tokenizer.encode(p.prompt), REPLY, temperature=0.0, stop=stop)
                                     for i, p in enumerate(some)])
-        scores = [probes.score(p, tokenizer.decode(s.tokens, skip_control=True))
-                  for p, s in zip(some, replies, strict=True)]
-        found.setdefault(kind, {})[length] = sum(scores) / len(scores)
+        texts = [tokenizer.decode(s.tokens, skip_control=True) for s in replies]
+        for name, score in ((kind, probes.score), (f"{kind} digits", probes.digits)):
+            if score is probes.score or some[0].answers[0].isdigit():
+                scores = [score(p, text) for p, text in zip(some, texts, strict=True)]
+                found.setdefault(name, {})[length] = sum(scores) / len(scores)
     return found
 
 

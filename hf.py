@@ -4,6 +4,7 @@ Weights in and out: Hugging Face folders <-> our checkpoints (report 2.2; MiMo-7
     python hf.py import MiMo-7B-RL out/mimo_7b                       # 451 tensors, 7,833,409,536 parameters
     python hf.py import MiMo-7B-Base out/base --mtps=MiMo-7B-MTPs    # with MTP layers 2 and 3: 483 tensors
     python hf.py import Qwen2.5-0.5B out/qwen --mtp=1                # Qwen2, Qwen2.5, Llama; a fresh MTP layer to train
+    python hf.py import Qwen2.5-0.5B out/qwen --adapter=PEFT         # with a LoRA adapter of PEFT, merged
     python hf.py export out/tiny/rl out/hf --flavour=mimo            # MiMoForCausalLM, one MTP layer
     python hf.py export out/tiny/rl out/hf --flavour=qwen2           # Qwen2ForCausalLM without it; llama: Llama's
 
@@ -37,6 +38,7 @@ from torch import Tensor
 
 import checkpoint
 import configurator
+import lora
 import mtp
 from checkpoint import opened, read_json, usual_mode, weight_map_of, write_json
 from configurator import UserError, from_dict
@@ -67,9 +69,11 @@ class Config:
     out: str = ""                               # folder to write
     flavour: Literal["mimo", "qwen2", "llama"] = ""   # export, required: the family whose code loads the folder
     mtps: str = ""                              # folder of MTP layers 2 and 3 (MiMo-7B-MTPs), read or written
+    adapter: str = ""                           # import: a PEFT folder with a LoRA adapter, merged into the weights
     mtp: int = 0                                # import: fresh MTP layers for a model without, to be trained
     dtype: Literal["stored", "bfloat16", "float16", "float32"] = "stored"   # of the written weights
     chat: Literal["auto", "yes", "no"] = "auto"   # import: is it a chat model? auto: yes if it ends with <|im_end|>
+    widen: int = 1                              # export: heads and states this many times as wide, padded with zeros
     odd_heads: bool = False                     # export: also where d_model is not n_head head_dim; not for vLLM
     fold: Literal["auto", "yes", "no"] = "auto"   # export: fold the final norm's gain? auto: no for an untrained import
     shard_gb: float = 5.0                       # GB per written file, and about the peak of memory
@@ -79,8 +83,11 @@ class Config:
     def __post_init__(self):
         configurator.at_least(self, 1e-3, "shard_gb")
         configurator.at_least(self, 0, "mtp")
+        configurator.at_least(self, 1, "widen")
         if self.action == "export" and not self.flavour:
             raise ValueError("flavour is missing: an export needs --flavour=mimo, --flavour=qwen2 or --flavour=llama")
+        if self.adapter and self.action == "export":
+            raise ValueError(f"adapter = {self.adapter!r} should be empty: adapters come in at an import")
         if self.mtp and (self.mtps or self.action == "export"):
             raise ValueError(f"mtp = {self.mtp} makes fresh MTP layers at an import, mtps names a folder of trained "
                              "ones: one of the two")
@@ -90,12 +97,13 @@ def main(cfg: Config) -> None:
     dtype = None if cfg.dtype == "stored" else getattr(torch, cfg.dtype)
     mtps, shard_bytes = cfg.mtps or None, cfg.shard_gb * 1e9
     if cfg.action == "import":
-        shape, n, size = import_folder(cfg.source, cfg.out, mtps, dtype, shard_bytes, cfg.chat, cfg.mtp)
+        shape, n, size = import_folder(cfg.source, cfg.out, mtps, dtype, shard_bytes, cfg.chat, cfg.mtp,
+                                       cfg.adapter or None)
         print(f"{cfg.source} -> {cfg.out}: {n} tensors, {shape.n_params():,} parameters, {size / 1e9:.2f} GB, "
               f"{shape.n_mtp} MTP layer(s), RoPE base {shape.rope_base:,.0f}, context {shape.max_seq_len:,}")
     else:
         ckpt, n, size, folded = export_folder(cfg.source, cfg.out, cfg.flavour, mtps, dtype, cfg.fold, shard_bytes,
-                                                cfg.odd_heads)
+                                              cfg.odd_heads, cfg.widen)
         print(f"{ckpt} -> {cfg.out}: {n} tensors, {size / 1e9:.2f} GB, flavour {cfg.flavour}, "
               f"final norm {'folded into lm_head' if folded else 'as it was'}")
 
@@ -338,27 +346,27 @@ def fresh_layers(have: Sources, shape: ModelConfig, n: int, folder: Path) -> tup
     return have | store(made, folder), shape
 
 
-def store(tensors: dict[str, Tensor], folder: Path) -> Sources:
+def store(tensors: dict[str, Tensor], folder: Path, file: str = "made.safetensors") -> Sources:
     """Tensors that are in no file yet, written to one in folder, a temporary one."""
     if not tensors:
         return {}
-    save_file(tensors, folder / "made.safetensors")
-    return {name: (folder / "made.safetensors", name) for name in tensors}
+    save_file(tensors, folder / file)
+    return {name: (folder / file, name) for name in tensors}
 
 
 def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None = None, dtype: torch.dtype | None = None,
-                  shard_bytes: float = 5e9, chat: str = "auto",
-                  fresh: int = 0) -> tuple[ModelConfig, int, int]:
+                  shard_bytes: float = 5e9, chat: str = "auto", fresh: int = 0,
+                  adapter: str | Path | None = None) -> tuple[ModelConfig, int, int]:
     """
     A Hugging Face folder -> the checkpoint OUT/step_00000000 and OUT/latest, which pretrain.py, sft.py, rl.py,
     sample.py and eval.py read like their own. mtps: folder of MTP layers 2 and 3. dtype: None = as stored. chat:
-    "auto", "yes" or "no". fresh: untrained MTP layers to add. -> (shape, tensors, bytes). UserError says what does not
-    fit; nothing half-made is left.
+    "auto", "yes" or "no". fresh: untrained MTP layers to add. adapter: a PEFT folder, merged in. -> (shape, tensors,
+    bytes). UserError says what does not fit; nothing half-made is left.
     """
     source, out = Path(source), Path(out)
     if not (source / "config.json").is_file():
         hint = (f"; `huggingface-cli download {source} --local-dir DIR` fetches one" if not source.exists() else
-                ", but a LoRA adapter: merge it first (PEFT's merge_and_unload)"
+                f", but a LoRA adapter: `python hf.py import BASE OUT --adapter={source}` merges it into its base"
                 if (source / "adapter_config.json").is_file() else "")
         raise UserError(f"{source / 'config.json'} is missing: {source} is not a Hugging Face model folder{hint}")
     if checkpoint.steps_in(out):
@@ -373,6 +381,7 @@ def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None =
         raise UserError(f"{source}: num_hidden_layers = {shape.n_layer:,}, but there are only {len(files)} tensors")
     have = {name: (path, name) for name, path in drop_unused(files, shape).items()}
     check_tensors(have, expected(shape), source)
+    merge = lora.merging(Path(adapter), expected(shape)) if adapter else lambda name, t: t
     try:
         tokenizer = Tokenizer.load(source)
     except (ValueError, OSError) as e:
@@ -393,11 +402,11 @@ def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None =
                 have, shape = fresh_layers(have, shape, fresh, Path(made))
             ours = {name.removeprefix("model."): have[name] for name in expected(shape)}
             check_space(out, ours, dtype)
-            n_bytes = write_shards(temporary, ours, shard_bytes, dtype)
+            n_bytes = write_shards(temporary, ours, shard_bytes, dtype, lambda name, t: merge(hub_name(name), t))
         write_json(temporary / "model.json", vars(shape))
         write_json(temporary / CONFIG, hf)
         write_json(temporary / "config.json", {"imported": str(source), "mtps": str(mtps) if mtps else None,
-                                               "fresh_mtp": fresh})
+                                               "adapter": str(adapter) if adapter else None, "fresh_mtp": fresh})
         for file in copies:
             shutil.copyfile(source / file, temporary / file)
         generation = read_json(source / GENERATION) if GENERATION in copies else {}
@@ -510,9 +519,6 @@ def flavoured(shape: ModelConfig, flavour: str, odd_heads: bool, where: Path) ->
         raise UserError(f"{where}: head_dim = {shape.head_dim} is not d_model / n_head = {shape.d_model}/{shape.n_head}"
                         ": as a Qwen2, vLLM loads this and answers nonsense; --odd_heads exports it for transformers "
                         "and SGLang, which are right")
-    if shape.head_dim < 32:
-        print(f"note: head_dim = {shape.head_dim}: transformers runs this, vLLM's attention starts at 32",
-              file=sys.stderr)
     return replace(shape, qkv_bias=flavour != "llama", tie_embeddings=shape.tie_embeddings and flavour != "mimo")
 
 
@@ -523,14 +529,54 @@ def completed(have: Sources, shape: ModelConfig, stored: torch.dtype, folder: Pa
     return {"lm_head.weight": have["model.embed_tokens.weight"]} | have | store(zeros, folder)
 
 
+def widened(have: Sources, shape: ModelConfig, m: int, folder: Path) -> tuple[Sources, ModelConfig]:
+    """
+    have and shape of the same function, with heads and hidden states m times as wide, in a file in folder; for small
+    models, which engines refuse whose attention starts at a width of 32. The new channels hold zeros.
+
+    RoPE turns channel i of a head by base^(-2i/d): it moves to m i, where the wide head has that angle. A norm over m D
+    channels of which D are filled comes out sqrt(m) too large: gains are divided by it, eps by m. Scores are divided by
+    sqrt(m d): q is multiplied by sqrt(m).
+    """
+    D, d, tensors = shape.d_model, shape.head_dim, {}
+    half = m * torch.arange(d // 2)
+    place = torch.cat([half, half + m * d // 2])                                # [d], of each channel in a wide head
+
+    def behind(t: Tensor, fill: float = 0.0) -> Tensor:                         # [D,...] -> [mD,...]
+        return torch.cat([t, torch.full_like(t, fill).repeat_interleave(m - 1, 0)])
+
+    def spread(t: Tensor) -> Tensor:                                            # [heads d,...] -> [heads m d,...]
+        heads = t.unflatten(0, (-1, d))
+        wide = heads.new_zeros(len(heads), m * d, *heads.shape[2:])
+        wide[:, place] = heads
+        return wide.flatten(0, 1)
+
+    for name, (path, stored) in have.items():
+        with opened(path) as f:
+            t, part = f.get_tensor(stored), name.split(".")[-2]
+        if "norm" in part:
+            t = behind(t, 1.0) / m ** 0.5
+        elif part in ("q_proj", "k_proj", "v_proj"):
+            t = spread(t if t.ndim == 1 else behind(t.T).T) * (m ** 0.5 if part == "q_proj" else 1)
+        elif part == "o_proj":
+            t = behind(spread(t.T).T)
+        elif part == "input_proj":
+            t = behind(torch.cat([behind(side) for side in t.T.split(D)]).T)
+        else:                                                                   # down writes states, the others read
+            t = behind(t) if part == "down_proj" else behind(t.T).T
+        tensors[name] = t.contiguous()
+    shape = replace(shape, d_model=m * D, head_dim=m * d, rms_eps=shape.rms_eps / m)
+    return store(tensors, folder, "wide.safetensors"), shape
+
+
 def export_folder(source: str | Path, out: str | Path, flavour: str, mtps: str | Path | None = None,
                   dtype: torch.dtype | None = None, fold: str = "auto", shard_bytes: float = 5e9,
-                  odd_heads: bool = False) -> tuple[Path, int, int, bool]:
+                  odd_heads: bool = False, widen: int = 1) -> tuple[Path, int, int, bool]:
     """
     A checkpoint, or the newest one of a run's folder -> a Hugging Face folder. flavour "mimo" has one MTP layer (SGLang
     would load a second one over the first); more go to the folder mtps, as in MiMo-7B-MTPs. "qwen2" and "llama" have
-    none. dtype: None = as stored. fold: "auto", "yes" or "no". odd_heads: also where d_model is not n_head head_dim. ->
-    (checkpoint folder, tensors, bytes, whether the gain was folded).
+    none. dtype: None = as stored. fold: "auto", "yes" or "no". odd_heads: also where d_model is not n_head head_dim.
+    widen: as in widened(), 1 = no. -> (checkpoint folder, tensors, bytes, whether the gain was folded).
     """
     ckpt, out = checkpoint.find(source), Path(out)
     shape, meta = from_dict(ModelConfig, checkpoint.read_shape(ckpt), f"{ckpt}/model.json"), checkpoint.read_meta(ckpt)
@@ -541,7 +587,6 @@ def export_folder(source: str | Path, out: str | Path, flavour: str, mtps: str |
     original = read_json(ckpt / CONFIG) if (ckpt / CONFIG).is_file() else None
     untrained_import = original is not None and meta.get("stage") == "import"
     folded = flavour == "mimo" and (fold == "yes" or fold == "auto" and not untrained_import)
-    change = folding(*have["model.norm.weight"]) if folded else lambda name, t: t
     with opened(have["model.embed_tokens.weight"][0]) as f:
         stored = DTYPES[f.get_slice("embed_tokens.weight").get_dtype()]
     note = {"source": str(ckpt), "flavour": flavour, "folded": folded}
@@ -549,10 +594,16 @@ def export_folder(source: str | Path, out: str | Path, flavour: str, mtps: str |
     mtp_layer = lambda name: int(name.split(".")[2]) if name.startswith("model.mtp_layers.") else -1    # -1: the trunk
     if mtps and shape.n_mtp < 2:
         raise UserError(f"{ckpt} has {shape.n_mtp} MTP layer(s), there is no second one to write to {mtps}")
-    config = hub_config(shape, tokenizer, flavour, chat, dtype or stored, original)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".made_") as made:
         have = completed(have, shape, stored, Path(made))
+        if widen > 1:
+            have, shape = widened(have, shape, widen, Path(made))
+        if shape.head_dim < 32:
+            print(f"note: head_dim = {shape.head_dim}: transformers and llama.cpp run this, vLLM's attention starts at "
+                  f"32; --widen={-(-32 // shape.head_dim)} pads with zeros", file=sys.stderr)
+        change = folding(*have["model.norm.weight"]) if folded else lambda name, t: t
+        config = hub_config(shape, tokenizer, flavour, chat, dtype or stored, original)
         main = {n: have[n] for n in expected(shape) if mtp_layer(n) < (1 if flavour == "mimo" else 0)}
         rest = {n: have[n] for n in expected(shape) if mtp_layer(n) >= 1}
         check_space(out.parent, main | (rest if mtps else {}), dtype)

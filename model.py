@@ -114,15 +114,17 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool = True, train: 
     Training FLOPs per token in rows of T = seq_len: 6 per weight of every matrix product (2 forward, 4 backward), and
     12 H d T per layer for attention, half of it under a causal mask. Every MTP layer runs the head once more.
     Recomputation is not counted. causal=False counts the masked half too, the convention of PaLM and torchtitan.
-    train="mtp" is MTP fine-tuning, whose trunk only runs forward.
+    train="mtp" is MTP fine-tuning, whose trunk only runs forward; train="lora" computes no gradients of the weights:
+    4 per weight, and the adapters are not counted.
     """
     D, d = cfg.d_model, cfg.head_dim
     block = D * d * (cfg.n_head + 2 * cfg.n_kv_head) + cfg.n_head * d * D + 3 * D * cfg.d_ff
     attention = 12 * cfg.n_head * d * seq_len * (0.5 if causal else 1.0)
     head = cfg.vocab_size * D
-    trunk = cfg.n_layer * (6.0 * block + attention) + 6.0 * head
-    extra = cfg.n_mtp * (6.0 * (block + 2 * D * D + head) + attention)
-    return trunk * (1 if train == "all" else 1 / 3) + extra
+    per_weight = 4.0 if train == "lora" else 6.0
+    trunk = cfg.n_layer * (per_weight * block + attention) + per_weight * head
+    extra = cfg.n_mtp * (per_weight * (block + 2 * D * D + head) + attention)
+    return trunk * (1 / 3 if train == "mtp" else 1) + extra
 
 
 class RMSNorm(nn.Module):

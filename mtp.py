@@ -23,13 +23,27 @@ trains them alone beside the policy (rl.py, mtp_weight).
 
 The report is silent on the weight of each depth when three are trained: we average them. On held-out reasoning text it
 finds about 90% acceptance for the first layer and more than 75% for the third; the demo prints ours.
+
+vLLM and SGLang load one layer and, for more than one draft, apply it again to what it has just made. A layer can be
+trained for that (FastMTP, arXiv 2509.18362): with mtp_depth = n the loss applies it n times, as these engines do,
+
+    z^j_i = Block( W [ RMSNorm(h^{j-1}_i) ; RMSNorm(emb(x_{i+j})) ] ) at position i + j - 1        h^0_i = h_i
+    h^j_i = RMSNorm_0(z^j_i) / gamma,    gamma the gain of the trunk's final norm, which an export folds into lm_head
+
+where z^j_i attends to the keys of z^1 up to position i and to those of its own chain, z^2_i .. z^j_i.
 """
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configurator import UserError
 from kernels.linear_cross_entropy import linear_cross_entropy
-from model import Block, MiMo, ModelConfig, RMSNorm
+from kernels.reference import sdpa
+from model import Block, MiMo, ModelConfig, RMSNorm, operators
+
+MOST_DRAFTS = 7         # of one layer that drafts again and again: kernels/decode.py verifies 8 tokens at a time
 
 
 class MTPLayer(Block):
@@ -82,6 +96,65 @@ def freeze_all_but_new(model: MiMo, first: int = 1) -> None:
         p.requires_grad_(name.startswith("mtp_layers.") and int(name.split(".")[1]) >= first)
 
 
+class Chain:
+    """
+    The attention of a layer that is applied again and again in training: what Block.forward takes as its cache.
+    Application j (from 0) of position i stands at position i + j and sees what a serving engine has there:
+
+        the keys of application 0 up to position i, in the same document, and its own of applications 1 .. j
+
+    No mask of more than ROWS positions times the keys they see is ever in memory.
+    """
+    ROWS = 512
+
+    def __init__(self, bounds: Tensor | None):
+        self.bounds, self.j, self.kv = bounds, 0, {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Application self.j for all positions: q [B,T,H,d], rotated, k and v [B,T,K,d] -> [B,T,H,d]."""
+        self.kv[self.j] = k, v
+        if self.j == 0:
+            return operators(q, k, v).attention(q, k, v, self.bounds)
+        at, out = torch.arange(q.shape[1], device=q.device), []
+        for rows in at.split(self.ROWS):
+            lo, hi = int(rows[0]), int(rows[-1]) + 1
+            see = at[:hi] <= rows[:, None]                                                      # [R,hi]
+            if self.bounds is not None:
+                see = see & (at[:hi] >= self.bounds[0][:, lo:hi, None])                         # [B,R,hi]
+            own = (rows == rows[:, None]).repeat(1, self.j)                                     # [R,jR]
+            mask = torch.cat([see.expand(len(q), -1, -1), own.expand(len(q), -1, -1)], -1)      # [B,R,hi+jR]
+            k, v = (torch.cat([self.kv[0][i][:, :hi], *(self.kv[n][i][:, lo:hi] for n in range(1, self.j + 1))], 1)
+                    for i in (0, 1))
+            out.append(sdpa(q[:, lo:hi], k, v, mask[:, None]))
+        return torch.cat(out, 1)
+
+
+def check_depth(depth: int, train: str, n_mtp: int, where: str) -> None:
+    """UserError unless a loss of `depth` applications fits: one MTP layer, trained alone (train = "mtp")."""
+    if depth > 1 and (train != "mtp" or n_mtp != 1):
+        raise UserError(f"mtp_depth = {depth} applies one MTP layer again and again: train = {train!r} should be 'mtp'"
+                        f", and {where} has {n_mtp} MTP layer(s), should have 1 (`hf.py export --flavour=mimo`, then "
+                        "`import`, keeps the first)")
+
+
+def check_drafts(n_draft: int, n_mtp: int, where: str) -> None:
+    """UserError unless n_mtp layers can write n_draft drafts: one each, or up to MOST_DRAFTS of a single layer."""
+    most = MOST_DRAFTS if n_mtp == 1 else n_mtp
+    if not 0 <= n_draft <= most:
+        raise UserError(f"n_draft = {n_draft} should be 0 to {most}: {where} has {n_mtp} MTP layer(s)")
+
+
+def mean_loss(losses: Tensor, depth: int = 1) -> Tensor:
+    """
+    One number for the mean losses of the MTP layers, or of the applications of one layer: their average; with depth > 1
+    0.6^j, normed, times that of application j [FastMTP]. By hand, three applications: 0.51, 0.31, 0.18.
+    """
+    if depth == 1:
+        return losses.mean()
+    weight = 0.6 ** torch.arange(len(losses), device=losses.device)
+    return (losses * weight).sum() / weight.sum()
+
+
 def mtp_targets(ids: Tensor, docs: Tensor, T: int, n_mtp: int, mask: Tensor | None = None) -> list[Tensor]:
     """
     What each of T positions predicts, [B,T] for the trunk and for each of n_mtp layers: the token 1, 2, .. n_mtp + 1
@@ -105,7 +178,7 @@ def target_counts(ids: Tensor, docs: Tensor, T: int, n_mtp: int, mask: Tensor | 
 
 
 def losses(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor, mask: Tensor | None = None,
-           ) -> tuple[Tensor, list[Tensor]]:
+           depth: int = 1) -> tuple[Tensor, list[Tensor]]:
     """
     Summed cross-entropies of the trunk and of each MTP layer, in nats. -> (trunk sum, [sum per MTP layer]).
 
@@ -113,44 +186,55 @@ def losses(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Te
       positions   [B,T] within the document
       bounds      int32 [2,B,T], the document of each token (data.loader.Batch)
       mask        [B, T+1+n], 1 on tokens that are trained on as targets (SFT: the assistant's); default all
+      depth       applications of the one MTP layer; above 1 they take the place of the layers, also in n
 
     Sums, not means: the caller divides by target_counts over the whole batch and all ranks, so that micro-batches and
     ranks never change the loss. The [B*T,V] logits are never kept (kernels/linear_cross_entropy.py).
     """
     T = positions.shape[1]
-    n_mtp = min(ids.shape[1] - T - 1, len(model.mtp_layers))
+    n_mtp = min(ids.shape[1] - T - 1, max(depth, len(model.mtp_layers)))
     first, *rest = mtp_targets(ids, docs, T, n_mtp, mask)
     h = model(ids[:, :T], positions, bounds)                        # [B,T,D], before the final norm
     main = linear_cross_entropy(model.norm(h).flatten(0, 1), model.lm_head.weight, first.flatten())
-    return main, layer_losses(model, h, ids, rest, positions, bounds)
+    return main, layer_losses(model, h, ids, rest, positions, bounds, depth=depth)
 
 
 def layer_losses(model: MiMo, h: Tensor, ids: Tensor, targets: list[Tensor], positions: Tensor | None = None,
-                 bounds: Tensor | None = None, frozen_trunk: bool = False) -> list[Tensor]:
+                 bounds: Tensor | None = None, frozen_trunk: bool = False, depth: int = 1) -> list[Tensor]:
     """
-    Summed cross-entropy of each MTP layer, in nats, on the trunk's states h [B,T,D] before the final norm. targets: one
-    [B,T] per layer, of mtp_targets; the rest as in losses. frozen_trunk: h, embedding and head are constants, and only
-    the layers get gradients.
+    Summed cross-entropy of each MTP layer, or of each of depth > 1 applications of the first, in nats, on the trunk's
+    states h [B,T,D] before the final norm. targets: one [B,T] per layer, of mtp_targets; the rest as in losses.
+    frozen_trunk: h, embedding and head are constants, and only the layers get gradients.
     """
-    T = h.shape[1]
     embedding, head = model.embed_tokens.weight, model.lm_head.weight               # tied with the trunk's [Fig. 2]
     if frozen_trunk:
         h, embedding, head = h.detach(), embedding.detach(), head.detach()
+    states = mtp_states(model, h, ids, embedding, positions, bounds, depth)
+    return [linear_cross_entropy(z.flatten(0, 1), head, target.flatten())
+            for z, target in zip(states, targets, strict=False)]
+
+
+def mtp_states(model: MiMo, h: Tensor, ids: Tensor, embedding: Tensor, positions: Tensor | None, bounds: Tensor | None,
+               depth: int) -> Iterator[Tensor]:
+    """[B,T,D] behind the last norm of each MTP layer or application, in turn; embedding [V,D], the rest as above."""
+    T = h.shape[1]
     cos, sin = model.rope_at(ids[:, :T], positions)
-    extra = []
-    for k, (layer, target) in enumerate(zip(model.mtp_layers, targets, strict=False)):
-        emb = F.embedding(ids[:, k + 1:T + k + 1], embedding)
-        z = layer.final_layernorm(layer(h, emb, cos, sin, bounds))  # [B,T,D]
-        extra.append(linear_cross_entropy(z.flatten(0, 1), head, target.flatten()))
-    return extra
+    chain = Chain(bounds) if depth > 1 else None
+    for k, layer in enumerate([model.mtp_layers[0]] * depth if chain else model.mtp_layers):
+        z = layer.final_layernorm(layer(h, F.embedding(ids[:, k + 1:T + k + 1], embedding), cos, sin, bounds, chain))
+        yield z
+        if chain:                                                               # one position further on
+            positions = torch.arange(T, device=h.device)[None] if positions is None else positions
+            chain.j, (cos, sin) = k + 1, model.rope_at(None, positions + k + 1)
+            h = z / model.norm.weight.detach()
 
 
 @torch.no_grad()
 def teacher_forced_acceptance(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor,
-                              mask: Tensor | None = None) -> list[tuple[int, int]]:
+                              mask: Tensor | None = None, depth: int = 1) -> list[tuple[int, int]]:
     """
-    Acceptance of each MTP layer on a given text: [(accepted, verified) per layer]; shapes as in losses, mask: 1 on the
-    tokens that the model wrote, default all.
+    Acceptance of each MTP layer on a given text: [(accepted, verified) per layer]; shapes and depth as in losses, mask:
+    1 on the tokens that the model wrote, default all.
 
     A draft is verified only if all drafts before it in the round were accepted, the same definition as the engine's
     counters. One forward gives all drafts; then each row is walked in rounds, as the engine goes: a round verifies
@@ -160,13 +244,11 @@ def teacher_forced_acceptance(model: MiMo, ids: Tensor, docs: Tensor, positions:
     Equal to the engine's count where the text is the model's own, down to near-ties of rounding (tests/test_engine.py).
     Elsewhere it answers "as if the model had written this".
     """
-    T, n = positions.shape[1], len(model.mtp_layers)
+    T, n = positions.shape[1], max(depth, len(model.mtp_layers))
     h = model(ids[:, :T], positions, bounds)
-    cos, sin = model.rope_at(ids[:, :T], positions)
     right, exists = [], []          # [n][B][T]: is the draft of x_{i+k+2} right; is there such a token
-    for k, layer in enumerate(model.mtp_layers):
-        z = layer(h, model.embed_tokens(ids[:, k + 1:T + k + 1]), cos, sin, bounds)
-        draft = (layer.final_layernorm(z) @ model.lm_head.weight.T).argmax(-1)      # [B,T]
+    for k, z in enumerate(mtp_states(model, h, ids, model.embed_tokens.weight, positions, bounds, depth)):
+        draft = (z @ model.lm_head.weight.T).argmax(-1)             # [B,T]
         target = ids[:, k + 2:T + k + 2]
         same = docs[:, :T] == docs[:, k + 2:T + k + 2]
         right.append((draft == target).tolist())

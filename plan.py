@@ -7,12 +7,14 @@ answers decode at once and the hours of an iteration.
     python plan.py config/mimo_7b_rl.py --gpus=8         # RL: trainer, rollout engine, one iteration
     python plan.py config/mimo_100m_rl.py --gpus=1 --card=rtx4090
     python plan.py config/mimo_7b_rl.py --set.micro_tokens=16384     # any field of the configuration, changed
+    python plan.py config/mimo_7b_sft_lora.py --gpus=1               # one card: LoRA on a frozen base
 
 MEMORY is what one GPU holds at its worst moment, by kind. That is the end of a forward pass; of the second micro-batch
 of a step or a later one: with a single one gradients come as activations go, and the peak is less by about the
 gradients.
 
-    weights      fp32 master shards, and what FSDP has gathered in bf16 (root, MTP layers, two blocks)
+    weights      fp32 master shards, and what FSDP has gathered in bf16 (root, MTP layers, two blocks); with LoRA the
+                 frozen base in bf16, and fp32 adapters
     gradients    fp32: of all parameters until the last micro-batch reduces them, shards if each one does
     optimizer    Adam's two moments, fp32 shards
     activations  what autograd keeps for the backward pass, from the kernels' own lists (block_floats)
@@ -46,6 +48,7 @@ import rl
 import sft
 from cache import BlockManager
 from configurator import UserError
+from lora import MLP, LoRA
 from model import ModelConfig, flops_per_token
 from schedule import Stage, batch_size_at, breakpoints, lr_at, mtp_weight_at, stage_at
 
@@ -107,7 +110,7 @@ def main(cfg: Config) -> None:
     train = getattr(run, "train", "all")
     if run.shard_ranks and cfg.gpus % run.shard_ranks:
         raise UserError(f"shard_ranks = {run.shard_ranks} should divide gpus = {cfg.gpus}")
-    how = dict(shard_ranks=run.shard_ranks, reduce_each=run.reduce_each)
+    how = dict(shard_ranks=run.shard_ranks, reduce_each=run.reduce_each, mtp_depth=getattr(run, "mtp_depth", 1))
     if script is pretrain:
         run = pretrain.going_on(run) if run.init else run
         print(report(run.model, run.stages, cfg, train=train, mtp_stage=run.mtp_stage, n_mtp_final=run.n_mtp_final,
@@ -126,7 +129,7 @@ def main(cfg: Config) -> None:
                       batch_size=run.batch_size, lr=run.lr, mtp_weight=run.mtp_weight,
                       rope_base=base.all_stages()[-1].rope_base, checkpointing=run.checkpointing)
         print(report(shape, [stage], cfg, n_mtp_final=base.n_mtp_final, micro_batch=run.micro_batch, train=train,
-                     **how))
+                     lora=run.lora, **how))
     else:
         print(rl_report(shape, run, cfg))
 
@@ -152,7 +155,7 @@ def model_config(path: str) -> str:
 
 # ---- activations ----------------------------------------------------------------------------------------------------
 
-def block_floats(shape: ModelConfig, checkpointing: str, gpu: bool) -> tuple[float, float]:
+def block_floats(shape: ModelConfig, checkpointing: str, gpu: bool, lora: LoRA | None = None) -> tuple[float, float]:
     """
     (numbers in the compute dtype, fp32 numbers) that the backward pass of one block keeps per token.
 
@@ -161,48 +164,62 @@ def block_floats(shape: ModelConfig, checkpointing: str, gpu: bool) -> tuple[flo
     full        x
     selective   x, q, k, v, o and o_proj's output; on a CPU o is computed again
 
-    torch's own operations (no compiler, or several threads) keep F more.
+    torch's own operations (no compiler, or several threads) keep F more. lora: the weights are frozen, and the input of
+    a linear layer (the two norms, the product) is kept only where an adapter reads it, with x A^T (r).
     """
     D, F, Hd, Kd = shape.d_model, shape.d_ff, shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
     if checkpointing == "full":
         return D, 0
     if checkpointing == "selective":
         return (2 * D + 2 * Hd + 2 * Kd, shape.n_head) if gpu else (2 * D + Hd + 2 * Kd, 0)
-    return 4 * D + 2 * Hd + 2 * Kd + 3 * F, shape.n_head * (1 if gpu else 2) + 2
+    fp32 = shape.n_head * (1 if gpu else 2) + 2
+    if lora is None:
+        return 4 * D + 2 * Hd + 2 * Kd + 3 * F, fp32
+    has = lambda *names: bool(lora.rank and set(names) & set(lora.targets))
+    inputs = D * has("q_proj", "k_proj", "v_proj") + D * has("gate_proj", "up_proj") + F * has("down_proj")
+    return 2 * D + 2 * Hd + 2 * Kd + 2 * F + inputs + lora.rank * len(lora.targets), fp32
 
 
-def activation_bytes(shape: ModelConfig, tokens: int, n_mtp: int, checkpointing: str, gpu: bool, frozen: bool) -> float:
-    """Kept for the backward pass by `tokens` tokens of a micro-batch. frozen: the trunk only runs forward."""
+def activation_bytes(shape: ModelConfig, tokens: int, n_mtp: int, checkpointing: str, gpu: bool, frozen: bool,
+                     lora: LoRA | None = None) -> float:
+    """
+    Kept for the backward pass by `tokens` tokens of a micro-batch. frozen: the trunk only runs forward; lora: it has
+    adapters, and all weights are frozen.
+    """
     e, D = (2 if gpu else 4), shape.d_model
+    if lora:
+        blocks = shape.n_layer * block_bytes(shape, checkpointing, gpu, lora)
+        blocks += n_mtp * block_bytes(shape, checkpointing, gpu, LoRA())
+        return tokens * (blocks + D * e * (1 + n_mtp))             # and what the final norms read
     blocks = (n_mtp + (0 if frozen else shape.n_layer)) * block_bytes(shape, checkpointing, gpu)
     # an MTP layer's input: two norms and their concatenation; then embeddings and final norms
     norms = 0 if checkpointing != "none" else 2 * D * e + 2 * D * e
     return tokens * (blocks + n_mtp * (norms + 2 * D * e) + 2 * D * e * (1 + n_mtp))
 
 
-def block_bytes(shape: ModelConfig, checkpointing: str, gpu: bool) -> float:
+def block_bytes(shape: ModelConfig, checkpointing: str, gpu: bool, lora: LoRA | None = None) -> float:
     """Bytes one block keeps per token: 119,432 at 7B with the GPU kernels, 8,192 under full checkpointing."""
-    compute, fp32 = block_floats(shape, checkpointing, gpu)
+    compute, fp32 = block_floats(shape, checkpointing, gpu, lora)
     return compute * (2 if gpu else 4) + fp32 * 4
 
 
-def logits_bytes(shape: ModelConfig, tokens: int, n_mtp: int, gpu: bool, frozen: bool) -> float:
+def logits_bytes(shape: ModelConfig, tokens: int, losses: int, gpu: bool, head: bool) -> float:
     """
-    Gradients of head and input that the loss makes in the forward and keeps, once per head. frozen: none of lm_head,
-    and nothing for the trunk's loss.
+    Gradients of head and input that each of the losses makes in the forward and keeps. head: lm_head trains; else there
+    is no gradient of it.
     """
     e, V, D = (2 if gpu else 4), shape.vocab_size, shape.d_model
-    return (n_mtp + (not frozen)) * ((0 if frozen else V * D * e) + tokens * (D * e + 4))
+    return losses * ((V * D * e if head else 0) + tokens * (D * e + 4))
 
 
-def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool,
-                  frozen: bool) -> tuple[float, float]:
+def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool, head: bool) -> tuple[float, float]:
     """
     Bytes that live for a moment, of which only the larger counts: a chunk of fp32 logits, or lm_head's gradient, at the
-    end of the forward; one whole block computed again at the start of the backward. -> (logits, activations).
+    end of the forward; one whole block computed again at the start of the backward (where its weights are frozen as
+    well: what it does not keep is there for a moment). -> (logits, activations).
     """
     V, rows = shape.vocab_size, min(tokens, 2048 if gpu else 512)
-    head = max(rows * V * 4, 0 if frozen else V * shape.d_model * (2 if gpu else 4))
+    head = max(rows * V * 4, V * shape.d_model * (2 if gpu else 4) if head else 0)
     again = 0 if checkpointing == "none" else tokens * block_bytes(shape, "none", gpu)
     return (head, 0) if head > again else (0, again)
 
@@ -211,17 +228,20 @@ def passing_bytes(shape: ModelConfig, tokens: int, checkpointing: str, gpu: bool
 
 def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: int = 1, shard_ranks: int = 0,
          mtp_stage: Stage | None = None, n_mtp_final: int = 3, reduce_each: bool = False, device: str = "cuda",
-         mfu: float = 0.4, tflops: float = 989.0, train: str = "all") -> list[dict]:
+         mfu: float = 0.4, tflops: float = 989.0, train: str = "all", mtp_depth: int = 1,
+         lora: LoRA | None = None) -> list[dict]:
     """
     One dict per stage: tokens, steps, rows of a micro-batch, parameters, FLOPs per token, days, and bytes per rank by
     kind. stages: the pre-training table; mtp_stage: the fine-tuning of new MTP layers after it, or None. micro_batch
-    counts rows of the shortest context, as in pretrain.py; train="mtp": the MTP layers alone, on a frozen trunk.
-    ValueError if shard_ranks does not divide world.
+    counts rows of the shortest context, as in pretrain.py; train="mtp": the MTP layers alone, on a frozen trunk, one
+    layer mtp_depth times; lora: adapters of the trunk alone, if its rank is not 0. ValueError if shard_ranks does not
+    divide world.
     """
     if shard_ranks and world % shard_ranks:
         raise ValueError(f"shard_ranks = {shard_ranks} should divide the number of GPUs, {world}")
     gpu, reduce_each = device == "cuda", reduce_each or world == 1
     e, n = (2 if gpu else 4), shard_ranks or world
+    lora = lora if lora and lora.rank else None
     table, rows = list(stages) + ([mtp_stage] if mtp_stage else []), []
     shortest, sharded = min(s.seq_len for s in table), gpu or world > 1
     for s in table:
@@ -231,23 +251,26 @@ def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: in
         here = replace(shape, n_mtp=n_mtp)
         count, P = here.params_by_part(), here.n_params()
         new = n_mtp - shape.n_mtp if last else n_mtp
-        trained = new * (count["MTP layers"] // n_mtp) if frozen else P
+        trained = new * (count["MTP layers"] // n_mtp) if frozen else adapter_params(shape, lora) if lora else P
         micro = max(1, micro_batch * shortest // s.seq_len)
-        tokens = micro * s.seq_len
+        tokens, n_mtp = micro * s.seq_len, n_mtp * mtp_depth
+        head, losses = not (frozen or lora), n_mtp + (not frozen)
         root = count["embedding"] + count["lm_head"] + count["final norm"]
         gathered = root + count["MTP layers"] + 2 * shape.block_params()     # 2: block in use and the next
-        passing = passing_bytes(shape, tokens, kind, gpu, frozen)
+        passing = passing_bytes(shape, tokens, kind, gpu, head)
         memory = {
-            "weights": 4 * P / n + (gathered * e if sharded else 0),
+            "weights": (weight_bytes(lora, gpu) * P + (4 * trained if lora else 0)) / n
+                       + (gathered * e if sharded else 0),
             "gradients": 4 * trained if sharded and not reduce_each else 4 * trained / n,
             "optimizer": 8 * trained / n,
-            "activations": activation_bytes(shape, tokens, n_mtp, kind, gpu, frozen) + passing[1],
-            "logits": logits_bytes(shape, tokens, n_mtp, gpu, frozen) + passing[0],
+            "activations": activation_bytes(shape, tokens, n_mtp, kind, gpu, frozen, lora) + passing[1],
+            "logits": logits_bytes(shape, tokens, losses, gpu, head) + passing[0],
             # the root's gradients in fp32 for the message, beside them as they came, then the shard that comes back
-            "reduction": root * (4 + max(e, 4 / n)) if sharded and not frozen else 0,
+            "reduction": root * (4 + max(e, 4 / n)) if sharded and head else 0,
             "reserve": (4e9 if world > 1 else 2e9) if gpu else 0,
         }
-        flops = flops_per_token(here, s.seq_len, train="mtp" if frozen else "all")
+        flops = flops_per_token(replace(here, n_mtp=n_mtp), s.seq_len,
+                                train="mtp" if frozen else "lora" if lora else "all")
         again = recomputed_flops(here, s.seq_len, kind, n_mtp + (0 if frozen else shape.n_layer))
         rows.append({"name": s.name, "tokens": s.tokens, "steps": steps_of(s), "seq_len": s.seq_len,
                      "batch_size": s.batch_size, "micro_batch": micro, "checkpointing": kind, "parameters": count,
@@ -255,6 +278,21 @@ def plan(shape: ModelConfig, stages: list[Stage], world: int, *, micro_batch: in
                      "total": peak(memory),
                      "days": s.tokens * (flops + again) / (world * tflops * 1e12 * mfu) / 86_400})
     return rows
+
+
+def weight_bytes(lora: LoRA | None, gpu: bool) -> int:
+    """Bytes of a weight as the trainer keeps it: fp32, but for the frozen base of LoRA."""
+    return 2 if lora and lora.rank and (lora.dtype == "bfloat16" or gpu and lora.dtype == "auto") else 4
+
+
+def adapter_params(shape: ModelConfig, lora: LoRA) -> int:
+    """
+    Numbers in the adapters of all trunk blocks: r (in + out) for each target. By hand, 7B, r = 16, all seven: q and o
+    8,192 each, k and v 5,120 each, gate, up and down 15,104 each: 71,936 x 16 x 36 = 41,435,136.
+    """
+    D, Hd, Kd, F = shape.d_model, shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim, shape.d_ff
+    width = {"q_proj": D + Hd, "k_proj": D + Kd, "v_proj": D + Kd, "o_proj": Hd + D} | dict.fromkeys(MLP, D + F)
+    return shape.n_layer * lora.rank * sum(width[name] for name in lora.targets)
 
 
 def peak(memory: dict[str, float]) -> float:
@@ -288,7 +326,8 @@ def rl_memory(shape: ModelConfig, run: rl.Config, world: int, device: str = "cud
     e, n = (2 if device == "cuda" else 4), run.shard_ranks or world
     stage = Stage(tokens=1e9, seq_len=run.micro_tokens, checkpointing=run.checkpointing)
     trained = shape if run.mtp_weight else replace(shape, n_mtp=0)
-    (row,) = plan(trained, [stage], world, shard_ranks=run.shard_ranks, reduce_each=run.reduce_each, device=device)
+    (row,) = plan(trained, [stage], world, shard_ranks=run.shard_ranks, reduce_each=run.reduce_each, device=device,
+                  lora=run.lora)
     kinds, frozen, V = row["memory"], shape.n_params() - trained.n_params(), shape.vocab_size
     reserve = {"reserve": kinds.pop("reserve")}                     # printed last
     # rows that fill up a batch to a power of two; id, log-prob and random number of each token, states for the drafts
@@ -296,7 +335,7 @@ def rl_memory(shape: ModelConfig, run: rl.Config, world: int, device: str = "cud
     state = rows * ((longest + PROMPT) * 16 + 4 * (1 + run.n_draft) * shape.d_model * e)
     # what one forward needs for a moment: a prefill of 4,096 tokens, or sampling with top-p in fp64
     forward = max(4096 * (3 * shape.d_ff + 6 * shape.d_model) * e, run.slots * (1 + run.n_draft) * V * 64)
-    return kinds | {"weights": kinds["weights"] + 4 * frozen / n,
+    return kinds | {"weights": kinds["weights"] + weight_bytes(run.lora, device == "cuda") * frozen / n,
                     "replica": (1 + run.max_staleness) * shape.n_params() * e,
                     "KV cache": kv_tokens_of(run) * kv_bytes_per_token(
                         replace(shape, n_layer=shape.n_layer + run.n_draft), e),
@@ -395,8 +434,8 @@ def rl_hours(shape: ModelConfig, run: rl.Config, cfg: Config, card: Card, longes
     each = decode_seconds(shape, found.kv_tokens, card) / found.at_once + found.recomputed * prefill
     groups = min(run.max_groups, run.batch_size * (1 + WASTE) / cfg.valid) if run.dynamic_sampling else run.batch_size
     launched, trained = groups * G * mean, run.batch_size * G * (mean + PROMPT)
-    flops = flops_per_token(trunk, mean)
-    old = flops / 3 if run.mini_batch < run.batch_size or run.max_staleness else 0
+    flops = flops_per_token(trunk, mean, train="lora" if run.lora.rank else "all")
+    old = flops_per_token(trunk, mean) / 3 if run.mini_batch < run.batch_size or run.max_staleness else 0
     again = recomputed_flops(trunk, mean, run.checkpointing, shape.n_layer)
     evaluated = cfg.heldout * run.eval_samples if run.eval_every and run.valid else 0
     tail = longest * decode_seconds(shape, longest, card) if evaluated else 0
@@ -434,6 +473,8 @@ def report(shape: ModelConfig, stages: list[Stage], cfg: Config, *, mtp_stage: S
     out += [f"  {name:<34}{n:>20,}" for name, n in parts.items() if n] + [f"  {'trunk':<34}{sum(parts.values()):>20,}"]
     for n in sorted({shape.n_mtp, n_mtp_final} - {0}):
         out.append(f"  {f'with {n} MTP layer' + 's' * (n != 1):<34}{replace(shape, n_mtp=n).n_params():>20,}")
+    if (lora := more.get("lora")) and lora.rank:
+        out.append(f"  {f'adapters of rank {lora.rank}, trained':<34}{adapter_params(shape, lora):>20,}")
     out += ["", *schedule_lines(rows, list(stages) + ([mtp_stage] if mtp_stage else [])), ""]
     for s in stages:
         if (least := s.batch_size_start or s.batch_size) < cfg.gpus:
@@ -479,7 +520,8 @@ def rl_report(shape: ModelConfig, run: rl.Config, cfg: Config) -> str:
     groups, tokens = (max(h[name] for _, h in phases) for name in ("groups", "tokens"))
     problems = f"{cfg.heldout} problems x {run.eval_samples} answers, every {run.eval_every} iterations"
     columns = ("rollout", "update", "evaluation", "iteration")
-    out = [f"parameters: {shape.n_params():,}", "",
+    adapters = f"; adapters of rank {run.lora.rank}: {adapter_params(shape, run.lora):,}" if run.lora.rank else ""
+    out = [f"parameters: {shape.n_params():,}{adapters}", "",
            f"memory per GPU in GB, {cfg.gpus} GPU(s): {run.micro_tokens:,} tokens a forward, recomputation "
            f"{run.checkpointing}, {kv_tokens_of(run):,} tokens in the KV cache",
            *memory_lines([("", memory)], ""), "",

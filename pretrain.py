@@ -38,6 +38,7 @@ import kernels
 import mtp
 from configurator import UserError
 from data.loader import Batch, MixtureLoader
+from data.lock import hold
 from data.shards import Shards, sources
 from distributed import Runtime
 from engine import Engine, Request, generate
@@ -58,6 +59,8 @@ class Config:
     tokenizer: str = "tiny"               # "tiny" (embedded) or a folder with a tokenizer's files; not with init
     model: ModelConfig = ModelConfig()    # shape [paper 2.2]; not with init
     train: Literal["all", "mtp"] = "all"  # mtp: the MTP layers alone, on a frozen trunk
+    mtp_depth: int = 1                    # applications of the one MTP layer in the loss, for engines that draft that
+                                          # many tokens with it [FastMTP: 3]
     stages: list[Stage] = field(default_factory=lambda: [Stage()])   # the pre-training table [paper 2.3]
     mtp_stage: Stage | None = None        # MTP fine-tuning after them; None = leave it out [paper 2.2]
     n_mtp_final: int = 3                  # MTP layers after replication [paper 2.2]
@@ -87,7 +90,7 @@ class Config:
         if not self.all_stages():
             raise ValueError("stages = []: a run needs at least one Stage")
         configurator.at_least(self, 1, "micro_batch", "valid_tokens", "save_every", "keep", "threads", "n_mtp_final",
-                              "max_skips")
+                              "max_skips", "mtp_depth")
         configurator.at_least(self, 0, "weight_decay", "grad_clip", "sample_every", "shard_ranks", "skip_spikes",
                               "seed")
         for name in ("beta1", "beta2"):
@@ -105,6 +108,8 @@ class Config:
                              "layer is copied; raise n_mtp_final, or give mtp_stage = None")
         if self.train == "mtp" and self.model.n_mtp < 1:
             raise ValueError("train = 'mtp' needs an MTP layer, the model has none: `hf.py import --mtp=1` adds one")
+        mtp.check_depth(self.mtp_depth, self.train, self.n_mtp_final if self.mtp_stage else self.model.n_mtp,
+                        "the model")
 
     def all_stages(self) -> list[Stage]:
         return self.stages + ([self.mtp_stage] if self.mtp_stage else [])
@@ -120,6 +125,7 @@ def main(cfg: Config) -> None:
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
+    lock = hold(run / "run.lock")                            # one run, one folder
     ckpt = checkpoint.latest(run)
     if cfg.init:
         cfg = going_on(cfg, ckpt)
@@ -157,7 +163,7 @@ def main(cfg: Config) -> None:
         stage_end = total_tokens(stages[:i + 1])
         here = min(seen, stage_end - 1)                      # a stage shorter than the step before it gets one step
         s, rows, w = stages[i], batch_size_at(stages, here), mtp_weight_at(stages, here)
-        tokens, n_mtp = rows * s.seq_len, len(model.mtp_layers)
+        tokens, n_mtp = rows * s.seq_len, max(cfg.mtp_depth, len(model.mtp_layers))     # losses beside the trunk's
         micro = max(1, cfg.micro_batch * shortest // s.seq_len)      # rows per forward: about as many tokens everywhere
         lr = lr_at(stages, min(seen + tokens / 2, stage_end - 1))     # at the step's middle: never 0 at step 0
 
@@ -170,10 +176,10 @@ def main(cfg: Config) -> None:
         # 3c. forward and backward
         total = torch.zeros(1 + n_mtp, device=rt.device)
         for part, last in distributed.micro_batches(batch, micro, rt):
-            sums = forward(model, part, n_mtp)               # [1 + n_mtp] summed nats
+            sums = forward(model, part, n_mtp, cfg.mtp_depth)    # [1 + n_mtp] summed nats
             loss = sums[0] / counts[0]
             if n_mtp:
-                loss = loss + w * (sums[1:] / counts[1:].clamp_min(1)).mean()
+                loss = loss + w * mtp.mean_loss(sums[1:] / counts[1:].clamp_min(1), cfg.mtp_depth)
             distributed.sync_gradients(model, last or cfg.reduce_each, rt)
             (loss * rt.world).backward()                     # FSDP averages over ranks; the counts are global already
             total += sums.detach()
@@ -221,6 +227,7 @@ def main(cfg: Config) -> None:
     bar.close()
     checkpoint.finish()
     distributed.teardown(rt)
+    lock.release()
 
 
 # ---- start, resume, stages ------------------------------------------------------------------------------------------
@@ -263,7 +270,8 @@ def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoade
         raise UserError(f"tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size:,} ids, model.vocab_size = "
                         f"{cfg.model.vocab_size:,}: the model must have at least as many rows")
     names = sorted({name for s in stages for name, w in s.mix.items() if w > 0})
-    n_mtp = cfg.n_mtp_final if cfg.mtp_stage else cfg.model.n_mtp      # the last stage needs the most look-ahead
+    # the last stage needs the most look-ahead
+    n_mtp = cfg.n_mtp_final if cfg.mtp_stage else max(cfg.mtp_depth, cfg.model.n_mtp)
     loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=n_mtp, seed=cfg.seed,
                            max_seq_len=cfg.model.max_seq_len, tokenizer=tokenizer.fingerprint)
     for name in sources(Path(cfg.data) / "valid"):
@@ -379,11 +387,11 @@ def set_up(model: MiMo, stages: list[Stage], at: int, cfg: Config, rt: Runtime,
 
 # ---- forward passes -------------------------------------------------------------------------------------------------
 
-def forward(model: MiMo, batch: Batch, n_mtp: int) -> Tensor:
-    """Summed losses [1 + n_mtp] of one micro-batch, nats."""
+def forward(model: MiMo, batch: Batch, n_mtp: int, depth: int) -> Tensor:
+    """Summed losses [1 + n_mtp] of one micro-batch, nats; depth as in mtp.losses."""
     width = batch.positions.shape[1] + 1 + n_mtp             # the loader's look-ahead is that of the last stage
     main, extra = mtp.losses(model, batch.ids[:, :width], batch.docs[:, :width], batch.positions, batch.bounds,
-                             batch.mask)
+                             batch.mask, depth)
     return torch.stack([main, *extra])
 
 
@@ -391,13 +399,13 @@ def forward(model: MiMo, batch: Batch, n_mtp: int) -> Tensor:
 def validate(model: MiMo, cfg: Config, stage: Stage, micro: int, rt: Runtime) -> dict[str, dict]:
     """Loss and MTP losses per source on held-out documents, nats per token, at the stage's context."""
     folder = Path(cfg.data) / "valid"
-    n_mtp, found = len(model.mtp_layers), {}
+    n_mtp, found = max(cfg.mtp_depth, len(model.mtp_layers)), {}
     for name in sources(folder):
         loader = MixtureLoader(str(folder), [name], cfg.model.vocab_size, n_mtp=n_mtp, seed=0)
         rows = max(rt.world, int(cfg.valid_tokens) // stage.seq_len)
         batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, rows, rt.rank, rt.world).to(rt.device)
         parts = distributed.micro_batches(batch, micro, rt)
-        sums = sum(forward(model, part, n_mtp) for part, _ in parts)
+        sums = sum(forward(model, part, n_mtp, cfg.mtp_depth) for part, _ in parts)
         counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp)
         mean = distributed.all_reduce(sums, rt) / distributed.all_reduce(counts, rt).clamp_min(1)
         found[name] = {"loss": float(mean[0]), "mtp": mean[1:].tolist()}

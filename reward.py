@@ -108,10 +108,10 @@ def last_boxed(response: str) -> str | None:
     By hand: "\boxed{1} so \boxed{\frac{1}{2}}" -> "\frac{1}{2}".
     """
     answer = response.rpartition("</think>")[2]
-    start = -1 if "<think>" in answer else answer.rfind("\\boxed{")
-    if start < 0:
+    boxes = [] if "<think>" in answer else [m.end() for m in BOX.finditer(answer)]
+    if not boxes:
         return None
-    depth, i = 1, start + len("\\boxed{")
+    depth, i = 1, boxes[-1]
     begin = i
     while i < len(answer):
         if answer[i] == "\\":
@@ -127,6 +127,7 @@ def last_boxed(response: str) -> str | None:
 # ---- maths ----------------------------------------------------------------------------------------------------------
 
 MAX_ANSWER = 2000    # characters; a longer answer is right only if it is the reference, letter for letter [ours]
+BOX = re.compile(r"\\(?:boxed|fbox)\{")
 BETWEEN_BOXES = re.compile(r"[\s$.,;]*(?:and|or|\\text\{ ?(?:and|or) ?\})?[\s$.,;]*")
 reference_form = lru_cache(maxsize=1 << 14)(normalise)
 
@@ -165,8 +166,8 @@ def last_boxes(response: str, n: int) -> list[str]:
     r"""The contents of the last n > 1 boxes, if they are all that only commas, `and` and `or` stand between."""
     boxes, text = [], response.rpartition("</think>")[2]
     while n > 1 and len(boxes) <= n and (box := last_boxed(text)) is not None:
-        begin = text.rfind("\\boxed{")
-        after = text[begin + len("\\boxed{") + len(box) + 1:]
+        *_, found = BOX.finditer(text)
+        begin, after = found.start(), text[found.end() + len(box) + 1:]
         if boxes and not BETWEEN_BOXES.fullmatch(after):
             break
         boxes.insert(0, box)

@@ -16,6 +16,7 @@ THE ALGORITHM, one iteration:
     4. advantage   A_i = (r_i - mean(r)) / std(r) over the group, the same for every token of o_i              (Eq. 2)
     5. ratio       rho_ij = pi_theta(o_ij | q, o_i<j) / pi_old(o_ij | q, o_i<j) for every generated token
     6. objective   J = 1 / sum_i |o_i|  sum_i sum_j min(rho_ij A_i, clip(rho_ij, 1 - eps_low, 1 + eps_high) A_i) (Eq. 1)
+                   i runs over all answers of the mini-batch, or over each group's apart: the field divide_by
     7. update      one AdamW step on -J per mini-batch of groups; then the engine gets the weights: pi_old = pi_theta
 
 Steps 1 to 3 run in the rollout thread (rollout.py, reward.py), steps 4 to 7 in update(). docs/tutorial/grpo.py is the
@@ -49,15 +50,18 @@ import checkpoint
 import configurator
 import distributed
 import kernels
+import lora
 import mtp
 from configurator import UserError
 from data.filters import check_references
+from data.lock import hold
 from data.problems import Problem, read_problems, stop_ids
 from distributed import Runtime
 from engine import Engine, Request
 from eval import fingerprint, fitting, sample_seed, summary
 from judge import Judge
 from kernels.linear_cross_entropy import logprob_entropy
+from lora import LoRA
 from metrics import Metrics, check_finite, read_rows
 from model import MiMo, ModelConfig
 from reward import Grader, nothing_learned
@@ -79,6 +83,8 @@ class Config:
     warmup_steps: int = 0                 # linear warm-up, iterations [ours]
     eps_low: float = 0.2                  # Eq. 1 [ours, as DAPO]
     eps_high: float = 0.28                # Eq. 1: upper clip (DAPO's clip-higher), at least eps_low [ours, as DAPO]
+    divide_by: Literal["batch", "group"] = "batch"   # whose tokens Eq. 1 divides by: of all answers of the mini-batch
+                                          # [DAPO's code], or of each group, then the mean over groups [paper Eq. 1]
     scheme: Literal["vanilla", "strict", "soft"] = "soft"   # code reward [paper 3.3.1]
     easy_alpha: float = 0.1               # probability of drawing from the easy pool [paper 3.3.2]
     dynamic_sampling: bool = True         # drop groups whose rewards are all equal [paper 3.3]
@@ -102,6 +108,7 @@ class Config:
     judge_tolerance: float | None = None  # by which floats may differ; None: 1e-9 in calls, not at all in text
     judge_isolation: Literal["auto", "A", "B", "C"] = "auto"   # docs/judge.md; C only for programs you trust
     judge_timeout: float = 600.0          # seconds without any reward, while some are waited for, that end the run
+    lora: LoRA = LoRA()                   # adapters on a frozen base instead of all parameters: --lora.rank=16 [ours]
     micro_tokens: int = 8192              # padded tokens per forward of the trainer; never changes the result
     beta1: float = 0.9                    # AdamW [paper 2.3]
     beta2: float = 0.95                   # AdamW [paper 2.3]
@@ -142,6 +149,9 @@ class Config:
         if not 0 < self.eps_low <= self.eps_high:
             raise ValueError(f"eps_low = {self.eps_low}, eps_high = {self.eps_high}: "
                              "clip-higher needs 0 < eps_low <= eps_high")
+        if self.lora.rank and self.mtp_weight:
+            raise ValueError(f"lora.rank = {self.lora.rank} freezes the MTP layers, mtp_weight = {self.mtp_weight} "
+                             "trains them: should be 0; sft.py --train=mtp trains them afterwards")
         if self.batch_size % self.mini_batch:
             raise ValueError(f"batch_size = {self.batch_size} must be a multiple of "
                              f"mini_batch = {self.mini_batch} (groups)")
@@ -170,6 +180,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
                            timeout=cfg.timeout)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
+    lock = hold(run / "run.lock")                                   # one run, one folder
 
     # ---- 2. start from cfg.init, or resume --------------------------------------------------------------------------
     ckpt = checkpoint.latest(run)
@@ -189,8 +200,14 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     chat = meta["chat"]
     model = mtp.build(shape, "meta")
     model.mtp_layers.requires_grad_(cfg.mtp_weight > 0)             # frozen in RL [paper 2.2]
+    if cfg.lora.rank:
+        lora.attach(model, cfg.lora, rt.dtype)
     model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, shard_ranks=cfg.shard_ranks)
-    model = checkpoint.materialise(model, rt, ckpt=start)           # each rank reads its own rows
+    base = lora.base_of(ckpt, cfg.lora) if ckpt else start          # with adapters: what the run began with, frozen
+    model = checkpoint.materialise(model, rt, ckpt=base)            # each rank reads its own rows
+    if cfg.lora.rank:
+        lora.restore(model, ckpt, cfg.seed)
+        meta["base"] = lora.identity(base)
     optimizer = distributed.adamw(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
 
     # ---- 3. the two threads: rollout there, updates here ------------------------------------------------------------
@@ -249,7 +266,8 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
 
     def save(step: int) -> None:
         checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), meta=meta,
-                        optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt, state={"scheduler": state})
+                        optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt, state={"scheduler": state},
+                        beside=lora.writer(model, cfg.lora, base))
 
     # ---- 4. the loop: SIGTERM drops the step in flight, saves what is finished and leaves; the same command goes on --
     with bar, judge, held_judge, closing(grader), closing(held_grader), closing(rollout):
@@ -274,7 +292,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
             # 4c. new weights to the engine's replica, while the rollout thread rests; with max_staleness = 1 a copy
             t2 = time.perf_counter()
             if not cfg.max_staleness:
-                distributed.copy_weights(model, replica)
+                distributed.fill(replica, distributed.replica_state(model))
             rollout.publish(copied_weights(model, rt) if cfg.max_staleness else None)
 
             # 4d. log and save
@@ -292,6 +310,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     if stopped and rt.is_main:
         print("stopped (SIGTERM); the same command goes on")
     distributed.teardown(rt)
+    lock.release()
 
 
 def read_all(cfg: Config, shape: ModelConfig, start: Path, tokenizer: Tokenizer, rt: Runtime) -> list[tuple]:
@@ -300,8 +319,7 @@ def read_all(cfg: Config, shape: ModelConfig, start: Path, tokenizer: Tokenizer,
     no room for the longest answer (eval.fitting). UserError when these are many, or there are fewer MTP layers than
     shall draft or be trained.
     """
-    if cfg.n_draft > shape.n_mtp:
-        raise UserError(f"n_draft = {cfg.n_draft} should be 0 to {shape.n_mtp}, the MTP layers of {start}")
+    mtp.check_drafts(cfg.n_draft, shape.n_mtp, str(start))
     if cfg.mtp_weight and not shape.n_mtp:
         raise UserError(f"mtp_weight = {cfg.mtp_weight} trains MTP layers, and {start} has none")
     chat = checkpoint.read_meta(start).get("chat", False)
@@ -330,8 +348,12 @@ def checkpoint_meta(cfg: Config, start: Path, held: list[Problem]) -> dict:
 
 
 def new_replica(model: MiMo, rt: Runtime) -> MiMo:
-    """A plain copy of the policy in rt.dtype, whatever the trainer is sharded over. A collective under FSDP."""
-    return distributed.copy_weights(model, distributed.replica(model, rt.device, rt.dtype))
+    """
+    A plain copy of the policy in rt.dtype, adapters merged, whatever the trainer is sharded over. A collective under
+    FSDP: every rank calls it.
+    """
+    plain = mtp.build(model.cfg, "meta").to(rt.dtype).to_empty(device=rt.device).requires_grad_(False)
+    return distributed.fill(plain, distributed.replica_state(model))
 
 
 def copied_weights(model: MiMo, rt: Runtime) -> dict[str, Tensor]:
@@ -418,10 +440,11 @@ class Trajectory:
     tokens: list[int]                    # generated token ids, the end token included
     rollout_logprobs: list[float]        # log-prob of each generated token when the engine sampled it
     A: float                             # advantage
+    share: float = 1.0                   # weight of each of its tokens in Eq. 1: one over what divide_by names
     old: Tensor | None = None            # [len(tokens)] the trainer's log-probs under pi_old, where they are needed
 
 
-NOTHING = [Trajectory([0], [0], [0.0], 0.0)]       # advantage 0: a forward and backward that add nothing
+NOTHING = [Trajectory([0], [0], [0.0], 0.0, 0.0)]       # advantage 0: a forward and backward that add nothing
 
 
 def mini_batches(groups: list[Group], cfg: Config, step: int, rt: Runtime) -> list[list[Trajectory]]:
@@ -436,10 +459,13 @@ def mini_batches(groups: list[Group], cfg: Config, step: int, rt: Runtime) -> li
     ends = [len(groups) * i // n for i in range(n + 1)]             # the judge or the cap may have left fewer groups
     mine, parts, sizes = [], [[torch.empty(0, dtype=torch.int32)] for _ in range(rt.world)], [0] * rt.world
     for a, b in zip(ends, ends[1:], strict=False):
-        answers = [(g.rank, s, A) for g in groups[a:b] for s, A in zip(g.samples, advantages(g.rewards), strict=True)]
+        lengths = [sum(len(s.tokens) for s in g.samples) for g in groups[a:b]]                  # sum_i |o_i| per group
+        answers = [(g.rank, s, A, 1 / sum(lengths) if cfg.divide_by == "batch" else 1 / (length * len(lengths)))
+                   for g, length in zip(groups[a:b], lengths, strict=True)
+                   for s, A in zip(g.samples, advantages(g.rewards), strict=True)]
         answers.sort(key=lambda x: len(x[1].prompt) + len(x[1].tokens))
         mine.append(answers[rt.rank::rt.world])
-        for i, (source, s, _) in enumerate(answers):
+        for i, (source, s, _, _) in enumerate(answers):
             if source == rt.rank:                                   # this rank has the tokens: send them
                 ids = torch.tensor([*s.prompt, *s.tokens], dtype=torch.int32)
                 parts[i % rt.world] += [ids, torch.tensor(s.logprobs, dtype=torch.float32).view(torch.int32)]
@@ -449,11 +475,12 @@ def mini_batches(groups: list[Group], cfg: Config, step: int, rt: Runtime) -> li
     out = []
     for answers in mine:
         out.append([])
-        for source, s, A in answers:
+        for source, s, A, share in answers:
             P, N, begin = len(s.prompt), len(s.tokens), at[source]
             at[source] += P + 2 * N
             prompt, tokens, logprobs = received[source][begin:at[source]].split([P, N, N])
-            out[-1].append(Trajectory(prompt.tolist(), tokens.tolist(), logprobs.view(torch.float32).tolist(), A))
+            out[-1].append(Trajectory(prompt.tolist(), tokens.tolist(), logprobs.view(torch.float32).tolist(), A,
+                                      share))
     return out
 
 
@@ -538,15 +565,15 @@ def update(model: MiMo, optimizer: torch.optim.Optimizer, batch: Batch, cfg: Con
             logp, entropy = logprobs_at(model, h, ids, at)                              # [N], [N]
             # 6. objective (Eq. 1) and its gradient. With a single update rho = 1 exactly: the plain policy gradient
             n = torch.tensor([len(t.tokens) for t in micro], device=rt.device)
-            A = torch.tensor([t.A for t in micro], device=rt.device).repeat_interleave(n)           # [N]
+            A, share = torch.tensor([[t.A, t.share] for t in micro], device=rt.device).repeat_interleave(n, 0).T  # [N]
             old = logp.detach() if micro[0].old is None else torch.cat([t.old for t in micro])      # [N]
             rollout_logprobs = torch.tensor([x for t in micro for x in t.rollout_logprobs], device=rt.device)
             summand, rho, clipped = surrogate(logp, old, A, cfg.eps_low, cfg.eps_high)
             if cfg.max_staleness:                                   # truncated importance weights [ours]
                 summand = summand * (old - rollout_logprobs).exp().clamp_max(cfg.is_cap)
             distributed.sync_gradients(model, m == len(micros) - 1 or cfg.reduce_each, rt)
-            loss, extra = -(summand.sum() / count) * rt.world, torch.zeros_like(count)  # FSDP averages over ranks; the
-            if cfg.mtp_weight:                                                          # count is global
+            loss, extra = -(share * summand).sum() * rt.world, torch.zeros_like(count)  # FSDP averages over ranks; the
+            if cfg.mtp_weight:                                                          # shares are global
                 extra = mtp_loss(model, h, ids, at)                 # its gradients end in the MTP layers [ours]
                 loss = loss + cfg.mtp_weight * (extra / count) * rt.world
             loss.backward()

@@ -649,8 +649,10 @@ class RolloutThread:
             print(f"rollout: the thread did not end within {timeout:.0f} s; left behind", file=sys.stderr)
 
     def _check(self) -> None:
-        """RuntimeError when the thread has failed or was closed."""
+        """RuntimeError when the thread has failed or was closed, UserError when it has failed with one."""
         if self.error is not None:
+            if isinstance(self.error, UserError):           # a line for the person who runs it
+                raise UserError(self._words(self.error)) from self.error
             raise RuntimeError(self._words(self.error)) from self.error
         if self.stopping:
             raise RuntimeError("the rollout thread is closed")
@@ -658,7 +660,9 @@ class RolloutThread:
     def _words(self, error: BaseException) -> str:
         exchange = self.rollout.exchange
         of_rank = f" of rank {exchange.rank}" if exchange.world > 1 else ""
-        return str(error) if isinstance(error, Ended) else f"the rollout thread{of_rank} failed: {error!r}"
+        if isinstance(error, Ended):
+            return str(error)
+        return f"the rollout thread{of_rank} failed: {error if isinstance(error, UserError) else repr(error)}"
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configurator import UserError
 from kernels.cpu.decode import CpuForward, library, up16
 from kernels.decode import decode_attention
 from kernels.gemv import block_step, gemv, gemv_applies
@@ -43,6 +44,7 @@ from sampling import sample_tokens, signed64, uniform
 
 MIN_ROWS, KEY_STEP, SUM_PIECE = 4, 16, 128
 MAX_STOPS = 8                                       # most stop ids of a request
+BROKEN = -(1 << 62)                                 # count of accepted drafts of a layer whose logits are not finite
 
 
 def power_of_two(n: int) -> int:
@@ -115,12 +117,12 @@ class CacheLayer:
 
 class TorchRunner:
     """
-    model.py's forward over a KV cache in blocks. ValueError for options that cannot work.
+    model.py's forward over a KV cache in blocks. UserError for options that cannot work.
 
     model           a MiMo, shared with its owner
     slots           most sequences in flight
     columns         most tokens of a sequence, drafts included
-    n_draft         MTP layers that draft; the attribute is 0 while the engine does not draft
+    n_draft         drafts, one per MTP layer, or all of one layer; the attribute is 0 while the engine does not draft
     n_blocks        blocks of the KV cache, beside block 0
     block           tokens per block
     n_ids           rows of lm_head that are tokens; the rest is padding and never sampled
@@ -139,7 +141,7 @@ class TorchRunner:
         self.S = slots + self.extra_rows(slots)
         self.columns = -(-columns // block) * block
         self.ring = 4 * (n_draft + 1)               # trunk states kept per sequence, for the MTP layers
-        self.n_layer = cfg.n_layer + n_draft        # layers of the KV cache: the trunk's, then the MTP layers'
+        self.n_layer = cfg.n_layer + min(n_draft, len(model.mtp_layers))  # of the KV cache: the trunk's, then the MTP's
         self.kv = self.new_cache(n_blocks)
         self.layers = self.cache_layers()
         self.state = self.new_state()
@@ -316,7 +318,7 @@ class TorchRunner:
         ctx = self.context(first, positions)
         h = self.trunk(tokens.gather(1, positions), ctx)            # [B,T,D]
         self.put("n", slice(first, first + B), [n + 1 for n in end])
-        for k in range(self.n_draft):
+        for k in range(min(self.n_draft, len(self.model.mtp_layers))):
             # position p of layer k takes x_{p+k+1} where the text has it; draft() computes the last k positions again
             self.mtp(k, h, tokens.gather(1, (positions + k + 1).clamp_max(C - 1)), ctx)
         for i in range(B) if self.n_draft else ():                  # the last real states of each text into its ring
@@ -349,7 +351,8 @@ class TorchRunner:
         sampled, logp = (t.view(R, Q) for t in sample_tokens(self.logits(h, self.model.norm, self.n_ids), u, *how))
         s["tokens"].scatter_(1, targets, sampled)
         s["logp"].scatter_(1, targets, logp)
-        is_stop = (sampled[:, :, None] == s["stop"][:, None, :]).any(-1)        # [R,Q]
+        # a logit that is no number ends the sequence too: Engine.retire says so
+        is_stop = (sampled[:, :, None] == s["stop"][:, None, :]).any(-1) | logp.isnan()         # [R,Q]
         if Q == 1:
             n += 1
             return ((n >= s["limit"]) | is_stop[:, 0])[:A], 1
@@ -382,6 +385,10 @@ class TorchRunner:
         the ring, and nothing of a rejected draft stays in a KV cache.
 
             positions   n-1-W ... n-3  n-2          position p of layer k reads h_p and the token x_{p+k+1}
+
+        More drafts than layers come from the one layer there is, applied again as vLLM does it (mtp.py): position n-2+k
+        reads the normed state of n-3+k and the draft made of that. The keys it leaves are replaced by the next window
+        before any position behind them is.
         """
         rows, s, W = slice(first, first + B), self.state, max(E, self.n_draft)
         n, tokens = s["n"][rows, None], s["tokens"][rows]
@@ -391,10 +398,17 @@ class TorchRunner:
         ctx = self.context(first, real, torch.where(positions < 0, self.columns - 1, real))
         ring = (real % self.ring)[..., None].expand(-1, -1, self.model.cfg.d_model)
         h = s["h"][rows].gather(1, ring)                            # [B,W,D]
-        for k, layer in enumerate(self.model.mtp_layers[:self.n_draft]):
-            z = self.mtp(k, h, tokens.gather(1, real + k + 1), ctx)                    # [B,W,D]
-            logits = self.logits(z[:, -1:], layer.final_layernorm, self.draft_ids)
+        layers = self.model.mtp_layers
+        for k in range(self.n_draft):
+            i = k if k < len(layers) else 0
+            z = self.mtp(i, h, tokens.gather(1, real + i + 1), ctx)[:, -1:]            # [B,1,D], of the last position
+            logits = self.logits(z, layers[i].final_layernorm, self.draft_ids)
             tokens.scatter_(1, n + k, logits.argmax(-1, keepdim=True))
+            low, high = logits.aminmax(dim=-1)
+            s["accepted"][rows, k].masked_fill_(~(low.isfinite() & high.isfinite()), BROKEN)
+            if len(layers) <= k + 1 < self.n_draft:                 # the one layer again, a position further on
+                h, real = layers[0].final_layernorm(z) / self.model.norm.weight, n - 1 + k
+                ctx = self.context(first, real)
 
 
 # ---- a GPU ----------------------------------------------------------------------------------------------------------
@@ -428,7 +442,7 @@ class GraphRunner(TorchRunner):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         if self.most_drafts > 7:
-            raise ValueError(f"n_draft = {self.most_drafts} should be at most 7: kernels.decode takes 8 tokens")
+            raise UserError(f"n_draft = {self.most_drafts} should be at most 7: kernels.decode takes 8 tokens")
         self.graphs, self.kinds = {}, [TorchRunner.sampling] * self.S
 
     @staticmethod
@@ -535,7 +549,7 @@ class CpuRunner(TorchRunner):
     def __init__(self, model: MiMo, slots: int, columns: int, n_draft: int, n_blocks: int, block: int, n_ids: int,
                  draft_ids: int, prefill_tokens: int, keep_weights: bool = True):
         if block % KEY_STEP:
-            raise ValueError(f"block = {block} should be a multiple of {KEY_STEP}, the columns of a piece of the cache")
+            raise UserError(f"block = {block} should be a multiple of {KEY_STEP}, the columns of a piece of the cache")
         super().__init__(model, slots, columns, n_draft, n_blocks, block, n_ids, draft_ids, prefill_tokens)
         self.c = CpuForward(model, n_draft, self.kv, self.state, n_ids, draft_ids, block,
                             most_tokens=max(prefill_tokens, self.S * (n_draft + 1)), keep_weights=keep_weights)

@@ -15,14 +15,17 @@ gets each line as a new question; others see the conversation. A base model of t
 training pages, "Problem: <your line>", then "Solution:". Imported base weights, and every model under --raw, continue
 your text as it stands.
 
-What is shown. Text appears as it is generated. With --mtp each accepted draft has the colour of the MTP layer that
-wrote it: green, cyan, magenta. NO_COLOR and pipes get plain text; --mark writes ‹draft›¹ instead, with the number of
-the layer. A line behind each answer gives tokens per second, memory traffic in GB/s, tokens per forward and acceptance
-per layer; in a chat the last two count the whole session. Speculation never changes the text (engine.py). At the
-default temperature of 0.6 a question that is asked twice in a chat may get two answers; --temperature=0 is greedy.
+What is shown. Text appears as it is generated; a terminal gets control characters as \\x1b, a pipe or a file as they
+are (data/text.py). With --mtp each accepted draft has the colour of the MTP layer that wrote it: green, cyan, magenta.
+NO_COLOR and pipes get plain text; --mark writes ‹draft›¹ instead, with the number of the layer. A line behind each
+answer gives tokens per second, memory traffic in GB/s, tokens per forward and acceptance per layer; in a chat the last
+two count the whole session. Speculation never changes the text (engine.py). At the default temperature of 0.6 a
+question that is asked twice in a chat may get two answers; --temperature=0 is greedy.
 
 Numbers to expect from the demo's checkpoint on one CPU core: docs/engine.md.
 """
+import codecs
+import hashlib
 import json
 import os
 import signal
@@ -42,9 +45,11 @@ import kernels
 import mtp
 from checkpoint import find, newest, read_meta, read_shape
 from configurator import UserError
-from data.jsonl import line_of, read_jsonl, write_jsonl
+from data.answers import Answers
+from data.jsonl import json_line, line_of, read_jsonl
 from data.problems import PLAIN, stop_ids
 from data.sft_data import check_turns
+from data.text import for_stdout, shown, typed, whole
 from engine import Engine, Request, Sample
 from model import MiMo, ModelConfig
 from tokenizer import Tokenizer
@@ -60,7 +65,7 @@ class Config:
     ckpt: str = ""                        # a checkpoint or a run folder; "" = the best chat model under out/
     prompt: str = ""                      # one prompt; "" and no file = chat, line by line
     file: str = ""                        # JSONL in: {"prompt": text} or {"messages": [...]}, any other keys are kept
-    out: str = ""                         # JSONL out for --file; "" = stdout
+    out: str = ""                         # JSONL out for --file; "" = stdout. A run that was ended goes on
     system: str | None = None             # system prompt of a chat model; "" = an empty system turn; None = what its
                                           # chat template says without one
     raw: bool = False                     # continue the prompt as it stands: no chat template, no "Problem:" form
@@ -72,7 +77,7 @@ class Config:
     top_k: int = 0                        # 0 = off
     seed: int = 0                         # answer j of prompt i uses seed + i * n + j
     mtp: bool = False                     # speculative decoding with the model's MTP layers
-    n_draft: int = 0                      # how many of them, 0 = all
+    n_draft: int = 0                      # drafts a step: 0 = one per layer; of a single layer up to 7
     draft_ids: int = 0                    # drafts are among this many first ids, 0 = all: faster where ids are many
     mark: bool = False                    # with --mtp: mark accepted drafts in plain text, ‹token›¹, instead of colours
     compare: bool = False                 # run the prompts plain and speculative, print both and the ratio
@@ -89,8 +94,9 @@ class Config:
             raise ValueError("compare needs --prompt or --file")
         if self.out and not self.file:
             raise ValueError("out goes with file: it takes the answers to the prompts of --file")
-        if self.mark and not self.mtp:
-            raise ValueError("mark goes with mtp: it marks the accepted drafts of speculative decoding")
+        for name in ("mark", "n_draft", "draft_ids"):
+            if getattr(self, name) and not (self.mtp or self.compare and name != "mark"):
+                raise ValueError(f"{name} goes with mtp, speculative decoding: add --mtp")
         configurator.at_least(self, 1, "n", "max_new_tokens", "slots", "threads")
         configurator.at_least(self, 0, "temperature", "top_k", "n_draft", "draft_ids", "max_len", "kv_tokens",
                               "seed")
@@ -103,13 +109,16 @@ def main(cfg: Config) -> None:
     """Answer --prompt or --file, or talk."""
     kernels.set_plain(cfg.plain)
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)                   # there is nothing to save
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)                   # what is done is on the disk
     ckpt = find(cfg.ckpt) if cfg.ckpt else best_checkpoint("out")
     meta, tokenizer = read_meta(ckpt), Tokenizer.load(ckpt)
     if cfg.system is not None:
         tokenizer = tokenizer.with_system(cfg.system)
     model = mtp.build(configurator.from_dict(ModelConfig, read_shape(ckpt), f"{ckpt}/model.json"), "meta")
     model = model.to(checkpoint.inference_dtype(ckpt, rt))
+    if tokenizer.n_ids > model.cfg.vocab_size:
+        raise UserError(f"{ckpt}: its tokenizer has {tokenizer.n_ids:,} ids, its model rows for "
+                        f"{model.cfg.vocab_size:,}")
     if cfg.max_len > model.cfg.max_seq_len:
         raise UserError(f"max_len = {cfg.max_len} is longer than the context of {ckpt}, max_seq_len = "
                         f"{model.cfg.max_seq_len}")
@@ -117,24 +126,32 @@ def main(cfg: Config) -> None:
     layers = len(model.mtp_layers)
     if (cfg.mtp or cfg.compare) and layers == 0:
         raise UserError(f"{ckpt} has no MTP layers to draft with; run without --mtp")
-    n_draft = min(cfg.n_draft or layers, layers)
+    n_draft = cfg.n_draft or layers
+    mtp.check_drafts(n_draft, layers, str(ckpt))
     size = sum(p.numel() for p in model.parameters())
     kind, form = "chat" if meta.get("chat") else "base", form_of(meta, cfg.raw)
     note(f"{ckpt}  {kind} model, {size:,} parameters, {layers} MTP layers, {rt.device}")
     if not (cfg.prompt or cfg.file):
         return talk(model, tokenizer, form, meta, ckpt, n_draft if cfg.mtp else 0, cfg)
-    rows = read_file(cfg.file) if cfg.file else [{"prompt": cfg.prompt}]
+    rows = read_file(cfg.file) if cfg.file else [{"prompt": whole(cfg.prompt)}]
     requests = make_requests(rows, tokenizer, form, cfg, model.cfg.max_seq_len)
     if form == "problem" and cfg.prompt and not cfg.prompt.startswith("Problem:"):
         note('asked in the form of its training pages, "Problem: ... Solution:"; --raw continues your text instead')
     if cfg.compare:
         return compare(model, requests, tokenizer, n_draft, cfg)
-    answer(model, requests, rows, tokenizer, n_draft if cfg.mtp else 0, cfg)
+    if cfg.out:
+        configurator.writable(cfg.out)
+    engine = engine_for(model, requests, tokenizer, n_draft if cfg.mtp else 0, cfg, keep_weights=False)
+    if cfg.file:
+        return answer_file(engine, requests, rows, tokenizer, ckpt, cfg)
+    for request in requests:
+        sample, seconds = stream(engine, request, tokenizer, cfg.mark)
+        note(f"[{speed([sample], seconds, engine)}{speculation([sample], engine)}]")
 
 
 def note(text: str) -> None:
     """For the person, not for the pipe."""
-    print(text, file=sys.stderr)
+    print(shown(text), file=sys.stderr)
 
 
 # ---- which model ----------------------------------------------------------------------------------------------------
@@ -227,14 +244,19 @@ def engine_for(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_dra
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 def run_requests(engine: Engine, requests: list[Request], watch: Callable[[dict], None] | None = None,
-                 ) -> tuple[dict[tuple, Sample], float]:
-    """-> (samples by id, seconds). watch(samples so far) is called after every step. Resets the engine's counters."""
+                 keep: Callable[[list], None] = list) -> tuple[dict[tuple, Sample], float]:
+    """
+    -> (samples by id, seconds). After every step watch(samples so far) is called, and keep(those that ended in it).
+    Resets the engine's counters.
+    """
     done, start = {}, time.perf_counter()
     engine.steps = engine.sequence_steps = 0
     for request in requests:
         engine.add(request)
     while len(done) < len(requests):
-        done |= {s.id: s for s in engine.step()}
+        new = engine.step()
+        done |= {s.id: s for s in new}
+        keep(new)
         if watch:
             watch(done)
     return done, time.perf_counter() - start
@@ -245,29 +267,64 @@ def answer_text(sample: Sample, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(sample.tokens[:-1] if sample.finish == "stop" else sample.tokens, skip_control=True)
 
 
-def answer(model: MiMo, requests: list[Request], rows: list[dict], tokenizer: Tokenizer, n_draft: int,
-           cfg: Config) -> None:
-    """Answers to all prompts: --prompt is streamed, --file becomes JSON lines."""
-    engine = engine_for(model, requests, tokenizer, n_draft, cfg, keep_weights=False)
-    if cfg.out:
-        configurator.writable(cfg.out)
-    if not cfg.file:
-        for request in requests:
-            sample, seconds = stream(engine, request, tokenizer, cfg.mark)
-            note(f"[{speed([sample], seconds, engine)}{speculation([sample], engine)}]")
-        return
-    done, seconds = run_requests(engine, requests)
-    lines = []
-    for i, row in enumerate(rows):
-        samples = [done[i, j] for j in range(cfg.n)]
-        lines.append(row | {"answers": [answer_text(s, tokenizer) for s in samples],
-                            "finish": [s.finish for s in samples]})
-    if cfg.out:
-        write_jsonl(cfg.out, lines)
-        note(f"{cfg.out}: {len(lines)} lines")
-    else:
-        print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
-    note(f"[{speed(list(done.values()), seconds, engine)}{speculation(list(done.values()), engine)}]")
+def answer_file(engine: Engine, requests: list[Request], rows: list[dict], tokenizer: Tokenizer, ckpt: Path,
+                cfg: Config) -> None:
+    """
+    The row of each prompt with its "answers" and why they ended, "finish". With --out a row is kept as soon as it is
+    complete (data/answers.py), and the same command asks what is missing; the file itself comes at the end, in the
+    order of the prompts. Without it rows go to stdout in that order, each as soon as those before it are there.
+    """
+    answers = Answers(Path(cfg.out), made_with(rows, ckpt, cfg)) if cfg.out else None
+    waiting: dict[int, dict[int, Sample]] = {i: {} for i in range(len(rows))}      # prompt -> its samples by number
+    done: dict[int, dict] = {}                                      # rows that wait for those before them
+    if answers:
+        waiting = {i: {} for i in waiting if i not in answers.done}
+        if answers.done:
+            note(f"{len(answers.done):,} of {len(rows):,} prompts were answered before")
+
+    def keep(new: list[Sample]) -> None:
+        for s in new:
+            i, j = s.id
+            waiting[i][j] = s
+            if len(waiting[i]) < cfg.n:
+                continue
+            samples = [waiting[i][j] for j in range(cfg.n)]
+            row = rows[i] | {"answers": [answer_text(s, tokenizer) for s in samples],
+                             "finish": [s.finish for s in samples]}
+            if answers:
+                answers.add(i, row)
+                continue
+            done[i] = row
+            while (first := len(rows) - len(waiting)) in done:
+                del waiting[first]
+                print_row(done.pop(first))
+
+    samples, seconds = run_requests(engine, [r for r in requests if r.id[0] in waiting], keep=keep)
+    if answers:
+        answers.finish(range(len(rows)))
+        note(f"{cfg.out}: {len(rows)} lines")
+    if samples:
+        note(f"[{speed(list(samples.values()), seconds, engine)}{speculation(list(samples.values()), engine)}]")
+
+
+def made_with(rows: list[dict], ckpt: Path, cfg: Config) -> dict:
+    """All that the answers depend on: what is there already goes on with the same alone."""
+    files = checkpoint.read_manifest(ckpt)["files"] if (ckpt / "manifest.json").is_file() else {}
+    prompts = hashlib.sha256(b"".join(json_line(row) for row in rows)).hexdigest()[:16]
+    names = ("system", "raw", "n", "max_new_tokens", "max_len", "temperature", "top_p", "top_k", "seed")
+    return {"ckpt": str(ckpt), "weights": [files[name][1][:16] for name in sorted(files) if name.startswith("model")],
+            "prompts": prompts, **{name: getattr(cfg, name) for name in names}}
+
+
+def print_row(row: dict) -> None:
+    """A line of JSON on stdout, in an encoding that lacks characters as JSON writes them in ASCII."""
+    line = for_stdout(json_line(row).decode())
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(row) + "\n"
+    sys.stdout.write(line)
+    sys.stdout.flush()
 
 
 def stream(engine: Engine, request: Request, tokenizer: Tokenizer, mark: bool = False) -> tuple[Sample, float]:
@@ -284,7 +341,7 @@ def stream(engine: Engine, request: Request, tokenizer: Tokenizer, mark: bool = 
         nonlocal n_shown, accepted_before
         layers = [k for k in range(engine.n_draft) if sample.accepted[k] > accepted_before[k]]
         for i, token in enumerate(sample.tokens[n_shown:]):
-            text = decoder.add(token) if token not in request.stop else ""
+            text = for_stdout(decoder.add(token)) if token not in request.stop else ""
             if text and i < len(layers) and mark:                   # a line break is drawn inside its mark, and follows
                 text = "‹{}›{}{}".format(text.replace("\n", "↵"), MARKS[layers[i]], "\n" * text.count("\n"))
             elif text and i < len(layers) and colour:
@@ -299,27 +356,25 @@ def stream(engine: Engine, request: Request, tokenizer: Tokenizer, mark: bool = 
         else:
             show(engine.progress(request.id))
     done, seconds = run_requests(engine, [request], watch)
-    print(decoder.rest())
+    print(for_stdout(decoder.rest()))
     return done[request.id], seconds
 
 
 class StreamingDecoder:
-    """Tokens to text, one by one: a character is held back until all its bytes are there. Control tokens are silent."""
+    """
+    Tokens to text, one by one: a character is held back until all its bytes are there. Control tokens are silent. The
+    pieces together are what Tokenizer.decode makes of all tokens at once.
+    """
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.held = tokenizer, []
+        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
         """The text that this token completes, often "" for a part of a character."""
-        self.held.append(token)
-        text = self.tokenizer.decode(self.held, skip_control=True)
-        if text.endswith("\ufffd") and len(self.held) < 8:
-            return ""
-        self.held = []
-        return text
+        return self.decoder.decode(self.tokenizer.bytes_of([token], skip_control=True))
 
     def rest(self) -> str:
         """What is still held back at the end."""
-        return self.tokenizer.decode(self.held, skip_control=True) if self.held else ""
+        return self.decoder.decode(b"", final=True)
 
 
 def compare(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft: int, cfg: Config) -> None:
@@ -335,7 +390,7 @@ def compare(model: MiMo, requests: list[Request], tokenizer: Tokenizer, n_draft:
                 best[name] = done, seconds, f"[{speed(samples, seconds, engine)}{speculation(samples, engine)}]"
     plain, speculative = best["plain"], best["speculative"]
     if not cfg.file:
-        print(answer_text(speculative[0][requests[0].id], tokenizer))
+        print(for_stdout(answer_text(speculative[0][requests[0].id], tokenizer)))
     for name, (_, _, text) in best.items():
         note(f"{name:<12} {text}")
     same = sum(plain[0][r.id].tokens == speculative[0][r.id].tokens for r in requests)
@@ -356,13 +411,13 @@ def speed(samples: list[Sample], seconds: float, engine: Engine) -> str:
 
 
 def speculation(samples: list[Sample], engine: Engine) -> str:
-    """Tokens per forward and acceptance per layer, "" without drafts."""
+    """Tokens per forward and acceptance per layer, or per draft of a single layer; "" without drafts."""
     if not engine.n_draft:
         return ""
     tokens = sum(len(s.tokens) for s in samples)
     text = f", {tokens / max(1, engine.sequence_steps):.2f} tokens per forward, drafts accepted:"
     for k, share in enumerate(acceptance(samples)):
-        text += f" layer {k + 1} {share}"
+        text += f" {'layer' if len(engine.model.mtp_layers) >= engine.n_draft else 'draft'} {k + 1} {share}"
     return text
 
 
@@ -405,7 +460,7 @@ def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, ckpt: Path, 
     forwards = 0
     for i in range(sys.maxsize):
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = typed(input("> " if sys.stdin.isatty() else ""))
         except (EOFError, KeyboardInterrupt):
             line = ""
         if not line:
@@ -420,7 +475,8 @@ def talk(model: MiMo, tokenizer: Tokenizer, form: Form, meta: dict, ckpt: Path, 
             request = replace(make_requests([{"messages": turns}], tokenizer, form, one, limit)[0], id=i)
             sample, seconds = stream(engine, request, tokenizer, cfg.mark)
         except KeyboardInterrupt:
-            engine.abort(i)                                         # Ctrl-C stops the answer, not the conversation
+            engine.abort(i)                                         # Ctrl-C stops the answer, not the conversation,
+            turns = turns[:-1]                                      # which goes on without the question
             print()
             continue
         except UserError as e:

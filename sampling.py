@@ -9,6 +9,8 @@ state, so a token depends neither on the batch it is sampled in nor on the order
 
 kernels/cpu/decode_cpu.c does the same for one row at a time.
 """
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,16 +68,25 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: Tensor | None = None, 
     One token per row by inversion: the first id whose cumulated probability exceeds u.
 
     logits fp32 [N,V]; the rest [N]. Without temperature: 1 everywhere, nothing filtered. With temperature but without
-    top_k: greedy everywhere. -> (ids int64 [N], log-probs fp32 [N] under the distribution that was sampled from).
+    top_k: greedy everywhere. -> (ids int64 [N], log-probs fp32 [N] under the distribution that was sampled from). A
+    row with a logit that is NaN or infinite has no distribution: its log-prob is NaN, its id any.
     """
+    low, high = logits.aminmax(dim=-1)
+    no_number = torch.full((), math.nan, device=logits.device)
+    broken = ~(low.isfinite() & high.isfinite())
     if temperature is None:
         p = logits.softmax(-1)
     elif top_k is None:
         ids = logits.argmax(-1, keepdim=True)
-        return ids[:, 0], logits.softmax(-1).gather(1, ids)[:, 0].log()
+        logp = logits.softmax(-1).gather(1, ids)[:, 0].log()
+        return ids[:, 0], torch.where(broken, no_number, logp)
     else:
         greedy = temperature == 0
-        p = (logits / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
+        t = torch.where(greedy, 1.0, temperature)
+        over = ~((low / t).isfinite() & (high / t).isfinite())      # so cold that the quotient overflows: the largest
+        if logits.is_cuda or over.any():                            # logit at 0 keeps all of them in range
+            logits = logits - torch.where(over, high, 0.0)[:, None]
+        p = (logits / t[:, None]).softmax(-1)
         top_p, top_k = torch.where(greedy, 1.0, top_p), torch.where(greedy, 0, top_k)       # greedy: nothing is cut
         if logits.is_cuda:                                          # in a CUDA graph no shape may depend on values
             p = top_p_filter(p, top_p, top_k)
@@ -87,4 +98,4 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: Tensor | None = None, 
     ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(p.shape[-1] - 1)
     if temperature is not None:
         ids = torch.where(greedy, logits.argmax(-1), ids)
-    return ids, p.gather(1, ids[:, None])[:, 0].log()
+    return ids, torch.where(broken, no_number, p.gather(1, ids[:, None])[:, 0].log())

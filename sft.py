@@ -27,10 +27,13 @@ import checkpoint
 import configurator
 import distributed
 import kernels
+import lora
 import mtp
 from configurator import UserError
+from data.lock import hold
 from data.pack import PackedLoader
 from data.sft_data import load_samples, read_questions
+from lora import LoRA
 from metrics import Metrics, check_finite, check_targets
 from model import ModelConfig
 from tokenizer import Tokenizer
@@ -57,6 +60,9 @@ class Config:
     system: str | None = None             # system prompt of samples without one; "" = an empty system turn, None = what
                                           # the chat template says
     train: Literal["all", "mtp"] = "all"  # mtp: the MTP layers alone, on a frozen trunk
+    lora: LoRA = LoRA()                   # adapters on a frozen base instead of all parameters: --lora.rank=16 [ours]
+    mtp_depth: int = 1                    # applications of the one MTP layer in the loss, for engines that draft that
+                                          # many tokens with it [FastMTP: 3]
     save_every: int = 50                  # steps between checkpoints
     keep: int = 2                         # checkpoints kept
     seed: int = 1                         # order of rows
@@ -72,12 +78,15 @@ class Config:
     def __post_init__(self):
         configurator.at_least(self, 2, "seq_len")
         configurator.at_least(self, 1, "batch_size", "micro_batch", "steps", "max_per_query", "save_every", "keep",
-                              "threads")
+                              "threads", "mtp_depth")
         configurator.at_least(self, 0, "warmup_steps", "lr", "mtp_weight", "weight_decay", "grad_clip", "shard_ranks",
                               "seed")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} should be in [0, 1)")
+        if self.lora.rank and self.train == "mtp":
+            raise ValueError(f"lora.rank = {self.lora.rank} trains adapters of the trunk, train = 'mtp' the MTP "
+                             "layers: should be one of the two")
 
 
 FIXED = ["init", "seed", "seq_len", "system"]     # what a started run keeps; docs/scale.md has the table of all fields
@@ -88,6 +97,7 @@ def main(cfg: Config) -> None:
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
+    lock = hold(run / "run.lock")                            # one run, one folder
     ckpt = checkpoint.latest(run)
     saved, changed = checkpoint.read_state(ckpt, "step", "loader") if ckpt else None, []
     if ckpt:
@@ -104,13 +114,19 @@ def main(cfg: Config) -> None:
     model = mtp.build(configurator.from_dict(ModelConfig, shape, f"{start}/model.json"), "meta")
     if cfg.train == "mtp":
         mtp.freeze_all_but_new(model, 0)
+    if cfg.lora.rank:
+        lora.attach(model, cfg.lora, rt.dtype)
     model = distributed.shard(model, rt, checkpointing=cfg.checkpointing, compile=cfg.compile,
                               shard_ranks=cfg.shard_ranks)
-    model = checkpoint.materialise(model, rt, ckpt=start)    # each rank reads its own rows
+    base = lora.base_of(ckpt, cfg.lora) if ckpt else start   # with adapters: what the run began with, frozen
+    model = checkpoint.materialise(model, rt, ckpt=base)     # each rank reads its own rows
+    if cfg.lora.rank:
+        lora.restore(model, ckpt, cfg.seed)
     optimizer = distributed.adamw(model, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    n_mtp = len(model.mtp_layers)
-    if cfg.train == "mtp" and not (n_mtp and cfg.mtp_weight):
-        raise UserError(f"train = 'mtp' has nothing to train: {start} has {n_mtp} MTP layer(s), mtp_weight = "
+    n_mtp = max(cfg.mtp_depth, len(model.mtp_layers))        # losses beside the trunk's
+    mtp.check_depth(cfg.mtp_depth, cfg.train, shape["n_mtp"], str(start))
+    if cfg.train == "mtp" and not (shape["n_mtp"] and cfg.mtp_weight):
+        raise UserError(f"train = 'mtp' has nothing to train: {start} has {shape['n_mtp']} MTP layer(s), mtp_weight = "
                         f"{cfg.mtp_weight}; `hf.py import --mtp=1` adds a layer")
 
     # ---- 2. samples: filter, then pack --------------------------------------------------------------------------
@@ -125,12 +141,15 @@ def main(cfg: Config) -> None:
     # the trunk of a base model stays one when only its MTP layers train
     chat = cfg.train == "all" or checkpoint.read_meta(start).get("chat", True)
     meta = {"stage": "sft", "chat": chat, "init": str(cfg.init if saved else start), "turns": turns(samples),
-            "examples": examples(cfg.heldout)}
+            "examples": examples(cfg.heldout)} | ({"base": lora.identity(base)} if cfg.lora.rank else {})
     if rt.is_main:
         print(configurator.show(cfg))
         print(f"samples: {report}; {loader.n_dropped} longer than a row; rows filled to {loader.fill:.1%}"
               + (f"; resumed at step {step} from {ckpt}" if saved else f"; starting from {start}"),
               *(f"  changed: {words}" for words in changed), sep="\n")
+        if cfg.lora.rank and not checkpoint.read_meta(base).get("chat", True):
+            print(f"note: {base} is no chat model, and LoRA leaves embedding and head as they are: a token that they "
+                  "were never trained on, <|im_end|> for one, is not learnt (docs/lab_log.md)")
     metrics = Metrics(run, resume_at=step, enabled=rt.is_main)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="sft", disable=None if rt.is_main else True)
 
@@ -148,12 +167,13 @@ def main(cfg: Config) -> None:
         # 3b. forward and backward
         total = torch.zeros(1 + n_mtp, device=rt.device)
         for part, last in distributed.micro_batches(batch, cfg.micro_batch, rt):
-            main_sum, extra = mtp.losses(model, part.ids, part.docs, part.positions, part.bounds, part.mask)
+            main_sum, extra = mtp.losses(model, part.ids, part.docs, part.positions, part.bounds, part.mask,
+                                          cfg.mtp_depth)
             sums = torch.stack([main_sum, *extra])           # [1 + n_mtp] summed nats
             # a mean over all trained tokens of the global batch: per-row means would overweigh short rows
             loss = sums[0] / counts[0]
             if n_mtp:
-                loss = loss + cfg.mtp_weight * (sums[1:] / counts[1:].clamp_min(1)).mean()
+                loss = loss + cfg.mtp_weight * mtp.mean_loss(sums[1:] / counts[1:].clamp_min(1), cfg.mtp_depth)
             distributed.sync_gradients(model, last or cfg.reduce_each, rt)
             (loss * rt.world).backward()
             total += sums.detach()
@@ -180,12 +200,14 @@ def main(cfg: Config) -> None:
         if stop or step == cfg.steps or step % cfg.save_every == 0:
             checkpoint.save(run, step, model, tokenizer=tokenizer, config=configurator.to_dict(cfg), meta=meta,
                             optimizer=optimizer, keep=cfg.keep, shape=vars(model.cfg), rt=rt,
-                            state={"step": step, "loader": loader.state_dict()})
+                            state={"step": step, "loader": loader.state_dict()},
+                            beside=lora.writer(model, cfg.lora, base))
         if stop:
             break
     bar.close()
     checkpoint.finish()
     distributed.teardown(rt)
+    lock.release()
 
 
 def turns(samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:

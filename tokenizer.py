@@ -37,6 +37,7 @@ import chat_template
 import configurator
 from chat_template import CHAT_TEMPLATE
 from configurator import UserError
+from data.text import whole
 
 try:   # Python's Unicode tables differ from Hugging Face's for 51 combining marks: use theirs where installed
     from tokenizers.normalizers import NFC
@@ -62,11 +63,6 @@ ENDS_OF_TEXT = (EOS, "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>")     # <|im_start|>, <｜User｜>
 LONGEST_TOKEN = 1024                             # bytes
 MOST_ROWS = 1 << 24                              # of an embedding
-
-
-def whole(text: str) -> str:
-    """text with U+FFFD for each half of a surrogate pair, which has no UTF-8 form."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @dataclass(frozen=True)
@@ -168,7 +164,7 @@ class Tokenizer:
     def __init__(self, ranks: dict[bytes, int] | None, added: dict[str, tuple[int, bool]],
                  vocab_size: int | None = None, chat_template: str | None = CHAT_TEMPLATE,
                  names: dict[str, str | None] | None = None, fast: dict | None = None):
-        self.ranks, self.chat_template, self.fast = ranks, chat_template, fast
+        self.ranks, self.chat_template, self.fast = ranks, chat_template and whole(chat_template), fast
         self.names = {"bos_token": None, "eos_token": None, "pad_token": EOS if EOS in added else None,
                       "unk_token": None} | (names or {})
         eos = next((name for name in ENDS_OF_TEXT if name in added), self.names["eos_token"])
@@ -283,6 +279,10 @@ class Tokenizer:
         ids -> text; bytes that are not UTF-8 become U+FFFD. skip_control: leave control tokens out. UserError for an id
         that is not a token (a padding row of the embedding).
         """
+        return self.bytes_of(ids, skip_control).decode("utf-8", "replace")
+
+    def bytes_of(self, ids: Iterable[int], skip_control: bool = False) -> bytes:
+        """What decode() makes text of: a token may be a part of a character."""
         ids = [int(i) for i in ids]
         for i in ids:
             if not (0 <= i < self.vocab_size and self.valid_ids[i]):
@@ -290,7 +290,7 @@ class Tokenizer:
         if skip_control:
             control = {i for i, is_control in self.added.values() if is_control}
             ids = [i for i in ids if i not in control]
-        return self._bytes_of(ids).decode("utf-8", "replace")
+        return self._bytes_of(ids)
 
     # ---- chat -------------------------------------------------------------------------------------------------------
 
@@ -343,7 +343,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise UserError("this tokenizer has no chat template, so no system prompt either")
         other = copy.copy(self)
-        other.chat_template = chat_template.with_system(self.chat_template, text)
+        other.chat_template = chat_template.with_system(self.chat_template, whole(text))
         return other
 
     def _split_control(self, text: str, wedge: str) -> str:
@@ -361,7 +361,9 @@ class Tokenizer:
             return load_tiny()
         try:
             return load_folder(Path(name))
-        except (KeyError, TypeError, AttributeError, IndexError) as e:
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
             raise UserError(f"{name}: the tokenizer's files are not of a byte-level BPE's form "
                             f"({type(e).__name__}: {e})") from None
 
@@ -477,7 +479,7 @@ def load_folder(folder: Path) -> Tokenizer:
 def read_json(path: Path) -> dict:
     """The value of a JSON file; UserError if it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({e})") from None
 

@@ -12,6 +12,7 @@ of them public, none of them written for this project:
 
     python bench/extract.py "FOLDER, FOLDER, ..."             # a table per set and out/bench/extract.json
     python bench/extract.py FOLDER --half=report              # only the half on which no threshold was chosen
+    python bench/extract.py hostile                           # CPU seconds for 1 MB of each hostile pattern
 
 Articles are compared by words in fours, as the scrapinghub benchmark does; a page is lost when less than .3 of them (or
 no wanted sentence) is there. trafilatura and resiliparse are compared when they are installed
@@ -49,13 +50,25 @@ all rights reserved|back to top|follow us|leave a comment|leave a reply|cancel r
 improve this question|previous topic|next topic|show source|quick search|created using sphinx|table of contents|anzeige|
 teilen|drucken|impressum|datenschutz|anmelden|suche|startseite|mehr zum thema|compartir|inicio|iniciar sesión|partager|
 accueil|se connecter""".replace("\n", "").split("|"))
+# 1 MB of each should take less than 2 s; {n} is a number, a line break here none
+HOSTILE = r"""\[|\(|\\[|$|$$|$x|`|\begin{|\frac{|<code>x</code>|<pre>x|<div class='postbody'>w w</div>|<div>|</div>|<p>|
+<p>x|<br>|<b>|<b><i>|<font size={n}>x|<a href=x>link</a> |<a href={n}>|<sup>|<sub>2|<li>|<ul><li>x|<dl><dt>a<dd>b|
+<table>|<table><tr><td>x|<table><tr><td class='code'>|<tr><td>{n}|<span class='mwe-math-element'>|<span class=katex>|
+<math>|<span class=MathJax>x|<math><mi>x|<math><mfrac><mi>a</mi>|<mrow>|<annotation encoding='application/x-tex'>x|
+<style>x</style>|<script type='math/tex'>x</script>|<script>|<img class=tex alt=x>|<img alt='\frac{1}{2}'>|<!--|
+<!-- x -->|<![CDATA[|<?php |&#xE000;|&amp;|&#{n};|&|<|<<|< a|<a b=|<x y{n}=1>|<select><option>{n}|<form>|<iframe>|
+<svg><path d='M'>|<h1>{n}</h1>|<col>|<article>x y z. |<section><p>x y z w v.</p>|<nav>x|<nav><p>a b c. </p>|
+<div class='comment'>{n}|<div class=sidebar>x y z</div>|<div class='post'><p>word {n}</p></div>|<blockquote>|
+<p>x</p><aside>|<meta charset=x>|<body>|<html>|<title>|<textarea>|<td>|<noscript>|<template>|x|x |é|漢|word{n} |.|<hr>|
+<p style='display:none'>x|<div hidden>x|<image>|<p align=center>{n}<center>
+""".replace("\n", "").split("|") + ["\n", "\r\n \t", "\x00", "\ufeff", "\u202e", "- item\n"]
 SPECIAL = ".//*[contains(@class,'math')] | .//code | .//tt | .//sup | .//sub | .//img | .//br"
 
 
 @dataclass(frozen=True)
 class Config:
     POSITIONAL = ("folders",)
-    folders: str = ""                                # one folder, or several with commas between them
+    folders: str = ""                                # one folder, or several with commas between them; or "hostile"
     half: Literal["all", "dev", "report"] = "all"    # by a hash of the page's name: thresholds were chosen on "dev"
     passes: int = 1                                  # over all pages; the median is the speed
     out: str = "out/bench/extract.json"              # the numbers
@@ -259,7 +272,26 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines + [f"  lost alone: {name}" for name in rows["ours"]["names of these"]])
 
 
+def hostile_seconds(size: int = 1_000_000) -> dict[str, float]:
+    """Pattern -> CPU seconds of our extractor for `size` bytes of it, alone and below 50 nested elements: the worse."""
+    worst = {}
+    for pattern in HOSTILE:
+        body = "".join(pattern.replace("{n}", str(i)) for i in range(size // len(pattern.encode())))[:size]
+        for page in (body, "<div>" * 50 + body):
+            start = time.process_time()
+            extract(page)
+            worst[pattern] = max(worst.get(pattern, 0.0), time.process_time() - start)
+    return dict(sorted(worst.items(), key=lambda pair: -pair[1]))
+
+
 def main(cfg: Config) -> None:
+    if cfg.folders == "hostile":
+        seconds = hostile_seconds()
+        print("\n".join(f"{s:6.2f} s  {pattern!r}" for pattern, s in list(seconds.items())[:12]))
+        print(f"{len(seconds)} patterns of 1 MB, {sum(s > 2 for s in seconds.values())} above 2 s of CPU time")
+        with whole_file(configurator.writable(cfg.out)) as f:
+            json.dump({"command": "python bench/extract.py hostile", "seconds": seconds}, f, indent=1)
+        return
     out, results = configurator.writable(cfg.out), {}
     for folder in [Path(word.strip()) for word in cfg.folders.split(",")]:
         pages = [page for page in pages_of(folder) if in_half(page, cfg.half)]
@@ -268,8 +300,8 @@ def main(cfg: Config) -> None:
         results[str(folder)] = {"pages": len(pages), "rows": measure(pages, cfg.passes)}
         print(f"\n{folder}: {len(pages)} pages ({cfg.half})\n{table(results[str(folder)]['rows'])}")
     with whole_file(out) as f:
-        json.dump({"command": " ".join(["python", *sys.argv]), "python": platform.python_version(), "threads": 1,
-                   "results": results}, f, indent=1)
+        json.dump({"command": " ".join(["python bench/extract.py", *sys.argv[1:]]), "python": platform.python_version(),
+                   "threads": 1, "results": results}, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -39,13 +39,14 @@ from data import tag as tagging
 from data.adapters import convert
 from data.corpus import SOURCE_OF, SOURCES, Record, copies, put_tags
 from data.decontaminate import build_index, contaminated
-from data.dedup import band_keys, canonical_url, clusters, shingles, signatures
+from data.dedup import band_keys, canonical_url, clusters, shingle_hashes, shingles, signatures
 from data.extract import extract
 from data.jsonl import read_jsonl, whole_file
 from data.problems import identity
 from data.readers import Bad, check_hub_name, hub_rows, lines_before, listing, needed, read_rows
 from data.sft_data import read_questions
 from data.shards import ShardWriter, read_manifest, write_manifest
+from data.text import whole
 from tokenizer import Tokenizer
 
 PART = (8 << 20, 512 << 20)      # bytes of the files of a part, at least and at most
@@ -219,7 +220,7 @@ def read_part(work: Path, k: int) -> dict:
             out.write(json.dumps({"file": path, "row": row, "reason": why}) + "\n")
 
         for batch in batches(documents(work, k, counts, reject)):
-            keys.append(band_keys(signatures(shingles([r.text for r in batch]))))
+            keys.append(band_keys(signatures(shingle_hashes([r.text for r in batch]))))
             for record in batch:
                 names.extend((hashed(canonical_url(record.url)), hashed(record.text), texts.tell()))
                 texts.write(json.dumps([record.url, record.text], ensure_ascii=False).encode() + b"\n")
@@ -251,7 +252,7 @@ def documents(work: Path, k: int, counts: Counter, reject: Callable[[tuple, str]
         if isinstance(text, Bad):
             reject(place, text.why)
         elif text.strip():
-            yield Record(item.url.encode("utf-8", "replace").decode(), text=text)
+            yield Record(whole(item.url), text=text)
         else:
             counts["empty"] += 1
     counts.update({f"{PAGE}{what}": n for what, n in pages.items()})
@@ -259,12 +260,11 @@ def documents(work: Path, k: int, counts: Counter, reject: Callable[[tuple, str]
 
 def text_of(record: Record, pages: Counter | None = None) -> str | Bad:
     """
-    Its text, of a page the extracted one. Half of a surrogate pair, which no file can hold, becomes U+FFFD. pages: what
+    Its text, of a page the extracted one (data/text.py: U+FFFD for half of a surrogate pair). pages: what
     data/extract.py counts.
     """
     try:
-        text = record.text or extract(record.html, record.charset, pages)
-        return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return whole(record.text or extract(record.html, record.charset, pages))
     except Exception as e:                                   # whatever a page does to the parser, it is one page
         return Bad(f"extraction failed: {type(e).__name__}: {' '.join(str(e).split())}")
 

@@ -11,10 +11,11 @@ language models as taggers.
 """
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
+from lxml import html
 from tqdm import tqdm
 
 import configurator
@@ -81,7 +82,7 @@ class Corpus:
 
 def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger | None,
           teacher: Callable[[list[Record]], list[tagging.Tags]] | None = None,
-          cut_out: bool = False) -> tuple[list[Record], list, dict[str, float]]:
+          cut_out: bool = False, without: Collection[str] = ()) -> tuple[list[Record], list, dict[str, float]]:
     """
     Records -> (the records kept, repeated by weight; the steps as in Corpus.funnel; accuracy of the tagger).
 
@@ -89,6 +90,7 @@ def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger 
     tagger    a trained one. None with a teacher: one is trained here on at most 2,000 records. None without a teacher:
               every record is kept once, untagged
     cut_out   take out the paragraph with the overlap and keep the rest of the document, instead of dropping it
+    without   steps to leave out, for comparison: "extract" (all text of a page then), "dedup", "rebalance"
     """
     funnel, records = [], list(records)
     clock = time.perf_counter()
@@ -102,24 +104,26 @@ def clean(records: Iterable[Record], heldout: list[str], tagger: tagging.Tagger 
 
     first = {}
     for record in records:                       # over the whole crawl: the first fetch is the one kept
-        first.setdefault(canonical_url(record.url) or id(record), record)
+        first.setdefault("dedup" not in without and canonical_url(record.url) or id(record), record)
     records = step("URL dedup", list(first.values()))
     counts = Counter()
     for record in tqdm(records, desc="extract", unit="page", leave=False, disable=None):
-        record.text = record.text or extract(record.html, record.charset, counts)
+        record.text = record.text or (html.fromstring(record.html).text_content() if "extract" in without else
+                                      extract(record.html, record.charset, counts))
         record.html = ""
     records = step("extract (empty pages out)", [r for r in records if r.text])
     funnel += [(f"  {what}", funnel[-1][1], n, 0.0) for what, n in counts.items()]
-    root = near_duplicates([r.text for r in records])
+    root = range(len(records)) if "dedup" in without else near_duplicates([r.text for r in records])
     kept = [r for i, r in enumerate(records) if root[i] == i]
     records = step("MinHash dedup, exact Jaccard >= .7", kept)
     accuracy = put_tags(records, tagger, teacher)
     step("tag", records)
     for domain in tagging.DOMAINS:
         group = [r for r in records if r.tags and r.tags.domain == domain]
-        if group:
+        if group and "rebalance" not in without:
             funnel.append((f"  rebalance {domain}", len(group), sum(map(copies, group)), 0.0))
-    records = step("rebalance by tags (with repeats)", [r for r in records for _ in range(copies(r))])
+    if "rebalance" not in without:
+        records = step("rebalance by tags (with repeats)", [r for r in records for _ in range(copies(r))])
     index = build_index(heldout)
     bad = contaminated([r.text for r in records], index)
     if cut_out:
@@ -160,7 +164,7 @@ def copies(record: Record) -> int:
 # ---- the tiny world's corpus ----------------------------------------------------------------------------------------
 
 def build(problems: Pairs, heldout: Pairs | None = None, seed: int = 0, pages: int = 6000, books: int = 120,
-          book_words: int = 600) -> Corpus:
+          book_words: int = 600, without: Collection[str] = ()) -> Corpus:
     """
     The tiny world's corpus. A pure function of its arguments, the same in every process.
 
@@ -170,6 +174,7 @@ def build(problems: Pairs, heldout: Pairs | None = None, seed: int = 0, pages: i
     pages        original pages of the crawl. 1.16 times as many are fetched, and more when there are so many problems
                  that maths and code pages are added (data/tiny/web.py)
     books        long documents of book_words words
+    without      steps to leave out (clean)
 
     UserError for a source that is neither maths nor code, and when the crawl is too small for the problems.
     """
@@ -184,7 +189,7 @@ def build(problems: Pairs, heldout: Pairs | None = None, seed: int = 0, pages: i
     truth = [tagging.Tags(p.domain, p.quality, p.depth, p.ad) for p in crawled]
     questions = [question for pairs in heldout.values() for question, _ in pairs]
     teacher = lambda sample: [truth[r.ref] for r in sample]
-    kept, steps, accuracy = clean(records, questions, None, teacher, cut_out=True)
+    kept, steps, accuracy = clean(records, questions, None, teacher, cut_out=True, without=without)
 
     start = time.perf_counter()
     documents: dict[str, list[str]] = {source: [] for source in SOURCES}

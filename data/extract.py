@@ -31,6 +31,7 @@ import configurator
 from data.charset import decode
 from data.formulas import formula, name_of
 from data.page import BLOCKS, LINES, Page, measure, parse, weigh
+from data.text import for_stdout
 
 # one character each, from the private use area: the borders of a placeholder, then the four kinds of break
 OPEN, CLOSE, PARA, LINE, FENCE, BR = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
@@ -478,7 +479,7 @@ def newlines(match: re.Match) -> str:
 
 def main(cfg: Config) -> None:
     counts = Counter()
-    print(extract(Path(cfg.page).read_bytes(), counts=counts))
+    print(for_stdout(extract(Path(cfg.page).read_bytes(), counts=counts)))
     for what, n in counts.items():
         print(f"{n} x {what}", file=sys.stderr)
 

@@ -22,6 +22,7 @@ from data.decontaminate import build_index, contaminated
 from data.dedup import WORD, near_duplicates
 from data.jsonl import read_jsonl
 from data.problems import Problem
+from data.text import shown
 from judge import Judge, maths
 from reward import MAX_ANSWER, extract_program, math_reward, reference_form
 
@@ -64,11 +65,11 @@ def check_references(path: str, problems: Sequence[Problem], max_share: float = 
         return found
     lines = {row.get("id"): n for n, row in read_jsonl(path)} if str(path).endswith(".jsonl") else {}
     named = [f"{path}:{lines[key]}: " if key in lines else f"{path}: " for key in faults]
-    shown = [f"{where}problem {key}: {fault}" for where, (key, fault) in zip(named[:3], faults.items(), strict=False)]
+    some = [f"{where}problem {key}: {fault}" for where, (key, fault) in zip(named[:3], faults.items(), strict=False)]
     count = f"{len(faults)} of {len(problems)} problems checked can never be answered right"
     if len(faults) > max_share * len(problems):
-        raise UserError(f"{count}, more than {max_share:.0%}. " + "; ".join(shown))
-    print(f"warning: {count}: " + "; ".join(shown), file=sys.stderr)
+        raise UserError(f"{count}, more than {max_share:.0%}. " + "; ".join(some))
+    print(shown(f"warning: {count}: " + "; ".join(some), lines=False), file=sys.stderr)
     return found
 
 

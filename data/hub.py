@@ -34,7 +34,8 @@ from data import build, trove
 from data.adapters import convert
 from data.corpus import Record
 from data.filters import without_heldout
-from data.jsonl import whole_file
+from data.jsonl import json_line, whole_file
+from data.lock import hold
 from data.problems import Problem, to_row
 from data.readers import Bad, hub_rows, listing, needed, read_rows
 from data.sft_data import query_of, read_questions
@@ -103,7 +104,7 @@ def write_items(cfg: Config) -> None:
     reasons = out.with_name(out.stem + ".rejected.jsonl")
     reject = lambda file, row, why: rejected.write(json.dumps({"file": file, "row": row, "reason": why}) + "\n")
     first = ""
-    with whole_file(out) as f, whole_file(reasons) as rejected:
+    with whole_file(out, "wb") as f, whole_file(reasons) as rejected:
         for path in unread:
             reject(str(path), 0, f"no reader for {path.suffix or 'such a name'}")
         items = ((place, line(item)) for place, item in convert(cfg.adapter, rows, counts, cfg.columns))
@@ -119,7 +120,7 @@ def write_items(cfg: Config) -> None:
             if not item.get("text", "a chat or problem").strip():
                 counts["empty"] += 1
                 continue
-            f.write(json.dumps(item, ensure_ascii=False) + "\n")
+            f.write(json_line(item))
             counts["written"] += 1
         if counts["rejected"] > max(9, cfg.max_rejected * counts["rows"]):
             raise UserError(f"{counts['rejected']:,} of {counts['rows']:,} rows rejected, more than max_rejected = "
@@ -156,15 +157,15 @@ def job_of(cfg: Config) -> build.Job:
 
 
 def main(cfg: Config) -> None:
-    if not cfg.tokenizer:
-        write_items(cfg)
-        return
-    if cfg.tasks:
-        slurm = {"partition": cfg.slurm_partition, "time": cfg.slurm_time, "memory_gb": cfg.memory_gb,
-                 "dedup_memory_gb": cfg.dedup_memory_gb}
-        trove.run(job_of(cfg), cfg.replace, cfg.append, cfg.tasks, cfg.workers, slurm)
-    else:
-        print(build.run(job_of(cfg), cfg.workers, cfg.replace, cfg.append))
+    with hold(Path(cfg.out, f"{cfg.name}.lock") if cfg.tokenizer else f"{cfg.out}.lock"):
+        if not cfg.tokenizer:
+            write_items(cfg)
+        elif cfg.tasks:
+            slurm = {"partition": cfg.slurm_partition, "time": cfg.slurm_time, "memory_gb": cfg.memory_gb,
+                     "dedup_memory_gb": cfg.dedup_memory_gb}
+            trove.run(job_of(cfg), cfg.replace, cfg.append, cfg.tasks, cfg.workers, slurm)
+        else:
+            print(build.run(job_of(cfg), cfg.workers, cfg.replace, cfg.append))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from configurator import UserError
+from data.text import whole
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
@@ -40,11 +41,16 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
+def json_line(row: Any) -> bytes:
+    """A row as one line of a file, UTF-8, whatever text is in it."""
+    return whole(json.dumps(row, ensure_ascii=False)).encode() + b"\n"
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """One JSON object per line; the file appears when it is complete (whole_file)."""
-    with whole_file(path) as f:
+    with whole_file(path, "wb") as f:
         for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            f.write(json_line(row))
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -85,8 +91,7 @@ def json_object(line: bytes) -> dict:
     try:
         row = json.loads(line.decode("utf-8-sig"))
         if HALF.search(line):
-            text = json.dumps(row, ensure_ascii=False)
-            row = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            row = json.loads(whole(json.dumps(row, ensure_ascii=False)))
     except UnicodeDecodeError as e:
         raise UserError(f"not UTF-8: byte {line[e.start]:#04x} at column {e.start + 1}") from None
     except RecursionError:

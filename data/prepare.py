@@ -5,6 +5,7 @@ All data of the tiny run, made from one seed (report sections 2.1, 3.1, 3.2).
 
     problems/test.jsonl      held out by identity: what eval.py measures
     problems/valid.jsonl     held out by identity: the curves during RL
+    problems/short.jsonl     held out by identity: one operation, "What is 12 - 5?"; not in the demo's averages
     problems/rl_all.jsonl    training problems of RL, code with a ladder of tests; data.rl_problems filters them
     sft.jsonl                chat samples, maths with worked reasoning
     data/<source>            token shards for the mixtures of the stages: web, maths, code, books, synth
@@ -21,6 +22,7 @@ Differs from the report: the problem generators write the reasoning, not a stron
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from data import corpus
 from data.jsonl import write_jsonl
 from data.problems import PLAIN, Problem, identity, messages, response, split_of, write_problems
 from data.shards import write_source
-from data.tiny import code, maths
+from data.tiny import code, maths, probes
 from tokenizer import Tokenizer
 
 
@@ -49,19 +51,21 @@ class Config:
     careless_share: float = 0.35          # share of the code answers on pages that have a mistake
     tables: int = 500                     # pages of number facts
     synth: int = 3_000                    # synthetic reasoning answers for stage 3, half maths, half code
+    recall: int = 0                       # documents that say numbers and repeat them: source `recall` (Fig. 4)
     sft: int = 4_000                      # chat samples, half maths, half code
     rl_maths: int = 800                   # RL training problems; code, whose reward is dense, needs fewer
     rl_code: int = 400                    # the same, with tests
     test: int = 300                       # held-out problems of each kind, eval.py
     valid: int = 48                       # held-out problems of each kind, RL curves
     tests: int = 12                       # unit tests per code problem
+    without: list[Literal["extract", "dedup", "rebalance"]] = ()   # steps of the corpus pipeline to leave out
     valid_share: float = 0.04             # share of documents kept back for the validation loss
     threads: int = 1                      # torch threads (the tagger)
 
     def __post_init__(self):
         configurator.at_least(self, 1, "book_words", "maths_problems", "code_problems", "synth", "sft", "rl_maths",
                               "rl_code", "test", "valid", "tests", "threads")
-        configurator.at_least(self, 0, "books", "tables", "seed")
+        configurator.at_least(self, 0, "books", "tables", "recall", "seed")
         configurator.at_least(self, 20, "pages")
         for name in ("steps_share", "careless_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -122,7 +126,8 @@ def main(cfg: Config) -> None:
             for split, n in (("test", cfg.test), ("valid", cfg.valid))}
     for split, kinds in held.items():
         write_problems(out / f"problems/{split}.jsonl", kinds["maths"] + kinds["code"])
-    rl = [*maths.problems(cfg.rl_maths, "train", cfg.seed),
+    write_problems(out / "problems/short.jsonl", maths.problems(min(cfg.test, 100), "test", cfg.seed, levels=(0,)))
+    rl = [*maths.problems(cfg.rl_maths, "train", cfg.seed, levels=maths.TRAINED),
           *code.problems(cfg.rl_code, "train", cfg.seed, tests=cfg.tests)]
     write_problems(out / "problems/rl_all.jsonl", rl)
     print(f"problems: {2 * cfg.test} test, {2 * cfg.valid} valid, {len(rl)} for RL")
@@ -138,12 +143,16 @@ def main(cfg: Config) -> None:
              for kind, n in (("maths", cfg.maths_problems), ("code", cfg.code_problems))}
     held_pairs = {kind: [(p.question, p.solution) for split in held.values() for p in split[kind]]
                   for kind in GENERATORS}
-    crawl = corpus.build(pages, held_pairs, cfg.seed, cfg.pages, cfg.books, cfg.book_words)
+    crawl = corpus.build(pages, held_pairs, cfg.seed, cfg.pages, cfg.books, cfg.book_words,
+                         cfg.without)
     print(crawl.table())
     documents = dict(crawl.documents)
     documents["maths"] = documents["maths"] + [maths.table(rng) for _ in range(cfg.tables)]
     documents["synth"] = [f"{PLAIN.format(question=p.question)} {reference_response(p)}"
                           for kind in GENERATORS for p in training(kind, cfg.synth // 2, rng)]
+
+    if cfg.recall:
+        documents["recall"] = [probes.recall(cfg.seed * 1_000_000 + i) for i in range(cfg.recall)]
 
     # ---- shards -----------------------------------------------------------------------------------------------------
     for name, texts in documents.items():

@@ -20,6 +20,7 @@ from configurator import UserError
 from data.jsonl import line_of, strict_json, write_jsonl
 from data.published import problem_line
 from data.readers import table_rows
+from data.text import shown
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer  # for annotations only: it imports numpy, which the workers of judge/maths.py spare
@@ -195,8 +196,8 @@ def read_problems(path: str | Path) -> list[Problem]:
                 raise UserError(f"problem {problem.id} is in line {found[problem.id][0]} too; ids should be unique")
         found.setdefault(problem.id, (n, problem))
     if left_out:
-        print(f"{path}: {len(left_out)} of {len(left_out) + len(found)} problems left out, the first in row "
-              f"{left_out[0]}", file=sys.stderr)
+        print(shown(f"{path}: {len(left_out)} of {len(left_out) + len(found)} problems left out, the first in row "
+                    f"{left_out[0]}", lines=False), file=sys.stderr)
     if not found:
         raise UserError(f"{path}: no problems in it; `python -m data.prepare` and data/hub.py write such files")
     return [problem for _, problem in found.values()]

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from configurator import UserError
 from data.charset import BOMS, decode
@@ -260,9 +260,21 @@ def parquet_rows(path: Path) -> Iterator[dict | Bad]:
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
+                try:
+                    rows = batch.to_pylist()
+                except UnicodeDecodeError:                   # of one text: the file only says that they are UTF-8
+                    rows = [utf8_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+                yield from rows
     except ValueError as e:                                  # pyarrow's ArrowInvalid
         yield Bad(f"cut off or damaged, the rest of the file is not read: {' '.join(str(e).split())}")
+
+
+def utf8_row(batch: Any) -> dict | Bad:
+    """The row of a pyarrow.RecordBatch of one."""
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return Bad("not UTF-8")
 
 
 def warc_rows(path: Path, file: BinaryIO) -> Iterator[dict | Bad]:

@@ -30,6 +30,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import configurator
 from configurator import UserError
@@ -48,6 +49,7 @@ class Config:
     problems: str = "out/tiny/problems/rl_all.jsonl"      # every RL problem
     out: str = "out/tiny/problems/rl.jsonl"               # those that are kept, their tests with estimated difficulty
     answers: list[str] = field(default_factory=ANSWERS.copy)   # eval.py's answers files, the SFT model's last
+    kinds: list[Literal["maths", "code"]] = ("maths", "code")   # the others are left out before all filters
     max_maths_rate: float = 0.9                           # maths solved more often than this is dropped [paper 3.2]
     max_code_rate: float = 1.0                            # code solved this often or more is dropped [paper 3.2]
     levels: int = 3                                       # difficulty levels of the tests of a problem [paper Fig. 5]
@@ -127,7 +129,7 @@ def by_pass_rate(problem: Problem, answers: list[dict], cfg: Config) -> str:
 
 def main(cfg: Config) -> None:
     """Read problems and answers, filter, estimate difficulty, write the RL problem set."""
-    problems = read_problems(cfg.problems)
+    problems = [p for p in read_problems(cfg.problems) if p.kind in cfg.kinds]
     files = [] if cfg.rules_only else [*cfg.answers, *([cfg.strong] if cfg.strong else [])]
     models = [read_answers(path) for path in files]
     kept, spread, gone = [], Counter(), {}

@@ -15,6 +15,7 @@ report names the filters, not their rules; the thresholds below are ours.
     python -m data.sft_data samples.jsonl kept.jsonl                                       # prints the counts
     python -m data.sft_data samples.jsonl out/sft --tokenizer=MiMo-7B-Base --workers=32    # writes token shards
 """
+import math
 import multiprocessing
 import re
 from collections import Counter
@@ -183,8 +184,9 @@ def read_samples(path: str | Path) -> list[dict]:
             found = answered(sample)
             for one in found:
                 check_turns(one["messages"])
-            if type(sample.get("score", 0.0)) not in (int, float):
-                raise UserError(f"score = {sample['score']!r} should be a number")
+            score = sample.get("score", 0.0)
+            if type(score) not in (int, float) or not math.isfinite(score):
+                raise UserError(f"score = {score!r} should be a finite number")
         samples += found
     if not samples:
         raise UserError(f"{path}: no samples in it; {FORM}, one a line")

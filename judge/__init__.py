@@ -26,8 +26,8 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from data.problems import Limits, Test
@@ -524,31 +524,26 @@ class Judge:
             thread.join()
 
     def _judge_stdio(self, worker: int, job: Job) -> None:
-        """
-        One process per test: the program runs from its first line each time. The first compiles it and gives the result
-        to the others: a program that forges it harms no other program.
-        """
-        tolerance, compiled = self._tolerance(job, 0.0), [b""]
+        """One process per test, forked from one that has compiled the program and never runs it."""
+        tolerance, running = self._tolerance(job, 0.0), {}
+        limits = self._bounds(job, 1, 1.0)
+        # the kernel adds the forks to the time of that process, and each of its tests may use as much as it may
+        limits = replace(limits, cpu_total=limits.cpu_total + len(job.tests) // 100)
 
-        def on_line(k: int, line: dict, seconds: float) -> bool:
-            """-> True, which ends the process, for every line but the first."""
-            try:
-                compiled[0] = compiled[0] or bytes.fromhex(line["v"])
-            except (KeyError, TypeError, ValueError):
-                return True
-            return k >= 0
+        def tests() -> Iterator[tuple[bytes, Bounds]]:
+            while (todo := job.todo())[0]:
+                (i, *_), share = todo
+                running.update(i=i, share=share)
+                job.counts["processes"] += 1
+                yield job.tests[i].input.encode("utf-8", "surrogatepass"), self._bounds(job, 1, share)
 
-        while (todo := job.todo())[0]:
-            (i, *_), share = todo
-            test, bounds = job.tests[i], self._bounds(job, 1, share)
-            job.counts["processes"] += 1
-            run = self._box(self._boxes, worker).execute(
-                {"kind": "stdio", "program": job.program, "compiled": compiled[0]}, bounds, on_line,
-                stdin=test.input.encode("utf-8", "surrogatepass"))
-            if run.end != "exit" or run.status:
-                verdict = how_it_ended(run, bounds.cpu_total, share)
-            elif same_text(test.expected, run.out.decode("utf-8", "replace"), tolerance):
-                verdict = Verdict("AC", run.wall)
-            else:
-                verdict = Verdict("WA", run.wall, f"printed {run.out[:80]!r}")
-            job.verdicts[i] = verdict
+        while job.todo()[0]:
+            for run in self._box(self._boxes, worker).run_tests(job.program, limits, tests()):
+                i, share = running["i"], running["share"]
+                if run.end != "exit" or run.status:
+                    verdict = how_it_ended(run, limits.cpu_total, share)
+                elif same_text(job.tests[i].expected, run.out.decode("utf-8", "replace"), tolerance):
+                    verdict = Verdict("AC", run.wall)
+                else:
+                    verdict = Verdict("WA", run.wall, f"printed {run.out[:80]!r}")
+                job.verdicts[i] = verdict

@@ -20,7 +20,7 @@ class Answer:
     text: str                               # LaTeX without name, unit, percent sign and clothes
     name: str = ""                          # what stood before `=`, \in or \equiv: x, f(2), AB
     percent: bool = False                   # a percent sign was taken off; value is a hundredth of what is in text
-    modulus: str = ""                       # of \pmod{7}
+    behind: str = ""                        # modulus of \pmod{7}, or am, pm of a time of day
     value: Fraction | None = None           # exact, if it is a plain number
     items: tuple["Answer", ...] = ()        # of a list, else ()
     brackets: str = ""                      # around the list: "()", "[)", "{}", ...; "" for none
@@ -37,6 +37,7 @@ CHARACTERS = str.maketrans({
     **dict.fromkeys("€£¥₹¢", ""),
 })
 GROUPED = r"(?<![0-9.,])[0-9]{1,3}(?:%s[0-9]{3})+(?![0-9])"          # 1{,}234: three digits behind each separator
+PERCENT = "%s(?:per ?cent(?:age)?|pct)(?: points?)?%s"
 FONT = (r"\\(?:math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|text(?:bf|rm|normal|it|sf|tt|up)?|mbox|hbox)"
         r" *\{([^{}]*)\}")
 # (a character that the text must hold, pattern, replacement); in this order
@@ -54,6 +55,11 @@ RULES = [(needs, re.compile(pattern), by) for needs, pattern, by in (
     ("~", "~", " "), (" ", " +", " "),
     ("\\", r"\\(?:[dtc]|nice|s)frac(?![a-zA-Z])", r"\\frac"),
     ("\\", r"\\math(?:rm|bf|it|sf) ([a-zA-Z])(?![a-zA-Z])", r"\1"),
+    (":", r"\{:\}", ":"), ("\\", r"\\colon(?![a-zA-Z])", ":"),                                     # 2{:}3 -> 2:3
+    ("", r"(?i)(?:(?<=:[0-9][0-9]) ?(?:\\text *\{ ?)?|(?<=[0-9]) ?\\text *\{ ?|(?<=[0-9]) )"
+     r"([ap])\.? ?m\.?(?![a-z]) ?\}?",
+     lambda m: rf"\text{{{m[1].lower()}m}}"),                                                      # 3:45 a.m.
+    ("mod", r"\(? ?(?:\\(?:text|mathrm) *\{)? ?(?<![a-z\\])mod ?\}? ?([0-9]+) ?\)?", r"\\pmod{\1}"),
     ("\\", FONT, lambda m: font(m[1])),                                    # \mathbf{24} -> 24, \mathrm{cm} -> \text{cm}
     ("\\", r"\\frac *(?:\{([^{}]*)\}|([0-9a-zA-Z])) *(?:\{([^{}]*)\}|([0-9a-zA-Z]))",            # \frac1{2}, \frac 1 2
      lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}"),
@@ -62,14 +68,17 @@ RULES = [(needs, re.compile(pattern), by) for needs, pattern, by in (
     ("{", r"(?<![a-zA-Z_^}\]\\])\{ *([0-9.]+|\\text\{[^{}]*\}) *\}", r"\1"),                       # {1}/{2} -> 1/2
     ("{", r"([_^]) ?\{ ?([0-9a-zA-Z]) ?\}", r"\1\2"),                                              # x^{2} -> x^2
     ("%", r"\\?%(?: points?(?![a-zA-Z]))?", r"\\%"),
-    ("p", r"(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?: points?)?(?![a-zA-Z])", r"\\%"),             # 28 percent
+    ("p", PERCENT % (r"\\text\{ ?", r" ?\}") + "|" + PERCENT % ("(?<![a-zA-Z])", "(?![a-zA-Z])"), r"\\%"),
     ("\\", r"\\(?:color|textcolor) *\{[a-z]+\}", ""), ("\\", r"\\lbrace(?![a-zA-Z])", r"\\{"),
     ("\\", r"\\rbrace(?![a-zA-Z])", r"\\}"),
+    ("\\", r"\\lt(?![a-zA-Z])", "<"), ("\\", r"\\gt(?![a-zA-Z])", ">"),
     ("\\", r"\\(g|l)eq(?:slant)?(?![a-zA-Z])", r"\\\1e"),
-    ("\\", r"\\varnothing(?![a-zA-Z])", r"\\emptyset"), ("\\", r"\\mathbb *([A-Z])", r"\\mathbb{\1}"),
+    ("\\", r"\\varnothing(?![a-zA-Z])|\\text\{(?:the )?empty set\}", r"\\emptyset"),
+    ("\\", r"\\mathbb *([A-Z])", r"\\mathbb{\1}"),
+    ("\\", r"\\R(?![a-zA-Z])|\\text\{(?:all )?real numbers\}|^all real numbers$", r"\\mathbb{R}"),
     ("\\", r"\\(sqrt|overline) *([0-9a-zA-Z])", r"\\\1{\2}"),
 )]
-PREFIX = re.compile(r"(?:\\text\{ ?)?(?:the )?(?:final |correct )?answer(?: is|:| =)+ ?\}? *|= ?"
+PREFIX = re.compile(r"(?:\\text\{ ?)?(?:the )?(?:final |correct )?answer(?: is|:| =)+ ?\}? *|(?:=|\\approx) ?"
                     r"|(?:US|USD|Rs\.?) ?(?=[0-9.])", re.I)
 
 
@@ -78,9 +87,11 @@ def font(inside: str) -> str:
     What is left of \text{inside} and its like: `24`, ` \%` and single letters are mathematics, "and" and "or" separate
     items, all else is a word or a unit and stays \text{..}.
     """
-    word = inside.strip()
+    word = inside.strip().removesuffix(".")
     if re.fullmatch(r",? ?(?:and|or),?", word):
         return f" {word.strip(', ')} "
+    if re.fullmatch("[A-Z](?: ?, ?[A-Z])+", word):                              # choices: A, C
+        return word
     unit = word[:1].isalpha() and (len(word) > 1 or word in UNITS or word in "NJWVAKltc")
     return rf"\text{{{word}}}" if unit and not re.search(r"[=0-9]{2}|[=(]", word) else f" {inside} "
 
@@ -137,21 +148,21 @@ def bracketed(match: re.Match) -> bool:
 # ---- units and names ------------------------------------------------------------------------------------------------
 
 UNITS = set("""m g s h L cm mm km dm nm kg lb lbs oz ft in yd mi ml mL cl hr hrs min sec ms mph kph kmh Hz kW
-    cc sq cu am pm day men way ways deg rad ton box cup egg pie car cow hen dog cat toy pen bag gal mile bit pts
+    cc sq cu day men way ways deg rad ton box cup egg pie car cow hen dog cat toy pen bag gal mile bit pts
     USD""".split())
 CONNECTING = {"per", "of", "a", "the"}
 # words that change a value, or are not a unit
 NOT_UNITS = set("""and or not than minus plus times mod modulo choose over squared cubed factorial half halves third
     thirds fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths dozen hundred thousand million
     billion trillion percent negative below sqrt root log exp sin cos tan pi infinity infty inf is are if base divided
-    multiplied equals power""".split())
+    multiplied equals power am pm""".split())
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 EXPONENT = r"(?:\^(?:\{ ?-?[0-9] ?\}|-?[0-9]))?"
 UNIT_TAIL = re.compile(rf" ?(?:[/.]|\\cdot)? ?\\text\{{([^{{}}]*)\}}{EXPONENT}$")
-DEGREES = re.compile(r" ?(?:\^ ?\{? ?\\circ ?\}?|\\degree)(?: ?[CF]| ?\\text\{[CF]\})?$")
+DEGREES = re.compile(r" ?(?:\^ ?\{? ?\\circ ?\}?|\\degree)(?: ?[CF]| ?\\text\{[CF]\})?$|(?<=[0-9])(?:''|[\"'])$")
 UNIT_FRACTION = re.compile(rf" ?\\frac\{{ ?\\text\{{[^{{}}]*\}} ?\}}\{{ ?\\text\{{[^{{}}]*\}}{EXPONENT} ?\}}$")
 BARE_UNIT = re.compile(r"((?:[^a-zA-Z\\]|\\(?:frac|times|cdot|overline)(?![a-zA-Z]))*)([a-zA-Z][a-zA-Z.'/ ^{}0-9-]*)")
-MODULUS = re.compile(r" ?\(? ?\\[pb]?mod(?![a-zA-Z]) *\{?([0-9a-z]+)\}? ?\)?$")
+BEHIND = re.compile(r" ?\(? ?\\[pb]?mod(?![a-zA-Z]) *\{?([0-9a-z]+)\}? ?\)?$| ?\\text\{([ap]m)\}$")
 
 
 def without_unit(text: str) -> str:
@@ -181,7 +192,7 @@ GREEK = (r"\\(?:(?:var)?(?:alpha|beta|gamma|delta|epsilon|theta|kappa|rho|phi|si
          r"|chi|psi|omega|ell|angle|triangle|Delta|Gamma|Omega|Phi|Sigma|Theta|Lambda)(?![a-zA-Z])")
 LETTERS = rf"(?:[a-zA-Z]|{GREEK}|['! ]|\\(?:text|overline|vec|hat|bar) ?\{{[^{{}}=]*\}})+"
 NAME = re.compile(rf" ?({LETTERS}(?:_ ?(?:[0-9a-zA-Z]|\{{[^{{}}=]*\}}))?[' ]*(?:\([^()=]*\)|\[[^][=]*\])?"
-                  r"|\|[^|=]+\||\([a-z, ]+\)) ?(?:=|(?<=[a-z) ])\\(?:in|equiv)(?![a-zA-Z])) ?(?=[^= ])")   # f(2)=, x\in
+                  r"|\|[^|=]+\||\([a-z, ]+\)) ?(?:=|(?<=[a-z) ])\\(?:in|equiv|approx)(?![a-zA-Z])) ?(?=[^= ])")
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -267,10 +278,34 @@ def parse(text: str, depth: int = 0) -> Answer:
     if listing and (pair[1] == "{}" or len(split(pair[0])) > 1):
         return listed([parse(item, depth + 1) for item in split(pair[0])], pair[1])
     parts = split(text)
+    if not depth and all(intervals := [interval(part) for part in parts]):
+        return intervals[0] if len(parts) == 1 else Answer(r"\cup".join(i.text for i in intervals), intervals[0].name)
     if len(parts) > 1 and all(parts):
         return listed([item for part in parts for item in spread(one(part, depth))], "")
     items = spread(one(text, depth))
     return listed(items, "") if len(items) > 1 else items[0]
+
+
+BOUND = r"(?P<%s>[^<>=]+?) ?(?P<%s><|>|\\[lg]e(?![a-z])) ?"
+INEQUALITY = re.compile(rf"(?:{BOUND % ('low', 'left')})?(?P<name>[a-zA-Z])(?: ?(?P<right><|>|\\[lg]e(?![a-z])) ?"
+                        r"(?P<high>[^<>=]+))?")
+
+
+def interval(text: str) -> Answer | None:
+    r"""x\ge1, 5<x and -2<x\le7 as the intervals [1,\infty), (5,\infty) and (-2,7], if the bounds are plain numbers."""
+    m = INEQUALITY.fullmatch(text)
+    if not m or not m["left"] and not m["right"]:
+        return None
+    low, left, right, high = m["low"], m["left"], m["right"], m["high"]
+    signs = {sign for sign in (left, right) if sign}
+    if signs <= {">", r"\ge"}:
+        low, left, right, high = high, right, left, low
+    elif not signs <= {"<", r"\le"}:
+        return None
+    if any(bound and number(bound) is None for bound in (low, high)):
+        return None
+    ends = ("[" if left in (r"\le", r"\ge") else "(") + ("]" if right in (r"\le", r"\ge") else ")")
+    return replace(listed([one(low or r"-\infty", 1), one(high or r"\infty", 1)], ends), name=m["name"])
 
 
 def listed(items: list[Answer], brackets: str) -> Answer:
@@ -292,7 +327,7 @@ def spread(answer: Answer) -> list[Answer]:
 
 def one(text: str, depth: int = 0) -> Answer:
     """Answer of an item of a list, or of a text without a list: name, modulus, percent sign and unit are taken off."""
-    name = modulus = ""
+    name = behind = ""
     percent = False
     for _ in range(MAX_DEPTH):
         before = text
@@ -300,8 +335,8 @@ def one(text: str, depth: int = 0) -> Answer:
             name, text = m[1].strip(), text[m.end():].strip()
             if depth < MAX_DEPTH and (pair := outer(text)) and len(split(pair[0])) > 1:
                 return replace(parse(text, depth + 1), name=name)                           # x\in(-2,7)
-        if m := MODULUS.search(text):
-            modulus, text = m[1], text[:m.start()].strip()
+        if m := BEHIND.search(text):
+            behind, text = m[1] or m[2], text[:m.start()].strip()
         if not percent and text.endswith(r"\%") and len(text) > 2:
             percent, text = True, text[:-2].strip()
         text = without_unit(text)
@@ -317,8 +352,8 @@ def one(text: str, depth: int = 0) -> Answer:
         value = number(text)
     if value is not None and percent:
         value /= 100
-    text = re.sub(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ", "", text)
-    return Answer(text, name.replace(" ", ""), percent, modulus, value)
+    text = re.sub(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) |(?<=[0-9]) (?=[a-z](?![a-zA-Z]))", "", text)
+    return Answer(text, name.replace(" ", ""), percent, behind, value)
 
 
 # ---- the comparison -------------------------------------------------------------------------------------------------
@@ -333,7 +368,7 @@ def same(reference: Answer, given: Answer) -> bool | None:
     """
     if reference.name and given.name and reference.name != given.name:
         return False                                        # y = 2 does not answer x = 2
-    if reference.modulus and given.modulus and reference.modulus != given.modulus:
+    if reference.behind and given.behind and reference.behind != given.behind:
         return False
     if reference.value is not None:
         left, _, right = given.text.partition("=")
@@ -353,7 +388,7 @@ def same(reference: Answer, given: Answer) -> bool | None:
         return True
     words = [WORDS.fullmatch(answer.text) for answer in (reference, given)]
     if all(words):
-        reference_words, given_words = (" ".join((m[1] or m[2]).lower().split()) for m in words)
+        reference_words, given_words = (ARTICLE.sub("", " ".join((m[1] or m[2]).lower().split())) for m in words)
         if reference_words == given_words:
             return True
         if words[0][1] or len(reference_words) > 4:         # Math-Verify multiplies letters: Tuesday = Tuseday
@@ -370,6 +405,7 @@ def same(reference: Answer, given: Answer) -> bool | None:
     return None
 
 
+ARTICLE = re.compile("^(?:the|an?|on|in|at) (?=..)")
 WORDS = re.compile(r"\\text\{([A-Za-z][A-Za-z' -]+)\}|([A-Za-z][A-Za-z' -]{2,})")
 
 

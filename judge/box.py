@@ -12,6 +12,7 @@ is tried at start-up, then attacked by a program of ours (PROBE), and counts onl
 
 What runs inside a box is in judge/server.py.
 """
+import contextlib
 import importlib.util
 import json
 import marshal
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -184,6 +185,7 @@ class Box:
     """
 
     def __init__(self, isolation: str, drop_by: str):
+        self.isolation = isolation
         self.sock, theirs = socket.socketpair()
         (odd, their_odd), (even, their_even) = (socket.socketpair(type=socket.SOCK_DGRAM) for _ in range(2))
         self.jobs = [odd, even]                # the next child waits at the first
@@ -194,10 +196,11 @@ class Box:
             with theirs, their_odd, their_even, memory_file(b"") as stdin:
                 fds = theirs.fileno(), their_odd.fileno(), their_even.fileno()
                 # a program gets the streams that its interpreter made here, so they are of the kind it will have: a
-                # file and a pipe. bwrap shows its environment in /proc/1/environ: it has but a fixed order of sets
+                # file and a pipe. bwrap shows its environment in /proc/1/environ: it has but a fixed order of sets,
+                # and all symbols looked up at the start: each test would copy fifty pages of memory to do so
                 self.process = subprocess.Popen(
-                    box_command(isolation, drop_by, fds), env={"PYTHONHASHSEED": "0"}, cwd="/", stdin=stdin,
-                    stdout=stdout, stderr=self.stderr, pass_fds=fds, start_new_session=True)
+                    box_command(isolation, drop_by, fds), env={"PYTHONHASHSEED": "0", "LD_BIND_NOW": "1"}, cwd="/",
+                    stdin=stdin, stdout=stdout, stderr=self.stderr, pass_fds=fds, start_new_session=True)
             kind, _, _ = self._receive()
             if kind != b"Z":
                 raise JudgeError(f"the box sent {kind!r} where b'Z' was due")
@@ -251,20 +254,14 @@ class Box:
                 self.process.wait()
         self.stderr.close()
 
-    def execute(self, job: dict, limits: Bounds, on_line: Callable[[int, dict, float], bool | bytes],
-                stdin: bytes = b"") -> Run:
+    @contextlib.contextmanager
+    def _process(self, kind: bytes, job: dict, limits: Bounds,
+                 stdin: BinaryIO) -> Iterator[tuple[list[int], int | None]]:
         """
-        Run one program in a fresh process and collect what it writes.
-
-        job: kind "stdio" (a whole program that reads `stdin`), "call" or "check" (see run_calls and run_check in
-        server.py), program, entry, calls, live: the process waits for the bytes that on_line returns, and compiled:
-        what the only result line of an earlier stdio process gave.
-
-        on_line(k, {"v": value} or {"e": error}, seconds) is called for every result line, with k = -1
-        (loaded), 0, 1 ...; it returns True to end the process. JudgeError if the box fails.
+        Give the job and stdin to the child that waits. -> where to read its stdout, stderr and results, and where to
+        write more for it (None if job["live"] is not set).
         """
-        job = {"entry": "", "calls": [], "live": False, "compiled": b""} | job
-        fds, files = [], []
+        fds, files = [], [stdin]
         try:
             for _ in range(3):        # stdout, stderr, results
                 fds += os.pipe()
@@ -279,31 +276,114 @@ class Box:
                 put(line, text)
             else:
                 files.append(memory_file(text))
-            files.append(memory_file(stdin))
-            self._send(b"R", limits.memory, limits.cpu_total,
-                       [files[-1].fileno(), *theirs, read_end if job["live"] else files[0].fileno()])
-            for fd in (*theirs, *([read_end] if job["live"] else ())):
+            self._send(kind, limits.memory, limits.cpu_total,
+                       [stdin.fileno(), *theirs, read_end if line else files[1].fileno()])
+            for fd in (*theirs, *([read_end] if line else ())):
                 os.close(fd)
                 fds.remove(fd)
             for fd in ours:
                 os.set_blocking(fd, False)
-            return self._collect(ours, line, limits, on_line)
+            yield ours, line
         finally:
             for fd in fds:
                 os.close(fd)
             for file in files:
                 file.close()
 
+    def execute(self, job: dict, limits: Bounds, on_line: Callable[[int, dict, float], bool | bytes]) -> Run:
+        """
+        Run one program's function in a fresh process and collect what it writes.
+
+        job: kind "call" or "check" (see run_calls and run_check in server.py), program, entry, calls, and live: the
+        process waits for the bytes that on_line returns.
+
+        on_line(k, {"v": value} or {"e": error}, seconds) is called for every result line, with k = -1
+        (loaded), 0, 1 ...; it returns True to end the process. JudgeError if the box fails.
+        """
+        job = {"entry": "", "calls": [], "live": False} | job
+        with self._process(b"R", job, limits, memory_file(b"")) as (ours, line):
+            return self._collect(ours, line, limits, on_line)
+
+    def run_tests(self, program: str, limits: Bounds, tests: Iterable[tuple[bytes, Bounds]]) -> Iterator[Run]:
+        """
+        Run a whole program once for every (stdin, limits) of `tests`, each in a process of its own, and yield what came
+        out. Ends before `tests` does where the process that forks them ended with the last Run: ask again for the rest.
+        limits: of that process. JudgeError if the box fails.
+        """
+        stdin = memory_file(b"")
+        job = {"kind": "stdio", "program": program, "live": True}
+        with self._process(b"S", job, limits, stdin) as (ours, line):
+            streams = self._streams(ours, limits)
+            for given, bounds in tests:
+                stdin.seek(0)
+                stdin.truncate()
+                stdin.write(given)
+                stdin.seek(0)
+                put(line, server.START.pack(bounds.cpu, bounds.wall))
+                run, alive = self._collect_test(streams, bounds)
+                yield run
+                if not alive:
+                    return
+                if self.isolation == "C":                 # what a test has forked there is ended with its parent only
+                    break
+            self._send(b"K")
+            while self._receive()[0] != b"E":
+                pass
+
+    def _streams(self, fds: list[int], limits: Bounds) -> Streams:
+        """The three pipes of a process, and this box's socket in their poll."""
+        streams = Streams({fd: bytearray() for fd in fds}, {*fds}, select.poll(), limits.output)
+        for fd in (*fds, self.sock.fileno()):
+            streams.poll.register(fd, select.POLLIN)
+        return streams
+
+    def _collect_test(self, streams: Streams, limits: Bounds) -> tuple[Run, bool]:
+        """
+        Read stdout and stderr of the test of a whole program that has just started, until it has ended. -> also whether
+        the process that forked it may start another: not after too much output, or where that process itself failed.
+        """
+        out, err, results = streams.data.values()
+        run, alive, killed, wakeups, begin = Run(), True, False, 0, time.monotonic()
+        out.clear(), err.clear()
+        until = begin + limits.wall + 10                      # the process keeps the limits; this is for its own end
+        due = len(server.CONFINED) + server.ENDED.size
+        while alive and (killed or len(results) < due):
+            for fd, _ in streams.poll.poll(max(0, until - time.monotonic()) * 1000 + 1):
+                if fd != self.sock.fileno():
+                    streams.read(fd)
+                    wakeups += 1
+                    continue
+                kind, number, seconds = self._receive()
+                if kind == b"E":
+                    alive, run.status, run.cpu = False, number, seconds
+            full, late = max(len(out), len(err)) > limits.output, time.monotonic() >= until
+            if killed and late:
+                raise JudgeError("a killed program did not end")
+            if (full or late) and not killed:
+                killed, until, run.end = True, time.monotonic() + 10, "output" if full else "time"
+                self._send(b"K")
+            elif wakeups > PATIENCE:                          # many small writes: let them gather
+                time.sleep(0.004)
+        while any([streams.read(fd) for fd in [*streams.live]]):
+            pass                                              # nobody can write any more: take what is left
+        if not results.startswith(server.CONFINED) or len(results) > due:
+            raise JudgeError(err[:300].decode("utf-8", "replace") or "no sign of life")
+        if len(results) == due and not killed:
+            run.status, late, run.cpu = server.ENDED.unpack(results[len(server.CONFINED):])
+            run.end = "time" if late else run.end
+        del results[len(server.CONFINED):]
+        if max(len(out), len(err)) > limits.output:
+            run.end = "output"
+        run.confined, run.out, run.err, run.wall = True, bytes(out), bytes(err), time.monotonic() - begin
+        return run, alive
+
     def _collect(self, fds: list[int], line: int | None, limits: Bounds, on_line: Callable) -> Run:
         """
         Read stdout, stderr and results (fds) of a hostile process until it has ended; execute() says the rest. line:
         where to write what on_line returns.
         """
-        run = Run()
-        streams = Streams({fd: bytearray() for fd in fds}, {*fds}, select.poll(), limits.output)
+        run, streams = Run(), self._streams(fds, limits)
         out, err, results = streams.data.values()
-        for fd in (*fds, self.sock.fileno()):
-            streams.poll.register(fd, select.POLLIN)
         k, at, wakeups = -3, 0, 0                         # last line: -2 confined, -1 loaded, 0.. tests; where it ended
         last = now = sampled_at = time.monotonic()
         ask_at, end_at = last + limits.cpu, last + limits.wall # ask for the processor time; end the process anyway

@@ -7,12 +7,15 @@ environment reads it, so it imports the standard library only. There are two kin
 
 - the server (trusted) imports the usual modules once, then waits for jobs. It never reads a program, an input or an
   output: a job arrives as open file descriptors, so nothing of one program is left in memory for the next.
-- the child (hostile) is a fork of the unused server; it runs exactly one program and ends. Before it reads the program
-  it closes every other descriptor, sets its limits, becomes an unused user, and installs a seccomp filter that allows
-  some seventy system calls: no process creation, no signals, no sockets, no exec, no mount, no change of a file.
+- the child is a fork of the unused server; it gets exactly one program and ends. Before it reads the program it closes
+  every other descriptor, sets its limits, becomes an unused user, and installs a seccomp filter that allows some
+  seventy system calls: no process creation, no signals, no sockets, no exec, no mount, no change of a file. Functions
+  (call, check) run in it, hostile. Of a whole program (stdio) it only makes a code object; it may fork, and does so
+  once for every test. These tests are hostile: each is confined by the full filter before it runs a line.
 
 A fork of a warm interpreter takes 1 to 2 ms, a fresh sandboxed interpreter about 30 ms. The server keeps one child
-forked ahead, so that most of that time passes while the program before it runs.
+forked ahead, so that most of that time passes while the program before it runs. A fork for a test takes less than
+that, since all but its filter was set up in the child.
 """
 import _signal
 import _socket
@@ -38,6 +41,9 @@ import types
 from collections.abc import Callable, Iterable
 
 MESSAGE = struct.Struct("<cqd")    # (operation, integer, seconds): the fixed-size message in both directions
+START = struct.Struct("<dd")       # to the child of a whole program: processor seconds and seconds of the next test
+ENDED = struct.Struct("<i?d")      # from it: the test's wait status, whether its time was up, its processor seconds
+CONFINED = b"{}\n"                 # the first line of every child: it is confined, and has not read its program yet
 STDIN, STDOUT, STDERR, RESULTS, JOB = range(5)    # descriptors of a child
 # sockets of the server: messages both ways; descriptors for the children, which take turns at two sockets, so that the
 # next child cannot take what is meant for the one before
@@ -73,19 +79,24 @@ ALLOW = {
     "pipe2": (293, 59), "getcpu": (309, 168), "getrandom": (318, 278), "membarrier": (324, 283), "statx": (332, 291),
     "rseq": (334, 293), "close_range": (436, 436),
 }
+# what the child of a whole program may do beside: it forks its tests, and ends those whose time is up
+PARENT = {"fork": (57, -1), "kill": (62, 129), "setitimer": (38, 103), "prctl": (157, 167),
+          "clock_gettime": (228, 113)}
 CLONE, CLONE3, FCNTL, IOCTL, PRLIMIT, AFFINITY = (56, 220), (435, 435), (72, 25), (16, 29), (302, 261), (204, 123)
 CLOCKS = (228, 113), (229, 114), (230, 115)    # clock_gettime, clock_getres, clock_nanosleep
 # DUPFD GETFD SETFD GETFL DUPFD_CLOEXEC. Not SETOWN and SETSIG: together they send any signal to any process of the same
 # user. Not SETPIPE_SZ: it takes memory that RLIMIT_AS does not count.
+FORK = 0x1200011    # CLONE_CHILD_SETTID, CLONE_CHILD_CLEARTID, SIGCHLD
 FCNTL_ALLOW = (0, 1, 2, 3, 1030)
 AUDIT_ARCH = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
 
-def seccomp_filter() -> list[tuple[int, int, int, int]]:
+def seccomp_filter(parent: bool = False) -> list[tuple[int, int, int, int]]:
     """
-    The classic BPF program as instructions (code, jt, jf, k): after a comparison the next jt (true) or jf (false)
-    instructions are left out. Source: linux/seccomp.h, linux/filter.h. The list is searched by halves: the kernel runs
-    the filter once for every system call there is when a child installs it, which took 0.3 ms with a plain list.
+    The filter of hostile processes, or of the parent of a whole program's tests: the classic BPF program as
+    instructions (code, jt, jf, k): after a comparison the next jt (true) or jf (false) instructions are left out.
+    Source: linux/seccomp.h, linux/filter.h. The list is searched by halves: the kernel runs the filter once for every
+    system call there is when a child installs it, which took 0.3 ms with a plain list.
     """
     arch, column = AUDIT_ARCH[os.uname().machine]
     LOAD, EQUAL, ABOVE, ANY, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06    # load; jump if =, >=, any bit; return
@@ -104,22 +115,23 @@ def seccomp_filter() -> list[tuple[int, int, int, int]]:
                 *search(borders[middle + 1:], allowed ^ (middle % 2 == 0))]
 
     code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    # clone: threads only (CLONE_THREAD). clone3 has its flags in memory, where a filter cannot look: it "does not
-    # exist" (ENOSYS), and libc uses clone
-    code += [(EQUAL, 0, 4, CLONE[column]), argument(0), (ANY, 0, 1, 0x10000), (RETURN, 0, 0, PASS),
-             (RETURN, 0, 0, DENY | errno.EPERM)]
+    # clone: threads only (CLONE_THREAD), and what fork() of libc asks for. clone3 has its flags in memory, where a
+    # filter cannot look: it "does not exist" (ENOSYS), and libc uses clone
+    code += [(EQUAL, 0, 4 + parent, CLONE[column]), argument(0), *([(EQUAL, 1, 0, FORK)] if parent else []),
+             (ANY, 0, 1, 0x10000), (RETURN, 0, 0, PASS), (RETURN, 0, 0, DENY | errno.EPERM)]
     code += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, DENY | errno.ENOSYS)]
     code += [(EQUAL, 0, 1, IOCTL[column]), (RETURN, 0, 0, DENY | errno.ENOTTY)]
     # its own limits and processors only (pid 0); the clocks of the machine, its own and its thread's (0 to 15): the
     # clocks of other processes have negative numbers
-    for numbers, below in ((PRLIMIT, 1), (AFFINITY, 1), *((clock, 16) for clock in CLOCKS)):
+    for numbers, below in ((PRLIMIT, 1), (AFFINITY, 1), *((clock, 16) for clock in CLOCKS[parent:])):
         code += [(EQUAL, 0, 4, numbers[column]), argument(0), (ABOVE, 1, 0, below), (RETURN, 0, 0, PASS),
                  (RETURN, 0, 0, DENY | errno.EPERM)]
     code += [(EQUAL, 0, 2 + 2 * len(FCNTL_ALLOW), FCNTL[column]), argument(1)]
     for command in FCNTL_ALLOW:
         code += [(EQUAL, 0, 1, command), (RETURN, 0, 0, PASS)]
     code += [(RETURN, 0, 0, DENY | errno.EPERM)]
-    borders = collections.Counter(n + end for pair in ALLOW.values() for n in pair[column:column + 1] if n >= 0
+    allow = ALLOW | PARENT if parent else ALLOW
+    borders = collections.Counter(n + end for pair in allow.values() for n in pair[column:column + 1] if n >= 0
                                   for end in (0, 1))
     return code + search(sorted(n for n, times in borders.items() if times == 1), False)
 
@@ -266,8 +278,8 @@ def fill_prelude() -> None:
 def prepare(cfg: dict) -> None:
     """
     What is done once: imports, and the confinement of the server itself. cfg: as box.box_command writes it; added are
-    linux (bool), libc, filter (for seccomp, or None) and pid (of the server). Whatever the judge's process is like
-    (descriptors, signals it blocks or ignores, limits), nothing of it reaches a program.
+    linux (bool), libc, filters (for seccomp, by kind of message: R, S; or None) and pid (of the server). Whatever the
+    judge's process is like (descriptors, signals it blocks or ignores, limits), nothing of it reaches a program.
     """
     for fd in [os.dup2(fd, 60 + i) for i, fd in enumerate(cfg["fds"])]:
         os.dup2(fd, LINE + fd - 60)
@@ -277,8 +289,9 @@ def prepare(cfg: dict) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.environ.pop("LD_BIND_NOW", None)    # see box.Box; not for programs
     libc = ctypes.CDLL(None, use_errno=True)
-    cfg |= {"linux": sys.platform == "linux", "libc": libc, "filter": None, "pid": os.getpid()}
+    cfg |= {"linux": sys.platform == "linux", "libc": libc, "filters": dict.fromkeys((b"R", b"S")), "pid": os.getpid()}
     limit("NOFILE", 64, 64)
     limit("CORE", 0, 0)
     if cfg["linux"]:
@@ -302,7 +315,7 @@ def prepare(cfg: dict) -> None:
     if cfg["isolation"] in "AB":
         libc.prctl(38, 1, 0, 0, 0)    # PR_SET_NO_NEW_PRIVS
         libc.prctl(4, 0, 0, 0, 0)     # PR_SET_DUMPABLE: no other process reads this one's memory or descriptors
-        cfg["filter"] = pack_filter(seccomp_filter())
+        cfg["filters"] = {b"R": pack_filter(seccomp_filter()), b"S": pack_filter(seccomp_filter(parent=True))}
     gc.collect()
     gc.freeze()    # the collector must not write to, and so copy, the memory pages that children share
 
@@ -321,6 +334,7 @@ def serve(cfg: dict) -> dict:
     Wait for messages until the socket closes, then end the process. A message is (kind, integer, seconds):
 
         in    R   the child that waits gets a program: what it needs comes on JOBS
+              S   the same for a whole program, whose tests it forks
               K   kill the child
               C   how much processor time has the child used?
         out   Z   ready
@@ -353,7 +367,7 @@ def serve(cfg: dict) -> dict:
                 end(pid)
                 end(ahead)
                 os._exit(0)
-            if kind == b"R":
+            if kind in (b"R", b"S"):
                 pid, before, ahead = ahead, max(0.0, processor_time(ahead)), 0
             elif kind == b"K":
                 end(pid)
@@ -365,6 +379,8 @@ def serve(cfg: dict) -> dict:
             pid = 0
             if cfg["isolation"] == "C":
                 sweep(done, ahead)
+            else:
+                end_group(done)
             os.write(LINE, MESSAGE.pack(b"E", status, max(0.0, usage.ru_utime + usage.ru_stime - before)))
 
 
@@ -375,6 +391,16 @@ def end(pid: int) -> None:
             kill(pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
+
+
+def end_group(pid: int) -> None:
+    """Isolation A and B: a child that was killed leaves perhaps a test, which dies with it and is ours to bury."""
+    end(pid)
+    try:
+        while True:
+            os.waitpid(-pid, 0)
+    except ChildProcessError:
+        pass
 
 
 def sweep(pid: int, ahead: int) -> None:
@@ -418,8 +444,8 @@ def child(cfg: dict, socket: int) -> dict:
     try:
         signal.set_wakeup_fd(-1)
         _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)    # signal.signal() touches, and so copies, 60 pages of memory
-        if cfg["isolation"] == "C":
-            os.setsid()    # a group to be killed; programs in A and B cannot fork, and a session takes the kernel 2 ms
+        # a group to be killed, with its tests. A session takes the kernel 2 ms, and programs in A and B cannot fork
+        os.setsid() if cfg["isolation"] == "C" else os.setpgid(0, 0)
         if cfg["isolation"] == "A" and cfg["drop_by"] == "uid":
             change_user(cfg["libc"], cfg["uid"])
         if cfg["linux"]:
@@ -429,22 +455,26 @@ def child(cfg: dict, socket: int) -> dict:
         jobs = _socket.socket(fileno=socket)    # without what socket.socket adds: pages that would be copied
         message, ((_, _, fds),), _, _ = jobs.recvmsg(MESSAGE.size, _socket.CMSG_LEN(20))
         jobs.detach()
-        _, memory, cpu_seconds = MESSAGE.unpack(message)
+        kind, memory, cpu_seconds = MESSAGE.unpack(message)
         fds = struct.unpack("5i", fds)
         high = [os.dup2(fd, 40 + i) for i, fd in enumerate(fds)]    # out of the way of 0..4
         for i, fd in enumerate(high):
             os.dup2(fd, i)
         os.closerange(LINE, 64)    # there are none above: prepare() has closed them and set NOFILE
-        confine(cfg, int(cpu_seconds), memory)
-        os.write(RESULTS, b"{}\n")
+        confine(cfg, int(cpu_seconds), memory, kind)
+        del cfg["paths"], cfg["packages"], cfg["fds"]    # a program that walks up the stack finds the rest
+        os.write(RESULTS, CONFINED)
         return read_job()
     except BaseException as error:
         os.write(STDERR, f"sandbox: {error!r}".encode())
         os._exit(97)
 
 
-def confine(cfg: dict, cpu_seconds: int, memory: int) -> None:
-    """Limits and system call filter of a child. cpu_seconds: processor time, kept by the kernel; memory: bytes."""
+def confine(cfg: dict, cpu_seconds: int, memory: int, kind: bytes) -> None:
+    """
+    Limits and system call filter of a child. cpu_seconds: processor time, kept by the kernel; memory: bytes; kind: of
+    the message that gave it its program.
+    """
     # FSIZE 0: not a byte into any file
     for name, soft, hard in (("FSIZE", 0, 0), ("CPU", cpu_seconds, cpu_seconds), ("NOFILE", 32, 32),
                              ("AS", memory, memory + STACKS), ("NPROC", cfg["threads"], cfg["threads"])):
@@ -453,7 +483,13 @@ def confine(cfg: dict, cpu_seconds: int, memory: int) -> None:
         except (ValueError, OSError):
             if cfg["linux"]:
                 raise    # elsewhere (isolation C) RLIMIT_AS may not exist
-    if cfg["filter"] and cfg["libc"].prctl(22, 2, ctypes.byref(cfg["filter"]), 0, 0):    # PR_SET_SECCOMP
+    install(cfg, kind)
+
+
+def install(cfg: dict, kind: bytes) -> None:
+    """The filter for hostile processes (R), or for the parent of tests (S)."""
+    filter = cfg["filters"][kind]
+    if filter and cfg["libc"].prctl(22, 2, ctypes.byref(filter), 0, 0):    # PR_SET_SECCOMP
         raise OSError("seccomp failed")
 
 
@@ -466,6 +502,7 @@ def read_job() -> dict:
     job = marshal.loads(data)
     if not job["live"]:
         os.close(JOB)
+    gc.freeze()    # as in prepare()
     return job
 
 
@@ -652,6 +689,61 @@ def run_check(job: dict, scope: dict) -> None:
     os._exit(0)
 
 
+def fork_tests(cfg: dict) -> types.CodeType | None:
+    """
+    The process of a whole program: forks a test for each START on JOB, ends it when its time is up, and writes ENDED.
+    It never runs a line of the program, and what a test does is gone with the test: nothing of it comes back but what
+    the kernel says of its end.
+
+    -> in a test, and only there, when it is confined: the program's code; None where it could not be compiled.
+    """
+    try:
+        code = compile(sources[MAIN], MAIN, "exec", dont_inherit=True)
+    except BaseException:
+        code = None    # the test finds this error again, and has the streams for it
+    me, test, late = os.getpid(), 0, False
+
+    def look(*_):
+        nonlocal late
+        now, used = time.monotonic(), processor_time(test) if test else 0.0
+        late = bool(test) and (used < 0 or used >= 0.97 * cpu or now >= until)
+        try:
+            if late:
+                os.kill(test, signal.SIGKILL)
+            elif test:
+                _signal.setitimer(_signal.ITIMER_REAL, max(0.01, min(cpu - used, until - now)))
+        except ProcessLookupError:    # it has just ended
+            pass
+
+    _signal.signal(_signal.SIGALRM, look)
+    while len(message := os.read(JOB, START.size)) == START.size:
+        cpu, wall = START.unpack(message)
+        late, until, test = False, time.monotonic() + wall, os.fork()
+        if not test:
+            confine_test(cfg, me)
+            return code
+        _signal.setitimer(_signal.ITIMER_REAL, min(cpu, wall))
+        _, status, usage = os.wait4(test, 0)
+        test = 0
+        os.write(RESULTS, ENDED.pack(status, late, usage.ru_utime + usage.ru_stime))
+    os._exit(0)
+
+
+def confine_test(cfg: dict, parent: int) -> None:
+    """What a test, just forked by `parent`, does before it runs the program: then it has its three streams alone."""
+    try:
+        _signal.signal(_signal.SIGALRM, _signal.SIG_DFL)
+        if cfg["linux"]:
+            cfg["libc"].prctl(1, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(0)    # it had died before that call
+        install(cfg, b"R")
+        os.closerange(RESULTS, LINE)
+    except BaseException:
+        os.write(RESULTS, b"!")    # no ENDED begins so: the judge gives up this box
+        os._exit(97)
+
+
 def exit_status(error: BaseException) -> int:
     """What the interpreter does with an error that nobody caught: the text goes to stderr, the number is returned."""
     if isinstance(error, SystemExit):
@@ -697,20 +789,16 @@ def shut_down(status: int) -> None:
 
 
 if __name__ == "__main__":
-    job = serve(json.loads(sys.argv[2]))    # returns in a child only
+    cfg = json.loads(sys.argv[2])
+    job = serve(cfg)    # returns in a child only
     scope = main_module({"stdio": "__main__", "call": "solution", "check": "check"}[job["kind"]], job["program"])
     if job["kind"] != "stdio":
         if job["kind"] == "check" or "." in job["entry"] or "class Solution" in job["program"]:
             scope |= PRELUDE
         (run_calls if job["kind"] == "call" else run_check)(job, scope)
-    status, compiled, job = 0, job["compiled"], None
+    status, code = 0, fork_tests(cfg)    # returns in a test only
     try:
-        if compiled:    # by an earlier test of the same program
-            compiled = marshal.loads(compiled)
-        else:
-            compiled = compile(sources[MAIN], MAIN, "exec", dont_inherit=True)
-            os.write(RESULTS, b'{"i": -1, "v": "%s"}\n' % marshal.dumps(compiled).hex().encode())
-        exec(compiled, scope)
+        exec(code or compile(sources[MAIN], MAIN, "exec", dont_inherit=True), scope)
     except BaseException as error:
         scope = None
         status = exit_status(error)

@@ -127,7 +127,7 @@ def main(
                 background=bool(background),
             )
     weights = {name: float(w.double().norm()) for name, w in distributed.replica_state(model)}
-    copy = distributed.copy_weights(model, distributed.replica(model, "cpu", torch.float32))
+    copy = distributed.fill(distributed.replica(model, "cpu", torch.float32), distributed.replica_state(model))
     with torch.no_grad():                              # the replica decodes alone: no collective
         logits = copy.logits(copy(torch.arange(16)[None])) if rt.rank == 0 else torch.zeros(1)
     if rt.is_main:
@@ -388,8 +388,8 @@ def run_eval(folder, name, stop_after=0):
     import eval as evaluation
     add, count = evaluation.Answers.add, iter(range(1, 1000))
 
-    def counted(self, problem, answers):
-        add(self, problem, answers)
+    def counted(self, key, row):
+        add(self, key, row)
         if next(count) == stop_after and os.environ.get("RANK") == "1":
             os.kill(os.getpid(), signal.SIGTERM)
     evaluation.Answers.add = counted

@@ -301,6 +301,28 @@ def test_a_real_write_error_is_one_line(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
 
+def test_a_disk_that_is_full_inside_torch_save_is_called_so(tmp_path, monkeypatch):
+    """torch.save then fails with words of its own (seen on a full tmpfs), safetensors with others; a quota too."""
+    rt, model, optimizer = small()
+    save(tmp_path, 1, model, optimizer)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def fail(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    real = open
+    for code, words in ((errno.ENOSPC, "disk full"), (errno.EDQUOT, "disk full"), (None, "unexpected pos 64")):
+        def probed(path, *a, code=code, **k):
+            if code and str(path).endswith(".probe"):
+                raise OSError(code, os.strerror(code), str(path))
+            return real(path, *a, **k)
+        with monkeypatch.context() as m:
+            m.setattr(torch, "save", fail)
+            m.setattr("builtins.open", probed)
+            with pytest.raises(UserError, match=f"step 2 in .* could not be written: .*{words}.*earlier checkpoints"):
+                save(tmp_path, 2, model, optimizer)
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 # ---- kills -------------------------------------------------------------------------------------------------
 
 def writer(run: str, background: bool) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from ctypes import byref, c_int64, c_void_p
 from pathlib import Path
 
@@ -224,13 +225,6 @@ def make_like(model: MiMo, biases: bool) -> MiMo:
     return copy.requires_grad_(False)
 
 
-def test_nan_weights_give_nan_not_a_crash():
-    m = make(SHAPES[0])
-    m.layers[0].mlp.up_proj.weight[3] = torch.nan
-    s, = generate(Engine(m, 1, 32, 2), [Request(0, [1, 2, 3], 5, temperature=0.0)])
-    assert len(s.tokens) == 5 and all(x != x for x in s.logprobs) and all(0 <= t < 1000 for t in s.tokens)
-
-
 # ---- the compiler ---------------------------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -269,3 +263,64 @@ def test_compiled_once_whole_and_again_for_other_source(tmp_path, monkeypatch):
     other.write_text("this is no C")
     with pytest.raises(subprocess.CalledProcessError):
         cpu.build("cc")
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A compiler of two words that writes the time into its output: it is seen whether it was called again."""
+    script = tmp_path / "my compiler.sh"
+    script.write_text('while [ $# -gt 0 ]; do [ "$1" = -o ] && date +%N > "$2"; [ "$1" = -E ] && exit 0; shift; done\n')
+    monkeypatch.setattr(cpu, "FOLDER", tmp_path / "out/native")
+    return f"sh '{script}'"
+
+
+def test_a_library_that_was_cut_off_is_compiled_anew(fake):
+    """A power cut, a full disk: loading such a file would end the process with SIGBUS."""
+    path = cpu.build(fake)
+    whole = path.read_bytes()
+    for broken in (b"", whole[:-1], whole + b"x", b"\x00" * len(whole)):
+        path.write_bytes(broken)
+        again = cpu.build(fake)
+        assert cpu.digest(again.read_bytes()) == again.stem.split("-")[2] and len(again.read_bytes()) > 1
+        assert [p.name for p in cpu.FOLDER.iterdir()] == [again.name]
+        path = again
+    assert cpu.build(fake) == path
+
+
+def test_a_compiler_that_was_killed_leaves_nothing_for_long(fake):
+    cpu.FOLDER.mkdir(parents=True)
+    for name, age in (("compiling-old", 3600), ("compiling-now", 0)):
+        (cpu.FOLDER / name).mkdir()
+        (cpu.FOLDER / name / "cpu.so").write_text("half")
+        os.utime(cpu.FOLDER / name, (time.time() - age,) * 2)
+    path = cpu.build(fake)
+    assert {p.name for p in cpu.FOLDER.iterdir()} == {path.name, "compiling-now"}       # another process may be at it
+
+
+def test_code_that_others_may_write_to_is_not_loaded(fake, tmp_path, monkeypatch):
+    """Writable files and links go; folders of one's own are closed; in a folder of somebody else's nothing is read."""
+    path = cpu.build(fake)
+    assert cpu.ours(path)
+    path.chmod(0o777)
+    path = cpu.build(fake)
+    assert cpu.ours(path)
+    cpu.FOLDER.chmod(0o777)
+    assert cpu.build(fake) == path and cpu.ours(cpu.FOLDER)
+    planted = cpu.FOLDER.rename(tmp_path / "elsewhere") / path.name
+    cpu.FOLDER.mkdir()
+    (cpu.FOLDER / path.name).symlink_to(planted)
+    assert not cpu.build(fake).is_symlink()
+    monkeypatch.setattr(cpu, "ours", lambda p, real=cpu.ours: "out" not in p.parts[-3:] and real(p))
+    monkeypatch.setattr(cpu.tempfile, "tempdir", str(tmp_path))
+    mine = cpu.build(fake)
+    assert mine.parent == tmp_path / f"nanomimo-{os.geteuid()}" and mine.parent.stat().st_mode & 0o077 == 0
+    mine.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match="somebody else"):
+        cpu.build(fake)
+
+
+@pytest.mark.parametrize("compiler", ["none", "none -v", "'"])
+def test_a_compiler_that_is_none_is_one_note(compiler, monkeypatch, capsys):
+    monkeypatch.setenv("CC", compiler)
+    assert cpu.library.__wrapped__() is None
+    assert capsys.readouterr().err.count("\n") == 1

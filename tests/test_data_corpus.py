@@ -107,3 +107,19 @@ def test_bad_input():
         corpus.build({"math": []})
     with pytest.raises(UserError, match="no maths page"):
         web.crawl(0, 1, {"maths": [("a", "b")]})
+
+
+def test_a_step_that_is_left_out_is_left_out():
+    """What the claims on the pipeline compare: boilerplate stays without extraction, copies without dedup."""
+    page = lambda i, text: f"<html><body><nav>Home Contact</nav><article><p>{text}</p></article></body></html>"
+    text = "The river Elm is 120 miles long and runs past the old mill, the market and the school of the town. " * 4
+    crawl = [corpus.Record(f"http://x.org/{i}", html=page(i, text)) for i in range(3)]
+    fresh = lambda: [corpus.Record(r.url, html=r.html) for r in crawl]
+    kept, funnel, _ = corpus.clean(fresh(), [], None)
+    assert len(kept) == 1 and "Contact" not in kept[0].text
+    kept, _, _ = corpus.clean(fresh(), [], None, without=["dedup"])
+    assert len(kept) == 3
+    kept, _, _ = corpus.clean(fresh(), [], None, without=["extract"])
+    assert len(kept) == 1 and "Contact" in kept[0].text
+    kept, funnel, _ = corpus.clean(fresh(), [], None, without=["rebalance"])
+    assert len(kept) == 1 and not any("rebalance" in step for step, *_ in funnel)

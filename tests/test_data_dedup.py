@@ -5,7 +5,18 @@ import numpy as np
 import pytest
 
 from data.decontaminate import build_index, contaminated
-from data.dedup import band_keys, canonical_url, jaccard, near_duplicates, shingles, signatures, windows, word_hashes
+from data.dedup import (
+    WORD,
+    band_keys,
+    canonical_url,
+    jaccard,
+    near_duplicates,
+    shingle_hashes,
+    shingles,
+    signatures,
+    windows,
+    word_hashes,
+)
 
 
 @pytest.mark.parametrize("url", [
@@ -157,6 +168,21 @@ def test_scripts_without_spaces(low, high):
     assert near_duplicates(originals + changed).tolist() == [*range(40)] * 2
     question = text(20)
     assert contaminated([f"例题{question}?", question[:15] + "x"], build_index([question])).tolist() == [True, False]
+
+
+def test_ascii_has_the_words_of_every_other_text():
+    """The quick way for ASCII (blanks around all marks, then split) against the pattern, on all 128 characters."""
+    r = random.Random(0)
+    texts = ["".join(map(chr, range(128)))] + ["".join(chr(r.randrange(128)) for _ in range(60)) for _ in range(200)]
+    for text in texts:
+        words = WORD.findall(text.lower())
+        assert word_hashes(text).tolist() == [int(word_hashes(w)[0]) for w in words]
+
+
+def test_signatures_need_no_sets():
+    texts = ["a b c d e f a b c d e f", "", "one", "x y " * 40]
+    assert (signatures(shingle_hashes(texts)) == signatures(shingles(texts))).all()
+    assert len(shingle_hashes(texts)[0]) == 8 and len(shingles(texts)[0]) == 6
 
 
 def test_hashes_are_the_same_in_every_process():

@@ -84,3 +84,20 @@ def test_books_refer_far_back():
         facts = re.findall(r"The number of the \w+ \w+ is \d+\.", last)
         assert len(facts) == 3 and all(f in first for f in facts)
     assert probes.books(w, 0, 4, 300) == probes.books(w, 0, 4, 300) != probes.books(w, 1, 4, 300)
+
+
+def test_digits_by_hand():
+    p = probes.Probe("single", "The number is", ("4821",), 0.0)
+    replies = (" 4821.", " 4871, 9.", " 482", "", " red 4821")
+    assert [probes.digits(p, reply) for reply in replies] == [1, .75, .75, 0, 0]
+    with pytest.raises(ValueError, match="not answered by a number"):
+        probes.digits(probes.probe("common", 0, 40), "a b c")
+
+
+def test_recall_documents_say_everything_twice():
+    """Each number that is said stands in both halves, behind the same name; between a tenth and half are retrieved."""
+    for seed in range(200):
+        first, second = probes.recall(seed).split("\n\n")
+        said, again = (re.findall(r"The number of the (\w+ \w+) is (\d+)\.", half) for half in (first, second))
+        assert sorted(said) == sorted(again) and 1 <= len(said) <= 5
+    assert probes.recall(3) == probes.recall(3) != probes.recall(4)

@@ -95,6 +95,9 @@ def test_parquet(tmp_path):
     parquet.write_table(pa.Table.from_pylist([{"text": "3"}, {"text": "4"}]), tmp_path / "b.parquet")
     assert rows(tmp_path / "b.parquet") == [(1, {"text": "3"}), (2, {"text": "4"})]
     assert "damaged" in rows(tmp_path / "b.parquet", b"not parquet")[0][1]
+    texts = pa.array([b"3", b"\xff", b"\xed\xa0\xbd", b"4"]).cast(pa.binary()).view(pa.string())   # nobody checks
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "c.parquet")
+    assert rows(tmp_path / "c.parquet") == [(1, {"text": "3"}), (2, "not UTF-8"), (3, "not UTF-8"), (4, {"text": "4"})]
 
 
 def record(kind, url, content_type, body, http=""):

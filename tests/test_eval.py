@@ -107,8 +107,8 @@ def stop_after(monkeypatch, n):
     add, count = evaluation.Answers.add, iter(range(1, 1000))
     asked = [False]
 
-    def counted(self, problem, answers):
-        add(self, problem, answers)
+    def counted(self, key, row):
+        add(self, key, row)
         asked[0] = next(count) >= n
     monkeypatch.setattr(evaluation.Answers, "add", counted)
     monkeypatch.setattr(evaluation.distributed, "stop_here", lambda: asked[0])
@@ -140,7 +140,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(asked, monkeypatch):
         asked("cut", "--seed=8")
     first, added = len(lines), []
     add = evaluation.Answers.add
-    monkeypatch.setattr(evaluation.Answers, "add", lambda self, p, a: (added.append(p.id), add(self, p, a)))
+    monkeypatch.setattr(evaluation.Answers, "add", lambda self, key, row: (added.append(key), add(self, key, row)))
     result, answers = asked("cut", "--slots=7")                              # slots change no answer
     assert answers == want[1] and result["problems"] == want[0]["problems"]
     assert len(added) == 30 - first and not part.exists()
@@ -149,6 +149,14 @@ def test_a_stopped_evaluation_goes_on_where_it_was(asked, monkeypatch):
 def test_answers_without_their_head_are_not_mixed_in(asked):
     (asked.folder / "x_answers.jsonl.part0").write_text("{}\n")
     with pytest.raises(UserError, match="part0 is there without"):
+        asked("x")
+    (asked.folder / "x_answers.jsonl.part0").unlink()
+    with pytest.MonkeyPatch.context() as m:
+        stop_after(m, 4)
+        with pytest.raises(UserError, match="stopped"):
+            asked("x", "--slots=4")
+    (asked.folder / "x_answers.jsonl.part0").write_text('{"id": "a", "answers": []}\n')
+    with pytest.raises(UserError, match="part0: its rows were written by another version"):
         asked("x")
 
 

@@ -562,6 +562,29 @@ def test_what_an_engine_would_run_wrongly_is_not_written(tmp_path, capsys):
     assert "vLLM's attention starts at 32" in capsys.readouterr().err
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("flavour", ["mimo", "qwen2"])
+@pytest.mark.parametrize("widen", [1, 2, 3])
+def test_a_wider_export_computes_the_same(tmp_path, flavour, widen):
+    """Trunk, MTP layer and the layer applied three times, in fp32: the same logits; only rounding and eps differ."""
+    model = rough_model(SMALL)
+    save(tmp_path / "run", 1, model, meta={"chat": True}, config={}, state={}, tokenizer=Tokenizer.load("tiny"))
+    hf.export_folder(tmp_path / "run", tmp_path / "out", flavour, widen=widen)
+    shape, _, _ = hf.import_folder(tmp_path / "out", tmp_path / "back")
+    assert (shape.d_model, shape.head_dim, shape.n_head) == (16 * widen, 4 * widen, 4)
+    wide = mtp.build(shape)
+    wide.load_state_dict(load_model(tmp_path / "back")[1])
+    ids = torch.randint(0, 1024, (2, 40), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for m in (model, wide):
+        h = m(ids[:, :36])
+        states = mtp.mtp_states(m, h, ids, m.embed_tokens.weight, None, None, 3) if m.mtp_layers else ()
+        logits.append([m.logits(h), *(z @ m.lm_head.weight.T for z in states)])
+    for ours, other in zip(*logits, strict=flavour == "mimo"):
+        assert ours.std() > 0.5
+        torch.testing.assert_close(other, ours, atol=2e-3, rtol=0)
+
+
 def test_another_user_can_read_the_weights(run, tmp_path):
     """safetensors writes them with mode 0600, which a server under another user cannot open."""
     hf.export_folder(run[0], tmp_path / "out", "mimo")

@@ -326,13 +326,11 @@ def run():
     bounds = Bounds(cpu=20, wall=60, cpu_total=30, memory=512 << 20, output=1 << 20)
 
     def judged(program: str) -> tuple[bytes, int, bytes]:
-        results, compiled = [], [b""]
-        for _ in range(2):                       # compiles itself, then as its second test finds it
-            run = box.execute({"kind": "stdio", "program": program, "compiled": compiled[-1]}, bounds,
-                              lambda k, line, _: compiled.append(bytes.fromhex(line["v"])), GIVEN.encode())
+        results = []
+        for run in box.run_tests(program, bounds, [(GIVEN.encode(), bounds)] * 2):
             assert run.end == "exit"
             results.append((run.out, os.waitstatus_to_exitcode(run.status), last_line(run.err)))
-        assert results[0] == results[1]
+        assert results[0] == results[1]          # nothing of the first test is left for the second
         return results[0]
 
     yield judged

@@ -1,9 +1,11 @@
 """MTP: targets worked by hand, losses, replication, and the acceptance rules against enumeration."""
+import pytest
 import torch
 import torch.nn.functional as F
 
 import distributed
 import mtp
+from configurator import UserError
 from data.loader import make_batch
 from kernels.attention import doc_bounds
 from model import ModelConfig
@@ -182,3 +184,108 @@ def test_agreement_walks_in_rounds(monkeypatch):
     at = ids, docs, torch.arange(T)[None], bounds
     assert mtp.teacher_forced_acceptance(m, *at) == [(2, 4), (1, 2)]
     assert mtp.teacher_forced_acceptance(m, *at, torch.tensor([[0] * 4 + [1] * 7])) == [(1, 3), (1, 1)]
+
+
+# ---- one layer, applied again and again -----------------------------------------------------------------------------
+
+def one_layer(dtype=torch.float64, seed=3):
+    m = mtp.build(ModelConfig(**{**vars(CFG), "n_mtp": 1}))
+    m.init_weights(seed)
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():                     # gains and biases that show: fresh ones are 1 and 0
+        for p in m.parameters():
+            p.add_(torch.randn(p.shape, generator=gen) * (0.3 if p.ndim == 1 else 0.02))
+    mtp.freeze_all_but_new(m, 0)
+    return m.to(dtype)
+
+
+def walked(m, ids, docs, T, depth):
+    """
+    The losses as a serving engine would see them, one row, one anchor and one key at a time: z^1 of every position
+    fills the cache; then from position i the layer reads its own state and the token after it, one position further.
+    """
+    layer, attn, cfg = m.mtp_layers[0], m.mtp_layers[0].self_attn, m.cfg
+    rms = lambda x, norm: x / (x.pow(2).mean(-1, keepdim=True) + cfg.rms_eps).sqrt() * norm.weight
+
+    def parts(state, token, place):           # -> x, q [H,d], k and v [K,d] of one position
+        x = layer.input_proj(torch.cat([rms(state, layer.hidden_layernorm),
+                                        rms(m.embed_tokens.weight[token], layer.token_layernorm)]))
+        y, (cos, sin) = rms(x, layer.input_layernorm), m.rope_at(None, torch.tensor([place]))
+        turn = lambda a: a * cos[0] + torch.cat([-a[:, cfg.head_dim // 2:], a[:, :cfg.head_dim // 2]], 1) * sin[0]
+        q, k, v = (p(y).view(-1, cfg.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        return x, turn(q), turn(k), v
+
+    def after(x, q, keys, values):            # attention over a list of keys, then the MLP
+        o = []
+        for head in range(cfg.n_head):
+            kv = head * cfg.n_kv_head // cfg.n_head
+            weight = torch.stack([q[head] @ k[kv] / cfg.head_dim ** 0.5 for k in keys]).softmax(0)
+            o.append(sum(w * v[kv] for w, v in zip(weight, values, strict=True)))
+        x = x + attn.o_proj(torch.cat(o))
+        return rms(x + layer.mlp(rms(x, layer.post_attention_layernorm)), layer.final_layernorm)
+
+    total = [0.0] * depth
+    for row in range(len(ids)):
+        place = [i - min(j for j in range(T) if docs[row, j] == docs[row, i]) for i in range(T)]
+        for doc in docs[row, :T].unique():
+            mine = [i for i in range(T) if docs[row, i] == doc]
+            h = m(ids[row:row + 1, mine])[0]
+            cache = [parts(h[n], ids[row, i + 1], place[i]) for n, i in enumerate(mine)]
+            for n, i in enumerate(mine):
+                keys, values = [c[2] for c in cache[:n + 1]], [c[3] for c in cache[:n + 1]]
+                (x, q), state = cache[n][:2], None
+                for j in range(depth):
+                    if docs[row, i + j + 2] != doc:
+                        break
+                    if j:
+                        x, q, k, v = parts(state / m.norm.weight, ids[row, i + j + 1], place[i] + j)
+                        keys, values = [*keys, k], [*values, v]
+                    state = after(x, q, keys, values)
+                    total[j] = total[j] - (state @ m.lm_head.weight.T).log_softmax(-1)[ids[row, i + j + 2]]
+    return total
+
+
+def test_repeated_application_equals_a_walk_of_one_key_at_a_time(monkeypatch):
+    """Two rows of three documents, three applications; in one piece and in pieces of five positions."""
+    m, b = one_layer(), batch()
+    want = walked(m, b.ids, b.docs, 12, 3)
+    for rows in (512, 5):
+        monkeypatch.setattr(mtp.Chain, "ROWS", rows)
+        _, got = mtp.losses(m, b.ids, b.docs, b.positions, b.bounds, depth=3)
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-6)
+    assert mtp.target_counts(b.ids, b.docs, 12, 3).tolist()[1:] == [16, 12, 8]
+    _, (first,) = mtp.losses(m, b.ids[:, :14], b.docs[:, :14], b.positions, b.bounds)
+    torch.testing.assert_close(first, got[0])
+
+
+def test_gradients_of_repeated_application_by_finite_differences():
+    m, b = one_layer(), batch()
+    loss = lambda: mtp.mean_loss(torch.stack(mtp.losses(m, b.ids, b.docs, b.positions, b.bounds, depth=3)[1]), 3)
+    loss().backward()
+    assert {n.split(".")[0] for n, p in m.named_parameters() if p.grad is not None} == {"mtp_layers"}
+    gen = torch.Generator().manual_seed(0)
+    for name, p in m.mtp_layers.named_parameters():
+        way, eps = torch.randn(p.shape, generator=gen, dtype=p.dtype), 1e-5
+        with torch.no_grad():
+            p.add_(eps * way)
+            high = loss()
+            p.sub_(2 * eps * way)
+            low = loss()
+            p.add_(eps * way)
+        slope = (high - low) / (2 * eps)
+        torch.testing.assert_close((p.grad * way).sum(), slope, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_weights_of_repeated_application_by_hand():
+    torch.testing.assert_close(mtp.mean_loss(torch.tensor([1.0, 0, 0]), 3), torch.tensor(1 / 1.96))
+    torch.testing.assert_close(mtp.mean_loss(torch.tensor([0.0, 0, 1]), 3), torch.tensor(0.36 / 1.96))
+    assert mtp.mean_loss(torch.tensor([1.0, 2, 6])) == 3.0
+
+
+def test_depth_needs_one_layer_trained_alone():
+    for train, layers in (("all", 1), ("mtp", 3), ("mtp", 0)):
+        with pytest.raises(UserError, match="mtp_depth = 3"):
+            mtp.check_depth(3, train, layers, "the model")
+    mtp.check_depth(3, "mtp", 1, "the model")
+    mtp.check_depth(1, "all", 3, "the model")

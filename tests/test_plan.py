@@ -23,6 +23,7 @@ import checkpoint
 import configurator
 import distributed
 import kernels
+import lora
 import mtp
 import plan
 import pretrain
@@ -153,7 +154,7 @@ class Live(TorchDispatchMode):
         return out
 
 
-def real_step(n_layer, vocab_size, checkpointing, micros, reduce_each=False, train="all", **fields):
+def real_step(n_layer, vocab_size, checkpointing, micros, reduce_each=False, train="all", adapters=None, **fields):
     """The second of two AdamW steps, every storage counted. -> peak, row of the plan, bytes of Adam's state."""
     rt = distributed.setup(seed=1, device="cpu")
     shape = ModelConfig(vocab_size, n_layer, d_model=96, n_head=6, n_kv_head=2, head_dim=16, d_ff=256, n_mtp=1,
@@ -162,8 +163,12 @@ def real_step(n_layer, vocab_size, checkpointing, micros, reduce_each=False, tra
     model = mtp.build(shape, "meta")
     if train == "mtp":
         mtp.freeze_all_but_new(model, 0)
+    if adapters:
+        lora.attach(model, adapters, rt.dtype)
     model = distributed.shard(model, rt, checkpointing=checkpointing)
     checkpoint.materialise(model, rt)
+    if adapters:
+        lora.restore(model, None, 1)
     optimizer = distributed.adamw(model, 1e-3, (0.9, 0.95), 0.1)
     ids = torch.randint(0, 1024, (B, T + 2))
     docs, positions = torch.zeros_like(ids), torch.arange(T)[None].expand(B, T)
@@ -180,7 +185,8 @@ def real_step(n_layer, vocab_size, checkpointing, micros, reduce_each=False, tra
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     stage = Stage(tokens=1e6, seq_len=T, batch_size=B, checkpointing=checkpointing)
-    (row,) = plan.plan(shape, [stage], rt.world, micro_batch=B, device="cpu", reduce_each=reduce_each, train=train)
+    (row,) = plan.plan(shape, [stage], rt.world, micro_batch=B, device="cpu", reduce_each=reduce_each, train=train,
+                       lora=adapters)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
     distributed.teardown(rt)
     return peak, row, state
@@ -209,8 +215,19 @@ def test_memory_of_mtp_layers_alone_and_of_tied_embeddings(layers, vocabulary, t
     assert row["memory"]["optimizer"] == state
 
 
-def step_on_a_rank(out, checkpointing, reduce_each):
-    peak, row, _ = real_step(3, 4096, checkpointing, 2, reduce_each)
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("layers, vocabulary, adapters, fields", [
+    (6, 1024, lora.LoRA(rank=8), {}), (6, 1024, lora.LoRA(rank=2, targets=("q_proj", "v_proj")), {}),
+    (3, 8192, lora.LoRA(rank=8), dict(tie_embeddings=True, qkv_bias=False))], ids=["all", "q and v", "tied"])
+def test_memory_of_lora(checkpointing, layers, vocabulary, adapters, fields):
+    """The frozen base has no gradients and moments, and keeps inputs only where an adapter reads them."""
+    peak, row, state = real_step(layers, vocabulary, checkpointing, 2, adapters=adapters, **fields)
+    assert row["total"] == pytest.approx(peak, rel=0.10)
+    assert row["memory"]["optimizer"] == state and row["trained"] == state // 8
+
+
+def step_on_a_rank(out, checkpointing, reduce_each, adapters=None):
+    peak, row, _ = real_step(3, 4096, checkpointing, 2, reduce_each, adapters=adapters)
     Path(f"{out}{os.environ['RANK']}").write_text(str(peak / row["total"]))
 
 
@@ -224,7 +241,27 @@ def test_memory_on_two_ranks(tmp_path, checkpointing, reduce_each):
         assert float((tmp_path / f"out{rank}").read_text()) == pytest.approx(1, abs=0.10)
 
 
-def test_gpu_activations_are_the_kernels_own_save_lists(monkeypatch):
+@pytest.mark.slow
+def test_memory_of_lora_on_two_ranks(tmp_path):
+    """The same under FSDP."""
+    run_ranks(2, tmp_path, step_on_a_rank, str(tmp_path / "out"), "none", False, lora.LoRA(rank=8))
+    for rank in range(2):
+        assert float((tmp_path / f"out{rank}").read_text()) == pytest.approx(1, abs=0.10)
+
+
+def test_adapters_are_counted_as_they_are():
+    """By hand at the 7B, and the parameters of a model with them."""
+    assert plan.adapter_params(ModelConfig.mimo_7b(), lora.LoRA(rank=16)) == 41_435_136
+    model = mtp.build(ModelConfig(n_mtp=1), "meta")
+    lora.attach(model, lora.LoRA(rank=3, targets=("k_proj", "up_proj")), torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) \
+        == plan.adapter_params(ModelConfig(), lora.LoRA(rank=3, targets=("k_proj", "up_proj")))
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("adapters", [None, lora.LoRA(rank=16), lora.LoRA(rank=16, targets=("q_proj",)), lora.LoRA()],
+                         ids=["all train", "LoRA", "LoRA on q", "frozen"])
+def test_gpu_activations_are_the_kernels_own_save_lists(monkeypatch, adapters):
     """
     One block of the 7B in bf16 at T = 8,192 on the meta device, through the Triton operators' fake versions.
     """
@@ -234,6 +271,12 @@ def test_gpu_activations_are_the_kernels_own_save_lists(monkeypatch):
         block = Block(shape).to(torch.bfloat16)
         x = torch.empty(1, T, shape.d_model, dtype=torch.bfloat16, requires_grad=True)
         cos, sin = torch.empty(1, T, shape.head_dim), torch.empty(1, T, shape.head_dim)
+    if adapters:
+        one = torch.nn.Module()
+        one.layers = [block]
+        block.requires_grad_(False)
+        lora.attach(one, adapters, torch.bfloat16) if adapters.rank else None
+        block.to(torch.bfloat16)             # FSDP casts the adapters too
     known = {t.untyped_storage()._cdata for t in [*block.parameters(), cos, sin]}      # not per layer
 
     def pack(t):
@@ -244,8 +287,9 @@ def test_gpu_activations_are_the_kernels_own_save_lists(monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         block(x, cos, sin)
-    assert plan.block_bytes(shape, "none", gpu=True) == 119_432
-    assert sum(s.nbytes() for s in kept.values()) == T * 119_432
+    want = plan.block_bytes(shape, "none", gpu=True, lora=adapters)
+    assert (want == 119_432) == (adapters is None)
+    assert sum(s.nbytes() for s in kept.values()) == T * want
 
 
 # ---- the command, and every configuration file -------------------------------------------------------------
@@ -291,6 +335,12 @@ def test_pages_say_what_plan_prints(capsys):
         assert text in printed_by(words.split(), capsys), f"docs/scale.md: what does plan.py {words} print?"
     two = ["config/mimo_1b_rl.py", "--gpus=2", "--set.slots=64", "--set.kv_tokens=65536", "--set.micro_tokens=8192"]
     assert " 23.5  24 GB" in printed_by(two, capsys) and "takes 23.5 GB on each of two" in page
+    yours = (ROOT / "docs/your_model.md").read_text(encoding="utf-8")
+    for words, said in ((["qwen_sft.py"], "8.3 GB for SFT"), (["qwen_rl.py"], "14.6 GB for RL with LoRA"),
+                        (["mimo_7b_sft_lora.py"], "SFT 40.2 GB"), (["mimo_7b_rl_lora.py"], "RL 70.7 GB")):
+        more = ["--model=config/qwen_1b5.py", "--set.lora.rank=16"] if words[0].startswith("qwen") else []
+        number = re.search(r"[\d.]+(?= GB)", said)[0]
+        assert said in yours and f" {number}  " in printed_by([f"config/{words[0]}", "--gpus=1", *more], capsys)
     rows = re.findall(r"^\| `(\w+)` \| (\d+) x (\w+) \| (.*) \|$", page, re.MULTILINE)
     shipped = {p.stem for p in ROOT.glob("config/mimo_*.py")} - {"mimo_7b_problems"}
     assert {name for name, *_ in rows} == shipped
@@ -361,8 +411,9 @@ def test_hours_by_hand():
 
 @pytest.mark.parametrize("name, gpus, card, at_once", [
     ("mimo_7b", 8, 80, 0), ("mimo_7b_sft", 8, 80, 0), ("mimo_7b_rl", 8, 80, 24), ("mimo_7b_rl_0530", 8, 80, 10),
-    ("mimo_7b_rl_h200", 8, 141, 63), ("mimo_1b", 8, 80, 0), ("mimo_1b_rl", 8, 24, 120), ("mimo_100m", 1, 24, 0),
-    ("mimo_100m_sft", 1, 24, 0), ("mimo_100m_rl", 1, 24, 250)])
+    ("mimo_7b_rl_h200", 8, 141, 63), ("mimo_7b_sft_lora", 1, 80, 0), ("mimo_7b_rl_lora", 1, 80, 63),
+    ("mimo_1b", 8, 80, 0), ("mimo_1b_rl", 8, 24, 120), ("mimo_100m", 1, 24, 0), ("mimo_100m_sft", 1, 24, 0),
+    ("mimo_100m_rl", 1, 24, 250)])
 def test_shipped_configurations_fit_their_cards(name, gpus, card, at_once):
     """With the held-out curve, which the same engine decodes; and so many answers decode at a time."""
     path = str(ROOT / f"config/{name}.py")
@@ -378,12 +429,21 @@ def test_shipped_configurations_fit_their_cards(name, gpus, card, at_once):
     elif script is sft:
         shape = replace(base.model, n_mtp=base.n_mtp_final)
         stage = Stage(seq_len=run.seq_len, checkpointing=run.checkpointing)
-        total = plan.plan(shape, [stage], gpus, micro_batch=run.micro_batch, reduce_each=run.reduce_each)[0]["total"]
+        total = plan.plan(shape, [stage], gpus, micro_batch=run.micro_batch, reduce_each=run.reduce_each,
+                          lora=run.lora)[0]["total"]
     else:
         total = max(row["total"] for row in plan.plan(
             run.model, run.stages, gpus, mtp_stage=run.mtp_stage, n_mtp_final=run.n_mtp_final,
             micro_batch=run.micro_batch, reduce_each=run.reduce_each))
     assert 0.1 * card < total / 1e9 <= card
+
+
+@pytest.mark.parametrize("path", ["config/qwen_sft.py", "config/qwen_rl.py"])
+def test_a_1_5b_fits_one_card_of_24_gb_with_lora(path, capsys):
+    """And without it does not."""
+    words = [path, "--model=config/qwen_1b5.py", "--gpus=1", "--card=rtx4090"]
+    for flags, size in ((["--set.lora.rank=16"], "24 GB"), ([], "80 GB")):
+        assert re.findall(r"\d  (\d+ GB|no card)$", printed_by(words + flags, capsys), re.MULTILINE) == [size]
 
 
 class Launch(Exception):
@@ -399,7 +459,8 @@ def meta_tensors():
 def test_every_rl_configuration_starts_with_what_the_plan_says(path, tmp_path, monkeypatch):
     """
     rl.py itself, up to its first launch, with a held-out set, on the meta device in bf16. Whatever exists then is a
-    meta tensor, a second engine too: the model, whole in fp32, and what the plan calls replica, KV cache and engine.
+    meta tensor, a second engine too: the model, whole in fp32 (with LoRA in bf16, and adapters), and what the plan
+    calls replica, KV cache and engine.
     """
     run = configurator.load(rl.Config, [str(path)])
     base = configurator.load(pretrain.Config, [plan.model_config(str(path))])
@@ -411,6 +472,7 @@ def test_every_rl_configuration_starts_with_what_the_plan_says(path, tmp_path, m
     for name, result in (("find", tmp_path), ("read_shape", vars(shape)), ("read_meta", {"chat": False})):
         monkeypatch.setattr(checkpoint, name, lambda *_, result=result: result)
     monkeypatch.setattr(checkpoint, "materialise", lambda model, *_, **__: model)
+    monkeypatch.setattr(lora, "identity", lambda base: {})
     for name in ("Judge", "Grader"):
         monkeypatch.setattr(rl, name, MagicMock())
 
@@ -432,6 +494,9 @@ def test_every_rl_configuration_starts_with_what_the_plan_says(path, tmp_path, m
                 if key not in older}
     allocated = sum(storages.values())
     memory = plan.rl_memory(shape, run, 8)
-    planned = 4 * shape.n_params() + memory["replica"] + memory["KV cache"] + memory["engine"]
+    own = 4 * shape.n_params()
+    if run.lora.rank:
+        own = 2 * shape.n_params() + 4 * plan.adapter_params(shape, run.lora)
+    planned = own + memory["replica"] + memory["KV cache"] + memory["engine"]
     assert 0.98 * planned < allocated < 1.02 * planned, f"{allocated / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB"
     assert stopped.traceback

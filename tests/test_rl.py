@@ -127,14 +127,19 @@ def test_micro_batch_size_never_changes_the_update():
     torch.testing.assert_close(whole, small, atol=2e-5, rtol=1e-4)
 
 
-def test_loss_is_normalised_by_all_tokens_of_the_update():
+@pytest.mark.parametrize("divide_by", ["batch", "group"])
+def test_loss_is_divided_by_the_tokens_of_the_update_or_of_each_group(divide_by):
     """Eq. 1: 1 / sum |o_i|. Gradients of the update equal those of the objective written out in one expression."""
-    m, cfg = model(), config(grad_clip=1e9)
+    m, cfg = model(), config(grad_clip=1e9, divide_by=divide_by)
     some = groups(m)
-    total, count = 0.0, sum(len(s.tokens) for g in some for s in g.samples)
-    for g in some:
+    some[0].samples = some[0].samples[:2] + some[2].samples[2:]                 # groups of unlike length
+    tokens = [sum(len(s.tokens) for s in g.samples) for g in some]
+    assert len(set(tokens)) > 1
+    total = 0.0
+    for g, n in zip(some, tokens, strict=True):
         for s, a in zip(g.samples, advantages(g.rewards), strict=True):
             logp, _ = token_logprobs(m, [Trajectory(s.prompt, s.tokens, s.logprobs, a)], "cpu")
+            count = sum(tokens) if divide_by == "batch" else n * len(some)
             total = total - ((logp - logp.detach()).exp() * a).sum() / count
     total.backward()
     want = [p.grad.clone() for p in m.parameters() if p.grad is not None]

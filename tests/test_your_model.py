@@ -2,6 +2,7 @@
 import importlib
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,10 +49,12 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     (tmp_path / "problems.jsonl").write_text(json.dumps(dict(id="1", kind="maths", question="What is 1+2?",
                                                              answer="3")) + "\n")
     commands = [c for c in commands_of(PAGE.read_text()) if c[0] == "python" and "data.hub" not in c]
-    assert len(commands) == 11, [shlex.join(c) for c in commands]
+    assert len(commands) == 17, [shlex.join(c) for c in commands]
     for _, script, *words in commands:
         name = script.removesuffix(".py")
         module = importlib.import_module(name)
+        if "--adapter=their_adapter" in words:
+            shutil.copytree(tmp_path / "out/qwen_lora/step_00000002/adapter", tmp_path / "their_adapter")
         module.main(configurator.load(module.Config, words + SMALL.get(name, [])))
         if "--out=out/answers.jsonl" in words:                   # a random model's answers pass no filter
             rows = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
@@ -64,6 +67,10 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     assert {n.split(".")[0] for n in before if not torch.equal(before[n], after[n])} == {"mtp_layers"}
     tuned = load_model(tmp_path / "out/qwen_sft")[1]
     assert not torch.equal(tuned["embed_tokens.weight"], after["embed_tokens.weight"])
+    lora, theirs = (load_model(tmp_path / "out" / run)[1] for run in ("qwen_lora", "qwen_theirs"))
+    assert all(torch.allclose(lora[n], theirs[n], atol=1e-6) for n in theirs)
+    assert not torch.equal(lora["layers.0.mlp.up_proj.weight"], after["layers.0.mlp.up_proj.weight"])
+    assert load_model(tmp_path / "out/qwen_rl_lora")[2]["stage"] == "rl"
     config = json.loads((tmp_path / "out/qwen_hf/config.json").read_text())
     assert (config["model_type"], config["tie_word_embeddings"], config["torch_dtype"]) == ("mimo", False, "bfloat16")
     served, trained = Tokenizer.load(tmp_path / "out/qwen_hf"), Tokenizer.load(tmp_path / "out/qwen_sft/step_00000002")

@@ -2,6 +2,9 @@
 Maths problems with levels, worked steps and a rule-checkable answer: the tiny world's stand-in for the report's 100K
 maths problems (section 3.2). Integers and fractions, no proofs, no multiple choice, answers not forced to integers.
 
+Levels 1 to 3 are trained on and, held out by identity, evaluated. Level 0, "What is 3+4?", is what a newcomer types
+first: one training problem in ten, and a held-out file of its own; the average over test.jsonl keeps its meaning.
+
 A problem is a pure function of the random generator it gets. Its identity is the arithmetic, not the wording: "12 + 7"
 and "Ada has 12 apples and gets 7 more" fall on the same side of the border between training and test.
 
@@ -16,6 +19,8 @@ from data.problems import Problem, identity, split_of
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn"]
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
 TOP = 10                                 # largest number in sums: facts that a million parameters can learn in minutes
+TRAINED = (0, *3 * (1, 2, 3))            # levels in training: one problem in ten is what a newcomer types first
+WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
 Parts = tuple[str, str, list[str], str]  # of a problem: (canonical form, question, steps, answer)
 
 
@@ -112,12 +117,62 @@ def fraction(rng: random.Random, level: int) -> Parts:
 KINDS = [chain, products, equation, remainder, fraction]
 
 
+# ---- level 0: one operation on two numbers, as a newcomer types it --------------------------------------------------
+
+def short(rng: random.Random, level: int = 0) -> Parts:
+    """
+    a+b and a-b with operands of one digit, a third of them of up to two; a*b and a/b of the tables to 12. No result is
+    below 0. Larger numbers are taken apart into tens and ones, so that the steps need few facts.
+    """
+    sign = rng.choices("+-*/", weights=[3, 3, 2, 1])[0]
+    if sign in "+-":
+        top = rng.choice([9, 9, 99])
+        a, b = rng.randint(0, top), rng.randint(0, top)
+        a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
+    else:
+        a, b = rng.randint(0, 12), rng.randint(1, 12)
+        a = a * b if sign == "/" else a
+    ask = rng.choice(["What is {}?", "What is {}?", "Compute {}.", "How much is {}?", "{}{s}={s}?", "{}{s}=", "{}"])
+    gap = rng.choice(["", " "])
+    between = f" {WORDS[sign]} " if rng.random() < 0.1 else gap + sign + gap
+    steps = STEPS[sign](a, b)
+    return f"short {a}{sign}{b}", ask.format(f"{a}{between}{b}", s=gap), steps, steps[-1].split("=")[1]
+
+
+def sum_steps(a: int, b: int) -> list[str]:
+    """By hand: 47+38 is 40+30=70, 7+8=15, 70+15=85."""
+    tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
+    parts = [f"{a // 10 * 10}+{b // 10 * 10}={tens}", f"{a % 10}+{b % 10}={ones}"] if a + b > 2 * TOP else []
+    return [*parts, f"{tens}+{ones}={a + b}" if parts else f"{a}+{b}={a + b}"]
+
+
+def difference_steps(a: int, b: int) -> list[str]:
+    """By hand: 52-17 is 52-10=42, 42-7=35."""
+    tens = b // 10 * 10
+    if a <= 2 * TOP or tens in (0, b):
+        return [f"{a}-{b}={a - b}"]
+    return [f"{a}-{tens}={a - tens}", f"{a - tens}-{b - tens}={a - b}"]
+
+
+def product_steps(a: int, b: int) -> list[str]:
+    """By hand: 12*7 is 10*7=70, 2*7=14, 70+14=84."""
+    small, large = sorted((a, b))
+    if large <= TOP:
+        return [f"{a}*{b}={a * b}"]
+    return [f"10*{small}={10 * small}", f"{large - 10}*{small}={(large - 10) * small}",
+            f"{10 * small}+{(large - 10) * small}={a * b}"]
+
+
+STEPS = {"+": sum_steps, "-": difference_steps, "*": product_steps, "/": lambda a, b: [f"{a}/{b}={a // b}"]}
+
+
 # ---- problems -------------------------------------------------------------------------------------------------------
 
 def problem(rng: random.Random, level: int | None = None) -> Problem:
-    """One problem of a random kind; level 1..3 (operations beyond the first), at random when None."""
-    level = level or rng.randint(1, 3)
-    canonical, question, steps, answer = rng.choices(KINDS, weights=[4, 2, 2, 1, 1])[0](rng, level)
+    """One problem of a random kind; level 0..3 (operations beyond the first), as in training when None."""
+    level = rng.choice(TRAINED) if level is None else level
+    kind = rng.choices(KINDS, weights=[4, 2, 2, 1, 1])[0] if level else short
+    canonical, question, steps, answer = kind(rng, level)
     return Problem(identity(canonical), "maths", question, level, answer=answer, reasoning="\n".join(steps),
                    solution=f"\\boxed{{{answer}}}")
 
@@ -126,8 +181,8 @@ def table(rng: random.Random) -> str:
     """A page of number facts like those of a school book: sums, differences or products with one number."""
     n, kind = rng.randint(1, 2 * TOP), rng.choice("+-*")
     if kind == "*":
-        n = rng.randint(2, 6)
-        facts = [f"{n}*{k}={n * k}" for k in range(1, 7)]
+        n = rng.randint(2, TOP)
+        facts = [f"{n}*{k}={n * k}" for k in range(1, TOP + 1)]
     elif kind == "+":
         facts = [f"{n}+{k}={n + k}" for k in range(1, TOP + 1)]
     else:
@@ -137,7 +192,10 @@ def table(rng: random.Random) -> str:
 
 
 def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (1, 2, 3)) -> list[Problem]:
-    """n different problems of one split. UserError when there are not n different ones."""
+    """
+    n different problems of one split, by default of the levels that are held out for evaluation. UserError when there
+    are not n different ones.
+    """
     rng, found, tries = random.Random(f"maths {split} {seed}"), {}, 0
     while len(found) < n:
         p = problem(rng, rng.choice(levels))
@@ -151,6 +209,6 @@ def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (1, 2, 3))
 
 if __name__ == "__main__":
     rng = random.Random(0)
-    for kind in KINDS:
-        for level in (1, 2, 3):
+    for kind, levels in [(short, 6 * (0,)), *((kind, (1, 2, 3)) for kind in KINDS)]:
+        for level in levels:
             print(f"{kind.__name__:10} {level}", *kind(rng, level)[1:], sep="  |  ")

@@ -158,6 +158,33 @@ def score(p: Probe, reply: str) -> float:
     return sum(a in words[:len(p.answers) + 2] for a in p.answers) / len(p.answers)
 
 
+def digits(p: Probe, reply: str) -> float:
+    """
+    Share of the digits of the first answer that stand in their place in the first word of the reply: what is learned
+    before whole numbers are right. Answer 4821, reply " 4871, 9." -> 0.75. ValueError where the answer is no number.
+    """
+    if not p.answers[0].isdigit():
+        raise ValueError(f"a probe of kind {p.kind} is not answered by a number")
+    word = (re.findall(r"\w+", reply.split("\n")[0]) or [""])[0]
+    return sum(a == b for a, b in zip(p.answers[0], word, strict=False)) / len(p.answers[0])
+
+
+# ---- documents to learn from ----------------------------------------------------------------------------------------
+
+def recall(seed: int) -> str:
+    """
+    A short document that trains retrieval and little else: one to five needles among some words, then said again. Half
+    of these documents repeat the text word for word, half the needles alone, shuffled. Numbers have one to four digits.
+    In probes a twenty-fifth of the tokens is retrieved, here a tenth to four tenths: a toy learns it from nothing less.
+    """
+    r = random.Random(f"recall/{seed}")
+    w, n, digits = make_world(0), r.randint(1, 5), r.randint(1, 4)
+    things = r.sample([f"{a} {b}" for a in COLOURS for b in THINGS], n)
+    lines = [f"The number of the {t} is {r.randrange(10 ** (digits - 1), 10 ** digits)}." for t in things]
+    text = hide(lines, filler(w, r, r.choice([0, 0, 8, 16, 25])), [r.random() for _ in lines])
+    return f"{text}\n\n{text if r.random() < 0.5 else ' '.join(r.sample(lines, n))}"
+
+
 # ---- books ----------------------------------------------------------------------------------------------------------
 
 def book(w: World, seed: int, words: int) -> str:

@@ -40,7 +40,7 @@ Shape = struct("Shape", **dict.fromkeys(("D", "Dp", "d", "dp", "H", "K", "Fp", "
                                         c_int32), eps=c_float)
 BlockWeights = struct("Block", **pointers("norm1", "norm2", "q_bias", "kv_bias", "q", "kv", "o", "gate_up", "down"))
 MtpWeights = struct("Mtp", **pointers("hidden_norm", "token_norm", "final_norm", "input_proj"))
-Model = struct("Model", s=Shape, n_layer=c_int64, n_draft=c_int64, blocks=POINTER(BlockWeights),
+Model = struct("Model", s=Shape, n_layer=c_int64, n_draft=c_int64, n_mtp=c_int64, blocks=POINTER(BlockWeights),
                caches=POINTER(c_void_p), mtp=POINTER(MtpWeights),
                **pointers("norm", "cos", "sin", "embedding", "lm_head", "scratch"))
 STATE = ("tokens", "logp", "u", "n", "limit", "stop", "temperature", "top_p", "top_k", "table", "h", "verified",
@@ -98,10 +98,10 @@ def large_pages(n: int) -> Tensor:
 
 class CpuForward:
     """
-    Prefill, decode and draft in C, in place on the tensors of a runner. n_draft: MTP layers that draft in this call.
+    Prefill, decode and draft in C, in place on the tensors of a runner. n_draft: drafts in this call.
 
     model        a MiMo; its weights are packed into a private copy
-    most_drafts  MTP layers that can draft
+    most_drafts  most drafts of a step
     kv           fp32 [layers, n_blocks + 1, floats of a block], the KV cache
     state        TorchRunner.new_state
     n_ids        rows of lm_head that are tokens; the rest is padding
@@ -122,7 +122,7 @@ class CpuForward:
                   cfg.rms_eps)
         self.blocks, self.mtp = (BlockWeights * len(kv))(), (MtpWeights * max(1, most_drafts))()
         caches = (c_void_p * len(kv))(*(layer.data_ptr() for layer in kv))
-        self.c = Model(s, cfg.n_layer, most_drafts, self.blocks, caches, self.mtp)
+        self.c = Model(s, cfg.n_layer, most_drafts, len(self.mtp_layers), self.blocks, caches, self.mtp)
         self.shape, self.c_model = self.c.s, byref(self.c)
         self.c.scratch = self.keep("scratch", torch.empty(self.lib.scratch_floats(byref(s))))
         self.ended, self.logits = torch.zeros(S, dtype=torch.bool), torch.empty(S * (most_drafts + 1), s.Vp)

@@ -177,7 +177,7 @@ typedef struct {                                    // what an MTP layer has bes
 
 typedef struct {
     Shape s;
-    int64_t n_layer, n_draft;                       // blocks and caches: n_layer of the trunk, then n_draft MTP layers
+    int64_t n_layer, n_draft, n_mtp;                // blocks and caches: n_layer of the trunk, then n_mtp MTP layers
     const Block *blocks;
     float *const *caches;
     const Mtp *mtp;
@@ -392,12 +392,33 @@ static float sum16(const float *e) {
     return sum_of(sum);
 }
 
-// The first id whose cumulated probability exceeds u; at temperature 0 the most likely. -> id; its log-prob in *logp.
+#define BROKEN (-(1LL << 62))                       // runner.BROKEN
+
+// e [V] = logits / temperature. -> 0 if any of them is NaN or infinite.
+static int scaled(int V, const float *logits, float temperature, float *e) {
+    uint32_t odd = 0, bits;
+    for (int i = 0; i < V; i++) {
+        e[i] = logits[i] / temperature;
+        memcpy(&bits, e + i, 4);
+        odd |= (bits & 0x7f800000u) == 0x7f800000u;                 // an exponent of ones
+    }
+    return !odd;
+}
+
+// The first id whose cumulated probability exceeds u; at temperature 0 the most likely. -> id; its log-prob in *logp,
+// which is NaN where a logit is NaN or infinite.
 static int sample_token(const Model *m, const float *logits, float u, float temperature, float top_p, int64_t top_k,
                         float *logp) {
     int V = m->s.V, Vp = m->s.Vp, id = 0;
     float *e = m->scratch + scratch_floats(&m->s) - 3L * Vp;        // [Vp], behind it [V] candidates
-    for (int i = 0; i < V; i++) e[i] = temperature > 0 ? logits[i] / temperature : logits[i];
+    if (!scaled(V, logits, temperature > 0 ? temperature : 1, e)) {
+        if (!scaled(V, logits, 1, e)) {
+            *logp = NAN;
+            return 0;
+        }
+        float max = largest(logits, Vp);                            // the temperature alone is so low: this keeps
+        for (int i = 0; i < V; i++) e[i] = (logits[i] - max) / temperature;   // the largest at 0
+    }
     if (temperature == 0) id = argmax(V, logits);
     float total = softmax(e, V, Vp), sum = 0, piece = 0, before = 0;
     if (temperature > 0) {
@@ -456,7 +477,7 @@ void prefill(const Model *m, const State *t, int64_t first, int64_t B, int64_t T
     trunk(m, &ctx, N, t->ids, m->n_draft == 0, t->x);
     if (m->n_draft == 0) return;
     for (int i = 0; i < N; i++) memcpy(t->states + i * D, t->x + (long)i * m->s.Dp, D * sizeof(float));
-    for (int k = 0; k < m->n_draft; k++) {          // position p of layer k takes x_{p+k+1} where the prompt has it
+    for (int k = 0; k < m->n_draft && k < m->n_mtp; k++) {      // position p of layer k takes x_{p+k+1} where it exists
         for (int i = 0; i < N; i++) {
             int64_t ahead = t->positions[i] + k + 1;
             t->ids[i] = tokens[i / T * C + (ahead < C ? ahead : C - 1)];
@@ -498,7 +519,7 @@ int64_t decode(const Model *m, const State *t, int64_t R, int64_t *n_ended) {
                 t->accepted[r * t->most_drafts + q] += accepted;
             }
             tokens[n + q] = id;
-            t->ended[r] = n + n_committed >= t->limit[r];
+            t->ended[r] = n + n_committed >= t->limit[r] || isnan(t->logp[target]);
             for (int i = 0; i < t->n_stops; i++) t->ended[r] |= t->stop[r * t->n_stops + i] == id;
         }
         t->n[r] = n + n_committed;
@@ -509,7 +530,8 @@ int64_t decode(const Model *m, const State *t, int64_t R, int64_t *n_ended) {
 }
 
 // New drafts for rows first .. first + B - 1, over the window that TorchRunner.draft explains: layer k reads the trunk
-// states of positions n-1-W .. n-2 from the ring and writes the draft of x_{n+k}.
+// states of positions n-1-W .. n-2 from the ring and writes the draft of x_{n+k}. Further drafts than layers: the first
+// layer again, one position further on, on its own normed state.
 void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) {
     int64_t W = E > m->n_draft ? E : m->n_draft, C = m->s.C, D = m->s.D;
     for (int r = 0; r < B; r++)
@@ -521,12 +543,22 @@ void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) 
         }
     Context ctx = {W, t->positions, t->columns, t->table + first * (C / m->s.block)};
     for (int k = 0; k < m->n_draft; k++) {
-        for (int i = 0; i < B * W; i++) t->ids[i] = t->tokens[(first + i / W) * C + t->positions[i] + k + 1];
-        mtp(m, k, &ctx, B * W, t->states, t->ids, W, t->x);
-        head(m, k, B, m->s.draft_V, t->x, t->logits);
+        int layer = k < m->n_mtp ? k : 0, ahead = layer + 1;
+        for (int r = 0; r < B && k >= m->n_mtp; r++) {
+            rmsnorm(t->x + r * m->s.Dp, m->mtp->final_norm, D, m->s.Dp, m->s.eps, m->scratch);
+            for (int i = 0; i < D; i++) t->states[r * D + i] = m->scratch[i] / m->norm[i];
+            t->positions[r] = t->columns[r] = t->n[first + r] - 2 + k;
+            ctx.Q = W = 1;
+        }
+        for (int i = 0; i < B * W; i++) t->ids[i] = t->tokens[(first + i / W) * C + t->positions[i] + ahead];
+        mtp(m, layer, &ctx, B * W, t->states, t->ids, W, t->x);
+        head(m, layer, B, m->s.draft_V, t->x, t->logits);
         for (int r = 0; r < B; r++) {
             int64_t target = (first + r) * C + t->n[first + r] + k;
-            t->tokens[target] = argmax(m->s.draft_V, t->logits + r * ((m->s.draft_V + 15L) / 16 * 16));
+            const float *logits = t->logits + r * ((m->s.draft_V + 15L) / 16 * 16);
+            t->tokens[target] = argmax(m->s.draft_V, logits);
+            if (!scaled(m->s.draft_V, logits, 1, m->scratch))       // no number: Engine.retire says so
+                t->accepted[(first + r) * t->most_drafts + k] = BROKEN;
         }
     }
 }
