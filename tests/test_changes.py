@@ -214,7 +214,7 @@ def documented():
 
 TABLE = documented()
 PLACES = ("out", "data", "tokenizer", "problems", "heldout", "max_per_query", "stages", "mtp_stage", "model",
-          "n_mtp_final", "steps", "lora", "mtp_depth")                                     # each has its own test, here or above
+          "n_mtp_final", "steps", "lora", "mtp_depth")             # each has its own test
 OTHER = dict(init="{world}/other", valid="{world}/problems.jsonl", device="auto", beta1=0.5, beta2=0.5, mini_batch=1,
              batch_size=4, max_groups=50, max_new_tokens=[(0, 5)], system="Be brief.", eps_low=0.1, eps_high=0.5,
              easy_alpha=0.3, judge_isolation="B", max_staleness=1, judge_tolerance=1e-3, shard_ranks=1, seq_len=48,
