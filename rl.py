@@ -168,7 +168,7 @@ class Config:
         return bool(self.valid and self.eval_every) and (step % self.eval_every == 0 or step == self.steps)
 
 
-FIXED = ["init", "seed", "system"]     # what a started run keeps, beside its problems; docs/scale.md has the table
+FIXED = ["init", "seed", "system", "lora"]     # what a started run keeps; docs/scale.md has the table
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class Config:
                              "layers: should be one of the two")
 
 
-FIXED = ["init", "seed", "seq_len", "system"]     # what a started run keeps; docs/scale.md has the table of all fields
+FIXED = ["init", "seed", "seq_len", "system", "lora"]     # what a started run keeps; docs/scale.md has the table
 
 
 def main(cfg: Config) -> None:

@@ -80,7 +80,7 @@ def stage(name="s", tokens=640, **more):
 def run(world, out, *stages, mtp_stage="None", flags=()):
     """pretrain.py on a table of stages. -> (weights by name, rows of metrics.jsonl)."""
     (world / "c.py").write_text(f"from schedule import Stage\nmodel = {SHAPE}\nstages = [{', '.join(stages)}]\n"
-                                f"mtp_stage = {mtp_stage}\nsample_every, valid_tokens = 0, 640\n")
+                                f"mtp_stage = {mtp_stage}\nsample_every, valid_tokens = 0, 384\n")
     pretrain.main(configurator.load(pretrain.Config, [f"{world}/c.py", f"--data={world}/data", f"--out={out}",
                                                       "--device=cpu", *flags]))
     return load_model(out)[1], rows(out)
@@ -182,11 +182,11 @@ def test_what_a_table_may_not_change(world, tmp_path, flags, words):
     if not (world / "finished").exists():
         run(world, world / "finished", stage("a"), stage("b"), mtp_stage=MTP)
     shutil.copytree(world / "finished", out)
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "run.lock"}
     with pytest.raises(UserError) as e:
         run(world, out, stage("a"), stage("b"), mtp_stage=MTP, flags=flags)
     assert all(word in str(e.value) for word in words) and "--out" in str(e.value) and "\n" not in str(e.value), e.value
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "run.lock"} == before
 
 
 def test_a_stage_may_not_go(world, tmp_path):
@@ -214,7 +214,7 @@ def documented():
 
 TABLE = documented()
 PLACES = ("out", "data", "tokenizer", "problems", "heldout", "max_per_query", "stages", "mtp_stage", "model",
-          "n_mtp_final", "steps")                                     # each has its own test, here or above
+          "n_mtp_final", "steps", "lora", "mtp_depth")             # each has its own test
 OTHER = dict(init="{world}/other", valid="{world}/problems.jsonl", device="auto", beta1=0.5, beta2=0.5, mini_batch=1,
              batch_size=4, max_groups=50, max_new_tokens=[(0, 5)], system="Be brief.", eps_low=0.1, eps_high=0.5,
              easy_alpha=0.3, judge_isolation="B", max_staleness=1, judge_tolerance=1e-3, shard_ranks=1, seq_len=48,
@@ -322,6 +322,19 @@ def test_nothing_changed_is_nothing_said(resumed, world, script, capsys):
     assert "changed:" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", ["pretrain.py", "sft.py"])
+def test_depth_goes_with_train(resumed, script, capsys):
+    with pytest.raises(ReachedError):
+        resumed(script, "--train=mtp", "--mtp_depth=2")
+    assert "  changed: mtp_depth = 1, now 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["sft.py", "rl.py"])
+def test_adapters(resumed, script):
+    with pytest.raises(UserError, match="lora.rank = 4 here, 0 there"):
+        resumed(script, "--lora.rank=4")
+
+
 @pytest.mark.parametrize("script", ["sft.py", "rl.py"])
 def test_steps(resumed, script):
     with pytest.raises(ReachedError):
@@ -378,15 +391,15 @@ def test_a_run_that_cannot_be_read_is_not_begun_anew(resumed, script, harm, tmp_
     for ckpt in checkpoint.steps_in(tmp_path / "run"):
         file = ckpt / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1]) if harm == "a byte short" else shutil.rmtree(ckpt)
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("[!r]*") if p.is_file()}
     with pytest.raises(UserError, match="can be used: step_0.* bytes, should" if "short" in harm else "latest names"):
         resumed(script)
-    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("[!r]*") if p.is_file()} == before
 
 
 # ---- stages shorter than a step -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("tokens", [(130, 100), (130, 1, 1), (1, 1, 640), (200, 30, 20, 10, 300)])
+@pytest.mark.parametrize("tokens", [(130, 100), (1, 1, 200), (200, 30, 20, 10, 130)])
 def test_no_stage_is_passed_over(world, tmp_path, tokens):
     """A step is 128 tokens: each stage gets a step at least, its validation and its checkpoint, killed or not."""
     table = [stage(f"s{i}", n) for i, n in enumerate(tokens)]
