@@ -394,13 +394,11 @@ static float sum16(const float *e) {
 
 #define BROKEN (-(1LL << 62))                       // runner.BROKEN
 
-// e [V] = logits / temperature. -> 0 if any of them is NaN or infinite.
-static int scaled(int V, const float *logits, float temperature, float *e) {
+static int all_finite(int V, const float *x) {      // 0 if one of x [V] is NaN or infinite: its exponent is all ones
     uint32_t odd = 0, bits;
     for (int i = 0; i < V; i++) {
-        e[i] = logits[i] / temperature;
-        memcpy(&bits, e + i, 4);
-        odd |= (bits & 0x7f800000u) == 0x7f800000u;                 // an exponent of ones
+        memcpy(&bits, x + i, 4);
+        odd |= (bits & 0x7f800000u) == 0x7f800000u;
     }
     return !odd;
 }
@@ -411,8 +409,9 @@ static int sample_token(const Model *m, const float *logits, float u, float temp
                         float *logp) {
     int V = m->s.V, Vp = m->s.Vp, id = 0;
     float *e = m->scratch + scratch_floats(&m->s) - 3L * Vp;        // [Vp], behind it [V] candidates
-    if (!scaled(V, logits, temperature > 0 ? temperature : 1, e)) {
-        if (!scaled(V, logits, 1, e)) {
+    for (int i = 0; i < V; i++) e[i] = temperature > 0 ? logits[i] / temperature : logits[i];
+    if (!all_finite(V, e)) {
+        if (!all_finite(V, logits)) {
             *logp = NAN;
             return 0;
         }
@@ -557,7 +556,7 @@ void draft(const Model *m, const State *t, int64_t first, int64_t B, int64_t E) 
             int64_t target = (first + r) * C + t->n[first + r] + k;
             const float *logits = t->logits + r * ((m->s.draft_V + 15L) / 16 * 16);
             t->tokens[target] = argmax(m->s.draft_V, logits);
-            if (!scaled(m->s.draft_V, logits, 1, m->scratch))       // no number: Engine.retire says so
+            if (!all_finite(m->s.draft_V, logits))                  // no number: Engine.retire says so
                 t->accepted[(first + r) * t->most_drafts + k] = BROKEN;
         }
     }
