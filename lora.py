@@ -63,7 +63,7 @@ class LoRA:
     def __post_init__(self):
         configurator.at_least(self, 0, "rank", "alpha")
         wrong = [t for t in self.targets if t not in ATTENTION + MLP]
-        if wrong or not self.targets:
+        if wrong or not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(f"lora.targets = {self.targets} should be some of {', '.join(ATTENTION + MLP)}")
 
     @property
@@ -169,9 +169,8 @@ def peft_config(cfg: LoRA, base: str) -> dict:
     """The contents of adapter_config.json. base: the Hugging Face folder that the adapters belong to."""
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": cfg.rank,
             "lora_alpha": int(cfg.alpha) if cfg.alpha.is_integer() else cfg.alpha, "use_rslora": cfg.rslora,
-            "target_modules": sorted(cfg.targets),
-            "lora_dropout": 0.0, "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None,
-            "init_lora_weights": True, "inference_mode": True}
+            "target_modules": sorted(cfg.targets), "lora_dropout": 0.0, "bias": "none", "use_dora": False,
+            "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True, "inference_mode": True}
 
 
 def writer(model: nn.Module, cfg: LoRA, base: Path) -> Callable[[Path], None] | None:
@@ -184,8 +183,8 @@ def writer(model: nn.Module, cfg: LoRA, base: Path) -> Callable[[Path], None] | 
     distributed.reshard(model)
     tensors = {peft_name(name): distributed.full(p.detach()).cpu().contiguous()
                for name, p in distributed.adapters_of(model).items()}
-    made = read_json(base / "config.json")         # of an import: the folder that it is, if nothing was merged into it
-    hub = str(base) if made.get("adapter") else made.get("imported", str(base))
+    made = read_json(base / "config.json") if (base / "config.json").is_file() else {}
+    hub = made["imported"] if made.get("imported") and not made.get("adapter") else str(base)   # what hf.py read
 
     def write(folder: Path) -> None:
         (folder / FOLDER).mkdir()
@@ -200,6 +199,8 @@ def merging(folder: Path, shapes: dict[str, list[int]]) -> Callable[[str, Tensor
     folder: an adapter of PEFT, of any linear layers; shapes: Hugging Face name -> shape of the base's tensors. ->
     change(name, W) -> W + s B A. UserError names what is not plain LoRA, and a matrix that does not fit.
     """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder / CONFIG} is missing: {folder} is not an adapter of PEFT")
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG} should be a JSON object")
@@ -211,7 +212,7 @@ def merging(folder: Path, shapes: dict[str, list[int]]) -> Callable[[str, Tensor
     r, alpha = config.get("r"), config.get("lora_alpha")
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise UserError(f"{folder / CONFIG}: r = {r!r}, lora_alpha = {alpha!r} should be a positive int and a number")
-    scale = LoRA(rank=r, alpha=float(alpha), rslora=bool(config.get("use_rslora"))).scale
+    scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     with opened(folder / WEIGHTS) as f:
         tensors = {name: f.get_tensor(name).float() for name in f.keys()}      # noqa: SIM118 (not a dict)
     pairs = {}

@@ -151,7 +151,8 @@ def test_targets_and_nothing_else_trains():
 
 @pytest.mark.parametrize("value, message", [
     (dict(rank=-1), "rank = -1 should be at least 0"), (dict(rank=2, targets=("lm_head",)), "lora.targets = .* q_proj"),
-    (dict(rank=2, targets=()), "lora.targets"), (dict(alpha=float("nan")), "alpha")])
+    (dict(rank=2, targets=()), "lora.targets"), (dict(rank=2, targets=("q_proj", "q_proj")), "lora.targets"),
+    (dict(alpha=float("nan")), "alpha")])
 def test_bad_fields(value, message):
     with pytest.raises(ValueError, match=message):
         LoRA(**value)
@@ -431,6 +432,8 @@ def test_what_is_not_plain_lora_is_refused_in_one_line(tmp_path, config, message
 def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
     """An adapter of a tied head among them: merging it would untie the head."""
     qwen(tmp_path / "hub")
+    with pytest.raises(UserError, match="is missing: .* is not an adapter of PEFT"):
+        hf.import_folder(tmp_path / "hub", tmp_path / "out", adapter=tmp_path / "none")
     save_file(change(adapter_of(tmp_path / "a")), tmp_path / "a/adapter_model.safetensors")
     with pytest.raises(UserError, match=message):
         hf.import_folder(tmp_path / "hub", tmp_path / "out", adapter=tmp_path / "a")
