@@ -135,7 +135,10 @@ def prepare(cfg: Config) -> None:
 
 
 def walk(model: object, prompts: list[list[int]], answers: list[list[int]], depth: int) -> list[tuple[int, int]]:
-    """(accepted, verified) drafts per position of `depth` applications of model's MTP layer over greedy answers."""
+    """
+    (accepted, verified) drafts per position of `depth` applications of model's MTP layer over greedy answers, as vLLM
+    goes: position 0 reads no embedding, and drafts begin with an answer's second token.
+    """
     import torch
 
     import mtp
@@ -145,10 +148,10 @@ def walk(model: object, prompts: list[list[int]], answers: list[list[int]], dept
     for prompt, answer in zip(prompts, answers, strict=True):
         ids, T = prompt + answer, len(prompt + answer) - 1
         docs = torch.tensor([[0] * len(ids) + [1] * depth])
-        mask = torch.tensor([[0] * len(prompt) + [1] * (len(answer) + depth)])
+        mask = torch.tensor([[0] * (len(prompt) + 1) + [1] * (len(answer) - 1 + depth)])
         bounds = doc_bounds(torch.tensor([0, T], dtype=torch.int32), 1, T)
         total += torch.tensor(mtp.teacher_forced_acceptance(
-            model, torch.tensor([ids + [0] * depth]), docs, torch.arange(T)[None], bounds, mask, depth))
+            model, torch.tensor([ids + [0] * depth]), docs, torch.arange(T)[None], bounds, mask, depth, True))
     return total.tolist()
 
 
@@ -454,12 +457,11 @@ BEGIN, END = "<!-- make peers writes this table -->", "<!-- end of the table of 
 
 
 def write_table(page: Path, results: Path) -> None:
-    """The rows of all results, in the order of SECTIONS, between the markers of a page. UserError without them."""
+    """The rows of all results, by name of the file, between the markers of a page. UserError without them."""
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise UserError(f"{page}: the lines {BEGIN} and {END} are missing")
-    rows = [row for name in SECTIONS if (results / f"{name}.json").is_file()
-            for row in json.loads((results / f"{name}.json").read_text())["rows"]]
+    rows = [row for file in sorted(results.glob("*.json")) for row in json.loads(file.read_text())["rows"]]
     table = ["| program | version | what | result |", "|---|---|---|---|",
              *(f"| {r['peer']} | {r['version']} | {r['what']} | {r['result']} |" for r in rows)]
     before, rest = text.split(BEGIN)
