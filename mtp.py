@@ -215,13 +215,19 @@ def layer_losses(model: MiMo, h: Tensor, ids: Tensor, targets: list[Tensor], pos
 
 
 def mtp_states(model: MiMo, h: Tensor, ids: Tensor, embedding: Tensor, positions: Tensor | None, bounds: Tensor | None,
-               depth: int) -> Iterator[Tensor]:
-    """[B,T,D] behind the last norm of each MTP layer or application, in turn; embedding [V,D], the rest as above."""
+               depth: int, blank_first: bool = False) -> Iterator[Tensor]:
+    """
+    [B,T,D] behind the last norm of each MTP layer or application, in turn; embedding [V,D], the rest as above.
+    blank_first: position 0 of a text reads zeros for its token's embedding, as in vLLM and SGLang.
+    """
     T = h.shape[1]
     cos, sin = model.rope_at(ids[:, :T], positions)
     chain = Chain(bounds) if depth > 1 else None
     for k, layer in enumerate([model.mtp_layers[0]] * depth if chain else model.mtp_layers):
-        z = layer.final_layernorm(layer(h, F.embedding(ids[:, k + 1:T + k + 1], embedding), cos, sin, bounds, chain))
+        emb = F.embedding(ids[:, k + 1:T + k + 1], embedding)
+        if blank_first and not k:
+            emb = emb.masked_fill((positions == 0)[..., None], 0)
+        z = layer.final_layernorm(layer(h, emb, cos, sin, bounds, chain))
         yield z
         if chain:                                                               # one position further on
             positions = torch.arange(T, device=h.device)[None] if positions is None else positions
@@ -231,10 +237,11 @@ def mtp_states(model: MiMo, h: Tensor, ids: Tensor, embedding: Tensor, positions
 
 @torch.no_grad()
 def teacher_forced_acceptance(model: MiMo, ids: Tensor, docs: Tensor, positions: Tensor, bounds: Tensor,
-                              mask: Tensor | None = None, depth: int = 1) -> list[tuple[int, int]]:
+                              mask: Tensor | None = None, depth: int = 1, blank_first: bool = False,
+                              ) -> list[tuple[int, int]]:
     """
     Acceptance of each MTP layer on a given text: [(accepted, verified) per layer]; shapes and depth as in losses, mask:
-    1 on the tokens that the model wrote, default all.
+    1 on the tokens that the model wrote, default all. blank_first: as in mtp_states.
 
     A draft is verified only if all drafts before it in the round were accepted, the same definition as the engine's
     counters. One forward gives all drafts; then each row is walked in rounds, as the engine goes: a round verifies
@@ -247,7 +254,8 @@ def teacher_forced_acceptance(model: MiMo, ids: Tensor, docs: Tensor, positions:
     T, n = positions.shape[1], max(depth, len(model.mtp_layers))
     h = model(ids[:, :T], positions, bounds)
     right, exists = [], []          # [n][B][T]: is the draft of x_{i+k+2} right; is there such a token
-    for k, z in enumerate(mtp_states(model, h, ids, model.embed_tokens.weight, positions, bounds, depth)):
+    states = mtp_states(model, h, ids, model.embed_tokens.weight, positions, bounds, depth, blank_first)
+    for k, z in enumerate(states):
         draft = (z @ model.lm_head.weight.T).argmax(-1)             # [B,T]
         target = ids[:, k + 2:T + k + 2]
         same = docs[:, :T] == docs[:, k + 2:T + k + 2]

