@@ -206,7 +206,8 @@ def how_it_ended(run: Run, cpu_total: float, share: float = 1.0) -> Verdict:
     elif os.WIFSIGNALED(run.status):
         number = os.WTERMSIG(run.status)
         status, detail = "RE", f"killed by signal {number}: {signal.strsignal(number)}"
-        if number == signal.SIGKILL and run.cpu >= 0.9 * cpu_total:                 # RLIMIT_CPU
+        if number == signal.SIGPROF or number == signal.SIGKILL and run.cpu >= 0.9 * cpu_total:
+            # the compiler's time (no program can send itself this signal), RLIMIT_CPU
             status, detail = "TLE", "processor time limit"
     elif "MemoryError" in message:
         status, detail = "MLE", message

@@ -261,24 +261,20 @@ class Box:
         Give the job and stdin to the child that waits. -> where to read its stdout, stderr and results, and where to
         write more for it (None if job["live"] is not set).
         """
-        fds, files = [], [stdin]
+        fds, files = [], [stdin, memory_file(marshal.dumps(job))]
         try:
             for _ in range(3):        # stdout, stderr, results
                 fds += os.pipe()
             ours, theirs = fds[0::2], fds[1::2]
-            text, line = marshal.dumps(job), None
-            text = len(text).to_bytes(8, "little") + text
+            line = None
             if job["live"]:
                 read_end, line = os.pipe()
                 fds += read_end, line
                 widen(line)
                 os.set_blocking(line, False)
-                put(line, text)
-            else:
-                files.append(memory_file(text))
-            self._send(kind, limits.memory, limits.cpu_total,
-                       [stdin.fileno(), *theirs, read_end if line else files[1].fileno()])
-            for fd in (*theirs, *([read_end] if line else ())):
+            more = [read_end] if job["live"] else []
+            self._send(kind, limits.memory, limits.cpu_total, [stdin.fileno(), *theirs, files[1].fileno(), *more])
+            for fd in (*theirs, *more):
                 os.close(fd)
                 fds.remove(fd)
             for fd in ours:
@@ -452,7 +448,7 @@ class Box:
 
 
 def widen(fd: int) -> None:
-    """Make a pipe as large as an ordinary user may: a job is written into it before anybody reads."""
+    """Make a pipe as large as an ordinary user may: what is written into it is not waited for."""
     try:
         import fcntl
         fcntl.fcntl(fd, 1031, 1 << 20)                    # F_SETPIPE_SZ

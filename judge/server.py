@@ -44,7 +44,7 @@ MESSAGE = struct.Struct("<cqd")    # (operation, integer, seconds): the fixed-si
 START = struct.Struct("<dd")       # to the child of a whole program: processor seconds and seconds of the next test
 ENDED = struct.Struct("<i?d")      # from it: the test's wait status, whether its time was up, its processor seconds
 CONFINED = b"{}\n"                 # the first line of every child: it is confined, and has not read its program yet
-STDIN, STDOUT, STDERR, RESULTS, JOB = range(5)    # descriptors of a child
+STDIN, STDOUT, STDERR, RESULTS, JOB, MORE = range(6)    # descriptors of a child; the last only if its job is live
 # sockets of the server: messages both ways; descriptors for the children, which take turns at two sockets, so that the
 # next child cannot take what is meant for the one before
 LINE, JOBS = 5, (6, 7)
@@ -70,7 +70,7 @@ ALLOW = {
     "dup": (32, 23), "dup2": (33, -1), "nanosleep": (35, 101), "getpid": (39, 172), "exit": (60, 93),
     "wait4": (61, 260), "uname": (63, 160), "getcwd": (79, 17), "readlink": (89, -1),
     "gettimeofday": (96, 169), "getrlimit": (97, 163), "getrusage": (98, 165), "sysinfo": (99, 179),
-    "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175),
+    "umask": (95, 166), "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175),
     "getegid": (108, 177), "getppid": (110, 173), "sigaltstack": (131, 132), "gettid": (186, 178),
     "time": (201, -1), "futex": (202, 98), "getdents64": (217, 61),
     "set_tid_address": (218, 96), "restart_syscall": (219, 128), "exit_group": (231, 94), "openat": (257, 56),
@@ -210,6 +210,8 @@ def dress(packages: dict[str, str]) -> None:
     builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D (i.e. EOF)")    # site makes these, and -S leaves it out
     builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D (i.e. EOF)")
     builtins.help = _sitebuiltins._Helper()
+    for name in ("copyright", "credits", "license"):
+        setattr(builtins, name, _sitebuiltins._Printer(name, ""))
     sys.argv, sys.orig_argv = ["main.py"], ["python3", "main.py"]
     plain_open, plain_stack_size = io.open, _thread.stack_size
     get_limit, set_limit = sys.getrecursionlimit, sys.setrecursionlimit
@@ -289,7 +291,8 @@ def prepare(cfg: dict) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    os.environ.pop("LD_BIND_NOW", None)    # see box.Box; not for programs
+    for name in {*os.environ} - {"PYTHONHASHSEED", "LC_CTYPE"}:    # the last is Python's own; see box.Box
+        del os.environ[name]
     libc = ctypes.CDLL(None, use_errno=True)
     cfg |= {"linux": sys.platform == "linux", "libc": libc, "filters": dict.fromkeys((b"R", b"S")), "pid": os.getpid()}
     limit("NOFILE", 64, 64)
@@ -453,14 +456,14 @@ def child(cfg: dict, socket: int) -> dict:
         if os.getppid() != cfg["pid"]:
             os._exit(0)    # the server had died before that call
         jobs = _socket.socket(fileno=socket)    # without what socket.socket adds: pages that would be copied
-        message, ((_, _, fds),), _, _ = jobs.recvmsg(MESSAGE.size, _socket.CMSG_LEN(20))
+        message, ((_, _, fds),), _, _ = jobs.recvmsg(MESSAGE.size, _socket.CMSG_LEN(24))
         jobs.detach()
         kind, memory, cpu_seconds = MESSAGE.unpack(message)
-        fds = struct.unpack("5i", fds)
+        fds = struct.unpack(f"{len(fds) // 4}i", fds)
         high = [os.dup2(fd, 40 + i) for i, fd in enumerate(fds)]    # out of the way of 0..4
         for i, fd in enumerate(high):
             os.dup2(fd, i)
-        os.closerange(LINE, 64)    # there are none above: prepare() has closed them and set NOFILE
+        os.closerange(len(fds), 64)    # there are none above: prepare() has closed them and set NOFILE
         confine(cfg, int(cpu_seconds), memory, kind)
         del cfg["paths"], cfg["packages"], cfg["fds"]    # a program that walks up the stack finds the rest
         os.write(RESULTS, CONFINED)
@@ -494,14 +497,9 @@ def install(cfg: dict, kind: bytes) -> None:
 
 
 def read_job() -> dict:
-    """The job: its length in 8 bytes, then it, as marshal writes it. With "live" in it JOB stays open for the calls."""
-    size = int.from_bytes(os.read(JOB, 8), "little")
-    data = b""
-    while len(data) < size:
-        data += os.read(JOB, size - len(data))
-    job = marshal.loads(data)
-    if not job["live"]:
-        os.close(JOB)
+    """The job, as marshal writes it. With "live" in it more comes on MORE."""
+    with open(JOB, "rb") as file:
+        job = marshal.loads(file.read())
     gc.freeze()    # as in prepare()
     return job
 
@@ -601,8 +599,8 @@ def report(line: dict) -> None:
 
 
 def requests(job: dict) -> Iterable[list]:
-    """The calls to make: those of the job, or with "live" those that come on JOB, until it closes."""
-    return map(json.loads, open(JOB, "rb")) if job["live"] else job["calls"]
+    """The calls to make: those of the job, or with "live" those that come on MORE, until it closes."""
+    return map(json.loads, open(MORE, "rb")) if job["live"] else job["calls"]
 
 
 def entry_of(names: str, scope: dict) -> Callable:
@@ -660,12 +658,12 @@ def run_calls(job: dict, scope: dict) -> None:
 def run_check(job: dict, scope: dict) -> None:
     """
     Run the code of a test in a process of its own, where `candidate` and the entry's name stand for the function under
-    test. What the code calls it with goes out as a line, and the next line on JOB is what the function gave:
+    test. What the code calls it with goes out as a line, and the next line on MORE is what the function gave:
 
         {"i": n, "v": ["call", arguments, names of keyword arguments, their values]}, answered by {"v": value} or
         {"e": error}; at last {"i": n, "v": ["passed"]} or {"i": n, "v": ["failed", error]}
     """
-    answers, n = map(json.loads, open(JOB, "rb")), 0
+    answers, n = map(json.loads, open(MORE, "rb")), 0
 
     def candidate(*args, **kwargs):
         nonlocal n
@@ -691,17 +689,23 @@ def run_check(job: dict, scope: dict) -> None:
 
 def fork_tests(cfg: dict) -> types.CodeType | None:
     """
-    The process of a whole program: forks a test for each START on JOB, ends it when its time is up, and writes ENDED.
+    The process of a whole program: forks a test for each START on MORE, ends it when its time is up, and writes ENDED.
     It never runs a line of the program, and what a test does is gone with the test: nothing of it comes back but what
     the kernel says of its end.
 
     -> in a test, and only there, when it is confined: the program's code; None where it could not be compiled.
     """
+    code, me, test, late = None, os.getpid(), 0, False
+    message = os.read(MORE, START.size)
+    cpu, _ = START.unpack(message)
+    _signal.setitimer(_signal.ITIMER_PROF, cpu)    # the kernel ends this process if the compiler takes longer
+    sys.stderr = None    # no warnings here
     try:
         code = compile(sources[MAIN], MAIN, "exec", dont_inherit=True)
     except BaseException:
-        code = None    # the test finds this error again, and has the streams for it
-    me, test, late = os.getpid(), 0, False
+        pass    # the test finds this error again, and has the streams for it
+    sys.stderr = sys.__stderr__
+    _signal.setitimer(_signal.ITIMER_PROF, 0)
 
     def look(*_):
         nonlocal late
@@ -716,7 +720,7 @@ def fork_tests(cfg: dict) -> types.CodeType | None:
             pass
 
     _signal.signal(_signal.SIGALRM, look)
-    while len(message := os.read(JOB, START.size)) == START.size:
+    while message:
         cpu, wall = START.unpack(message)
         late, until, test = False, time.monotonic() + wall, os.fork()
         if not test:
@@ -726,6 +730,7 @@ def fork_tests(cfg: dict) -> types.CodeType | None:
         _, status, usage = os.wait4(test, 0)
         test = 0
         os.write(RESULTS, ENDED.pack(status, late, usage.ru_utime + usage.ru_stime))
+        message = os.read(MORE, START.size)
     os._exit(0)
 
 
@@ -738,7 +743,7 @@ def confine_test(cfg: dict, parent: int) -> None:
         if os.getppid() != parent:
             os._exit(0)    # it had died before that call
         install(cfg, b"R")
-        os.closerange(RESULTS, LINE)
+        os.closerange(RESULTS, MORE + 1)
     except BaseException:
         os.write(RESULTS, b"!")    # no ENDED begins so: the judge gives up this box
         os._exit(97)
@@ -748,7 +753,7 @@ def exit_status(error: BaseException) -> int:
     """What the interpreter does with an error that nobody caught: the text goes to stderr, the number is returned."""
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
-            return (error.code or 0) & 255
+            return (error.code or 0) & 255 if -1 << 63 <= (error.code or 0) < 1 << 63 else 255
         print(error.code, file=sys.stderr)
     else:
         error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next    # without our own frame
@@ -775,6 +780,7 @@ def shut_down(status: int) -> None:
     End the process as the interpreter ends (Py_FinalizeEx): join the threads, call what was registered for the exit,
     flush; then the program's names die, so that files are closed, generators and __del__ run; flush again.
     """
+    flushed(0)
     for act in (lambda: "threading" in sys.modules and sys.modules["threading"]._shutdown(), atexit._run_exitfuncs):
         try:
             act()
@@ -801,6 +807,7 @@ if __name__ == "__main__":
         exec(code or compile(sources[MAIN], MAIN, "exec", dont_inherit=True), scope)
     except BaseException as error:
         scope = None
+        flushed(0)
         status = exit_status(error)
     scope = None
     shut_down(status)

@@ -68,6 +68,21 @@ RIGHT = {
         ("[0,1)", "[0;1)"), (r"x\equiv 3 \pmod 7", r"x\equiv3\pmod{7}"), ("12.5", r"12.5\%"),
         (r"\log_2(32)=5", r"\log_{2} (32) = 5"), (r"\{-2\}", "-2"),
     ],
+    "times of day, ratios, moduli": [
+        ("3:45", r"3{:}45"), (r"10:30\text{ a.m.}", "10:30 a.m."), (r"10:30\text{ a.m.}", r"10{:}30\text{ AM}"),
+        (r"10:30\text{ p.m.}", "10:30"), ("2:3", r"2\colon 3"), ("3:4:5", r"3{:}4{:}5"),
+        (r"7\pmod{11}", r"x \equiv 7 (\text{mod } 11)"), (r"7\pmod{11}", "7 (mod 11)"),
+    ],
+    "inequalities for intervals": [
+        ("(1,2]", r"1<x\le 2"), (r"[0,\infty)", r"x\ge 0"), (r"[0,\infty)", r"0\le x"), ("[-1,3)", r"3 > x \geq -1"),
+        (r"(-\infty,-2)\cup(3,\infty)", r"x<-2\text{ or }x>3"), (r"x \gt 5", r"(5,\infty)"),
+    ],
+    "words": [
+        (r"\text{Tuesday}", "on Tuesday"), (r"\text{the Nile}", "Nile"), (r"\text{yes}", r"\text{Yes.}"),
+        (r"\text{(B)}", r"\text{B.}"), ("A,C", r"\text{C, A}"), (r"\emptyset", r"\text{empty set}"),
+        (r"\mathbb{R}", r"\R"), (r"\mathbb{R}", r"\text{all real numbers}"), ("3+4i", r"3 + 4\mathrm{i}"),
+        (r"0.5\%", r"0.5\text{ percent}"), ("18", "18''"), ("3.14", r"x\approx 3.14"),
+    ],
     "some more of each": [
         ("36", r"36\text{ in.}^2"), ("36", r"36\text{ sq in}"), ("5", r"5\text{ hr}"), ("5", r"5\; \text{hours}"),
         ("5", "5~hours"), ("45", r"45\text{ mph}"), ("12000", r"12\,000\text{ people}"),
@@ -119,6 +134,9 @@ RIGHT = {
 }
 # wrong, or the question restated
 WRONG = [
+    (r"10:30\text{ a.m.}", r"10:30\text{ p.m.}"), ("3:45", "3:54"), ("2:3", "3:2"), (r"7\pmod{11}", "7 (mod 13)"),
+    ("(1,2]", r"1<x<2"), ("(1,2]", r"1<x\le 3"), (r"[0,\infty)", "x>0"), (r"(-\infty,-2)\cup(3,\infty)", "x<-2"),
+    (r"\text{the Nile}", "the Niel"), ("A,C", r"\text{A, B}"), ("x>5", "y>5"),
     ("125, 216", "125216"), ("100200", "100, 200"), ("2, 350", "2350"), ("32349", "32, 349"), ("0.28", r"0.28\%"),
     (r"\frac{7}{25}", r"\frac{7}{25}\%"), ("0.5", r"0.5\%"), ("12", r"1\,2"), ("12", r"1\;2"), ("12", r"1\ 2"),
     ("12", "1~2"), ("12", "1 2"), (r"A\rightarrow B", r"A\leftarrow B"), (r"15\mbox{ cm}^2", r"3\cdot5"),

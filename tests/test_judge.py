@@ -615,6 +615,45 @@ def test_exhaustion_is_contained(best_judge, name):
     assert statuses(best_judge.run(GOOD, SQUARES)) == "AC AC AC AC"
 
 
+LEFT_OVER = {  # whole programs whose second test would print another thing if the first had left something
+    "a module": "import math\nprint(getattr(math, 'x', 0))\nmath.x = 1",
+    "a builtin": "import builtins\nprint(getattr(builtins, 'x', 0))\nbuiltins.x = 1",
+    "the environment": "import os\nprint(os.environ.get('X', 0))\nos.environ['X'] = '1'",
+    "umask": "import os\nprint(os.umask(0o77) & 0)",
+    "the end of the input": "import os\nprint(len(os.read(0, 9)) - 2)\nos.lseek(0, 0, 2)",
+    "another input": "import mmap\ntry: mmap.mmap(0, 0)[0:1] = b'9'\nexcept Exception: pass\nprint(len(input()) - 1)",
+    "a handler": "import signal\nprint(int(signal.getsignal(10) == signal.SIG_IGN))\nsignal.signal(10, signal.SIG_IGN)",
+    "a thread that writes": "import os, threading\nprint(0, flush=True)\nthreading.Thread(daemon=True, target="
+                            "lambda: [os.write(2, b'x') for _ in range(10**6)]).start()",
+    "limits": "import resource as r\nprint(r.getrlimit(r.RLIMIT_NOFILE)[0] - 32)\n"
+              "r.setrlimit(r.RLIMIT_NOFILE, (9, 9))",
+    "closed streams": "import os\nprint(0, flush=True)\nos.closerange(0, 64)",
+    "a dead parent": "import os\nfor kill, who in ((os.kill, os.getppid()), (os.killpg, 0)):\n"
+                     "    try: kill(who, 9)\n    except OSError: pass\nprint(0)",
+    "a forked child": "import ctypes, os\nprint(0, flush=True)\ncall = ctypes.CDLL(None).syscall\n"
+                      "for n, flags in ((56, 17), (56, 0x1200011), (57, 0), (58, 0), (435, 0)):\n"
+                      "    if call(n, flags, 0, 0, 0, 0) == 0:\n        os.write(1, b'forked')\n        os._exit(0)",
+    "other filters": "import ctypes\ncall = ctypes.CDLL(None).syscall\n"
+                     "print(sum(call(157, a, b, 0, 0, 0) == 0 for a, b in ((1, 0), (4, 1), (36, 1), (22, 2))))",
+    "lines to the judge": "import os\nfor fd in range(3, 300):\n    try: os.write(fd, b'\\0' * 13)\n"
+                          "    except OSError: pass\nprint(0)",
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OVER)
+def test_a_test_leaves_nothing_for_the_next(strict_judge, name):
+    """All tests of a whole program are forks of one process: each finds it as if it were the first."""
+    tests = [Test("stdio", f"{i}\n", "0") for i in range(3)]
+    assert statuses(strict_judge.run(LEFT_OVER[name], tests)) == "AC AC AC"
+
+
+def test_what_the_compiler_may_cost(best_judge):
+    """A program that takes the compiler too long is ended as one that runs too long, and a large one is not lost."""
+    tests = [stdio("", "4")] * 2
+    assert statuses(best_judge.run("a = [" + "'x'," * 5_000_000 + "]\nprint(4)", tests)) in ("TLE TLE", "MLE MLE")
+    assert statuses(best_judge.run("#" * 2_000_000 + "\nprint(4)", tests)) == "AC AC"
+
+
 def test_the_32_bit_entry_is_closed(strict_judge):
     """int 0x80 from made machine code reaches the 32-bit table, with other numbers: the filter kills."""
     if os.uname().machine != "x86_64":

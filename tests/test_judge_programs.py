@@ -306,6 +306,101 @@ PROGRAMS = {
     "locale":
         "import locale\n"
         "print(locale.getpreferredencoding(False).lower(), __import__('sys').getdefaultencoding())",
+    # ---- more of all
+    "input after buffer":
+        "import sys\nprint(sys.stdin.buffer.readline())\ntry: print(input())\nexcept EOFError: print('eof')",
+    "buffer.peek": "import sys\nprint(sys.stdin.buffer.peek(3)[:3], sys.stdin.buffer.read1(4))",
+    "open(0) twice": "a = open(0, closefd=False)\nprint(a.readline())\nb = open(0)\nprint(repr(b.read()[:5]))",
+    "os.read then input": "import os\nprint(os.read(0, 2))\nprint(input())",
+    "os.pread": "import os\nprint(os.pread(0, 5, 2), os.lseek(0, 0, 1))",
+    "os.readv": "import os\nb = [bytearray(3), bytearray(4)]\nprint(os.readv(0, b), b)",
+    "os.fstat(1)": "import os, stat\nprint(stat.S_ISFIFO(os.fstat(1).st_mode), stat.S_ISFIFO(os.fstat(2).st_mode))",
+    "tell after next": "import sys\nnext(sys.stdin)\ntry: print(sys.stdin.tell())\nexcept OSError as e: print(e)",
+    "stdin truncate": "import os\ntry: os.ftruncate(0, 0)\nexcept OSError as e: print('refused')",
+    "recursion + stack_size":
+        "import sys, threading\nsys.setrecursionlimit(1 << 25)\nthreading.stack_size(1 << 28)\n"
+        "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nt = threading.Thread(target=lambda: print(f(100000)))\n"
+        "t.start(); t.join()",
+    "exit list": "import sys\nsys.exit([1])",
+    "exit bool False": "import sys\nsys.exit(False)",
+    "exit huge": "import sys\nsys.exit(10**30)",
+    "exit in atexit": "import atexit, sys\natexit.register(lambda: sys.exit(3))\nprint(1)",
+    "os._exit in atexit": "import atexit, os\natexit.register(lambda: os._exit(4))\nprint(1)",
+    "atexit unregister": "import atexit\natexit.register(print, 1)\natexit.unregister(print)",
+    "atexit registers atexit": "import atexit\natexit.register(lambda: atexit.register(print, 'inner'))",
+    "raise in atexit after output":
+        "import atexit\ndef f(): raise ValueError('x')\natexit.register(f)\natexit.register(print, 'second')\n"
+        "print('first')",
+    "generator close raises":
+        "def g():\n    try: yield 1\n    except GeneratorExit: print('closed'); raise\nx = g(); next(x)",
+    "generator ignores close": "def g():\n    try: yield 1\n    except GeneratorExit: yield 2\nx = g(); next(x)",
+    "del raises": "class A:\n    def __del__(self): 1 / 0\na = A()",
+    "coroutine by hand":
+        "async def f(): return 3\nc = f()\ntry: c.send(None)\nexcept StopIteration as e: print(e.value)",
+    "coroutine never awaited": "async def f(): return 3\nf()\nprint(1)",
+    "getsignal alarm":
+        "import signal\n"
+        "print(signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP))",
+    "all signals":
+        "import signal\n"
+        "print([(s.name, str(signal.getsignal(s))[:30]) for s in sorted(signal.valid_signals())"
+        " if isinstance(s, signal.Signals) and s.name[:5] != 'SIGRT'])",
+    "sigmask": "import signal\nprint(signal.pthread_sigmask(signal.SIG_BLOCK, []))",
+    "decimal context": "import decimal\nprint(decimal.getcontext())\nprint(decimal.Decimal(2).sqrt())",
+    "setlocale": "import locale\nprint(locale.setlocale(locale.LC_ALL, 'C'))",
+    "breakpoint off": "import sys\nsys.breakpointhook = lambda *a: print('bp')\nbreakpoint()",
+    "help()": "help(len)",
+    "copyright": "print(type(license).__name__, callable(copyright))",
+    "dir builtins": "import builtins\nprint(sorted(dir(builtins)))",
+    "coding cp1252": "# vim: set fileencoding=cp1252 :\nprint(len('é'))",
+    "tabs and spaces": "if True:\n\tprint(1)\n        print(2)",
+    "form feed": "\x0cprint(1)",
+    "carriage returns": "print(1)\rprint(2)\r",
+    "match class":
+        "from dataclasses import dataclass\n@dataclass\nclass P: x: int; y: int\nmatch P(1, 2):\n"
+        "    case P(x=1, y=y): print(y)",
+    "dataclass pickled":
+        "import pickle\nfrom dataclasses import dataclass\n@dataclass\nclass P: x: int = 1\n"
+        "print(pickle.loads(pickle.dumps(P(3))), P.__module__)",
+    "main pickled function": "import pickle\ndef f(): return 7\nprint(pickle.loads(pickle.dumps(f))())",
+    "__main__ from sys.modules":
+        "import sys\nm = sys.modules['__main__']\nm.z = 4\nprint(z, m.__file__.split('/')[-1], m.__spec__)",
+    "os.urandom": "import os\nprint(len(os.urandom(8)))",
+    "settrace":
+        "import sys\nn = 0\ndef t(*a):\n    global n\n    n += 1\n    return t\nsys.settrace(t)\n"
+        "def f(): return 1\nf()\nsys.settrace(None)\nprint(n)",
+    "uncaught chained": "try: 1 / 0\nexcept ZeroDivisionError as e: raise ValueError('x') from e",
+    "custom error str": "class E(Exception):\n    def __str__(self): return 'custom'\nraise E",
+    "recursion error uncaught": "def f(): f()\nf()",
+    "warnings to error": "import warnings\nwarnings.simplefilter('error')\nwarnings.warn('w')",
+    "large ints": "print(int('9' * 4300) % 7)\ntry: int('9' * 4301)\nexcept ValueError as e: print(e)",
+    "print file None": "import sys\nsys.stdout = None\nprint(1)",
+    "stderr None": "import sys\nsys.stderr = None\n1 / 0",
+    "errors=replace": "import sys\nsys.stdout.reconfigure(errors='replace', encoding='ascii')\nprint('é')",
+    "newline arg": "import sys\nsys.stdout.reconfigure(newline='\\r\\n')\nprint(1)",
+    "write_through": "import sys, os\nsys.stdout.reconfigure(write_through=True)\nprint(1)\nos._exit(0)",
+    "memory error caught": "try: x = bytearray(10**13)\nexcept MemoryError: print('caught')",
+    "thread excepthook":
+        "import threading\nthreading.excepthook = lambda a: print('hook', a.exc_type.__name__)\n"
+        "t = threading.Thread(target=lambda: 1/0); t.start(); t.join()",
+    "unraisable":
+        "import sys\nsys.unraisablehook = lambda u: print('unraisable')\nclass A:\n    def __del__(self): 1/0\n"
+        "a = A(); del a",
+    "barrier":
+        "import threading\nb = threading.Barrier(2)\n"
+        "t = threading.Thread(target=b.wait); t.start(); b.wait(); t.join(); print('ok')",
+    "array fromfile": "import array\na = array.array('b'); a.fromfile(open(0, 'rb'), 3); print(a)",
+    "cmd loop":
+        "import cmd\nclass C(cmd.Cmd):\n    prompt = ''\n    def default(self, l): print(l)\n"
+        "    def do_EOF(self, l): return True\nC().cmdloop()",
+    "code.interact": "import code\ncode.interact(banner='', local={})",
+    "os.environ": "import os\nprint(sorted(os.environ))",
+    "umask": "import os\nprint(os.umask(0o22) >= 0)",
+    "os.pipe": "import os\nr, w = os.pipe()\nos.write(w, b'hi'); os.close(w)\nprint(os.read(r, 9), r)",
+    "lowest fd": "import os\nprint(os.dup(0), os.dup(0))",
+    "sys.displayhook": "import sys\nsys.displayhook(5)",
+    "set order": "print(set('abcdef'))",
+    "weakref at exit": "import weakref\nclass A: pass\na = A()\nweakref.finalize(a, print, 'bye').atexit = False",
 }
 UNLIKE = {  # what a sandbox without processes, sockets and files cannot do; docs/judge.md lists it
     "subprocess": "import subprocess\nprint(subprocess.run(['echo', 'x'], capture_output=True).stdout)",
