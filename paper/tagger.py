@@ -43,9 +43,9 @@ from tokenizer import Tokenizer  # noqa: E402
 
 @dataclass(frozen=True)
 class Config:
-    pages: int = 2000                     # labelled pages of each crawl; a fifth is held out
+    pages: int = 800                      # labelled pages of each crawl; a fifth is held out
     seeds: int = 3                        # repetitions
-    tokens: int = 256                     # first tokens of a page that the MiMo reads
+    tokens: int = 448                     # first tokens of a page that the MiMo reads
     epochs: int = 5                       # passes of the MiMo over its pages
     lr: float = 3e-3                      # of the MiMo, Adam
     n_layer: int = 2                      # its shape
