@@ -243,8 +243,9 @@ def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoade
                         f"{cfg.model.vocab_size:,}: the model must have at least as many rows")
     names = sorted({name for s in stages for name, w in s.mix.items() if w > 0})
     n_mtp = cfg.n_mtp_final if cfg.mtp_stage else cfg.model.n_mtp      # the last stage needs the most look-ahead
+    rank, world = distributed.ranks()
     loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=n_mtp, seed=cfg.seed,
-                           max_seq_len=cfg.model.max_seq_len, tokenizer=tokenizer.fingerprint)
+                           max_seq_len=cfg.model.max_seq_len, tokenizer=tokenizer.fingerprint, rank=rank, world=world)
     for name in sources(Path(cfg.data) / "valid"):
         Shards(Path(cfg.data) / "valid", name, cfg.model.vocab_size, tokenizer=tokenizer.fingerprint)
     return tokenizer, loader
@@ -319,16 +320,21 @@ def forward(model: MiMo, batch: Batch, n_mtp: int) -> Tensor:
 
 @torch.no_grad()
 def validate(model: MiMo, cfg: Config, stage: Stage, micro: int, rt: Runtime) -> dict[str, dict]:
-    """Loss and MTP losses per source on held-out documents, nats per token, at the stage's context."""
+    """
+    Loss and MTP losses per source on held-out documents, nats per token, at the stage's context. The rows are the same
+    for any number of ranks.
+    """
     folder = Path(cfg.data) / "valid"
     n_mtp, found = len(model.mtp_layers), {}
     for name in sources(folder):
         loader = MixtureLoader(str(folder), [name], cfg.model.vocab_size, n_mtp=n_mtp, seed=0)
-        rows = max(rt.world, int(cfg.valid_tokens) // stage.seq_len)
-        batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, rows, rt.rank, rt.world).to(rt.device)
+        rows = max(1, int(cfg.valid_tokens) // stage.seq_len)
+        batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, max(rows, rt.world), rt.rank, rt.world).to(rt.device)
+        if rt.rank >= rows:                                  # more ranks than rows: it takes part with nothing to learn
+            batch = replace(batch, mask=torch.zeros_like(batch.ids, dtype=torch.bool))
         parts = distributed.micro_batches(batch, micro, rt)
         sums = sum(forward(model, part, n_mtp) for part, _ in parts)
-        counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp)
+        counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp, batch.mask)
         mean = distributed.all_reduce(sums, rt) / distributed.all_reduce(counts, rt).clamp_min(1)
         found[name] = {"loss": float(mean[0]), "mtp": mean[1:].tolist()}
     return found
