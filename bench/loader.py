@@ -52,8 +52,8 @@ class Config:
         configurator.at_least(self, 0, "files")
 
 
-def make_source(folder: Path, shards: int, documents: int, tokens: int) -> None:
-    """The source "web": `documents` documents of about `tokens` zeros, in sparse files."""
+def make_source(folder: Path, shards: int, documents: int, tokens: int, name: str = "web") -> None:
+    """A source of `documents` documents of about `tokens` zeros, in sparse files."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, listed = np.random.default_rng(0), []
     for k in range(shards):
@@ -63,14 +63,16 @@ def make_source(folder: Path, shards: int, documents: int, tokens: int) -> None:
             ends[a:a + (1 << 20)] = draw.integers(1, 2 * tokens, len(ends[a:a + (1 << 20)]))
         np.cumsum(ends, out=ends)
         header = np.zeros(HEADER_WORDS, "<i8")
-        header[:9] = MAGIC, VERSION, 4, ends[-1] if n else 0, n, 151_680, 0, 0, zlib.crc32(ends)
+        total = int(ends[-1]) if n else 0
+        crc = zlib.crc32(bytes(4 * total)) if total < 1 << 16 else 0         # large sources are not summed at the start
+        header[:9] = MAGIC, VERSION, 4, total, n, 151_680, 0, crc, zlib.crc32(ends)
         header[9] = zlib.crc32(header[:9].tobytes())
-        with open(folder / f"web_{k:05d}.bin", "wb") as f:
+        with open(folder / f"{name}_{k:05d}.bin", "wb") as f:
             f.write(header.tobytes())
-            f.seek(8 * HEADER_WORDS + -(-4 * int(header[3]) // 8) * 8)
+            f.seek(8 * HEADER_WORDS + -(-4 * total // 8) * 8)
             f.write(ends)
-        listed.append({"file": f"web_{k:05d}.bin", "documents": n, "tokens": int(header[3]), "max_id": 0, "crc32": 0})
-    write_manifest(folder, "web", listed, 151_680)
+        listed.append({"file": f"{name}_{k:05d}.bin", "documents": n, "tokens": total, "max_id": 0, "crc32": crc})
+    write_manifest(folder, name, listed, 151_680)
 
 
 def memory() -> tuple[float, float]:

@@ -101,9 +101,10 @@ class Stream:
         lengths = self.shards.shards[shard].lengths()
         # shuffled as the documents are, and gone before their order is made: one array is in memory at a time
         self.draw(epoch, shard + 1).shuffle(lengths)
-        ends = np.cumsum(np.add.reduceat(lengths, np.arange(0, len(lengths), BLOCK), dtype=np.int64))
-        order = np.arange(len(lengths), dtype=np.uint32)
+        n, blocks = len(lengths), range(0, len(lengths), BLOCK)
+        ends = np.cumsum(np.fromiter((lengths[a:a + BLOCK].sum(dtype=np.int64) for a in blocks), np.int64, len(blocks)))
         del lengths
+        order = np.arange(n, dtype=np.uint32)
         self.draw(epoch, shard + 1).shuffle(order)
         return order, ends
 

@@ -39,7 +39,7 @@ from data.jsonl import whole_file
 MAGIC, VERSION, HEADER_WORDS = 0x6D694D6F, 1, 128          # header = 128 little-endian int64 words = 1 KiB
 SMALL = 64 << 20                                           # tokens; a smaller source is checksummed on opening
 OPEN = 64                                                  # shards of a process that are open at a time, of all sources
-PIECE = 1 << 20                                            # numbers of a file that are read or mapped at a time
+PIECE = 1 << 17                                            # numbers of a file that are read or mapped at a time
 
 
 @dataclass(frozen=True)
