@@ -160,7 +160,7 @@ def read_meta(ckpt: str | Path) -> dict:
 def read_shape(ckpt: str | Path) -> dict:
     """ModelConfig fields. UserError if model.json is missing or has others."""
     shape = read_json(Path(ckpt) / "model.json")
-    if not isinstance(shape, dict) or not {"vocab_size", "n_layer", "max_seq_len", "n_mtp"} <= set(shape):
+    if not {"vocab_size", "n_layer", "max_seq_len", "n_mtp"} <= set(shape):
         raise UserError(f"{ckpt}/model.json should be an object with the fields of ModelConfig (model.py)")
     return {"qkv_bias": True, "tie_embeddings": False} | shape     # written before these fields came: MiMo's own
 
@@ -202,8 +202,7 @@ def weight_files(ckpt: str | Path) -> dict[str, Path]:
 
 def weight_map_of(index: Path) -> dict[str, str]:
     """Tensor name -> file name, of a model.safetensors.index.json. UserError unless these are names in its folder."""
-    listing = read_json(index)
-    weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f
                                                    for f in weight_map.values()):
         raise UserError(f"{index}: should be an object with weight_map, tensor name -> name of a file in its folder")

@@ -40,7 +40,7 @@ import configurator
 import mtp
 from checkpoint import opened, usual_mode, weight_map_of, write_json
 from configurator import UserError, from_dict
-from data.jsonl import read_json
+from data.jsonl import MOST_JSON, read_json
 from model import ModelConfig
 from tokenizer import Tokenizer, check_inside
 
@@ -362,20 +362,18 @@ def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None =
     if checkpoint.steps_in(out):
         raise UserError(f"{out} holds {checkpoint.steps_in(out)[0].name} already: give another folder, or remove it")
     hf = read_json(source / "config.json")
-    if not isinstance(hf, dict):
-        raise UserError(f"{source / 'config.json'} should be a JSON object, is a {type(hf).__name__}")
     shape, files = model_config(hf, source / "config.json"), tensors_in(source)
     if mtps:
         files, shape = with_mtps(mtps, files, shape)
     have = {name: (path, name) for name, path in drop_unused(files, shape).items()}
     check_tensors(have, expected(shape), source)
+    copies = copied_files(source)
     try:
         tokenizer = Tokenizer.load(source)
     except (ValueError, OSError) as e:
         raise UserError(f"tokenizer: {e}") from None
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size:,} ids, vocab_size = {shape.vocab_size:,}")
-    copies = copied_files(source)
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / ".writing_00000000"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -395,8 +393,6 @@ def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None =
             shutil.copyfile(source / file, temporary / file)
         tidy_tokenizer(temporary / "tokenizer_config.json", {})
         generation = read_json(source / GENERATION) if GENERATION in copies else {}
-        if not isinstance(generation, dict):
-            raise UserError(f"{source / GENERATION} should be a JSON object, is a {type(generation).__name__}")
         meta = {"stage": "import", "chat": is_chat(tokenizer, hf, generation) if chat == "auto" else chat == "yes"}
         checkpoint.commit(out, 0, temporary, meta, keep=1, world=1, files=checkpoint.fingerprints(temporary, 0, 1))
     except BaseException:
@@ -406,10 +402,15 @@ def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None =
 
 
 def copied_files(folder: Path) -> list[str]:
-    """Which of the files that are copied unchanged a folder has. UserError for a link that leads out of it."""
+    """
+    Which of the files that are copied unchanged a folder has. UserError for one that no model needs in this size, and
+    for a link that leads out of the folder.
+    """
     files = [file for file in (*TOKENIZER_FILES, GENERATION) if (folder / file).is_file()]
     for file in files:
         check_inside(folder / file)
+        if (size := (folder / file).stat().st_size) > MOST_JSON:
+            raise UserError(f"{folder / file} has {size:,} bytes, should have at most {MOST_JSON:,}")
     return files
 
 
