@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -141,18 +142,19 @@ def test_a_script_that_resumes_runs_no_code(run, tmp_path):
     for name in ("data", "data/valid"):
         shards.write_source(tmp_path / name, "web", [[1, 2, 3, TINY.eos_id]] * 40, TINY.vocab_size)
     words = [w.replace("{'web': 1, 'maths': 1}", "{'web': 1}") for w in pretrain_words(tmp_path, f"--out={folder}")]
-    put(ckpt / "optimizer/.metadata", pickle.dumps(Evil(folder)))
-    with pytest.raises(SystemExit):
-        script(pretrain, *words)()
-    assert not (folder / "ran").exists()
-    shutil.rmtree(ckpt / "optimizer")
-    describe(ckpt)
-    (ckpt / "optimizer").mkdir()
-    put(ckpt / "optimizer/.metadata", pickle.dumps(Evil(folder)))
-    assert checkpoint.problem_with(ckpt) == \
-        "optimizer/.metadata is in the folder, but manifest.json does not name it: should be removed"
-    with pytest.raises(SystemExit):
-        script(pretrain, *words)()
+    (ckpt / "optimizer").rename(tmp_path / "optimizer")
+    shutil.rmtree(folder)
+    script(pretrain, *words)()                                       # a whole run of 4 steps
+    whole = checkpoint.latest(folder)
+    (tmp_path / "optimizer").rename(whole / "optimizer")
+    put(whole / "optimizer/.metadata", pickle.dumps(Evil(folder)))
+    describe(whole)
+    assert checkpoint.problem_with(whole) is None
+    ends(script(pretrain, *words, "--stages.0.tokens=512"), whole / "optimizer/.metadata", "posix.system")
+    (whole / "manifest.json").write_text((whole / "manifest.json").read_text().replace("optimizer/.metadata", "x"))
+    assert "optimizer/.metadata is in the folder, but manifest.json does not name it" in checkpoint.problem_with(whole)
+    with suppress(SystemExit):
+        script(pretrain, *words, "--stages.0.tokens=512")()
     assert not (folder / "ran").exists()
 
 
@@ -196,7 +198,8 @@ def test_shapes_of_a_checkpoint_without_manifest(tmp_path, shape, words):
     put(folder / "model.json", json.dumps(vars(SHAPE) | shape) if isinstance(shape, dict) else
         json.dumps(shape) if isinstance(shape, list) else shape)
     for module, flag in ((evaluation, "ckpt"), (sft, "init")):
-        more = [f"--problems={tmp_path}/p.jsonl"] if module is evaluation else [f"--data={tmp_path}/d.jsonl"]
+        more = [f"--problems={tmp_path}/p.jsonl"] if module is evaluation else \
+            [f"--data={tmp_path}/d.jsonl", "--seq_len=32"]
         ends(script(module, f"--{flag}={folder}", f"--out={tmp_path}/o.json", "--device=cpu", *more),
              *(() if words == "not a file" else ("model.json", words)))
 
