@@ -23,8 +23,12 @@ bench: .venv/run                 # every benchmark with its command; each compar
 	@for f in bench/*.py; do $(PY) -c "import ast, sys; print(sys.argv[1] + '\n   ', (ast.get_docstring(ast.parse(open(sys.argv[1]).read())) or '').split('\n')[0])" $$f; done
 	@echo "Run one: $(PY) bench/NAME.py; --help says what to expect. Peers first: make .venv/bench. Results: out/bench/NAME.json"
 
+# torch of PyPI brings gigabytes of CUDA; without an NVIDIA driver the CPU wheel is taken, where its index can be reached
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
+	@command -v nvidia-smi >/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 15 \
+		--index-url https://download.pytorch.org/whl/cpu $$(grep -o '^torch==[0-9.]*' requirements.txt) \
+		|| echo "note: no CPU wheel of torch from download.pytorch.org; the next line takes PyPI's, with CUDA"
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 

@@ -3,8 +3,8 @@ Removes documents that hold a problem of an evaluation set (report sections 3.1 
 
 The report does not say what a gram is; ours are lower-cased words and punctuation marks [ours]. A document that shares
 16 of them in a row with a held-out text is dropped; 15 are not enough. This rule would never find a held-out text of
-fewer than 16 words; such a text counts when the document holds all of it. One of fewer than four words is not looked
-for, with a note: "is" stands in every document. About 0.5 million words a second on one core.
+fewer than 16 words; such a text counts when the document holds all of it. One of one or two words is not looked for,
+with a note: "is" stands in every document. About 0.5 million words a second on one core.
 
 Where a page holds many worked problems, dropping all of it loses the good ones too. `cut` takes out the paragraph that
 holds the overlap and keeps the rest, as GPT-3's cleaning cut a window. The report does not say what it did with long
@@ -17,7 +17,7 @@ import numpy as np
 from data.dedup import mix, roll, windows, word_hashes
 
 N = 16
-FEWEST = 4                      # words of a held-out text that is looked for
+FEWEST = 3                      # words of a held-out text that is looked for
 
 
 def build_index(heldout: list[str], n: int = N) -> dict[int, np.ndarray]:
