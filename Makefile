@@ -29,8 +29,12 @@ bench: .venv/run                 # every benchmark with its command; each compar
 peers: .venv_peers/ready .venv/run   # our exports in vLLM, transformers, llama.cpp, SGLang's loader, lm-eval, PEFT
 	$(PY) bench/peers.py
 
+# torch of PyPI brings gigabytes of CUDA; without an NVIDIA driver the CPU wheel is taken, where its index can be reached
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
+	@command -v nvidia-smi >/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 15 \
+		--index-url https://download.pytorch.org/whl/cpu $$(grep -o '^torch==[0-9.]*' requirements.txt) \
+		|| echo "note: no CPU wheel of torch from download.pytorch.org; the next line takes PyPI's, with CUDA"
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 

@@ -22,8 +22,10 @@ Not in the report.
 import copy
 import errno
 import hashlib
+import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -47,9 +49,13 @@ from torch import Tensor, nn
 import configurator
 import kernels
 from configurator import UserError, at_end, os_words
+from data.jsonl import read_json
 from distributed import Runtime, all_gather_object, assign, fill, is_sharded, local, ranks, replica_state, reshard
 from kernels.cpu.decode import library
 from tokenizer import Tokenizer
+
+# files that operating systems leave behind, which nothing here reads
+LITTER = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+")
 
 # ---- finding and checking -------------------------------------------------------------------------------------------
 
@@ -83,14 +89,19 @@ def digest(path: Path) -> str:
 def problem_with(ckpt: Path, part: int = 0, parts: int = 1, sums: bool = True) -> str | None:
     """
     What is wrong with a checkpoint folder, in words; None when every file has the size and checksum it was written
-    with. Only files part, part + parts, part + 2 parts ... are checked, so that ranks can share the reading. sums=False
-    looks at the sizes only. OSError for what cannot be read, which may be whole.
+    with, and no other is there: one that was put in would be read as if it belonged to it (an index of weights, an
+    optimizer). Only files part, part + parts, part + 2 parts ... are checked, so that ranks can share the reading.
+    sums=False looks at the sizes only. OSError for what cannot be read, which may be whole.
     """
     try:
         files = sorted(read_manifest(ckpt)["files"].items())
+        there = {p.relative_to(ckpt).as_posix(): p for p in Path(ckpt).rglob("*") if p.is_symlink() or not p.is_dir()}
+        for name in sorted(set(there) - {"manifest.json"} - {name for name, _ in files}):
+            if not LITTER.fullmatch(there[name].name):
+                return f"{name} is in the folder, but manifest.json does not name it: should be removed"
         for name, (size, checksum) in files[part::parts]:
-            path = Path(ckpt) / name
-            if not path.is_file():
+            path = there.get(name)
+            if path is None or not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size:,} bytes, should have {size:,}"
@@ -98,7 +109,7 @@ def problem_with(ckpt: Path, part: int = 0, parts: int = 1, sums: bool = True) -
                 return f"{name} does not match its checksum"
     except FileNotFoundError as e:
         return f"{Path(e.filename or ckpt).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):          # UserError too
         return "manifest.json is not readable"
     return None
 
@@ -185,19 +196,9 @@ def newest(root: str | Path = "out", order: Callable[[Path], Any] = lambda run: 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
-def read_json(path: Path):
-    """The value in a JSON file of a checkpoint folder. UserError if it is missing or not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {Path(path).parent} is not a checkpoint folder") from None
-    except (ValueError, RecursionError) as e:          # RecursionError: nested thousands deep
-        raise UserError(f"{path} is not JSON: {e}") from None
-
-
 def read_manifest(ckpt: str | Path) -> dict:
-    """{"step", "commit", "meta", "world", "files": {name: [bytes, sha256]}}; OSError or ValueError if unreadable."""
-    return json.loads((Path(ckpt) / "manifest.json").read_text(encoding="utf-8"))
+    """{"step", "commit", "meta", "world", "files": {name: [bytes, sha256]}}; UserError or OSError if unreadable."""
+    return read_json(Path(ckpt) / "manifest.json")
 
 
 def read_meta(ckpt: str | Path) -> dict:
@@ -208,7 +209,7 @@ def read_meta(ckpt: str | Path) -> dict:
 def read_shape(ckpt: str | Path) -> dict:
     """ModelConfig fields. UserError if model.json is missing or has others."""
     shape = read_json(Path(ckpt) / "model.json")
-    if not isinstance(shape, dict) or not {"vocab_size", "n_layer", "max_seq_len", "n_mtp"} <= set(shape):
+    if not {"vocab_size", "n_layer", "max_seq_len", "n_mtp"} <= set(shape):
         raise UserError(f"{ckpt}/model.json should be an object with the fields of ModelConfig (model.py)")
     return {"qkv_bias": True, "tie_embeddings": False} | shape     # written before these fields came: MiMo's own
 
@@ -278,8 +279,7 @@ def weight_files(ckpt: str | Path) -> dict[str, Path]:
 
 def weight_map_of(index: Path) -> dict[str, str]:
     """Tensor name -> file name, of a model.safetensors.index.json. UserError unless these are names in its folder."""
-    listing = read_json(index)
-    weight_map = listing.get("weight_map") if isinstance(listing, dict) else None
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f
                                                    for f in weight_map.values()):
         raise UserError(f"{index}: should be an object with weight_map, tensor name -> name of a file in its folder")
@@ -368,12 +368,12 @@ def read_state(ckpt: str | Path, *needs: str) -> dict:
 def torch_load(ckpt: str | Path) -> dict:
     """{"state", "optimizer", "rng"} of train_state.pt, memory-mapped; UserError if it cannot be read."""
     path = Path(ckpt) / "train_state.pt"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: these are weights only, training cannot be resumed from them")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: these are weights only, training cannot be resumed from them") from None
     except Exception as e:
-        raise UserError(f"{path} cannot be read: {e}") from None
+        raise UserError(f"{path} cannot be read: {e}".split("\n")[0]) from None
 
 
 # ---- the optimizer, by parameter name -------------------------------------------------------------------------------
@@ -401,10 +401,7 @@ def load_optimizer(ckpt: str | Path, model: nn.Module, optimizer: torch.optim.Op
         state[name] = {"step": torch.zeros((), device=local(p).device if fused else "cpu"),
                        "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     if state and (Path(ckpt) / "optimizer").is_dir():
-        import torch.distributed.checkpoint as dcp
-        with warnings.catch_warnings():                # that a single process loads is no accident
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.load(state, checkpoint_id=str(Path(ckpt) / "optimizer"), no_dist=ranks()[1] == 1)
+        load_dcp(Path(ckpt) / "optimizer", state)
     else:
         for name, parts in state.items():
             for key, value in parts.items():
@@ -412,6 +409,61 @@ def load_optimizer(ckpt: str | Path, model: nn.Module, optimizer: torch.optim.Op
     for name, p in trained.items():
         optimizer.state[p] = state[name]
     restore_rng(saved["rng"])
+
+
+# What torch's optimizer/.metadata, a pickle, may name; all else could run code. BytesStorageMetadata is not among it:
+# torch would unpickle such an entry
+METADATA = {"torch": ("Size", "float32", "float64", "float16", "bfloat16", "int64"),
+            "torch.serialization": ("_get_layout",), "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+            "torch.distributed.checkpoint.metadata": (
+                "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
+                "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")}
+
+
+class MetadataReader(pickle._Unpickler):
+    """Reads optimizer/.metadata and makes nothing but what METADATA names. In Python: C would obey a length of 2^40."""
+    def find_class(self, module, name):
+        if module in ("pathlib", "pathlib._local"):    # where the folder was when it was written
+            return lambda *parts: "/".join(parts)
+        if name not in METADATA.get(module, ()):
+            raise UserError(f"it names {module}.{name}, which no optimizer does, and could run code")
+        return super().find_class(module, name)
+
+    def load_build(self):
+        if isinstance(self.stack[-2], type):           # would change a class of torch, not an object
+            raise UserError("it changes a class")
+        super().load_build()
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
+
+
+def load_dcp(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
+    """
+    Fill the tensors of state from what torch.distributed.checkpoint saved; none of the folder's code is run, no file
+    outside is read. A collective. UserError for a folder that DCP did not write.
+    """
+    import torch.distributed.checkpoint as dcp
+    path = folder / ".metadata"
+    try:
+        metadata = MetadataReader(io.BytesIO(path.read_bytes())).load()
+        strange = [where for where in metadata.storage_data.values()
+                   if Path(where.relative_path).name != where.relative_path or where.transform_descriptors]
+    except Exception as e:                             # a pickle may break in any way
+        raise UserError(f"{path} cannot be read: {e or type(e).__name__}") from None
+    if strange:
+        raise UserError(f"{path} names {strange[0].relative_path!r}, should be a file of its folder as it was saved")
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            return metadata
+
+    try:
+        with warnings.catch_warnings():                # that a single process loads is no accident
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(state, storage_reader=Reader(str(folder)), no_dist=ranks()[1] == 1)
+    except (Exception, dcp.api.CheckpointException) as e:
+        first = next(iter(e.failures.values()))[0] if isinstance(e, dcp.api.CheckpointException) else e
+        raise UserError(f"{folder} cannot be read: {first!r}".split("\n")[0]) from None
 
 
 def rng_states() -> dict:

@@ -309,8 +309,12 @@ def to_dict(cfg: Any) -> dict:
 
 
 def from_dict(Config: type, values: dict, where: str = "saved config"):
-    """The inverse of to_dict; raises UserError for keys that Config does not have and for wrong types."""
-    return built(update(raw(Config, defaults(Config)), values, where))
+    """The inverse of to_dict; UserError for keys that Config does not have, wrong types, and what Config refuses."""
+    node = update(raw(Config, defaults(Config)), values, where)
+    try:
+        return built(node)
+    except ValueError as e:
+        raise UserError(f"{where}: {e}") from None
 
 
 def leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -40,10 +40,11 @@ import checkpoint
 import configurator
 import lora
 import mtp
-from checkpoint import opened, read_json, usual_mode, weight_map_of, write_json
+from checkpoint import opened, usual_mode, weight_map_of, write_json
 from configurator import UserError, from_dict
+from data.jsonl import MOST_JSON, read_json
 from model import ModelConfig
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, check_inside
 
 HERE = Path(__file__).resolve().parent
 # copied unchanged from an import to its export
@@ -57,6 +58,7 @@ REFUSED = {"qwen3": "q and k have a norm of their own", "qwen2_moe": "a mixture 
 AUTO_MAP = {"AutoConfig": "configuration_mimo.MiMoConfig", "AutoModel": "modeling_mimo.MiMoModel",
             "AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM"}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}      # the names that safetensors uses
+CODE = ("auto_map", "custom_pipelines")      # keys that name code of a publisher's repository: these stay behind
 MARK = "export.json"          # file that marks a folder as an export of this script, which it may replace
 
 Sources = dict[str, tuple[Path, str]]      # name to write -> (safetensors file, name of the tensor in that file)
@@ -116,15 +118,8 @@ def hub_name(name: str) -> str:
 
 
 def expected(shape: ModelConfig) -> dict[str, list[int]]:
-    """
-    Hub name -> shape of every tensor; nothing is allocated. MiMo-7B with one MTP layer: 435 + 16 = 451 entries.
-    UserError for sizes that no memory holds.
-    """
-    try:
-        model = mtp.build(shape, "meta")
-    except RuntimeError as e:
-        raise UserError(f"impossible sizes, {shape}: {e}") from None
-    return {hub_name(name): list(t.shape) for name, t in model.named_parameters()}
+    """Hub name -> shape of every tensor; nothing is allocated. MiMo-7B with one MTP layer: 435 + 16 = 451 entries."""
+    return {hub_name(name): list(t.shape) for name, t in mtp.build(shape, "meta").named_parameters()}
 
 
 def tensors_in(folder: str | Path) -> dict[str, Path]:
@@ -238,7 +233,9 @@ def model_config(hf: dict, path: Path) -> ModelConfig:
     """
     def get(key: str, *kinds: type) -> int | float:
         if not isinstance(hf.get(key), kinds) or isinstance(hf[key], bool):
-            raise UserError(f"{path}: {key} = {hf.get(key)!r} should be {' or '.join(k.__name__ for k in kinds)}")
+            raise UserError(f"{path}: {key} = {hf.get(key)!r:.80} should be {' or '.join(k.__name__ for k in kinds)}")
+        if isinstance(hf[key], int) and abs(hf[key]) >= 1 << 63:
+            raise UserError(f"{path}: {key} has {hf[key].bit_length()} bits, impossible sizes")
         return hf[key]
 
     family = hf.get("model_type")
@@ -254,13 +251,14 @@ def model_config(hf: dict, path: Path) -> ModelConfig:
     for key, right in fixed.items():
         if hf.get(key) not in (None, right):
             raise UserError(f"{path}: {key} = {hf[key]!r} should be {right!r}: this is not MiMo-7B's architecture")
-    other = sorted({str(kind) for kind in hf.get("layer_types") or ()} - {"full_attention"})
+    kinds = hf.get("layer_types") or []
+    other = sorted({str(kind) for kind in (kinds if isinstance(kinds, list) else [kinds])} - {"full_attention"})
     if other:
         raise UserError(f"{path}: layer_types has {other[0]!r}, should be 'full_attention' throughout")
     if (tied := hf.get("tie_word_embeddings") or False) is not bool(tied):
         raise UserError(f"{path}: tie_word_embeddings = {tied!r} should be True or False")
     n_head, d_model = get("num_attention_heads", int), get("hidden_size", int)
-    head_dim = d_model // n_head if hf.get("head_dim") is None else get("head_dim", int)
+    head_dim = d_model // max(1, n_head) if hf.get("head_dim") is None else get("head_dim", int)
     n_mtp = 0 if hf.get("num_nextn_predict_layers") is None else get("num_nextn_predict_layers", int)
     fields = dict(
         vocab_size=get("vocab_size", int), n_layer=get("num_hidden_layers", int), d_model=d_model, n_head=n_head,
@@ -282,7 +280,7 @@ def rope_base(hf: dict, path: Path) -> float | None:
     """
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters = {rope!r} should be an object")
+        raise UserError(f"{path}: rope_parameters = {rope!r:.80} should be an object")
     if rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{path}: RoPE scaling {rope} is not part of MiMo-7B; should be absent")
     new, old = rope.get("rope_theta"), hf.get("rope_theta")
@@ -315,9 +313,9 @@ def with_mtps(folder: str | Path, files: dict[str, Path], shape: ModelConfig) ->
     double = sorted(set(extra) & set(files))
     if double:
         raise UserError(f"{folder}: tensor {double[0]} is in the main model already")
-    layers = [int(n.split(".")[2]) for n in extra if re.match(r"model\.mtp_layers\.\d+\.", n)]
+    layers = [int(n.split(".")[2]) for n in extra if re.match(r"model\.mtp_layers\.[0-7]\.", n)]
     if not layers:
-        raise UserError(f"{folder}: no tensor of an MTP layer (model.mtp_layers.1.* ...)")
+        raise UserError(f"{folder}: no tensor of an MTP layer (model.mtp_layers.1.* to 7.*)")
     return files | extra, replace(shape, n_mtp=max(layers) + 1)
 
 
@@ -372,26 +370,19 @@ def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None =
     if checkpoint.steps_in(out):
         raise UserError(f"{out} holds {checkpoint.steps_in(out)[0].name} already: give another folder, or remove it")
     hf = read_json(source / "config.json")
-    if not isinstance(hf, dict):
-        raise UserError(f"{source / 'config.json'} should be a JSON object, is a {type(hf).__name__}")
     shape, files = model_config(hf, source / "config.json"), tensors_in(source)
     if mtps:
         files, shape = with_mtps(mtps, files, shape)
-    if shape.n_layer > len(files):               # before a model of that many layers is described
-        raise UserError(f"{source}: num_hidden_layers = {shape.n_layer:,}, but there are only {len(files)} tensors")
     have = {name: (path, name) for name, path in drop_unused(files, shape).items()}
     check_tensors(have, expected(shape), source)
     merge = lora.merging(Path(adapter), expected(shape)) if adapter else lambda name, t: t
+    copies = copied_files(source)
     try:
         tokenizer = Tokenizer.load(source)
     except (ValueError, OSError) as e:
         raise UserError(f"tokenizer: {e}") from None
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size:,} ids, vocab_size = {shape.vocab_size:,}")
-    copies = [file for file in (*TOKENIZER_FILES, GENERATION) if (source / file).is_file()]
-    for file in copies:
-        if not belongs(source / file, source):
-            raise UserError(f"{source / file} is a link to {(source / file).resolve()}, should lie in the folder")
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / ".writing_00000000"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -404,11 +395,12 @@ def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None =
             check_space(out, ours, dtype)
             n_bytes = write_shards(temporary, ours, shard_bytes, dtype, lambda name, t: merge(hub_name(name), t))
         write_json(temporary / "model.json", vars(shape))
-        write_json(temporary / CONFIG, hf)
+        write_json(temporary / CONFIG, {key: value for key, value in hf.items() if key not in CODE})
         write_json(temporary / "config.json", {"imported": str(source), "mtps": str(mtps) if mtps else None,
                                                "adapter": str(adapter) if adapter else None, "fresh_mtp": fresh})
         for file in copies:
             shutil.copyfile(source / file, temporary / file)
+        tidy_tokenizer(temporary / "tokenizer_config.json", {})
         generation = read_json(source / GENERATION) if GENERATION in copies else {}
         meta = {"stage": "import", "chat": is_chat(tokenizer, hf, generation) if chat == "auto" else chat == "yes"}
         checkpoint.commit(out, 0, temporary, meta, keep=1, world=1, files=checkpoint.fingerprints(temporary, 0, 1))
@@ -418,13 +410,17 @@ def import_folder(source: str | Path, out: str | Path, mtps: str | Path | None =
     return shape, len(ours), n_bytes
 
 
-def belongs(path: Path, folder: Path) -> bool:
+def copied_files(folder: Path) -> list[str]:
     """
-    Does a file of a downloaded folder lie in it: a link elsewhere would copy a private file into what is published
-    later. The Hugging Face cache is the exception, whose files are links to ../../blobs.
+    Which of the files that are copied unchanged a folder has. UserError for one that no model needs in this size, and
+    for a link that leads out of the folder.
     """
-    real, home = path.resolve(), folder.resolve()
-    return home in real.parents or real.parent == home.parent.parent / "blobs"
+    files = [file for file in (*TOKENIZER_FILES, GENERATION) if (folder / file).is_file()]
+    for file in files:
+        check_inside(folder / file)
+        if (size := (folder / file).stat().st_size) > MOST_JSON:
+            raise UserError(f"{folder / file} has {size:,} bytes, should have at most {MOST_JSON:,}")
+    return files
 
 
 def is_chat(tokenizer: Tokenizer, hf: dict, generation: dict) -> bool:
@@ -614,7 +610,7 @@ def export_folder(source: str | Path, out: str | Path, flavour: str, mtps: str |
             write_json(temporary / GENERATION, generation_config(tokenizer, chat))
             code = sorted((HERE / "hf_export").glob("*.py")) if flavour == "mimo" else []
             # an import's own generation_config.json replaces ours
-            for path in (*code, *(ckpt / f for f in (*TOKENIZER_FILES, GENERATION) if (ckpt / f).is_file())):
+            for path in (*code, *(ckpt / file for file in copied_files(ckpt))):
                 shutil.copyfile(path, temporary / path.name)
             tidy_tokenizer(temporary / "tokenizer_config.json",
                            {} if untrained_import else {"model_max_length": shape.max_seq_len})
@@ -634,11 +630,11 @@ def export_folder(source: str | Path, out: str | Path, flavour: str, mtps: str |
 
 
 def tidy_tokenizer(path: Path, changes: dict) -> None:
-    """tokenizer_config.json with these changes, and without auto_map, which would name code of others to be run."""
+    """tokenizer_config.json with these changes, and without what would name code of others to be run."""
     if path.is_file():
         config = read_json(path)
-        if changes or "auto_map" in config:
-            write_json(path, {k: v for k, v in config.items() if k != "auto_map"} | changes)
+        if changes or set(CODE) & set(config):
+            write_json(path, {k: v for k, v in config.items() if k not in CODE} | changes)
 
 
 def open_target(folder: Path) -> Path:

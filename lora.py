@@ -34,8 +34,9 @@ from torch import Tensor, nn
 import checkpoint
 import configurator
 import distributed
-from checkpoint import opened, read_json, usual_mode, write_json
+from checkpoint import opened, usual_mode, write_json
 from configurator import UserError
+from data.jsonl import read_json
 from model import MiMo
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")

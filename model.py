@@ -81,6 +81,11 @@ class ModelConfig:
             raise ValueError(f"head_dim = {self.head_dim} must be even: RoPE rotates pairs of channels")
         if not 0 <= self.n_mtp <= 8:
             raise ValueError(f"n_mtp = {self.n_mtp} must be between 0 and 8")
+        if self.n_layer > 1000:              # a stranger's file may ask for more than can be built in a day
+            raise ValueError(f"n_layer = {self.n_layer:,} must be at most 1,000")
+        if self.n_params() > 1e13 or self.max_seq_len > 1 << 40:
+            raise ValueError(f"impossible sizes: {float(self.n_params()):.1e} parameters, a context of "
+                             f"{float(self.max_seq_len):.1e} tokens")
 
     @staticmethod
     def mimo_7b(n_mtp: int = 0) -> "ModelConfig":

@@ -37,6 +37,7 @@ import distributed
 import kernels
 import mtp
 from configurator import UserError
+from data.jsonl import read_json
 from data.loader import Batch, MixtureLoader
 from data.lock import hold
 from data.shards import Shards, sources
@@ -238,7 +239,7 @@ def going_on(cfg: Config, ckpt: Path | None = None) -> Config:
     from there where it stands at ckpt. The context is that of the model, or of a stage with a longer one. UserError
     without a checkpoint.
     """
-    shape = checkpoint.read_json(ckpt / "config.json").get("model") if ckpt else None
+    shape = read_json(ckpt / "config.json").get("model") if ckpt else None
     source = ckpt if shape else checkpoint.find(cfg.init)
     shape = configurator.from_dict(ModelConfig, shape or checkpoint.read_shape(source), f"{source}/model.json")
     shape = replace(shape, max_seq_len=max(shape.max_seq_len, *(s.seq_len for s in cfg.all_stages())))
@@ -272,8 +273,9 @@ def open_data(cfg: Config, stages: list[Stage]) -> tuple[Tokenizer, MixtureLoade
     names = sorted({name for s in stages for name, w in s.mix.items() if w > 0})
     # the last stage needs the most look-ahead
     n_mtp = cfg.n_mtp_final if cfg.mtp_stage else max(cfg.mtp_depth, cfg.model.n_mtp)
+    rank, world = distributed.ranks()
     loader = MixtureLoader(cfg.data, names, cfg.model.vocab_size, n_mtp=n_mtp, seed=cfg.seed,
-                           max_seq_len=cfg.model.max_seq_len, tokenizer=tokenizer.fingerprint)
+                           max_seq_len=cfg.model.max_seq_len, tokenizer=tokenizer.fingerprint, rank=rank, world=world)
     for name in sources(Path(cfg.data) / "valid"):
         Shards(Path(cfg.data) / "valid", name, cfg.model.vocab_size, tokenizer=tokenizer.fingerprint)
     return tokenizer, loader
@@ -325,7 +327,7 @@ def resume(cfg: Config, stages: list[Stage], tokenizer: Tokenizer, loader: Mixtu
     fields = checkpoint.read_shape(ckpt)
     checkpoint.same_shape(fields, vars(cfg.model), ckpt, ignore=("n_mtp", "rope_base", "max_seq_len"))
     loader.load_state_dict(saved["loader"])
-    place, fixed = place_in_table(cfg, saved, checkpoint.read_json(ckpt / "config.json"))
+    place, fixed = place_in_table(cfg, saved, read_json(ckpt / "config.json"))
     fixed += ["tokenizer"] if Tokenizer.load(ckpt).fingerprint != tokenizer.fingerprint else []
     changed = checkpoint.same_run(ckpt, cfg, FIXED + fixed)
     shape = configurator.from_dict(ModelConfig, fields, f"{ckpt}/model.json")
@@ -397,16 +399,21 @@ def forward(model: MiMo, batch: Batch, n_mtp: int, depth: int) -> Tensor:
 
 @torch.no_grad()
 def validate(model: MiMo, cfg: Config, stage: Stage, micro: int, rt: Runtime) -> dict[str, dict]:
-    """Loss and MTP losses per source on held-out documents, nats per token, at the stage's context."""
+    """
+    Loss and MTP losses per source on held-out documents, nats per token, at the stage's context. The rows are the same
+    for any number of ranks.
+    """
     folder = Path(cfg.data) / "valid"
     n_mtp, found = max(cfg.mtp_depth, len(model.mtp_layers)), {}
     for name in sources(folder):
         loader = MixtureLoader(str(folder), [name], cfg.model.vocab_size, n_mtp=n_mtp, seed=0)
-        rows = max(rt.world, int(cfg.valid_tokens) // stage.seq_len)
-        batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, rows, rt.rank, rt.world).to(rt.device)
+        rows = max(1, int(cfg.valid_tokens) // stage.seq_len)
+        batch = loader.next_batch(0, {name: 1.0}, stage.seq_len, max(rows, rt.world), rt.rank, rt.world).to(rt.device)
+        if rt.rank >= rows:                                  # more ranks than rows: it takes part with nothing to learn
+            batch = replace(batch, mask=torch.zeros_like(batch.ids, dtype=torch.bool))
         parts = distributed.micro_batches(batch, micro, rt)
         sums = sum(forward(model, part, n_mtp, cfg.mtp_depth) for part, _ in parts)
-        counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp)
+        counts = mtp.target_counts(batch.ids, batch.docs, stage.seq_len, n_mtp, batch.mask)
         mean = distributed.all_reduce(sums, rt) / distributed.all_reduce(counts, rt).clamp_min(1)
         found[name] = {"loss": float(mean[0]), "mtp": mean[1:].tolist()}
     return found

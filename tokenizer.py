@@ -37,6 +37,7 @@ import chat_template
 import configurator
 from chat_template import CHAT_TEMPLATE
 from configurator import UserError
+from data.jsonl import read_json
 from data.text import whole
 
 try:   # Python's Unicode tables differ from Hugging Face's for 51 combining marks: use theirs where installed
@@ -60,8 +61,10 @@ BLANKS = re.compile(rf"\s{{{LONG}}}")
 
 # what ends a document where it is not eos_token: chat models of Llama 3 and DeepSeek name the end of a turn there
 ENDS_OF_TEXT = (EOS, "<|end_of_text|>", "<｜end▁of▁sentence｜>")
-CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>")     # <|im_start|>, <｜User｜>
-LONGEST_TOKEN = 1024                             # bytes
+# <|im_start|>, <｜User｜>; Mistral's [INST], Gemma's <start_of_turn>
+CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>|\[/?[A-Z_]+\]|<(start|end)_of_\w+>")
+JOINED = re.compile(r"<[|｜][\"']")               # in a template that puts <|user|> together: '<|' + role + '|>'
+MOST_MERGING = 1 << 28                           # sum of the squares of all tokens' bytes; Qwen2: 2^23
 MOST_ROWS = 1 << 24                              # of an embedding
 
 
@@ -173,7 +176,9 @@ class Tokenizer:
             if name not in added:
                 raise UserError(f"tokenizer: needs the token {name}, or eos_token in tokenizer_config.json; has "
                                 f"{sorted(added)}")
-        in_template = {name for name in added if CONTROL_SHAPE.fullmatch(name) and name in (chat_template or "")}
+        template = chat_template or ""
+        in_template = {name for name in added if CONTROL_SHAPE.fullmatch(name) and (
+            name in template or name[0] == "<" and JOINED.search(template))}
         always = {eos, end, IM_START, *self.names.values(), *in_template}
         self.added = {name: (i, control or name in always) for name, (i, control) in added.items()}
         vocab = ranks if fast is None else {t: i for t, i in fast["model"]["vocab"].items() if t not in added}
@@ -223,7 +228,9 @@ class Tokenizer:
         self.merges, text = None, json.dumps(fast, ensure_ascii=False)
         try:
             self._with_control, self._as_text = (tokenizers.Tokenizer.from_str(text) for _ in range(2))
-        except Exception as e:                   # the library raises a bare Exception
+        except BaseException as e:               # the library raises a bare Exception, or a panic, which is none
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                raise
             raise UserError(f"tokenizer.json: {e}") from None
         self._as_text.encode_special_tokens = True
         for tokenizer in (self._with_control, self._as_text):
@@ -363,7 +370,7 @@ class Tokenizer:
             return load_folder(Path(name))
         except UserError:
             raise
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RecursionError) as e:
             raise UserError(f"{name}: the tokenizer's files are not of a byte-level BPE's form "
                             f"({type(e).__name__}: {e})") from None
 
@@ -476,14 +483,6 @@ def load_folder(folder: Path) -> Tokenizer:
     return Tokenizer(None, added, size, template, names, fast)
 
 
-def read_json(path: Path) -> dict:
-    """The value of a JSON file; UserError if it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e})") from None
-
-
 def check_kind(fast: dict, path: Path) -> None:
     """UserError unless the contents of tokenizer.json are a byte-level BPE's."""
     model, decoder = fast.get("model") or {}, fast.get("decoder") or {}
@@ -502,9 +501,9 @@ def why_not_ranks(fast: dict | None, vocab: dict[str, int], entries: list[dict])
         flags = [k for k in ("lstrip", "rstrip", "single_word", "normalized") if e.get(k)]
         if flags:
             return f"added token {e['content']!r} has {flags[0]}=true, should be false"
-    longest = max(map(len, vocab))
-    if longest > LONGEST_TOKEN:                  # checking its merges would take time with the square of its length
-        return f"a token of {longest:,} bytes, should be at most {LONGEST_TOKEN:,}"
+    # checking the merges of a token takes time with the square of its length
+    if sum(len(token) ** 2 for token in vocab) > MOST_MERGING:
+        return f"tokens of up to {max(map(len, vocab)):,} bytes, too long for their merges to be checked"
     if fast is None:
         return None
     model, pre = fast["model"], fast.get("pre_tokenizer") or {}
@@ -542,11 +541,22 @@ def special_names(folder: Path, config: dict) -> dict[str, str | None]:
 def template_of(folder: Path, config: dict) -> str | None:
     """The chat template: chat_template.jinja, where newer versions of transformers put it, else tokenizer_config's."""
     if (folder / "chat_template.jinja").is_file():
+        check_inside(folder / "chat_template.jinja")
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):               # several by name, of which "default" is for conversations
         template = next((t["template"] for t in template if t["name"] == "default"), None)
     return template
+
+
+def check_inside(path: Path) -> None:
+    """
+    UserError for a file of a downloaded folder that is a link elsewhere: a private file would travel with the model.
+    The Hugging Face cache is the exception, whose files are links to ../../blobs.
+    """
+    real, home = path.resolve(), path.parent.resolve()
+    if home not in real.parents and real.parent != home.parent.parent / "blobs":
+        raise UserError(f"{path} is a link to {real}, should lie in the folder")
 
 
 def padded_size(folder: Path, config: dict) -> int | None:

@@ -24,6 +24,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from configurator import UserError
@@ -236,7 +237,6 @@ LEVELS = {"easy": 1, "medium": 2, "medium_hard": 3, "hard": 4, "very_hard": 5,
 def as_json(value: Any, default: Any) -> Any:
     """Several sets keep JSON inside a string; "" and None give the default."""
     if isinstance(value, str):
-        sys.set_int_max_str_digits(0)                       # APPS has integers of more than 4,300 digits
         return json.loads(value) if value.strip() else default
     return default if value is None else value
 
@@ -295,8 +295,11 @@ def codecontests(row: dict) -> Problem | str:
     return code_problem(required(row, "description"), tests, "main", level, golden)
 
 
-class NoClasses(pickle.Unpickler):
-    """Reads pickles of strings, numbers, lists and dicts. One that names a class could run code: UserError."""
+class NoClasses(pickle._Unpickler):
+    """
+    Reads pickles of strings, numbers, lists and dicts. One that names a class could run code: UserError. In Python: C
+    would obey a place 2^31 in the memo with 34 GB.
+    """
 
     def find_class(self, module, name):
         raise UserError(f"pickle wants {module}.{name}: refused, only plain values are read")
@@ -313,7 +316,12 @@ def unpack_tests(packed: Any) -> list[dict]:
     raw = unzip.decompress(base64.b64decode(packed), MAX_BYTES)
     if unzip.unconsumed_tail:
         raise UserError(f"packed tests are larger than {MAX_BYTES >> 20} MiB")
-    value = NoClasses(io.BytesIO(raw)).load()
+    try:
+        value = NoClasses(io.BytesIO(raw)).load()
+    except UserError:
+        raise
+    except Exception as e:                                  # a pickle may break in any way
+        raise UserError(f"packed tests cannot be read: {e or type(e).__name__}") from None
     return json.loads(value) if isinstance(value, (str, bytes)) else value
 
 
@@ -367,7 +375,8 @@ def convert(adapter: str, rows: Iterable[tuple[tuple, dict | Bad]], counts: Coun
                 counts[f"not wanted: {row.why}"] += 1
             continue
         try:
-            items = ADAPTERS[adapter](renamed(row, names))
+            with long_integers():
+                items = ADAPTERS[adapter](renamed(row, names))
         except KeyError as e:
             yield place, Bad(f"adapter {adapter}: no field {e}")
             continue
@@ -385,6 +394,17 @@ def convert(adapter: str, rows: Iterable[tuple[tuple, dict | Bad]], counts: Coun
                     continue
                 seen.add(item.id)
             yield place, item
+
+
+@contextmanager
+def long_integers(digits: int = 100_000) -> Iterator[None]:
+    """APPS has integers of more than the 4,300 digits that Python converts; time grows with the square of them."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(digits)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(before)
 
 
 def column_map(columns: str) -> dict[str, list[str]]:

@@ -106,6 +106,30 @@ def json_object(line: bytes) -> dict:
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")             # an escape that may be half of a surrogate pair
 
 
+MOST_JSON = 1 << 28                                  # bytes of a JSON file
+
+
+def read_json(path: str | Path) -> dict:
+    """
+    The object in a JSON file, which may come from a stranger. UserError if it is missing, a pipe or a device (which
+    would be waited for without end), larger than MOST_JSON, or not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing, or not a file")
+    if path.stat().st_size > MOST_JSON:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, should have at most {MOST_JSON:,}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise UserError(f"{path} is not JSON that can be read: nested too deeply") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should be a JSON object, is a {type(value).__name__}")
+    return value
+
+
 # ---- strict JSON ----------------------------------------------------------------------------------------------------
 
 def _refuse(name: str):

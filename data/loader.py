@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ import configurator
 from configurator import UserError
 from data.shards import Shards
 
+BLOCK = 256                     # documents that are looked up in a shard's table at a time
 
 @dataclass
 class Batch:
@@ -72,53 +74,71 @@ def make_batch(ids: np.ndarray, docs: np.ndarray, T: int, mask: np.ndarray | Non
 
 
 class Stream:
-    """One source as an endless stream of tokens, every epoch in a new order. A few orders are kept in memory."""
+    """
+    One source as an endless stream of tokens, every epoch in a new order.
+
+    In memory are the orders of two shards (a row may reach over two), 4 bytes a document; the tokens of the documents
+    are read, and where each lies is looked up in its file, when they are needed.
+    """
     def __init__(self, shards: Shards, seed: int):
         self.shards, self.key = shards, (seed, zlib.crc32(shards.name.encode()))
         self.n_tokens, self.n_documents = shards.n_tokens, shards.n_documents
-        self.cached = {}          # (epoch, None) -> order of the shards; (epoch, shard) -> order of its documents
+        self.epoch_order, self.shard_order, self.block = (
+            lru_cache(maxsize=2)(f) for f in (self._epoch_order, self._shard_order, self._block))
 
-    def order(self, epoch: int, shard: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """
-        shard None: the epoch's order of all shards, where each ends in tokens, how many documents came before each.
-        A shard: the epoch's order of its documents, where each ends in tokens of the shard, 0, 1, 2 ...  -> [n] each
-        """
-        if (epoch, shard) not in self.cached:
-            if len(self.cached) > 3:             # a row may reach over two shards, or two epochs
-                self.cached.pop(next(iter(self.cached)))
-            shards = self.shards.shards
-            if shard is None:
-                key = [*self.key, epoch]
-                lengths, documents = (np.array(x) for x in zip(*((s.n_tokens, s.n_documents) for s in shards),
-                                                               strict=True))
-            else:
-                key = [*self.key, epoch, shard + 1]
-                lengths = np.diff(shards[shard].ends, prepend=0)
-                documents = np.ones(len(lengths), np.int64)
-            order = np.random.Generator(np.random.PCG64(key)).permutation(len(lengths))
-            before = np.cumsum(documents[order]) - documents[order]
-            self.cached[epoch, shard] = order, np.cumsum(lengths[order]), before
-        return self.cached[epoch, shard]
+    def draw(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([*self.key, *key]))
+
+    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The epoch's order of all shards, where each ends in tokens, how many documents came before each. [n] each"""
+        lengths, documents = (np.array(x) for x in zip(*((s.n_tokens, s.n_documents) for s in self.shards.shards),
+                                                       strict=True))
+        order = self.draw(epoch).permutation(len(lengths))
+        return order, np.cumsum(lengths[order]), np.cumsum(documents[order]) - documents[order]
+
+    def _shard_order(self, epoch: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of a shard's documents [n], and where each BLOCK of them ends in its tokens [n/BLOCK]."""
+        lengths = self.shards.shards[shard].lengths()
+        # shuffled as the documents are, and gone before their order is made: one array is in memory at a time
+        self.draw(epoch, shard + 1).shuffle(lengths)
+        n, blocks = len(lengths), range(0, len(lengths), BLOCK)
+        ends = np.cumsum(np.fromiter((lengths[a:a + BLOCK].sum(dtype=np.int64) for a in blocks), np.int64, len(blocks)))
+        del lengths
+        order = np.arange(n, dtype=np.uint32)
+        self.draw(epoch, shard + 1).shuffle(order)
+        return order, ends
+
+    def _block(self, epoch: int, shard: int, b: int) -> tuple[list[int], list[int], np.ndarray]:
+        """Block b of that order: where its documents begin and end in the file, and end in the stream. [BLOCK] each"""
+        order, block_ends = self.shard_order(epoch, shard)
+        documents, table = order[b * BLOCK:(b + 1) * BLOCK].astype(np.int64), self.shards.shards[shard].ends
+        stops = np.array(table[documents])
+        starts = np.where(documents > 0, table[documents - 1], 0)
+        ends = np.cumsum(stops - starts) + (block_ends[b - 1] if b else 0)
+        return starts.tolist(), stops.tolist(), ends
 
     def take(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens start .. start + n - 1 of the stream -> (ids [n], docs [n]), docs counted over all epochs."""
         ids, docs, filled = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), 0
         while filled < n:
             epoch, at = divmod(start + filled, self.n_tokens)
-            shards, shard_ends, before = self.order(epoch)
+            shards, shard_ends, before = self.epoch_order(epoch)
             j = int(np.searchsorted(shard_ends, at, side="right"))
-            shard = self.shards.shards[shards[j]]
+            number = int(shards[j])
+            shard = self.shards.shards[number]
             at -= int(shard_ends[j]) - shard.n_tokens                      # position inside this shard's stream
-            tokens, stops = shard.tokens, shard.ends
-            order, ends, _ = self.order(epoch, int(shards[j]))
-            k = int(np.searchsorted(ends, at, side="right"))
-            while filled < n and k < len(order):                           # document by document to the shard's end
-                d, begin = order[k], int(ends[k - 1]) if k else 0
-                document = tokens[stops[d - 1] if d else 0:stops[d]]
-                piece = document[at - begin:][:n - filled]
-                ids[filled:filled + len(piece)] = piece
-                docs[filled:filled + len(piece)] = epoch * self.n_documents + before[j] + k
-                filled, at, k = filled + len(piece), at + len(piece), k + 1
+            _, block_ends = self.shard_order(epoch, number)
+            b = int(np.searchsorted(block_ends, at, side="right"))
+            while filled < n and b < len(block_ends):
+                starts, stops, ends = self.block(epoch, number, b)
+                k = int(np.searchsorted(ends, at, side="right"))
+                while filled < n and k < len(starts):                      # document by document to the block's end
+                    begin = stops[k] - (int(ends[k]) - at)
+                    piece = shard.read(begin, min(stops[k] - begin, n - filled))
+                    ids[filled:filled + len(piece)] = piece
+                    docs[filled:filled + len(piece)] = epoch * self.n_documents + before[j] + b * BLOCK + k
+                    filled, at, k = filled + len(piece), at + len(piece), k + 1
+                b += 1
         return ids, docs
 
 
@@ -130,14 +150,16 @@ class MixtureLoader:
     n_mtp        MTP layers that need targets: a row carries 1 + n_mtp tokens beyond T
     max_seq_len  the model's context; a longer row is refused
     tokenizer    Tokenizer.fingerprint of the model's; a source that another one made is refused. "" = not checked
+    rank, world  this rank checks every world-th shard at the opening; the others check the rest
 
     Raises UserError, from the constructor and from next_batch, for what a person's data or table got wrong.
     """
     def __init__(self, folder, names: list[str], vocab_size: int, n_mtp: int = 0, seed: int = 0,
-                 max_seq_len: int | None = None, tokenizer: str = ""):
+                 max_seq_len: int | None = None, tokenizer: str = "", rank: int = 0, world: int = 1):
         if not names:
             raise UserError("loader: no sources named")
-        self.streams = {name: Stream(Shards(folder, name, vocab_size, tokenizer=tokenizer), seed) for name in names}
+        self.streams = {name: Stream(Shards(folder, name, vocab_size, None, tokenizer, rank, world), seed)
+                        for name in names}
         self.ahead, self.seed, self.max_seq_len = 1 + n_mtp, seed, max_seq_len
         self.stage, self.seq = 0, 0                        # current stage, rows taken in it
         self.taken = dict.fromkeys(names, 0)               # tokens taken from each source over the whole run

@@ -30,7 +30,7 @@ from configurator import UserError
 from data.decontaminate import build_index, contaminated
 from data.jsonl import line_of, write_jsonl
 from data.readers import table_rows
-from data.shards import Shards, write_source
+from data.shards import Shards, opened, write_source
 from tokenizer import Tokenizer
 
 
@@ -259,12 +259,13 @@ def as_arrays(sample: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarr
 
 class ShardSamples(Sequence):
     """
-    Tokenised samples in memory-mapped shards: source "sft" holds the ids, "sft_mask" the mask, 1 where to train.
+    Tokenised samples in shards: source "sft" holds the ids, "sft_mask" the mask, 1 where to train.
     tokenizer: fingerprint of the model's. UserError if another one made them, or if the two were not written together.
     """
     def __init__(self, folder: str | Path, vocab_size: int, tokenizer: str = ""):
         self.ids, self.mask = Shards(folder, "sft", vocab_size, tokenizer=tokenizer), Shards(folder, "sft_mask", 2)
-        if [s.ends.tolist() for s in self.ids.shards] != [s.ends.tolist() for s in self.mask.shards]:
+        tables = lambda source: [(s.n_documents, opened(s).table_crc) for s in source.shards]
+        if tables(self.ids) != tables(self.mask):
             raise UserError(f"{folder}: sft and sft_mask do not belong together; write them again")
         self.first = np.cumsum([0] + [s.n_documents for s in self.ids.shards])     # number of each shard's first sample
 

@@ -1,6 +1,6 @@
 """
-Token shards: documents as token ids on disk, read through memory maps (report section 2.1: web, papers, books, code,
-synthetic).
+Token shards: documents as token ids on disk, of which only what is read at the moment is in memory (report section 2.1:
+web, papers, books, code, synthetic).
 
 A source NAME is a folder of files:
 
@@ -9,24 +9,26 @@ A source NAME is a folder of files:
                      written last, so a source without it is unfinished
 
 Every file is written under another name, flushed to the disk and renamed (data/jsonl.py:whole_file). Opening a source
-checks headers and sizes, and names the file that is truncated or corrupt. The checksums of tokens and document ends are
-verified on opening for shards under 64 MiB, and for all shards by
+checks headers and sizes, and names the file that is truncated or corrupt. Several ranks share this work. The checksums
+of tokens and document ends are verified on opening for sources under 64 million tokens, and for all by
 
     python -m data.shards out/tiny/data            # a line per source: documents, tokens, checksums verified
 
 Documents end with <|endoftext|>, which the caller appends when it tokenises. The layout follows llm.c, with one file
 instead of two and 64-bit counts (llm.c's int32 count ends at 2^31 tokens).
 """
+import errno
 import json
 import os
+import re
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -35,8 +37,9 @@ from configurator import UserError
 from data.jsonl import whole_file
 
 MAGIC, VERSION, HEADER_WORDS = 0x6D694D6F, 1, 128          # header = 128 little-endian int64 words = 1 KiB
-SMALL = 64 << 20                                           # bytes; smaller shards are checksummed on opening
+SMALL = 64 << 20                                           # tokens; a smaller source is checksummed on opening
 OPEN = 64                                                  # shards of a process that are open at a time, of all sources
+PIECE = 1 << 17                                            # numbers of a file that are read or mapped at a time
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ def write_source(folder: str | Path, name: str, documents: Iterable[Sequence[int
 def write_manifest(folder: str | Path, name: str, shards: list[dict], vocab_size: int, tokenizer: str = "") -> dict:
     """NAME.json for shards that are there already; files of an older source NAME that it does not list go. -> it"""
     folder = Path(folder)
-    for old in folder.glob(f"{name}_[0-9][0-9][0-9][0-9][0-9].bin"):
-        if old.name not in {s["file"] for s in shards}:
-            old.unlink()
+    listed, ours = {s["file"] for s in shards}, re.compile(re.escape(name) + r"_\d{5,}\.bin")
+    for file in os.listdir(folder):
+        if ours.fullmatch(file) and file not in listed:
+            (folder / file).unlink()
     info = {"name": name, "vocab_size": vocab_size, "tokenizer": tokenizer,
             "tokens": sum(s["tokens"] for s in shards), "documents": sum(s["documents"] for s in shards),
             "shards": shards}
@@ -147,76 +151,167 @@ def sources(folder: str | Path) -> list[str]:
     return sorted(n for n in names if (Path(folder) / f"{n}.json").is_file())
 
 
-@lru_cache(maxsize=OPEN)
-def mapped(path: Path) -> np.ndarray:
-    """A read-only memory map of a file, uint8. At most OPEN are kept: Linux allows 1,024 open files by default."""
-    return np.memmap(path, dtype=np.uint8, mode="r")
+class OpenShard(NamedTuple):
+    """A shard's file while it is open."""
+    file: BinaryIO
+    width: int                             # bytes of a token, 2 or 4
+    table: int                             # byte at which the document ends begin
+    table_crc: int                         # their checksum
 
 
 class Shard:
     """
-    One file of a source. It is opened when its tokens are read, and may be closed again in between (`mapped`).
+    One file of a source. To make one opens nothing: the numbers come from the manifest. The file is opened, and its
+    header compared with them, when something of it is read, and may be closed again in between (`opened`).
 
-        tokens                 read-only view into the file, uint16 or uint32 [n_tokens]
-        ends                   the same, int64 [n_documents]: where each document ends in tokens
         n_tokens, n_documents  sizes
         max_id, crc            largest token id; checksum of the tokens
+
+    Whatever is wrong with the file is a UserError that names it, and the source.
     """
-    def __init__(self, path: str | Path, verify: bool | None = None):
-        """verify: check the checksums; None = only if the file is small. UserError if the file is damaged."""
-        path, size = Path(path), os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i8", count=HEADER_WORDS)
-        if header.size < HEADER_WORDS or header[0] != MAGIC:
-            raise UserError(f"{path}: not a token shard (write it with data.shards.write_shard)")
+    __slots__ = ("manifest", "name", "n_tokens", "n_documents", "max_id", "crc")
+
+    def __init__(self, manifest: Path, listed: dict):
+        self.manifest, self.name = manifest, listed["file"]
+        self.n_tokens, self.n_documents = listed["tokens"], listed["documents"]
+        self.max_id, self.crc = listed["max_id"], listed["crc32"]
+
+    @property
+    def path(self) -> Path:
+        return self.manifest.parent / self.name
+
+    def wrong(self, what: str) -> UserError:
+        return UserError(f"source {self.manifest.stem!r}: {self.path}: {what}")
+
+    def open(self) -> OpenShard:
+        """The file, with a header that fits its size and the manifest."""
+        try:
+            file = with_room(lambda: open(self.path, "rb", buffering=0))
+        except FileNotFoundError:
+            raise self.wrong("shard is missing") from None
+        except OSError as e:
+            raise self.wrong(f"cannot be opened: {e.strerror}") from None
+        try:
+            return self.checked(file)
+        except BaseException:
+            file.close()
+            raise
+
+    def checked(self, file: BinaryIO) -> OpenShard:
+        data, size = file.read(8 * HEADER_WORDS), os.fstat(file.fileno()).st_size
+        header = np.frombuffer(data, dtype="<i8") if len(data) == 8 * HEADER_WORDS else [0]
+        if header[0] != MAGIC:
+            raise self.wrong("not a token shard (write it with data.shards.write_shard)")
         if header[9] != zlib.crc32(header[:9].tobytes()):
-            raise UserError(f"{path}: corrupt: the header does not match its checksum; write it again")
+            raise self.wrong("corrupt: the header does not match its checksum; write it again")
         version, width, n, n_documents, _, max_id, crc, table_crc = (int(x) for x in header[1:9])
         if version != VERSION or width not in (2, 4):
-            raise UserError(f"{path}: shard version {version} with {width}-byte tokens, "
-                            f"this program reads version {VERSION} with 2 or 4")
-        start = 8 * HEADER_WORDS
-        self.table = start + -(-n * width // 8) * 8        # where the document ends begin, in bytes
-        if size != self.table + 8 * n_documents:
-            raise UserError(f"{path}: truncated or overwritten: {size:,} bytes, its header says "
-                            f"{self.table + 8 * n_documents:,}; write it again")
-        self.path, self.n_tokens, self.n_documents, self.width = path, n, n_documents, width
-        self.max_id, self.crc, self.table_crc = max_id, crc, table_crc
-        mapped.cache_clear()                               # the file may have been written anew
-        if verify or (verify is None and size < SMALL):
-            self.verify()
+            raise self.wrong(f"shard version {version} with {width}-byte tokens, this program reads version {VERSION} "
+                             "with 2 or 4")
+        table = 8 * HEADER_WORDS + -(-n * width // 8) * 8
+        if size != table + 8 * n_documents:
+            raise self.wrong(f"truncated or overwritten: {size:,} bytes, its header says {table + 8 * n_documents:,}; "
+                             "write it again")
+        if (n, n_documents, max_id, crc) != (self.n_tokens, self.n_documents, self.max_id, self.crc):
+            raise self.wrong(f"is not the shard that {self.manifest} was written with")
+        return OpenShard(file, width, table, table_crc)
 
     @property
     def tokens(self) -> np.ndarray:
-        start = 8 * HEADER_WORDS
-        return mapped(self.path)[start:start + self.n_tokens * self.width].view(f"<u{self.width}")
+        """All tokens, a read-only memory map that stays open as long as it is used, uint16 or uint32 [n_tokens]."""
+        return self._map(f"<u{opened(self).width}", 8 * HEADER_WORDS, self.n_tokens)
 
     @property
     def ends(self) -> np.ndarray:
-        return mapped(self.path)[self.table:].view("<i8")
+        """Where each document ends in tokens, a read-only memory map as above, int64 [n_documents]."""
+        return self._map("<i8", opened(self).table, self.n_documents)
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Tokens start .. start + n - 1, read with one call of the system: no page of the file stays mapped. -> [n]"""
+        f = opened(self)
+        return self._read(f, f"<u{f.width}", 8 * HEADER_WORDS + start * f.width, n)
+
+    def document(self, i: int) -> np.ndarray:
+        """Tokens of document i [length]."""
+        f, first = opened(self), max(i - 1, 0)
+        *begin, end = self._read(f, "<i8", f.table + 8 * first, i + 1 - first).tolist()
+        begin = begin[0] if begin else 0
+        return self.read(begin, end - begin)
+
+    def _map(self, dtype: str, at: int, n: int) -> np.ndarray:
+        f = opened(self).file
+        try:                                               # numpy maps no empty ones
+            return with_room(lambda: np.memmap(f, dtype, "r", at, (n,))) if n else np.empty(0, dtype)
+        except OSError as e:
+            raise self.wrong(f"cannot be mapped: {e.strerror}") from None
+
+    def _read(self, f: OpenShard, dtype: str, at: int, n: int) -> np.ndarray:
+        out = np.empty(n, dtype)
+        view, filled = memoryview(out).cast("B") if n else b"", 0
+        while filled < len(view):
+            try:
+                data = os.pread(f.file.fileno(), len(view) - filled, at + filled)
+            except OSError as e:
+                raise self.wrong(f"cannot be read: {e.strerror}") from e
+            if not data:
+                raise self.wrong("became shorter while it was read")
+            view[filled:filled + len(data)] = data
+            filled += len(data)
+        return out
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, uint32 [n_documents]; the table of ends is mapped piece by piece."""
+        out, last = np.empty(self.n_documents, np.uint32 if self.n_tokens < 1 << 32 else np.uint64), 0
+        for a in range(0, self.n_documents, PIECE):
+            piece = np.array(self.ends[a:a + PIECE])
+            out[a:a + PIECE] = np.diff(piece, prepend=last)
+            last = piece[-1]
+        if int(out.sum(dtype=np.uint64)) != self.n_tokens:
+            raise self.wrong("corrupt: the table of document ends does not fit the tokens; write it again")
+        return out
 
     def verify(self) -> None:
         """Read every byte once and compare the checksums. UserError if one has changed."""
-        crc, step, tokens, ends = 0, 16 << 20, self.tokens, self.ends
-        if zlib.crc32(ends.tobytes()) != self.table_crc or (self.n_tokens and ends[-1] != self.n_tokens):
-            raise UserError(f"{self.path}: corrupt: the table of document ends does not match its checksum")
-        for start in range(0, self.n_tokens, step):
-            crc = zlib.crc32(tokens[start:start + step].tobytes(), crc)
+        crc, table_crc, ends = 0, 0, 0
+        for a in range(0, self.n_documents, PIECE):
+            ends = self.ends[a:a + PIECE]
+            table_crc = zlib.crc32(ends.tobytes(), table_crc)
+        if table_crc != opened(self).table_crc or (self.n_tokens and ends[-1] != self.n_tokens):
+            raise self.wrong("corrupt: the table of document ends does not match its checksum")
+        for start in range(0, self.n_tokens, PIECE):
+            crc = zlib.crc32(self.read(start, min(PIECE, self.n_tokens - start)), crc)
         if crc != self.crc:
-            raise UserError(f"{self.path}: corrupt: the tokens do not match their checksum; write it again")
+            raise self.wrong("corrupt: the tokens do not match their checksum; write it again")
 
-    def document(self, i: int) -> np.ndarray:
-        """Tokens of document i, a view into the memory map [length]."""
-        ends = self.ends
-        return self.tokens[ends[i - 1] if i else 0:ends[i]]
+
+@lru_cache(maxsize=OPEN)
+def opened(shard: Shard) -> OpenShard:
+    """
+    A shard's file, open. At most OPEN of a process are open at a time, of all sources together: Linux allows 1,024 by
+    default, a corpus may have 88,602.
+    """
+    return shard.open()
+
+
+def with_room(call: Callable[[], Any]) -> Any:
+    """call(); where even fewer files may be open, those that `opened` keeps are closed, and it is called again."""
+    try:
+        return call()
+    except OSError as e:
+        if e.errno != errno.EMFILE:
+            raise
+    opened.cache_clear()
+    return call()
 
 
 def read_manifest(path: Path) -> dict:
-    """NAME.json of a source. UserError if it is no list of shards."""
+    """NAME.json of a source. UserError if it is no list of shards, each a file in its folder."""
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        if all({"file", "crc32", "tokens"} <= set(s) for s in info["shards"]):
+        if all(type(s[k]) is int for s in info["shards"] for k in ("tokens", "documents", "max_id", "crc32")) and \
+                all(Path(s["file"]).name == s["file"] for s in info["shards"]):
             return info
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"{path}: corrupt, not a list of shards; write the source again")
 
@@ -230,11 +325,13 @@ class Shards:
         fingerprint            checksum of all tokens: a checkpoint keeps it, to notice another data set on resume
     """
     def __init__(self, folder: str | Path, name: str, vocab_size: int | None = None, verify: bool | None = None,
-                 tokenizer: str = ""):
+                 tokenizer: str = "", part: int = 0, parts: int = 1):
         """
-        vocab_size: the model's, larger than every token id. verify: as in Shard. tokenizer: Tokenizer.fingerprint of
-        the model's; a source that another tokenizer made is refused. UserError for that, and if the source is missing,
-        unfinished, damaged or empty, or does not fit the vocabulary.
+        vocab_size: the model's, larger than every token id. verify: check the checksums; None = only if the source is
+        small. tokenizer: Tokenizer.fingerprint of the model's; a source that another tokenizer made is refused. part,
+        parts: only the shards part, part + parts ... are opened and checked now, so that ranks share the work; each
+        is checked again when it is read. UserError for all that, and if the source is missing, unfinished, damaged or
+        empty, or does not fit the vocabulary.
         """
         folder = Path(folder)
         manifest = folder / f"{name}.json"
@@ -242,21 +339,18 @@ class Shards:
             present = ", ".join(sources(folder)) or "none"
             raise UserError(f"source {name!r}: no {manifest}; sources there: {present}")
         info = read_manifest(manifest)
-        listed, made_by = info["shards"], info.get("tokenizer", "")
+        made_by = info.get("tokenizer", "")
         if tokenizer and made_by and made_by != tokenizer:
             raise UserError(f"source {name!r} in {folder} was made with another tokenizer (fingerprint {made_by}, the "
                             f"model's is {tokenizer}): tokenise it with the model's tokenizer")
-        self.name, self.shards = name, []
-        for s in listed:
-            if not (folder / s["file"]).is_file():
-                raise UserError(f"source {name!r}: shard {folder / s['file']} is missing")
-            shard = Shard(folder / s["file"], verify)
-            if (shard.crc, shard.n_tokens) != (s["crc32"], s["tokens"]):
-                raise UserError(f"{shard.path}: is not the shard that {manifest} was written with")
-            self.shards.append(shard)
+        self.name, self.shards = name, [Shard(manifest, listed) for listed in info["shards"]]
         self.n_tokens = sum(s.n_tokens for s in self.shards)
         self.n_documents = sum(s.n_documents for s in self.shards)
         self.fingerprint = zlib.crc32(repr([(s.crc, s.n_tokens) for s in self.shards]).encode())
+        for shard in self.shards[part::parts]:
+            opened(shard)
+            if verify or (verify is None and self.n_tokens < SMALL):
+                shard.verify()
         if self.n_tokens == 0:
             raise UserError(f"source {name!r} in {folder} is empty: no document has a token")
         max_id = max(s.max_id for s in self.shards)
@@ -265,7 +359,7 @@ class Shards:
                             f"at {vocab_size - 1}: tokenise it with the model's tokenizer")
 
     def documents(self) -> Iterator[np.ndarray]:
-        """All documents in file order, as views."""
+        """All documents in file order."""
         return (s.document(i) for s in self.shards for i in range(s.n_documents))
 
 

@@ -194,6 +194,23 @@ def train_pretrain(folder, term_after=-1, recompute=("none", "none", "none")):
         distributed.stop_requested = asked
 
 
+def validate(folder, out, shard_ranks=0):
+    """pretrain.py's validation of seeded weights, with fewer rows than ranks, as many, and more."""
+    import pretrain
+    from schedule import Stage
+    rt = distributed.setup(device="cpu", seed=1, shard_ranks=shard_ranks)
+    shape = ModelConfig(1024, n_layer=1, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64, max_seq_len=64)
+    model = distributed.shard(mtp.build(shape, "meta"), rt, shard_ranks=shard_ranks)
+    model = checkpoint.materialise(model, rt, seed=1)
+    stage = Stage(seq_len=64)
+    configs = [pretrain.Config(data=f"{folder}/data", model=shape, stages=[stage], valid_tokens=tokens)
+               for tokens in (10, 64, 128, 192, 640)]
+    found = [pretrain.validate(model, cfg, stage, micro=2, rt=rt) for cfg in configs]
+    if rt.is_main:
+        Path(out).write_text(json.dumps(found))
+    distributed.teardown(rt)
+
+
 def train_sft(folder, init):
     """sft.py: 6 steps of 5 packed rows."""
     import configurator

@@ -224,6 +224,15 @@ def test_against_plain_string_search():
     assert 5 < sum(want) < 95
 
 
+@pytest.mark.parametrize("text", ["is", ".", "The end", "42", "是"])
+def test_a_held_out_text_of_a_word_or_two_is_not_looked_for(text, capsys):
+    """It would remove nearly every document; the note names it."""
+    docs = ["This is the end . 42 是 of a page.", "What is a page?"]
+    assert not contaminated(docs, build_index([text, "a page that is not there"])).any()
+    assert "1 held-out text(s) of fewer than 3 words" in capsys.readouterr().err
+    assert contaminated(docs, build_index(["of a page"])).tolist() == [True, False]
+
+
 def test_nothing_held_out():
     assert contaminated(["a b"], build_index([])).tolist() == [False]
     assert contaminated([], build_index(["a b"])).tolist() == []

@@ -3,6 +3,7 @@ import base64
 import gzip
 import json
 import pickle
+import sys
 import zlib
 from collections import Counter
 
@@ -222,6 +223,28 @@ def test_hostile_pickle_is_refused(capsys):
             adapters.unpack_tests(pack("x" * 100_000))
     finally:
         adapters.MAX_BYTES = old
+
+
+@pytest.mark.parametrize("raw", [
+    b"\x80\x02K\x01r\xff\xff\xff\x7f.", b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.",
+    b"\x80\x02\x82\x01.", b"\x80\x02K\x01Q.", b"G\x00.", b"", b"\xff", b"(" * 1000,
+    b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little") + b"a."])
+def test_broken_pickles_are_rows_that_are_left_out(raw):
+    """A memo of 2^31 places, 2^40 bytes, an extension, a persistent id, no pickle: one line, and no memory."""
+    row = {"question_content": "q", "private_test_cases": base64.b64encode(zlib.compress(raw)).decode()}
+    (place, bad), = adapters.convert("livecodebench", [((1,), row)], Counter())
+    assert isinstance(bad, Bad) or raw.startswith(b"\x80\x02K\x01r"), bad
+
+
+def test_long_integers_are_allowed_in_a_row_alone():
+    """Python's limit of 4,300 digits guards the rest of the process."""
+    row = {"question": "q", "input_output": json.dumps({"fn_name": "f", "inputs": [["1"]], "outputs": ["2"]}).replace(
+        '"1"', "7" * 5000)}
+    before = sys.get_int_max_str_digits()
+    (_, problem), = adapters.convert("apps", [((1,), row)], Counter())
+    assert "7" * 5000 in problem.tests[0].input and sys.get_int_max_str_digits() == before == 4300
+    row["input_output"] = row["input_output"].replace("7" * 5000, "7" * 200_000)
+    assert isinstance(next(adapters.convert("apps", [((1,), row)], Counter()))[1], Bad)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -3,13 +3,20 @@ Shards and mixture loader: exact proportions, exact resume, any number of ranks,
 """
 import json
 import os
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench.loader import make_source
+from configurator import UserError
 from data.loader import MixtureLoader, Stream, make_batch
-from data.shards import Shards, sources, write_shard, write_source
+from data.shards import Shard, Shards, sources, write_shard, write_source
 from kernels.attention import doc_bounds
 
 EOS = 1000
@@ -101,18 +108,81 @@ def flip(path, at):
     path.write_bytes(bytes(data))
 
 
-def test_more_shards_than_files_may_be_open(tmp_path):
-    """300 shards with 150 descriptors allowed: Linux allows 1,024, MiMo's corpus would have 88,602 shards."""
-    resource = pytest.importorskip("resource")
-    documents = make(tmp_path, "a", 300, shard_tokens=1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(150, soft), hard))
+READ_ALL = """
+import resource, sys
+from data.loader import MixtureLoader
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+ranks = [MixtureLoader(sys.argv[1], ["a", "b"], 1 << 20, rank=rank, world=3) for rank in range(3)]
+batches = [[r.next_batch(0, {"a": 1, "b": 1}, 64, 6, rank, 3) for rank, r in enumerate(ranks)] for _ in range(60)]
+ends = [s.ends for s in ranks[0].streams["a"].shards.shards[:20]]          # maps that are kept count too
+print(sum(int(part.docs.sum()) for step in batches for part in step), sum(map(len, ends)))
+"""
+
+
+@pytest.mark.parametrize("files", [256, 48])
+def test_more_shards_than_files_may_be_open(tmp_path, files):
+    """Two sources of 600 shards, three loaders in a process: `ulimit -n 256`, and fewer than the loader would keep."""
+    pytest.importorskip("resource")
+    for name in "ab":
+        make_source(tmp_path, 600, 600, 20, name)
+    loader = MixtureLoader(tmp_path, ["a", "b"], 1 << 20)
+    right = sum(int(loader.next_batch(0, {"a": 1, "b": 1}, 64, 6).docs.sum()) for _ in range(60))
+    done = subprocess.run([sys.executable, "-c", READ_ALL, tmp_path, str(files)], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)
+    assert done.stdout.split() == [str(right), "20"], done.stderr
+
+
+def test_memory_does_not_grow_with_the_documents(tmp_path):
+    """Two shards of 10^6 documents: one order of 4 bytes a document, no table; 10 MB with the rows."""
+    make_source(tmp_path, 2, 2_000_000, tokens=100)
+    tracemalloc.start()
     try:
-        stream = Stream(Shards(tmp_path, "a"), seed=0)
-        ids, docs = stream.take(0, stream.n_tokens)
+        loader = MixtureLoader(tmp_path, ["web"], 1 << 32, rank=1, world=2)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+        loader.next_batch(0, {"web": 1.0}, 8192, 4)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert sorted(ids.tolist()) == sorted(i for d in documents for i in d) and docs[-1] == 299
+        tracemalloc.stop()
+
+
+def test_each_rank_opens_its_share_of_the_shards(tmp_path, monkeypatch):
+    """What another rank would find damaged is found here when it is read, and named with its source."""
+    make(tmp_path, "a", 12, shard_tokens=1)
+    names, real = [], Shard.open
+    monkeypatch.setattr(Shard, "open", lambda self: names.append(self.name) or real(self))
+    loaders = [MixtureLoader(tmp_path, ["a"], 1001, rank=r, world=4) for r in range(4)]
+    assert sorted(names) == sorted(s.name for s in loaders[0].streams["a"].shards.shards) and len(names) == 12
+    assert names[:3] == ["a_00000.bin", "a_00004.bin", "a_00008.bin"]
+    os.truncate(tmp_path / "a_00001.bin", 1030)
+    (tmp_path / "a_00002.bin").unlink()
+    one = MixtureLoader(tmp_path, ["a"], 1001, rank=0, world=4)
+    for file, what in (("a_00001.bin", "truncated"), ("a_00002.bin", "is missing")):
+        with pytest.raises(UserError, match=f"source 'a': .*{file}: .*{what}"):
+            one.streams["a"].shards.shards[int(file[6])].document(0)
+
+
+@pytest.mark.parametrize("shard_tokens", [1 << 28, 9000])
+def test_the_order_is_the_permutation_of_seed_name_epoch_and_shard(tmp_path, shard_tokens):
+    """Written out with whole tables in memory: 700 documents, more than are looked up at a time."""
+    documents = make(tmp_path, "a", 700, shard_tokens=shard_tokens)
+    source = Shards(tmp_path, "a")
+    key, shards = [3, zlib.crc32(b"a")], [[d.tolist() for d in map(s.document, range(s.n_documents))]
+                                          for s in source.shards]
+    assert sum(shards, []) == documents
+    draw = lambda n, *more: np.random.Generator(np.random.PCG64([*key, *more])).permutation(n)
+    right = [shards[s][d] for e in range(2) for s in draw(len(shards), e) for d in draw(len(shards[s]), e, s + 1)]
+    ids, docs = Stream(source, 3).take(0, 2 * source.n_tokens)
+    assert ids.tolist() == sum(right, [])
+    assert docs.tolist() == [k for k, d in enumerate(right) for _ in d]
+
+
+@pytest.mark.parametrize("listed", [{"file": "../b.bin"}, {"file": "/etc/passwd"}, {"tokens": "9"}, {"file": ["a"]}])
+def test_a_manifest_names_files_of_its_folder(folder, listed):
+    info = json.loads((folder / "web.json").read_text())
+    info["shards"][0] |= listed
+    (folder / "web.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="web.json: corrupt, not a list of shards"):
+        open_loader(folder)
 
 
 # ---- one batch ---------------------------------------------------------------------------------------------

@@ -15,7 +15,17 @@ import torch
 from checkpoints import load_model
 from fork_ranks import run_ranks, start
 from scale_worker import main as train
-from scale_worker import run_eval, train_pretrain, train_rl, train_rl_updates, train_sft, wait_in_vain, write_base
+from scale_worker import (
+    run_eval,
+    train_pretrain,
+    train_rl,
+    train_rl_updates,
+    train_sft,
+    validate,
+    wait_in_vain,
+    write_base,
+    write_data,
+)
 
 import checkpoint
 import distributed
@@ -194,6 +204,20 @@ def test_pretrain_and_sft_do_not_depend_on_the_number_of_ranks(tmp_path, worlds)
     for world in worlds:
         for x, y in zip(losses_of(tmp_path / "world1/sft"), losses_of(tmp_path / f"world{world}/sft"), strict=True):
             assert y == pytest.approx(x, rel=1e-5, abs=1e-5)
+
+
+def test_validation_does_not_depend_on_the_number_of_ranks(tmp_path):
+    """10 tokens are one row of 64, 128 are two: two and three ranks measure these, not a row each (2.408 was 2.864)."""
+    write_data(tmp_path / "data")
+    validate(tmp_path, tmp_path / "1.json")
+    one = read(tmp_path / "1.json")
+    assert len({v["web"]["loss"] for v in one}) == 4                 # 10 and 64 tokens are the same row
+    for world, shard_ranks in ((2, 1), (3, 0)):
+        run_ranks(world, tmp_path, validate, str(tmp_path), str(tmp_path / "n.json"), shard_ranks)
+        for x, y in zip(one, read(tmp_path / "n.json"), strict=True):
+            for name in ("web", "maths"):                            # sums in fp32, added in another order
+                assert y[name]["loss"] == pytest.approx(x[name]["loss"], rel=1e-6)
+                assert y[name]["mtp"] == pytest.approx(x[name]["mtp"], rel=1e-6)
 
 
 @pytest.mark.parametrize("mini_batch, group_size, how", [
