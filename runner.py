@@ -403,9 +403,9 @@ class TorchRunner:
             i = k if k < len(layers) else 0
             z = self.mtp(i, h, tokens.gather(1, real + i + 1), ctx)[:, -1:]            # [B,1,D], of the last position
             logits = self.logits(z, layers[i].final_layernorm, self.draft_ids)
-            tokens.scatter_(1, n + k, logits.argmax(-1, keepdim=True))
-            low, high = logits.aminmax(dim=-1)
-            s["accepted"][rows, k].masked_fill_(~(low.isfinite() & high.isfinite()), BROKEN)
+            top, best = logits.max(-1, keepdim=True)                # NaN is larger than everything
+            tokens.scatter_(1, n + k, best)
+            s["accepted"][rows, k].masked_fill_(~top[:, 0].isfinite(), BROKEN)
             if len(layers) <= k + 1 < self.n_draft:                 # the one layer again, a position further on
                 h, real = layers[0].final_layernorm(z) / self.model.norm.weight, n - 1 + k
                 ctx = self.context(first, real)

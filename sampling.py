@@ -9,8 +9,6 @@ state, so a token depends neither on the batch it is sampled in nor on the order
 
 kernels/cpu/decode_cpu.c does the same for one row at a time.
 """
-import math
-
 import torch
 from torch import Tensor
 
@@ -72,14 +70,13 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: Tensor | None = None, 
     row with a logit that is NaN or infinite has no distribution: its log-prob is NaN, its id any.
     """
     low, high = logits.aminmax(dim=-1)
-    no_number = torch.full((), math.nan, device=logits.device)
-    broken = ~(low.isfinite() & high.isfinite())
+    check = (high - low) * 0                                        # [N], NaN where one is NaN or infinite, else 0
     if temperature is None:
         p = logits.softmax(-1)
     elif top_k is None:
         ids = logits.argmax(-1, keepdim=True)
         logp = logits.softmax(-1).gather(1, ids)[:, 0].log()
-        return ids[:, 0], torch.where(broken, no_number, logp)
+        return ids[:, 0], logp + check
     else:
         greedy = temperature == 0
         t = torch.where(greedy, 1.0, temperature)
@@ -98,4 +95,4 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: Tensor | None = None, 
     ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(p.shape[-1] - 1)
     if temperature is not None:
         ids = torch.where(greedy, logits.argmax(-1), ids)
-    return ids, torch.where(broken, no_number, p.gather(1, ids[:, None])[:, 0].log())
+    return ids, p.gather(1, ids[:, None])[:, 0].log() + check
