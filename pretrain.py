@@ -72,6 +72,7 @@ class Config:
     sample_every: int = 150               # steps between samples printed to the screen, 0 = never
     seed: int = 1                         # weights and data order
     threads: int = 1                      # torch threads per process on CPU
+    matmul: Literal["fp32", "bf16"] = "fp32"   # products on a CPU: bf16 rounds what goes in, sums are fp32; for AMX
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
     compile: bool = False                 # torch.compile per block, CUDA
     shard_ranks: int = 0                  # ranks a parameter is sharded over; fewer than all = hybrid sharding, 0 = all
@@ -106,7 +107,8 @@ class Config:
 
 def main(cfg: Config) -> None:
     # ---- 1. where we run, what we read --------------------------------------------------------------------------
-    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
+    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks,
+                           matmul=cfg.matmul)
     kernels.set_plain(cfg.plain)
     if cfg.init:
         cfg = going_on(cfg)
