@@ -24,7 +24,7 @@ TOP = 20                                 # largest sum; factors are at most 9
 class Config:
     out: str = ""                         # folder to write
     train: int = 600                      # problems to train on, of one step and of two
-    valid: int = 60                       # to choose configurations by
+    valid: int = 40                       # to choose configurations by
     test: int = 200                       # to report
     seed: int = 1                         # of the stories and of which problems
 
