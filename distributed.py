@@ -16,8 +16,9 @@ weights, gradients and Adam's two moments), 125 GB, so on GPUs of 80 GB they hav
                                (data parallelism; gathering the blocks of a small model costs more than it brings)
     anything else              fully_shard per Block, per MTP layer and at the root
 
-Precision: fp32 on a CPU. On CUDA the master weights are fp32, blocks compute in bf16, gradients are reduced in fp32
-(MixedPrecisionPolicy). One GPU is a mesh of one rank, so that it gets the same precision from the same code.
+Precision: fp32 on a CPU (matmul = "bf16": its products round to bf16). On CUDA the master weights are fp32, blocks
+compute in bf16, gradients are reduced in fp32 (MixedPrecisionPolicy). One GPU is a mesh of one rank, so that it gets
+the same precision from the same code.
 
 Parameter names never change: activation checkpointing and torch.compile replace `block.forward`, they do not wrap the
 module. The losses read model.norm, model.lm_head, model.embed_tokens and layer.final_layernorm outside of any forward.
@@ -65,14 +66,16 @@ class Runtime:
 # ---- beginning and end ----------------------------------------------------------------------------------------------
 
 def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: int = 0,
-          timeout: float = 1800.0) -> Runtime:
+          timeout: float = 1800.0, matmul: str = "fp32") -> Runtime:
     """
     threads: torch threads on a CPU. seed: of Python, numpy and torch. device: "cpu", "cuda", or "auto" (CUDA when there
     is one). shard_ranks: ranks that a parameter is sharded over, 0 = all. timeout: seconds that a rank waits for the
-    others, in any collective of any group, before it gives up; waiting_for() says so in words.
+    others, in any collective of any group, before it gives up; waiting_for() says so in words. matmul: "fp32", or
+    "bf16": matrix products of fp32 on a CPU round their inputs to bf16 and sum in fp32.
 
     A process group is made when torchrun's variables are there (nccl on CUDA, gloo on a CPU), and for a single GPU.
-    Raises UserError when CUDA is asked for and absent, or shard_ranks does not divide the number of processes.
+    Raises UserError when CUDA is asked for and absent, when the processor has no products of bf16, and when shard_ranks
+    does not divide the number of processes.
     """
     torchrun = "MASTER_ADDR" in os.environ and "RANK" in os.environ
     rank, world, local_rank = ((int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if torchrun
@@ -90,6 +93,9 @@ def setup(threads: int = 1, seed: int = 0, device: str = "auto", shard_ranks: in
         torch.cuda.set_device(where)
     keep_freed_memory()
     torch.set_num_threads(threads)
+    if matmul == "bf16" and not cuda and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise UserError("matmul = 'bf16' needs a processor with AVX-512 or AMX; --matmul=fp32")
+    torch.set_float32_matmul_precision("medium" if matmul == "bf16" and not cuda else "highest")
     save_group = None
     if torchrun and world > 1:
         patience = timedelta(seconds=timeout)

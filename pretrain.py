@@ -76,6 +76,7 @@ class Config:
     sample_every: int = 150               # steps between samples printed to the screen, 0 = never
     seed: int = 1                         # weights and data order
     threads: int = 1                      # torch threads per process on CPU
+    matmul: Literal["fp32", "bf16"] = "fp32"   # products on a CPU: bf16 rounds what goes in, sums are fp32; for AMX
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
     compile: bool = False                 # torch.compile per block, CUDA
     shard_ranks: int = 0                  # ranks a parameter is sharded over; fewer than all = hybrid sharding, 0 = all
@@ -123,7 +124,8 @@ PAST = [f.name for f in fields(Stage) if f.name not in ("name", "checkpointing")
 
 def main(cfg: Config) -> None:
     # ---- 1. where we run, what we read --------------------------------------------------------------------------
-    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
+    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks,
+                           matmul=cfg.matmul)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
     lock = hold(run / "run.lock")                            # one run, one folder

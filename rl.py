@@ -121,6 +121,7 @@ class Config:
     keep: int = 2                         # checkpoints kept
     seed: int = 1                         # prompts, samples
     threads: int = 1                      # torch threads per process on CPU
+    matmul: Literal["fp32", "bf16"] = "fp32"   # products on a CPU: bf16 rounds what goes in, sums are fp32; for AMX
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
     timeout: float = 1800.0               # seconds that a rank waits for the others
     checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing
@@ -177,7 +178,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     """make_scheduler: for the ablations of paper/policy.py."""
     # ---- 1. where we run --------------------------------------------------------------------------------------------
     rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks,
-                           timeout=cfg.timeout)
+                           timeout=cfg.timeout, matmul=cfg.matmul)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
     lock = hold(run / "run.lock")                                   # one run, one folder

@@ -67,6 +67,7 @@ class Config:
     keep: int = 2                         # checkpoints kept
     seed: int = 1                         # order of rows
     threads: int = 1                      # torch threads per process on CPU
+    matmul: Literal["fp32", "bf16"] = "fp32"   # products on a CPU: bf16 rounds what goes in, sums are fp32; for AMX
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA when there is one
     checkpointing: Literal["none", "selective", "full"] = "none"   # activation checkpointing
     compile: bool = False                 # torch.compile per block, CUDA
@@ -94,7 +95,8 @@ FIXED = ["init", "seed", "seq_len", "system", "lora"]     # what a started run k
 
 def main(cfg: Config) -> None:
     # ---- 1. where we run, start or resume -----------------------------------------------------------------------
-    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks)
+    rt = distributed.setup(threads=cfg.threads, seed=cfg.seed, device=cfg.device, shard_ranks=cfg.shard_ranks,
+                           matmul=cfg.matmul)
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
     lock = hold(run / "run.lock")                            # one run, one folder
@@ -130,7 +132,8 @@ def main(cfg: Config) -> None:
                         f"{cfg.mtp_weight}; `hf.py import --mtp=1` adds a layer")
 
     # ---- 2. samples: filter, then pack --------------------------------------------------------------------------
-    samples, report = load_samples(cfg.data, tokenizer, cfg.heldout, max_per_query=cfg.max_per_query)
+    samples, report = load_samples(cfg.data, tokenizer, cfg.heldout, max_per_query=cfg.max_per_query,
+                                   cut=cfg.train == "mtp")
     loader = PackedLoader(samples, cfg.seq_len, tokenizer.eos_id, n_mtp=n_mtp, seed=cfg.seed,
                           vocab_size=shape["vocab_size"], max_seq_len=shape["max_seq_len"])
     step = 0

@@ -100,10 +100,15 @@ def is_mixed(text: str, share: float = 0.02, latin_share: float = 0.3) -> bool:
     return any(n > limit(name) for name, n in counts.items())
 
 
+def is_cut(sample: dict) -> bool:
+    """True if the answer ended at the length limit."""
+    return sample.get("finish_reason") == "length"
+
+
 def is_incomplete(sample: dict) -> bool:
     """True if there is no complete final answer after the reasoning."""
     text = response_of(sample)
-    if sample.get("finish_reason") == "length" or sample["messages"][0]["role"] == "assistant":
+    if is_cut(sample) or sample["messages"][0]["role"] == "assistant":
         return True
     opened, closed = text.count("<think>"), text.count("</think>")
     final = text.rsplit("</think>", 1)[-1]
@@ -128,17 +133,18 @@ def has_open_box(text: str) -> bool:
 
 
 def filter_samples(samples: list[dict], is_contaminated: Callable[[str], bool] = lambda query: False,
-                   max_per_query: int = 8) -> tuple[list[dict], Counter]:
+                   max_per_query: int = 8, cut: bool = False) -> tuple[list[dict], Counter]:
     """
-    is_contaminated(query) -> bool. -> (kept samples in their order, number of dropped samples per reason). Queries that
-    differ only in case and spaces count as one for max_per_query. Of equal scores the earlier sample is kept.
+    is_contaminated(query) -> bool; cut: keep answers that the length limit ended. -> (kept samples in their order,
+    number of dropped samples per reason). Queries that differ only in case and spaces count as one for max_per_query.
+    Of equal scores the earlier sample is kept.
     """
     dropped, seen, per_query = Counter(dict.fromkeys(REASONS, 0)), set(), {}
     for k, sample in enumerate(samples):
         query, text = query_of(sample), response_of(sample)
         if is_contaminated(query):
             dropped["contaminated"] += 1
-        elif is_incomplete(sample):
+        elif is_incomplete(sample) and not (cut and text and is_cut(sample)):
             dropped["incomplete"] += 1
         elif is_mixed(text):
             dropped["mixed"] += 1
@@ -219,17 +225,18 @@ def read_questions(path: str | Path) -> list[str]:
     return questions
 
 
-def read_filtered(path: str | Path, heldout: str | Path = "", max_per_query: int = 8) -> tuple[list[dict], str]:
+def read_filtered(path: str | Path, heldout: str | Path = "", max_per_query: int = 8,
+                  cut: bool = False) -> tuple[list[dict], str]:
     """
-    The samples of a JSONL file that pass all filters; heldout: JSONL of evaluation questions, "" = none. -> (samples,
-    the counts as one line of text). UserError if none is left.
+    The samples of a JSONL file that pass all filters; heldout: JSONL of evaluation questions, "" = none; cut: as in
+    filter_samples. -> (samples, the counts as one line of text). UserError if none is left.
     """
     samples, is_contaminated = read_samples(path), lambda query: False
     if heldout:
         queries = [query_of(sample) for sample in samples]
         hits = contaminated(queries, build_index(read_questions(heldout)))           # bool [len(samples)]
         is_contaminated = {query for query, hit in zip(queries, hits, strict=True) if hit}.__contains__
-    kept, dropped = filter_samples(samples, is_contaminated, max_per_query)
+    kept, dropped = filter_samples(samples, is_contaminated, max_per_query, cut)
     if not kept:
         raise UserError(f"{path}: none of {len(samples)} samples is left after the filters: {dict(dropped)}")
     counts = ", ".join(f"{reason} {n:,}" for reason, n in dropped.items())
@@ -238,18 +245,23 @@ def read_filtered(path: str | Path, heldout: str | Path = "", max_per_query: int
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
-def load_samples(path: str | Path, tokenizer: Tokenizer, heldout: str | Path = "",
-                 max_per_query: int = 8) -> tuple[Sequence[tuple[np.ndarray, np.ndarray]], str]:
+def load_samples(path: str | Path, tokenizer: Tokenizer, heldout: str | Path = "", max_per_query: int = 8,
+                 cut: bool = False) -> tuple[Sequence[tuple[np.ndarray, np.ndarray]], str]:
     """
     The SFT set, ready for data.pack. path: a JSONL file, which is filtered and tokenised here (fine up to some 10,000
-    samples), or a folder of token shards that this script made. -> (sequence of (ids uint32 [n], mask bool [n]), one
-    line of text about it). UserError says what is wrong with the files.
+    samples), or a folder of token shards that this script made. cut: keep answers that the length limit ended, and do
+    not train their end token: MTP layers learn from any text of their model. -> (sequence of (ids uint32 [n], mask bool
+    [n]), one line of text about it). UserError says what is wrong with the files.
     """
     if Path(path).is_dir():
         samples = ShardSamples(path, tokenizer.vocab_size, tokenizer.fingerprint)
         return samples, f"{len(samples):,} samples, filtered and tokenised before, from {path}"
-    kept, counts = read_filtered(path, heldout, max_per_query)
-    return [as_arrays(tokenizer.chat(sample["messages"])) for sample in kept], counts
+    kept, counts = read_filtered(path, heldout, max_per_query, cut)
+    samples = [as_arrays(tokenizer.chat(sample["messages"])) for sample in kept]
+    for sample, (_, mask) in zip(kept, samples, strict=True):
+        if is_cut(sample):
+            mask[np.flatnonzero(mask)[-1]] = False           # the template's end token, which the model did not write
+    return samples, counts
 
 
 def as_arrays(sample: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarray]:

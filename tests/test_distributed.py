@@ -45,6 +45,22 @@ def test_setup_on_one_process(rt):
     assert torch.equal(torch.rand(3), first)
 
 
+def test_products_of_bf16_on_a_cpu(monkeypatch):
+    """Inputs are rounded to bf16, sums are not; the next setup is fp32 again. Refused without AVX-512."""
+    x, w = torch.randn(64, 256), torch.randn(256, 64)
+    exact, rounded = x @ w, x.bfloat16().float() @ w.bfloat16().float()
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        distributed.setup(device="cpu", matmul="bf16")
+        assert torch.get_float32_matmul_precision() == "medium"
+        got = x @ w                                    # a processor may still compute in fp32 where that is faster
+        assert min((got - rounded).abs().max(), (got - exact).abs().max()) < 1e-3
+        distributed.setup(device="cpu")
+    assert torch.get_float32_matmul_precision() == "highest" and torch.equal(x @ w, exact)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(UserError, match="matmul = 'bf16' needs a processor with AVX-512"):
+        distributed.setup(device="cpu", matmul="bf16")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is absent")
 def test_absent_cuda_is_one_line():
     with pytest.raises(UserError, match="device = 'cuda' but torch sees no CUDA device"):

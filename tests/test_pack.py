@@ -179,6 +179,21 @@ def test_the_cap_keeps_the_best_scored():
     assert kept == [rows[3], rows[4], rows[9]] and dropped["over_cap"] == 7
 
 
+def test_answers_cut_at_the_length_limit(tmp_path):
+    """SFT drops them. MTP layers learn from them too, but not an end token that the model never wrote."""
+    tok = Tokenizer.load("tiny")
+    row = {"prompt": "What is 1+2?", "answers": ["<think>1+", "3"], "finish": ["length", "stop"]}
+    write_jsonl(tmp_path / "a.jsonl", [row])
+    chats = [tok.chat([{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": text}])
+             for text in row["answers"]]
+    as_lists = lambda samples: [(ids.tolist(), mask.tolist()) for ids, mask in samples]
+    assert as_lists(load_samples(tmp_path / "a.jsonl", tok)[0]) == chats[1:]
+    (ids, mask), whole = as_lists(load_samples(tmp_path / "a.jsonl", tok, cut=True)[0])
+    assert (ids, whole) == (chats[0][0], chats[1])
+    assert [i for i, (now, before) in enumerate(zip(mask, chats[0][1], strict=True)) if now != before] == [ids.index(
+        tok.im_end_id, chats[0][1].index(1))]
+
+
 def test_load_samples(tmp_path):
     """16 words in a row of a held-out question drop the sample, 15 do not; the rest comes out tokenised."""
     words = [f"w{k}" for k in range(20)]
