@@ -49,7 +49,7 @@ class Config:
     epochs: int = 5                       # passes of the MiMo over its pages
     lr: float = 3e-3                      # of the MiMo, Adam
     n_layer: int = 2                      # its shape
-    d_model: int = 64
+    d_model: int = 64                     # its width
     workers: int = 1                      # processes, a seed each
     out: str = "out/tagger"               # folder of the result
 
