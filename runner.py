@@ -397,9 +397,9 @@ class TorchRunner:
         for k, layer in enumerate(self.model.mtp_layers[:self.n_draft]):
             z = self.mtp(k, h, tokens.gather(1, real + k + 1), ctx)                    # [B,W,D]
             logits = self.logits(z[:, -1:], layer.final_layernorm, self.draft_ids)
-            top, best = logits.max(-1, keepdim=True)                # NaN is larger than everything
-            tokens.scatter_(1, n + k, best)
-            s["accepted"][rows, k].masked_fill_(~top[:, 0].isfinite(), BROKEN)
+            tokens.scatter_(1, n + k, logits.argmax(-1, keepdim=True))
+            low, high = logits.aminmax(dim=-1)
+            s["accepted"][rows, k].masked_fill_(~(low.isfinite() & high.isfinite()), BROKEN)
 
 
 # ---- a GPU ----------------------------------------------------------------------------------------------------------
