@@ -94,6 +94,8 @@ def problem_with(ckpt: Path, part: int = 0, parts: int = 1, sums: bool = True) -
     sums=False looks at the sizes only. OSError for what cannot be read, which may be whole.
     """
     try:
+        if not (Path(ckpt) / "manifest.json").exists():
+            return "manifest.json is missing"
         files = sorted(read_manifest(ckpt)["files"].items())
         there = {p.relative_to(ckpt).as_posix(): p for p in Path(ckpt).rglob("*") if p.is_symlink() or not p.is_dir()}
         for name in sorted(set(there) - {"manifest.json"} - {name for name, _ in files}):

@@ -139,15 +139,8 @@ def identity(base: Path) -> dict[str, str]:
 def base_of(ckpt: Path, cfg: LoRA) -> Path:
     """
     The checkpoint that has the frozen weights of a run to be resumed from ckpt; without adapters ckpt itself. UserError
-    when the run has other adapters than cfg says, or the weights that it began with have changed or are gone.
+    when the weights that it began with have changed or are gone. (Other adapters: checkpoint.same_run.)
     """
-    there = ckpt / FOLDER / CONFIG
-    have = read_json(there) if there.is_file() else {"r": 0}
-    want = peft_config(cfg, "") if cfg.rank else {"r": 0}
-    for key, ours in dict(r="rank", lora_alpha="alpha", use_rslora="rslora", target_modules="targets").items():
-        if have.get(key) != want.get(key):
-            raise UserError(f"{ckpt}, to be resumed, has adapters with lora.{ours} = {have.get(key)!r}, here it is "
-                            f"{want.get(key)!r}: give another --out for a new run")
     if not cfg.rank:
         return ckpt
     saved = checkpoint.read_meta(ckpt)["base"]

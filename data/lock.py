@@ -60,14 +60,14 @@ def hold(path: str | Path) -> "Lock":
 class Lock:
     """A lock file, held or not. release() of one that is not held does nothing."""
     def __init__(self, path: Path):
-        self.path, self.held, self.made_folder, self.ended = path, False, False, threading.Event()
+        self.path, self.held, self.ended = path, False, threading.Event()
         pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
         self.me = {"host": socket.gethostname(), "machine": machine(), "pid": pid, "start": start_of(pid),
                    "since": since, "command": " ".join(sys.argv)[:200], "token": uuid.uuid4().hex}
 
     def take(self) -> str | None:
         """None when it is ours now, else who holds it, in words. OSError when the folder cannot be written."""
-        self.made_folder = not self.path.parent.exists()
+        self.me["folders"] = [str(p) for p in self.path.parents if not p.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f".{self.path.name}.{self.me['token']}")
         try:
@@ -114,7 +114,7 @@ class Lock:
         try:
             if read(self.path) == holder:              # and nobody was faster
                 os.replace(mine, self.path)
-                self.held = True
+                self.held, self.me["folders"] = True, holder.get("folders", [])
                 if holder["pid"] != os.getpid():
                     print(shown(f"note: {who}, which has ended without releasing it: this run takes over", lines=False),
                           file=sys.stderr)
@@ -162,7 +162,7 @@ class Lock:
                     os.utime(self.path)
 
     def release(self) -> None:
-        """Remove the file, and the folder if it was made for it and nothing else has come."""
+        """Remove the file, and the folders that were made for it if nothing else has come."""
         if not self.held or self.me["pid"] != os.getpid():          # a forked child has a copy of this object
             return
         self.held = False
@@ -170,8 +170,8 @@ class Lock:
         with suppress(OSError):
             if (read(self.path) or {}).get("token") == self.me["token"]:
                 self.path.unlink()
-            if self.made_folder:
-                self.path.parent.rmdir()
+            for folder in self.me["folders"]:
+                os.rmdir(folder)
 
 
 def made(mine: Path, path: Path) -> bool:

@@ -544,7 +544,7 @@ def test_sampling_that_does_not_fit(world):
 
 def test_rl_that_does_not_fit(world):
     ends(script(rl, *rl_words(world, "--max_new_tokens=[(0,90)]")), "90", "max_seq_len = 96")
-    ends(script(rl, *rl_words(world, "--n_draft=2")), "n_draft = 2", "1")
+    ends(script(rl, *rl_words(world, "--n_draft=9")), "n_draft = 9", "0 to 7")
     long = MATHS | {"question": "What is " + "1+" * 80 + "1?"}
     (world / "long.jsonl").write_bytes(lines(long))
     ends(script(rl, *rl_words(world, f"--valid={world}/long.jsonl")), "long.jsonl", "max_seq_len = 96")

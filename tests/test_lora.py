@@ -280,20 +280,21 @@ def test_sft_resumes_bit_equal_and_its_checkpoint_is_a_whole_model(base, capsys)
 
 def test_what_cannot_be_resumed_says_so(base):
     run = train(base, "run", "--steps=1")
-    for words, message in ((["--lora.rank=2"], "lora.rank = 4, here it is 2"), (["--lora.rank=0"], "lora.rank = 4, "),
-                           (["--lora.alpha=9"], "lora.alpha = 8, here it is 9"),
-                           (["--lora.targets=['q_proj']"], r"lora.targets = .*here it is \['q_proj'\]")):
+    for words, message in ((["--lora.rank=2"], "lora.rank = 2 here, 4 there"),
+                           (["--lora.rank=0"], "lora.rank = 0 here"),
+                           (["--lora.alpha=9"], "lora.alpha = 9.* here, 8.* there"),
+                           (["--lora.targets=['q_proj']"], r"lora.targets.* = .*'q_proj'.* here")):
         with pytest.raises(UserError, match=message):
             train(base, "run", "--steps=2", *words)
-    with pytest.raises(UserError, match="lora.rank = 0, here it is 4"):
+    with pytest.raises(UserError, match="lora.rank = 4 here, 0 there"):
         train(base, "full", "--steps=1", "--lora.rank=0")
         train(base, "full", "--steps=2")
-    moved = base.rename(base.parent / "moved")
+    base.rename(base.parent / "moved")
     with pytest.raises(UserError, match="which are gone: it cannot be resumed, but is a whole model"):
-        train(moved, "run", "--steps=2")
+        train(base, "run", "--steps=2")
     hf.import_folder(base.parent / "hub", base, fresh=2)
     with pytest.raises(UserError, match="not the same any more|another shape"):
-        train(moved, "run", "--steps=2")
+        train(base, "run", "--steps=2")
     train(run, "next", "--steps=1")                     # a run of its own on the merged weights
     assert (base.parent / "next/step_00000001/adapter").is_dir()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import checkpoint
 import configurator
 import sample
 from checkpoint import find
@@ -23,7 +24,7 @@ from tokenizer import Tokenizer
 
 
 def write_checkpoint(folder: Path, n_mtp: int = 2, **meta) -> Path:
-    """The layout of checkpoint.py without checksums: weights, shape, tokenizer, manifest with meta."""
+    """The layout of checkpoint.py: weights, shape, tokenizer, manifest with meta."""
     cfg = ModelConfig(vocab_size=1024, n_layer=1, d_model=32, n_head=2, n_kv_head=1, head_dim=16, d_ff=64, n_mtp=n_mtp,
                       max_seq_len=128)
     model = build(cfg)
@@ -36,7 +37,8 @@ def write_checkpoint(folder: Path, n_mtp: int = 2, **meta) -> Path:
     save_file(dict(model.state_dict()), folder / "model.safetensors")
     (folder / "model.json").write_text(json.dumps(asdict(cfg)))
     Tokenizer.load("tiny").save(folder)
-    (folder / "manifest.json").write_text(json.dumps({"step": 1, "commit": "", "meta": meta, "files": {}}))
+    (folder / "manifest.json").write_text(json.dumps({"step": 1, "commit": "", "meta": meta,
+                                                          "files": checkpoint.fingerprints(folder, 0, 1)}))
     return folder
 
 
@@ -201,7 +203,7 @@ def test_without_ckpt_the_best_chat_model_is_taken(tmp_path, monkeypatch, capsys
         err = capsys.readouterr().err
         assert f"out/{name}: the {why}" in err and "--ckpt=DIR takes another" in err
         (Path("out") / name / "step_00000001/manifest.json").write_text("{")    # the next best, please
-    with pytest.raises(UserError, match="make demo"):
+    with pytest.raises(UserError, match="no checkpoint in out/.* can be used: .*manifest.json is not readable"):
         sample.best_checkpoint("out")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 from test_sample import OneRound, run, write_checkpoint
 
+import checkpoint
 import configurator
 import sample
 from configurator import UserError
@@ -266,5 +267,9 @@ def test_a_tokenizer_that_is_too_large_or_damaged_is_one_line(ckpt, tmp_path):
     config["added_tokens_decoder"]["1500"] = {k: extra[k] for k in extra if k != "id"}
     (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(config | {"padded_vocab_size": 1536}))
     assert shape["vocab_size"] == 1024
+    manifest = json.loads((tmp_path / "m/manifest.json").read_text())
+    files = {name: found for name, found in checkpoint.fingerprints(tmp_path / "m", 0, 1).items()
+             if name != "manifest.json"}
+    (tmp_path / "m/manifest.json").write_text(json.dumps(manifest | {"files": files}))
     with pytest.raises(UserError, match="its tokenizer has 1,501 ids, its model rows for 1,024"):
         run(f"--ckpt={tmp_path}/m", "--prompt=a")
