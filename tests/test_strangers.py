@@ -27,6 +27,8 @@ from configurator import UserError
 from data import shards
 from tokenizer import Tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")   # torch, of saving on one process
+
 DEEP = "[" * 200_000 + "]" * 200_000
 
 
