@@ -1,7 +1,7 @@
 """
 The report's claims as experiments: one table, written down before the runs that decide it.
 
-    make paper                       # all of it, two runs at a time: some seven hours on two idle cores; resumes
+    make paper                       # all of it, two runs at a time: some ten hours on two idle cores; resumes
     make paper CLAIM=fig5            # one claim
     python paper/experiments.py --list
 
