@@ -126,7 +126,7 @@ def main(cfg: Config) -> None:
             for split, n in (("test", cfg.test), ("valid", cfg.valid))}
     for split, kinds in held.items():
         write_problems(out / f"problems/{split}.jsonl", kinds["maths"] + kinds["code"])
-    write_problems(out / "problems/short.jsonl", maths.problems(min(cfg.test, 100), "test", cfg.seed, levels=(0,)))
+    write_problems(out / "problems/short.jsonl", maths.problems(min(cfg.test, 30), "test", cfg.seed, levels=(0,)))
     rl = [*maths.problems(cfg.rl_maths, "train", cfg.seed, levels=maths.TRAINED),
           *code.problems(cfg.rl_code, "train", cfg.seed, tests=cfg.tests)]
     write_problems(out / "problems/rl_all.jsonl", rl)

@@ -57,14 +57,13 @@ def test_what_a_newcomer_types_first_is_trained_and_stays_out_of_the_averages():
     drawn = [maths.problem(rng) for _ in range(20_000)]
     short = [p for p in drawn if p.level == 0]
     assert abs(len(short) / len(drawn) - 0.1) < 0.01
-    signs = {word: sign for sign, word in maths.WORDS.items()} | {sign: sign for sign in maths.WORDS}
     for p in short:
-        a, sign, b = re.search(r"(\d+) ?([-+*/]|plus|minus|times|divided by) ?(\d+)", p.question).groups()
-        assert p.id == identity(f"short {a}{signs[sign]}{b}"), p.question
-    for form in (r"What is \d\+\d\?", r"\d \+ \d = \?", r"What is \d\d - \d\?", r"Compute \d\*\d\.", r"\d\d-\d=",
-                 r"\d \* \d", r"How much is \d plus \d\?", r"What is \d\d ?/ ?\d\?", r"What is \d\d \+ \d\d\?"):
+        a, sign, b = re.search(r"(\d+) ?([-+*]) ?(\d+)", p.question).groups()
+        assert p.id == identity(f"short {a}{sign}{b}"), p.question
+    for form in (r"What is \d\+\d\?", r"\d \+ \d = \?", r"What is \d\d - \d\?", r"Compute \d\*\d\.", r"\d \* \d",
+                 r"How much is \d\+\d\?", r"\d-\d=\?"):
         assert any(re.fullmatch(form, p.question) for p in short), form
-    held = maths.problems(100, "test", 1, levels=(0,))
+    held = maths.problems(30, "test", 1, levels=(0,))
     assert {p.level for p in held} == {0} and {split_of(p.id) for p in held} == {"test"}
     assert min(p.level for p in maths.problems(100, "test", 1)) == 1
 
