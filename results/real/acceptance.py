@@ -33,7 +33,7 @@ for line in open(path, encoding="utf-8").read().splitlines()[:n]:
         ids, mask = ids[:end] + [tokenizer.eos_id] * ahead, mask[:end] + [1] * ahead
         batch = make_batch(np.array([ids]), np.array([[0] * end + [1] * ahead]), end - 1, mask=np.array([mask]))
         with torch.no_grad():
-            counts += np.array(mtp.teacher_forced_acceptance(model, batch.ids, batch.docs, batch.positions, batch.bounds,
-                                                             batch.mask))
+            text = batch.ids, batch.docs, batch.positions, batch.bounds, batch.mask
+            counts += np.array(mtp.teacher_forced_acceptance(model, *text))
 for k, (accepted, verified) in enumerate(counts):
     print(f"{ckpt}: layer {k + 1}: {accepted} of {verified} drafts accepted, {accepted / verified:.1%}")
