@@ -41,15 +41,15 @@ def main(cfg: Config) -> None:
     if not run.is_dir():
         raise UserError(f"run = {cfg.run!r} is no folder")
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("mtp", "sft"):
-        write_table(out / f"{name}.csv", COLUMNS[name], [row for row in rows_of(run / name) if "loss" in row])
+    for name in ("mtp", "sft", "sft_words"):
+        write_table(out / f"{name}.csv", COLUMNS[name.split("_")[0]], rows_of(run / name))
     seeds = {int(folder.name[3:]): rows_of(folder) for folder in sorted(run.glob("rl_[0-9]*"))}
     write_table(out / "rl.csv", ["seed", *COLUMNS["rl"]],
                 [row | {"seed": seed} for seed, rows in seeds.items() for row in rows if "reward_launched" in row])
     points = [{"seed": seed, "step": row["step"], **row["heldout"]["maths"]}
               for seed, rows in seeds.items() for row in rows if "heldout" in row]
     write_table(out / "rl_valid.csv", ["seed", "step", "avg", "low", "high", "n", "samples", "truncated"], points)
-    if points:
+    if len({p["step"] for p in points}) > 1:
         draw(points, out / "rl.png")
     summary = {path.stem.removeprefix("eval_"): evaluation(path) for path in sorted(run.glob("eval_*.json"))}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

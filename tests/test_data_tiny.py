@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 
+from configurator import UserError
 from data.problems import identity, split_of
-from data.tiny import code, maths
+from data.tiny import code, maths, words
 from reward import difficulty_levels, math_reward
 
 
@@ -109,3 +110,22 @@ def test_the_ladder_orders_tests_by_difficulty():
     easy, hard = (sum(v) / len(v) for v in passed.values())
     assert easy > hard + 0.2, (easy, hard)
     assert difficulty_levels([easy, hard], 2) == [0, 1]
+
+
+def test_word_problems(monkeypatch):
+    """The story, read again, gives the answer and the one step; no arithmetic stands in two splits."""
+    seen = {}
+    for split in ("train", "valid", "test"):
+        for p in words.problems(60, split, seed=3):
+            n = [int(x) for x in re.findall(r"\d+", p.question)]
+            value = n[0] * n[1] if "in each" in p.question else n[0] + n[1] if "buys" in p.question else n[0] - n[1]
+            if len(n) == 3:
+                value += n[2] if "finds" in p.question else -n[2]
+            assert (len(n), value, int(worth(p.reasoning.split("=")[0]))) == (p.level + 1, int(p.answer), int(p.answer))
+            assert value >= 1 and math_reward(p.solution, p.answer) == 1.0
+            seen.setdefault(p.reasoning, set()).add(split)
+    assert len(seen) == 180 and all(len(splits) == 1 for splits in seen.values())
+    assert words.problems(60, "test", seed=3) == words.problems(60, "test", seed=3)
+    monkeypatch.setattr(words, "problem", lambda *_: p)
+    with pytest.raises(UserError, match="only 1 different word problems in test, 2 wanted"):
+        words.problems(2, "test", seed=3)
