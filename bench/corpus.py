@@ -49,7 +49,7 @@ class Config:
     gb: float = 0.2                           # gigabytes of .jsonl, 10^9 bytes each
     sides: list[str] = field(default_factory=lambda: list(SIDES))     # what is measured
     peer: str = sys.executable                # a Python with datatrove and spacy, for that side
-    work: str = ""                            # folder for text and results; "" = /tmp/corpus_GBgb
+    work: str = ""                            # folder for text and results; "" = out/bench/corpus_GBgb
     keep: bool = False                        # leave the text there; else it is deleted at the end
     out: str = ""                             # result; "" = out/bench/corpus_GBgb.json
     step: str = ""                            # used by the script itself: the one step that this process does
@@ -250,7 +250,7 @@ def measured(cfg: Config, work: Path, step: str) -> dict:
 
 
 def main(cfg: Config) -> None:
-    work = Path(cfg.work or f"/tmp/corpus_{cfg.gb:g}gb")
+    work = Path(cfg.work or f"out/bench/corpus_{cfg.gb:g}gb")
     if cfg.step:
         side = {"rensa": rensa_alone, "datatrove": datatrove_minhash}.get(cfg.step)
         found = side(work) if side else ours(work, cfg.step)

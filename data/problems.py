@@ -11,7 +11,7 @@ import ast
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -130,6 +130,18 @@ def split_of(problem_id: str) -> Literal["train", "valid", "test"]:
     """By identity, never by chance: 80% train, 5% valid, 15% test. Two wordings of one problem get the same split."""
     bucket = int(problem_id, 16) % 100
     return "test" if bucket < 15 else "valid" if bucket < 20 else "train"
+
+
+def different(n: int, split: str, draw: Callable[[], Problem], what: str) -> list[Problem]:
+    """n different problems of one split, in the order of draw()'s calls. UserError when there are not n `what`."""
+    found: dict[str, Problem] = {}
+    for _ in range(1001 + 200 * n):
+        if len(found) == n:
+            return list(found.values())
+        p = draw()
+        if split_of(p.id) == split:
+            found.setdefault(p.id, p)
+    raise UserError(f"only {len(found)} different {what} in {split}, {n} wanted")
 
 
 def response(p: Problem, think: bool) -> str:

@@ -333,6 +333,14 @@ class Box:
             streams.poll.register(fd, select.POLLIN)
         return streams
 
+    def _poll(self, streams: Streams, seconds: float) -> tuple[list[tuple[bytes, int, float]], int]:
+        """Wait at most so long and read what there is. -> (the server's messages, how many streams had something)."""
+        ready = [fd for fd, _ in streams.poll.poll(max(0, seconds) * 1000 + 1)]
+        ours = [fd for fd in ready if fd != self.sock.fileno()]
+        for fd in ours:
+            streams.read(fd)
+        return [self._receive()] if len(ready) > len(ours) else [], len(ours)
+
     def _collect_test(self, streams: Streams, limits: Bounds) -> tuple[Run, bool]:
         """
         Read stdout and stderr of the test of a whole program that has just started, until it has ended. -> also whether
@@ -344,12 +352,9 @@ class Box:
         until = begin + limits.wall + 10                      # the process keeps the limits; this is for its own end
         due = len(server.CONFINED) + server.ENDED.size
         while alive and (killed or len(results) < due):
-            for fd, _ in streams.poll.poll(max(0, until - time.monotonic()) * 1000 + 1):
-                if fd != self.sock.fileno():
-                    streams.read(fd)
-                    wakeups += 1
-                    continue
-                kind, number, seconds = self._receive()
+            messages, reads = self._poll(streams, until - time.monotonic())
+            wakeups += reads
+            for kind, number, seconds in messages:
                 if kind == b"E":
                     alive, run.status, run.cpu = False, number, seconds
             full, late = max(len(out), len(err)) > limits.output, time.monotonic() >= until
@@ -390,12 +395,9 @@ class Box:
         killed_at, ended = 0.0, False
         while not ended:
             until = killed_at + 10 if killed_at else end_at if asked else min(ask_at, end_at)
-            for fd, _ in streams.poll.poll(max(0, until - now) * 1000 + 1):
-                if fd != self.sock.fileno():
-                    streams.read(fd)
-                    wakeups += 1
-                    continue
-                kind, number, seconds = self._receive()
+            messages, reads = self._poll(streams, until - now)
+            wakeups += reads
+            for kind, number, seconds in messages:
                 if kind == b"E":
                     ended, run.status, run.cpu = True, number, seconds
                     continue

@@ -1,7 +1,7 @@
 """
 The page of the claims, from results/claims/*.json alone: results/claims/README.md and a self-contained claims.html.
 
-    python paper/claims_page.py          # a second; paper/experiments.py calls it when a run is done
+    python paper/claims_page.py          # a second; paper/experiments.py ends with it
 
 Per claim: what the report says, our numbers per arm and seed, a plot of the contrasts, the verdict, what differs from
 the report's experiment, the command, hours and seeds. A file's field "remark" is written by a person and printed as it

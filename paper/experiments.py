@@ -38,6 +38,7 @@ from configurator import UserError  # noqa: E402
 from data.jsonl import whole_file  # noqa: E402
 from eval import pass_at_k  # noqa: E402
 
+G = 8                            # answers to a prompt, config/tiny_rl.py
 OUT, RESULTS = ROOT / "out/paper", ROOT / "results/claims"
 
 
@@ -76,7 +77,7 @@ class Place(str):
         limit, seen, best = int(spec.removeprefix("answers=")), 0, None
         for row in metrics(Path(self)):
             if "groups_launched" in row:
-                seen += row["groups_launched"] * 8
+                seen += row["groups_launched"] * G
                 step = Path(self) / f"step_{row['step']:08d}"
                 if seen <= limit and step.is_dir():
                     best = step
@@ -173,8 +174,11 @@ def finish(run: Run, seed: int, status: int, used: resource.struct_rusage) -> bo
     return True
 
 
-def run_all(todo: list[tuple[Run, int]], jobs: int, after: Callable[[], None]) -> int:
-    """Run what is not done, in order as soon as its inputs are there. -> how many failed. Ctrl-C, SIGTERM stop it."""
+def run_all(todo: list[tuple[Run, int]], jobs: int, after: Callable[[Path], None]) -> int:
+    """
+    Run what is not done, in order as soon as its inputs are there; after(folder) when one is done. -> how many failed.
+    Ctrl-C and SIGTERM stop it.
+    """
     running: dict[int, tuple[subprocess.Popen, Run, int]] = {}
     failed: set[Path] = set()
 
@@ -196,7 +200,7 @@ def run_all(todo: list[tuple[Run, int]], jobs: int, after: Callable[[], None]) -
                 process, run, seed = running.pop(pid)
                 process.returncode = os.waitstatus_to_exitcode(status)
                 if finish(run, seed, process.returncode, used):
-                    after()
+                    after(folder(run, seed))
                 else:
                     failed.add(folder(run, seed))
     finally:
@@ -265,7 +269,7 @@ METRICS: dict[str, Callable[[Path], dict[str, float] | float]] = {
     "valid_loss": valid_loss,                                                       # nats per token
     "grad_norm": lambda out: last_half(out, "grad_norm"),                           # second half of the run
     "unsteady": lambda out: float(np.std(np.diff(heldout_points(out)))),            # points
-    "answers": lambda out: 8 * last_half(out, "groups_launched"),                   # launched per iteration
+    "answers": lambda out: G * last_half(out, "groups_launched"),                   # launched per iteration
     "pass_64": lambda out: pass_at(out, 64),
     "pass_8_over_1": lambda out: pass_at(out, 8, 1),
     "pass_64_over_8": lambda out: pass_at(out, 64, 8),
@@ -375,7 +379,8 @@ def main(cfg: Config) -> None:
             register(claim)
         todo = list({folder(r, s): (r, s) for c in claims for r, s in needed(c)}.values())
         t0 = time.time()
-        failed = run_all(todo, cfg.jobs, lambda: [judge(c) for c in claims])
+        parts = {c.key: {folder(*r) for r in needed(c)} for c in claims}
+        failed = run_all(todo, cfg.jobs, lambda done: [judge(c) for c in claims if done in parts[c.key]])
         print(f"{(time.time() - t0) / 3600:.1f} hours; {failed} runs failed" if failed else "all runs are done")
     for claim in claims:
         judge(claim)

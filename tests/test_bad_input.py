@@ -83,15 +83,20 @@ def save(run, stage, shape=SHAPE, step=1, state=None, chat=False):
     return run
 
 
+def write_pages(world: Path, n: int) -> None:
+    """Shards of n documents for each of two sources, to train on and to validate with."""
+    for folder in ("data", "data/valid"):
+        for name in ("web", "maths"):
+            texts = [f"{name} page {i}: the sum of {i} and {i} is {2 * i}." for i in range(n)]
+            documents = [np.array(TINY.encode(text) + [TINY.eos_id]) for text in texts]
+            shards.write_source(world / folder, name, documents, TINY.vocab_size)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A world in which nothing is wrong: shards, problems, chats, answers and a checkpoint. Do not write into it."""
     world = tmp_path_factory.mktemp("whole")
-    for folder in ("data", "data/valid"):
-        for name in ("web", "maths"):
-            texts = [f"{name} page {i}: the sum of {i} and {i} is {2 * i}." for i in range(40)]
-            documents = [np.array(TINY.encode(text) + [TINY.eos_id]) for text in texts]
-            shards.write_source(world / folder, name, documents, TINY.vocab_size)
+    write_pages(world, 40)
     write_jsonl(world / "problems.jsonl", [MATHS, CODE])
     write_jsonl(world / "sft.jsonl", [CHAT])
     write_jsonl(world / "answers.jsonl", [{"id": p["id"], "answers": [{"passed": False, "verdicts": ["WA"]}]}

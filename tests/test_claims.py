@@ -108,12 +108,12 @@ def test_runs_are_done_once_in_order_and_a_failed_one_is_tried_again(place, caps
     last = Run("last", COUNT + "; open('{f}/n')\"", {"f": fails})
     other = Run("other", COUNT + '"', {"a": first})
     todo = [(run, seed) for seed in (1, 2) for run in (first, fails, last, other)]
-    assert experiments.run_all(todo, 2, lambda: None) == 2
+    assert experiments.run_all(todo, 2, lambda done: None) == 2
     assert "no luck" in capsys.readouterr().out
     assert all(experiments.done(run, 1) == (run in (first, other)) for run in (first, fails, last, other))
     for seed in (1, 2):
         (experiments.folder(fails, seed) / "mended").touch()
-    assert experiments.run_all(todo, 2, lambda: None) == 0
+    assert experiments.run_all(todo, 2, lambda done: None) == 0
     times = {run.name: (experiments.folder(run, 1) / "n").read_text() for run in (first, fails, last, other)}
     assert times == {"first": "x", "fails": "xx", "last": "x", "other": "x"}
     note = json.loads((experiments.folder(last, 1) / "done.json").read_text())

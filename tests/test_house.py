@@ -64,6 +64,24 @@ def imports_of(module: str) -> set[str]:
 CODE = sorted(m for m in SOURCES if not m.startswith(("config.", "hf_export.")))
 
 
+def code_lines(text: str, tree: ast.Module | None) -> int:
+    told = set()
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            told |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(bool(line.strip()) and not line.strip().startswith(("#", "//", "/*", "*")) and n not in told
+               for n, line in enumerate(text.split("\n"), 1))
+
+
+def test_readme_counts_the_lines_of_code():
+    """Python and C without tests and benchmarks, without blank lines, comments and docstrings; to the thousand."""
+    lines = sum(code_lines(path.read_text(encoding="utf-8"), TREES[name]) for name, path in SOURCES.items()
+                if not name.startswith("bench."))
+    lines += sum(code_lines(path.read_text(encoding="utf-8"), None) for path in (ROOT / "kernels/cpu").glob("*.[ch]"))
+    said = re.search(r"([\d,]+) lines of code, tests and\s+benchmarks aside", (ROOT / "README.md").read_text())[1]
+    assert abs(int(said.replace(",", "")) - lines) <= 1000, lines
+
+
 @pytest.mark.parametrize("module", CODE)
 def test_a_room_imports_only_from_floors_below(module):
     """Or from its own floor, where the next test forbids circles."""

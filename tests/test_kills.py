@@ -13,15 +13,14 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from fork_ranks import start
+from test_bad_input import write_pages
 
 import checkpoint
 import configurator
 import distributed
 import mtp
-from data import shards
 from data.jsonl import write_jsonl
 from model import ModelConfig
 from tokenizer import Tokenizer
@@ -50,11 +49,7 @@ STEADY = {                                # what may change between two kills wi
 def world(tmp_path_factory):
     """Shards, chats, problems, and a model to start from."""
     world = tmp_path_factory.mktemp("world")
-    for folder in ("data", "data/valid"):
-        for name in ("web", "maths"):
-            texts = [f"{name} page {i}: the sum of {i} and {i} is {2 * i}." for i in range(60)]
-            shards.write_source(world / folder, name, [np.array(TINY.encode(t) + [TINY.eos_id]) for t in texts],
-                                TINY.vocab_size)
+    write_pages(world, 60)
     write_jsonl(world / "sft.jsonl", [{"messages": [{"role": "user", "content": f"What is {i}+1?"}, {
         "role": "assistant", "content": f"It is \\boxed{{{i + 1}}}."}]} for i in range(40)])
     for name, n in (("problems", 12), ("valid", 3)):

@@ -13,8 +13,7 @@ and "Ada has 12 apples and gets 7 more" fall on the same side of the border betw
 import math
 import random
 
-from configurator import UserError
-from data.problems import Problem, identity, split_of
+from data.problems import Problem, different, identity
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn"]
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
@@ -162,15 +161,8 @@ def problems(n: int, split: str, seed: int, levels: tuple[int, ...] = (1, 2, 3))
     n different problems of one split, by default of the levels that are held out for evaluation. UserError when there
     are not n different ones.
     """
-    rng, found, tries = random.Random(f"maths {split} {seed}"), {}, 0
-    while len(found) < n:
-        p = problem(rng, rng.choice(levels))
-        tries += 1
-        if split_of(p.id) == split:
-            found.setdefault(p.id, p)
-        if tries > 1000 + 200 * n:
-            raise UserError(f"only {len(found)} different maths problems of levels {levels} in {split}, {n} wanted")
-    return list(found.values())
+    rng = random.Random(f"maths {split} {seed}")
+    return different(n, split, lambda: problem(rng, rng.choice(levels)), f"maths problems of levels {levels}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import configurator
 from configurator import UserError
-from data.problems import Problem, identity, split_of, write_problems
+from data.problems import Problem, different, identity, write_problems
 
 NAMES = ["Anna", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Julia", "Leo", "Maria", "Tom"]
 THINGS = ["apples", "books", "coins", "eggs", "flowers", "marbles", "oranges", "pencils", "shells", "stamps"]
@@ -73,15 +73,8 @@ def problem(rng: random.Random, level: int) -> Problem:
 
 def problems(n: int, split: str, seed: int) -> list[Problem]:
     """n different problems of one split; of level 1 there are few. UserError when there are not n."""
-    rng, found, tries = random.Random(f"words {split} {seed}"), {}, 0
-    while len(found) < n:
-        p = problem(rng, rng.choice((1, 2)))
-        tries += 1
-        if split_of(p.id) == split:
-            found.setdefault(p.id, p)
-        if tries > 1000 + 200 * n:
-            raise UserError(f"only {len(found)} different word problems in {split}, {n} wanted")
-    return list(found.values())
+    rng = random.Random(f"words {split} {seed}")
+    return different(n, split, lambda: problem(rng, rng.choice((1, 2))), "word problems")
 
 
 if __name__ == "__main__":
