@@ -154,6 +154,17 @@ def latest(run: str | Path) -> Path | None:
     return None
 
 
+def to_resume(run: str | Path) -> Path | None:
+    """
+    latest(run), for the script that goes on from there. A kill may have come between a whole checkpoint and the file
+    `latest`, which others read: it names that checkpoint now. A collective.
+    """
+    ckpt = latest(run)
+    if ckpt and ranks()[0] == 0:
+        name_latest(ckpt)
+    return ckpt
+
+
 def find(path: str | Path) -> Path:
     """
     A checkpoint folder, or the newest one of a run folder; also a folder of imported weights, which has no manifest to
@@ -760,13 +771,18 @@ def commit(run: Path, step: int, temporary: Path, meta: dict, keep: int, world: 
     wrong = problem_with(target, sums=False)           # the sums were made of what fingerprints() read back
     if wrong or read_manifest(target)["files"] != files:
         raise OSError(f"read back, {wrong or 'manifest.json is another one'}")
-    pointer = run / f".latest_{uuid.uuid4().hex}"
-    pointer.write_text(target.name + "\n", encoding="utf-8")
-    sync(pointer)
-    os.replace(pointer, run / "latest")
-    sync(run)
+    name_latest(target)
     for old in [*run.glob(".writing_old_*"), *[p for p in steps_in(run) if p.name <= target.name][keep:]]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def name_latest(ckpt: Path) -> None:
+    """The file `latest` beside ckpt names it from here on."""
+    pointer = ckpt.parent / f".latest_{uuid.uuid4().hex}"
+    pointer.write_text(ckpt.name + "\n", encoding="utf-8")
+    sync(pointer)
+    os.replace(pointer, ckpt.parent / "latest")
+    sync(ckpt.parent)
 
 
 def sync(path: Path) -> None:

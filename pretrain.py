@@ -129,7 +129,7 @@ def main(cfg: Config) -> None:
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
     lock = hold(run / "run.lock")                            # one run, one folder
-    ckpt = checkpoint.latest(run)
+    ckpt = checkpoint.to_resume(run)
     if cfg.init:
         cfg = going_on(cfg, ckpt)
     stages = cfg.all_stages()

@@ -184,7 +184,7 @@ def main(cfg: Config, make_scheduler: Callable[..., Scheduler] = Scheduler) -> N
     lock = hold(run / "run.lock")                                   # one run, one folder
 
     # ---- 2. start from cfg.init, or resume --------------------------------------------------------------------------
-    ckpt = checkpoint.latest(run)
+    ckpt = checkpoint.to_resume(run)
     saved, changed = checkpoint.read_state(ckpt, "scheduler") if ckpt else None, []
     if ckpt:
         checkpoint.same_start(ckpt, cfg.init)

@@ -100,7 +100,7 @@ def main(cfg: Config) -> None:
     kernels.set_plain(cfg.plain)
     run = Path(cfg.out)
     lock = hold(run / "run.lock")                            # one run, one folder
-    ckpt = checkpoint.latest(run)
+    ckpt = checkpoint.to_resume(run)
     saved, changed = checkpoint.read_state(ckpt, "step", "loader") if ckpt else None, []
     if ckpt:
         checkpoint.same_start(ckpt, cfg.init)

@@ -117,6 +117,24 @@ def test_keep_last_n_and_newest(tmp_path):
     assert checkpoint.newest(tmp_path / "nothing") is None
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_kill_between_a_checkpoint_and_the_file_latest(tmp_path, monkeypatch, before):
+    """The whole checkpoint is there, `latest` names the one before or is not there: the run that goes on mends it."""
+    rt, model, optimizer = small()
+    for step in range(1, before + 1):
+        save(tmp_path, step, model, optimizer)
+
+    def killed(ckpt):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "name_latest", killed)
+        save(tmp_path, before + 1, model, optimizer)
+    newest = tmp_path / f"step_{before + 1:08d}"
+    assert (tmp_path / "latest").exists() == bool(before) and newest.is_dir()
+    assert checkpoint.to_resume(tmp_path) == newest and (tmp_path / "latest").read_text() == newest.name + "\n"
+    assert checkpoint.to_resume(tmp_path / "nowhere") is None and not (tmp_path / "nowhere").exists()
+
+
 # ---- broken ones -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["model.safetensors", "train_state.pt", "manifest.json", "model.json"])

@@ -1,6 +1,8 @@
 """Whole programs: what the judge runs is what `python3 main.py < input` runs, idiom by idiom."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -410,6 +412,13 @@ UNLIKE = {  # what a sandbox without processes, sockets and files cannot do; doc
 }
 
 
+def default_signals():
+    """What a shell gives a program. Whoever runs the tests may ignore some, as nohup does; children inherit that."""
+    for number in signal.valid_signals():
+        with contextlib.suppress(OSError):                 # SIGKILL and SIGSTOP are as they are
+            signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def run():
     """-> function from a program's text to (output, exit status, last line of stderr) in the best sandbox there is."""
@@ -447,7 +456,7 @@ def plain(tmp_path_factory):
         python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
         with open(folder / "input") as given:
             done = subprocess.run([python, "-s", "main.py"], stdin=given, capture_output=True, cwd=folder,
-                                  env={"PYTHONHASHSEED": "0"})
+                                  env={"PYTHONHASHSEED": "0"}, preexec_fn=default_signals)
         return done.stdout, done.returncode, last_line(done.stderr)
 
     return ran
